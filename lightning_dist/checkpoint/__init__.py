@@ -1,0 +1,37 @@
+"""Checkpoints that fit every layout: save, load and convert, with or without a process group.
+
+The state of a run is one dictionary, Lightning's own (``Trainer`` makes it), in which a parameter is still
+what the layout made of it, a plain tensor or a ``DTensor``, and optimizer states go by the parameter's name:
+
+- :func:`model_state` and :func:`optimizer_state_by_name` take it from a module and its optimizers,
+- :func:`save` writes it, as Lightning's single file or as a directory of shards,
+- :func:`load` reads either, under any layout,
+- :func:`load_model_state` and :func:`load_optimizer_state` put it into a module and its optimizers.
+
+Errors that one rank meets are raised on all of them.
+"""
+
+from lightning_dist.checkpoint.convert import convert
+from lightning_dist.checkpoint.disk import is_sharded, load, remove, save
+from lightning_dist.checkpoint.placement import full
+from lightning_dist.checkpoint.single import gather_state
+from lightning_dist.checkpoint.state import (
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state_by_name,
+)
+
+__all__ = [
+    "convert",
+    "full",
+    "gather_state",
+    "is_sharded",
+    "load",
+    "load_model_state",
+    "load_optimizer_state",
+    "model_state",
+    "optimizer_state_by_name",
+    "remove",
+    "save",
+]

@@ -1,0 +1,160 @@
+"""Lightning's single file: the plain model's full tensors, written by rank 0."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_dist.checkpoint.agreement import global_rank, together
+from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
+from lightning_dist.checkpoint.placement import full
+from lightning_dist.checkpoint.state import with_indices
+from lightning_dist.checkpoint.tree import Path as TreePath
+from lightning_dist.checkpoint.tree import map_leaves
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+def gather_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint as plain Lightning in one process would hold it: full CPU tensors, optimizer states by
+    index.
+
+    Every rank calls this. Each DTensor costs the all-gather of :func:`full`, one after the other, so that a
+    rank holds one full tensor at a time; rank 0 keeps them all, in host memory.
+
+    Returns:
+        The checkpoint on rank 0, an empty dictionary on the others.
+    """
+    keeps = global_rank() == 0
+    gathered: dict[int, Tensor] = {}
+
+    def gather(_: TreePath, value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        if id(value) not in gathered:  # a tied parameter is one object: gathered once, written once
+            whole = full(value)
+            gathered[id(value)] = whole.cpu() if keeps else torch.empty(0)
+        return gathered[id(value)]
+
+    whole_checkpoint = map_leaves(dict(checkpoint), gather)
+    if not keeps:
+        return {}
+    if "optimizer_states" in whole_checkpoint:
+        states = [with_indices(state) for state in whole_checkpoint["optimizer_states"]]
+        return {**whole_checkpoint, "optimizer_states": states}
+    return whole_checkpoint
+
+
+def save_single(
+    checkpoint: Mapping[str, Any], path: Path, write: Callable[[dict[str, Any], Path], None] | None = None
+) -> None:
+    """Gathers the checkpoint (see :func:`gather_state`) and writes it to one file, in which plain Lightning
+    resumes.
+
+    The file appears under its name when it is complete.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        path: the file.
+        write: writes the gathered checkpoint in place of ``torch.save``, on rank 0.
+    """
+    whole = gather_state(checkpoint)
+    with together(f"write checkpoint {path}"):
+        if global_rank() == 0:
+            (write or write_atomically)(whole, path)
+
+
+def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
+    """``torch.save`` under a temporary name, flushed to the disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    remove_any(temporary)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(temporary, path)
+    except BaseException:
+        remove_any(temporary)
+        raise
+
+
+def read_single(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """A checkpoint file of ours or of plain Lightning. Weights and optimizer states are mapped, not read.
+
+    Raises:
+        ValueError: no checkpoint file, a damaged one, or one without a ``state_dict``.
+    """
+    checkpoint = load_pickled(path, weights_only, mmap=True)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ValueError(
+            f"{path} is no checkpoint of Lightning: it holds {_summary(checkpoint)}, no 'state_dict'; "
+            "load bare weights into the module yourself, with torch.load and load_state_dict"
+        )
+
+    def unmap(path: TreePath, value: Any) -> Any:
+        mapped = path and path[0] in ("state_dict", "optimizer_states")
+        return value if mapped or not isinstance(value, Tensor) else value.clone()
+
+    return map_leaves(checkpoint, unmap)
+
+
+def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> Any:
+    """``torch.load`` on the CPU, with its semantics of ``weights_only``: ``None`` executes nothing from the
+    file.
+
+    Unlike ``torch.load``, ``None`` and ``True`` admit omegaconf's containers, in which Hydra's users keep
+    their hyper-parameters.
+
+    Raises:
+        ValueError: what can't be read, or holds what ``weights_only`` refuses.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    try:
+        with _safe_containers() if weights_only is not False else nullcontext():
+            return torch.load(path, map_location="cpu", mmap=mmap and is_zip, weights_only=weights_only)
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if weights_only is not False and refused is not None:
+            raise ValueError(
+                f"checkpoint {path} holds a {refused[1]}, and loading one executes code from the file; "
+                "if you trust the file, pass weights_only=False (to Trainer.fit, validate, test or predict)"
+            ) from error
+        raise ValueError(f"{path} is no checkpoint, or a damaged one: {_first_line(error)}") from error
+
+
+def _safe_containers() -> AbstractContextManager[Any]:
+    """Lets torch's restricted unpickler make omegaconf's containers, which hold data and run nothing."""
+    try:
+        from omegaconf import DictConfig, ListConfig, base, nodes
+    except ImportError:
+        return nullcontext()
+    values = [kind for kind in vars(nodes).values() if isinstance(kind, type) and issubclass(kind, nodes.ValueNode)]
+    plain = [typing.Any, defaultdict, dict, list, tuple, int, float, str, bool]
+    return torch.serialization.safe_globals(
+        [DictConfig, ListConfig, base.ContainerMetadata, base.Metadata, *values, *plain]
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _summary(value: Any) -> str:
+    if isinstance(value, dict):
+        keys = ", ".join(repr(key) for key in list(value)[:4])
+        return f"a dictionary of {keys}{', ...' if len(value) > 4 else ''}" if value else "an empty dictionary"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,198 @@
+"""Which data rank reads what: dealing of samples and batches, and the random streams of loaders."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_dataset
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+
+
+class DealtSampler(Sampler[Any]):
+    """The order of the user's own sampler, dealt to the data ranks one sample after the other.
+
+    Rank r takes the samples r, r + n, r + 2n, ...; the order is filled up from its start so that every rank has the
+    same number, as in torch's ``DistributedSampler``. So the k-th batches of all ranks are together the k-th batch of
+    one process whose batches are n times as large.
+
+    Every rank draws the same order: the sampler runs under a random state made of ``seed`` and the epoch (which
+    Lightning sets), so one process and many ranks see the same epochs. A sampler with a ``generator`` of its own
+    draws from that.
+
+    Args:
+        sampler: the sampler of the user's loader.
+        num_replicas: number of data ranks.
+        rank: this data rank.
+        seed: of the order; the same on all ranks.
+    """
+
+    def __init__(self, sampler: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
+        self.sampler, self.num_replicas, self.rank, self.seed = sampler, num_replicas, rank, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order the next iteration takes; passed on to the sampler if it knows epochs."""
+        self.epoch = epoch
+        if callable(inner := getattr(self.sampler, "set_epoch", None)):
+            inner(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = _drawn(self.sampler, self.seed + self.epoch)
+        total = len(self) * self.num_replicas
+        if order:
+            order += (order * math.ceil(total / len(order)))[: total - len(order)]
+        return iter(order[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.num_replicas)
+
+
+class DealtBatches(Sampler[list[Any]]):
+    """The user's own batches, dealt whole to the data ranks; every rank yields the same number.
+
+    Rank r takes the batches r, r + n, ... A rank that has none left repeats batch 0: in evaluation that step runs
+    along, for the sake of the collectives inside the model, and is not counted (see :meth:`counts`); in training it
+    is used, as Lightning's ddp repeats samples.
+
+    Args:
+        batches: the user's batch sampler.
+        num_replicas: number of data ranks.
+        rank: this data rank.
+        seed: of the order; the same on all ranks.
+    """
+
+    def __init__(self, batches: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
+        self.batches, self.num_replicas, self.rank, self.seed = batches, num_replicas, rank, seed
+        self.epoch = 0
+
+    def counts(self, batch_idx: int) -> bool:
+        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
+        return batch_idx * self.num_replicas + self.rank < len(self.batches)
+
+    @property
+    def sampler(self) -> DealtBatches:
+        """Itself: Lightning tells the epoch to the batch sampler's ``sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order the next iteration takes; passed on to samplers that know epochs."""
+        self.epoch = epoch
+        for sampler in (self.batches, getattr(self.batches, "sampler", None)):
+            if callable(inner := getattr(sampler, "set_epoch", None)):
+                inner(epoch)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches = _drawn(self.batches, self.seed + self.epoch)
+        mine = batches[self.rank :: self.num_replicas]
+        if len(mine) < len(self):
+            mine.append(batches[0])
+        return iter(mine)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batches) / self.num_replicas)
+
+    def __getattr__(self, name: str) -> Any:
+        # what Lightning and users ask of a batch sampler: batch_size, drop_last
+        if name == "batches":
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+
+def _drawn(sampler: Any, seed: int) -> list[Any]:
+    """Everything that the sampler yields, drawn under a seed that leaves the process's own streams untouched."""
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return list(sampler)
+
+
+def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:
+    """The loader of this data rank: the user's own order, with each rank's part of it.
+
+    Training deals samples (batches where the user brought a batch sampler of their own); evaluation deals whole
+    batches, so that each batch is the one of one process and is counted once. Iterable data sets and loaders
+    with a ``DistributedSampler`` stay as they are.
+
+    Args:
+        loader: the user's.
+        num_replicas: number of data ranks.
+        rank: this data rank.
+        stage: Lightning's stage that the loader is for.
+
+    Raises:
+        ValueError: there are fewer training samples than data ranks.
+    """
+    if has_iterable_dataset(loader) or isinstance(loader.sampler, DistributedSampler):
+        return loader
+    loader = copy.copy(loader)  # the user may pass the same one again: it must not be dealt twice
+    object.__setattr__(loader, "_iterator", None)
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+    tracked = loader.batch_sampler
+    if isinstance(tracked, _IndexBatchSamplerWrapper):  # Lightning's, which notes the indices while predicting
+        return _with_batch_sampler(
+            loader, _IndexBatchSamplerWrapper(DealtBatches(tracked._batch_sampler, num_replicas, rank, seed))
+        )
+    if stage == RunningStage.TRAINING:
+        return _deal_training(loader, num_replicas, rank, seed)
+    if loader.batch_sampler is None:  # automatic batching is off: the sampler yields whole batches or single samples
+        return _update_dataloader(loader, DealtBatches(loader.sampler, num_replicas, rank, seed), mode=stage)
+    return _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
+
+
+def _deal_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) -> DataLoader:
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        if len(loader.batch_sampler) < num_replicas:  # type: ignore[arg-type]
+            raise ValueError(_too_few(len(loader.batch_sampler), "batches", num_replicas))  # type: ignore[arg-type]
+        return _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
+    if len(loader.sampler) < num_replicas:  # type: ignore[arg-type]
+        raise ValueError(_too_few(len(loader.sampler), "samples", num_replicas))  # type: ignore[arg-type]
+    return _update_dataloader(loader, DealtSampler(loader.sampler, num_replicas, rank, seed))
+
+
+def _too_few(count: int, what: str, num_replicas: int) -> str:
+    return (
+        f"the training data has {count} {what} for {num_replicas} data ranks (dp_replicate x dp_shard), so some ranks "
+        f"would have none; use at most {count} data ranks or more data"
+    )
+
+
+def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
+    # DataLoader forbids setting it; Lightning would make the sampler anew from its class, which loses the user's
+    object.__setattr__(loader, "batch_sampler", batch_sampler)
+    return loader
+
+
+def dealt_batches(loader: object) -> DealtBatches | None:
+    """The dealt batch sampler of a loader that went through :func:`deal` for evaluation."""
+    sampler = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
+    sampler = getattr(sampler, "_batch_sampler", sampler)
+    return sampler if isinstance(sampler, DealtBatches) else None
+
+
+def seed_loader(loader: DataLoader, data_rank: int) -> None:
+    """Gives the loader's workers, and the seeds that it draws itself, the stream of the data rank.
+
+    Lightning seeds workers by global rank: augmentation would then differ between ranks that must see the same
+    batch. What the user set stays.
+
+    Args:
+        loader: changed in place.
+        data_rank: ranks with the same one get the same stream.
+    """
+    if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
+        loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)
+    if loader.generator is None and "PL_GLOBAL_SEED" in os.environ:
+        loader.generator = torch.Generator().manual_seed(int(os.environ["PL_GLOBAL_SEED"]) + 7919 * data_rank)

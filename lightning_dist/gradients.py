@@ -1,0 +1,91 @@
+"""The global gradient norm and clipping, over every mesh at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def num_pieces(tensor: Tensor) -> int:
+    """How many different pieces of this tensor the ranks of its mesh hold; 1 for a plain one."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    pieces = 1
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        assert not placement.is_partial(), "gradients are reduced before their norm is taken"
+        pieces *= 1 if placement.is_replicate() else size
+    return pieces
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of all gradients, as one process computes it; the same float on every rank.
+
+    Every rank sums the powers of what it holds, each divided by the number of ranks that hold the same piece.
+
+    Args:
+        parameters: of this rank, plain or DTensors on any mesh; those without a gradient are left out.
+        norm_type: the p of the p-norm; ``inf`` for the largest absolute value.
+
+    Returns:
+        A scalar tensor in float32 (float64 for float64 gradients), on the parameters' device.
+
+    Communication: one all-reduce of one float64 over the world, none when nothing is sharded.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    pieces = [num_pieces(g) for g in gradients]
+    shards = [local(g) for g in gradients]
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    device = shards[0].device if shards else torch.device("cpu")
+    dtype = torch.float64 if any(s.dtype == torch.float64 for s in shards) else torch.float32
+    filled = [(s, n) for s, n in zip(shards, pieces, strict=True) if s.numel()]
+    # a backend without float64 (mps) sums in float32
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros((), dtype=wide, device=device)
+    if filled:
+        norms = torch.stack([n.to(wide) for n in torch._foreach_norm([s for s, _ in filled], norm_type)])
+        if math.isinf(norm_type):
+            total = norms.max()
+        else:
+            share = torch.tensor([n / ranks for _, n in filled], dtype=wide, device=device)
+            total = (norms**norm_type * share).sum()
+    # Whether to communicate must not depend on what this rank happens to hold: every rank has the same pieces.
+    if any(n > 1 for n in pieces):
+        dist.all_reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM)
+    elif not math.isinf(norm_type):
+        total = total * ranks
+    return (total if math.isinf(norm_type) else total ** (1 / norm_type)).to(dtype)
+
+
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scales the gradients in place so that their global norm is at most ``max_norm``, as ``clip_grad_norm_`` does.
+
+    Returns:
+        The norm before clipping (see :func:`global_norm`, also for the communication).
+    """
+    parameters = list(parameters)
+    total = global_norm(parameters, norm_type)
+    shards = [local(p.grad) for p in parameters if p.grad is not None]
+    if shards:
+        torch._foreach_mul_(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total
+
+
+@torch.no_grad()
+def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
+    """Clamps every gradient element to [-clip_value, clip_value] in place. Communication: none."""
+    shards = [local(p.grad) for p in parameters if p.grad is not None]
+    if shards:
+        torch._foreach_clamp_min_(shards, -clip_value)
+        torch._foreach_clamp_max_(shards, clip_value)

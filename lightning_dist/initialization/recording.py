@@ -1,0 +1,309 @@
+"""Recording: floating tensors go to the meta device, and what would have filled them goes on the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_dist.initialization.install import RecordedInit
+from lightning_dist.initialization.randomness import (
+    default_generator,
+    host_random_state,
+    restore_host_random_state,
+)
+from lightning_dist.initialization.tape import CannotDefer, Constant, Draw, Slot, Step, Tape
+
+_EMPTY = {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided"}
+_FILLED = {"zeros", "ones", "full"}
+
+_REPLACING = {
+    "normal_", "uniform_", "fill_", "zero_", "copy_", "random_", "exponential_", "log_normal_", "cauchy_",
+    "geometric_",
+}  # fmt: skip
+"""In-place operations after which nothing is left of the earlier values."""
+
+_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__reduce_ex__)
+"""Methods that get at the memory of a tensor without an operation that the dispatcher sees."""
+
+_TRUNC_NORMAL = "_no_grad_trunc_normal_"
+
+
+@contextmanager
+def record_initialization() -> Iterator[RecordedInit]:
+    """Builds what is inside on the meta device and records how it would have been filled.
+
+    Floating tensors that are created empty, constant or random have no memory. Integer ones and those computed
+    from a range or from Python numbers stay real, so that models can read them. No random number is drawn: the
+    generators are afterwards as they were before.
+
+    Example::
+
+        with record_initialization() as recorded:
+            model = build()
+        recorded.bind(model)
+        fully_shard(model)
+        recorded.materialize(model)
+
+    Raises:
+        CannotDefer: the model reads a value that is not there yet (``.item()``, ``bool``, ``.numpy()``, ...) or
+            does something with it that the meta device has no shape for. The generators of torch, Python and
+            NumPy are then as before, so that the caller may build plainly.
+    """
+    tape = Tape()
+    host_random = host_random_state()
+    for generator in _generators_in_use():
+        tape.stream(generator)
+    original = getattr(nn.init, _TRUNC_NORMAL)
+    recorder = _Recorder(tape)
+    setattr(nn.init, _TRUNC_NORMAL, _recorded_whole(tape, original))
+    try:
+        with _ActAsReal(tape), recorder:
+            yield RecordedInit(tape, host_random)
+    except CannotDefer:
+        restore_host_random_state(host_random)
+        raise
+    finally:
+        setattr(nn.init, _TRUNC_NORMAL, original)
+        for stream in tape.streams:
+            stream.finish()
+
+
+class _ActAsReal(TorchFunctionMode):
+    """Lets Python code see a deferred tensor as the real one that it stands for.
+
+    ``nn.init`` (torch 2.15) silently does nothing for a tensor that says ``is_meta``, and
+    ``torch.zeros(..., device=weight.device)`` would ask for the meta device.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (_DEVICE, _IS_META):
+            number = self._tape.find(args[0]) if _IS_META(args[0]) else None
+            if number is not None and self._tape.storages[number].is_known:
+                return self._tape.storages[number].device if func == _DEVICE else False
+        elif func in _READERS and _IS_META(args[0]):
+            raise CannotDefer(f"it reads values of a deferred tensor with Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+_DEVICE = Tensor.device.__get__
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
+
+
+class _Recorder(TorchDispatchMode):
+    """Sends creation of floating tensors to the meta device and writes down each operation on a deferred tensor."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+            if any(tensor.is_meta for tensor in tensors):
+                return self._defer(func, args, kwargs, tensors)
+            if _asks_for_meta(kwargs):
+                if func.overloadpacket.__name__ == "scalar_tensor":
+                    # A Python number that torch wraps for an operation on a deferred tensor, as in w[mask] = 0
+                    return func(*args, **{**kwargs, "device": torch.device("cpu")})
+                return func(*args, **kwargs)
+            is_random = _is_random(func)
+            if is_random and _written(func, args, kwargs):
+                raise CannotDefer(
+                    f"{func} draws random numbers into a tensor that was computed from values or is an integer one"
+                )
+            if is_random or _creates_floats(func, args, kwargs, tensors):
+                return self._defer(func, args, kwargs, tensors)
+            return func(*args, **kwargs)
+
+    def _defer(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise CannotDefer("it reads the value of a deferred tensor (.item(), bool(), float() or int())")
+        tape = self._tape
+        written = _written(func, args, kwargs)
+        if any(not tensor.is_meta for tensor in written):
+            raise CannotDefer(f"{func} writes values of a deferred tensor into one that is there already")
+        device = _device_of(tape, kwargs, tensors)
+        leaves, spec = tree_flatten((args, kwargs))
+        noted = [_note(tape, leaf, device) for leaf in leaves]
+        written_slots = [tape.slot(tensor) for tensor in written]
+        result = _run_on_meta(func, args, kwargs)
+        outputs = {}
+        for place, output in enumerate(tree_flatten(result)[0]):
+            if isinstance(output, Tensor) and tape.find(output) is None:
+                number = tape.add(output, device)
+                outputs[place] = tape.slot(output)
+                assert outputs[place].storage == number
+        if not outputs and not written:
+            return result  # a view: slots know their place in the storage
+        name = func.overloadpacket.__name__
+        if name in _EMPTY:
+            return result  # no values yet: memory comes with the first that are written
+        noted_args, noted_kwargs = tree_unflatten(noted, spec)
+        slots = [leaf for leaf in noted if isinstance(leaf, Slot)]
+        ignores = name in _REPLACING
+        step = _step(
+            tape, func, noted_args, noted_kwargs, slots, written_slots, outputs, ignores, _is_random(func), device
+        )
+        tape.steps.append(step)
+        return result
+
+
+def _recorded_whole(tape: Tape, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``nn.init.trunc_normal_`` draws until all values are in range, so that only the call can be written down."""
+
+    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            if not tensor.is_meta:
+                return original(tensor, *args, **kwargs)
+            slot = tape.slot(tensor)
+            device = tape.storages[slot.storage].device
+            kept = dict(kwargs)
+            tape.steps.append(_step(tape, original, (slot, *args), kept, [slot], [slot], {}, True, True, device))
+            return tensor
+
+    return call
+
+
+def _step(
+    tape: Tape,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    slots: list[Slot],
+    written: list[Slot],
+    outputs: dict[int, Slot],
+    ignores_values: bool,
+    is_random: bool,
+    device: torch.device,
+) -> Step:
+    made = {slot.storage for slot in outputs.values()}
+    filled = {slot.storage for slot in written if ignores_values and tape.covers(slot)}
+    read = [slot for slot in slots if slot not in written] if ignores_values else slots
+    partial = {slot.storage for slot in written} - filled
+    draw = None
+    if is_random:
+        if device.type == "meta":
+            raise CannotDefer("it draws random numbers into a tensor that was made on the meta device explicitly")
+        stream = tape.stream(_generator_of((args, kwargs)) or default_generator(device))
+        jump = stream.find_jump()
+        draw = Draw(stream, stream.mark(), jump)
+    return Step(
+        function,
+        args,
+        kwargs,
+        outputs,
+        reads=frozenset({slot.storage for slot in read} | partial),
+        writes=frozenset({slot.storage for slot in written} | made),
+        fills=frozenset(filled | made),
+        ignores_values=ignores_values and bool(written),
+        draw=draw,
+        default_dtype=torch.get_default_dtype(),
+    )
+
+
+def _run_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """Shapes of the results; real operands take part as meta tensors."""
+    if func.overloadpacket.__name__ in ("index_put_", "_index_put_impl_"):
+        return args[0]  # a mask among the indices has no shape to infer, and none is needed
+    leaves, spec = tree_flatten((args, kwargs))
+    meta = [
+        leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_meta else leaf for leaf in leaves
+    ]
+    meta_args, meta_kwargs = tree_unflatten(meta, spec)
+    names = {argument.name for argument in func._schema.arguments}
+    if "device" in names and (meta_kwargs.get("device") is not None or not _tensors(leaves)):
+        meta_kwargs["device"] = torch.device("meta")
+    meta_kwargs.pop("pin_memory", None)
+    if isinstance(meta_kwargs.get("generator"), torch.Generator):
+        meta_kwargs["generator"] = None
+    if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in meta) and "device" not in names:
+        raise CannotDefer(f"{func} has no way to the meta device")
+    try:
+        return func(*meta_args, **meta_kwargs)
+    except Exception as error:
+        raise CannotDefer(f"{func} has no result without values ({type(error).__name__}: {error})") from error
+
+
+def _note(tape: Tape, leaf: Any, device: torch.device) -> Any:
+    if isinstance(leaf, Tensor):
+        return tape.slot(leaf) if leaf.is_meta else Constant(leaf.detach().clone())
+    if isinstance(leaf, torch.device) and leaf.type == "meta":
+        return device
+    return leaf
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _device_of(tape: Tape, kwargs: dict[str, Any], tensors: list[Tensor]) -> torch.device:
+    """Where plain building would have put the result."""
+    asked = kwargs.get("device")
+    if asked is not None and torch.device(asked).type != "meta":
+        device = torch.device(asked)
+        if device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
+        return device
+    devices = [
+        tape.storages[tape.slot(tensor).storage].device if tensor.is_meta else tensor.device
+        for tensor in sorted(tensors, key=lambda tensor: not tensor.dim())
+    ]
+    return devices[0] if devices else torch.device("cpu")
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operation changes in place, by its schema."""
+    found: list[Any] = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += tree_flatten(value)[0]
+    return _tensors(found)
+
+
+def _creates_floats(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
+    name = func.overloadpacket.__name__
+    if func.namespace != "aten" or name not in _EMPTY | _FILLED or kwargs.get("out") is not None:
+        return False
+    if name in _FILLED and (not args or not len(args[0])):
+        return False  # a number in a tensor's clothes: models read those
+    dtype = kwargs.get("dtype")
+    if dtype is None and tensors:
+        dtype = tensors[0].dtype
+    if dtype is None and name == "full":
+        return isinstance(args[1], float)
+    dtype = dtype or torch.get_default_dtype()
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _asks_for_meta(kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _generator_of(call: Any) -> torch.Generator | None:
+    return next((leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, torch.Generator)), None)
+
+
+def _generators_in_use() -> list[torch.Generator]:
+    """Default generators that Python code may seed while a model is built."""
+    generators = [torch.default_generator]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        generators += torch.cuda.default_generators
+    return generators

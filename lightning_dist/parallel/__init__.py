@@ -1,0 +1,65 @@
+"""What each axis does to a module; the order of the transforms is written here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.parallel.data import Alone, Replicated, Sharded, average_buffers, flat_broadcast
+
+__all__ = ["Alone", "Replicated", "Sharded", "average_buffers", "flat_broadcast", "parallelize"]
+
+
+def parallelize(
+    module: pl.LightningModule,
+    layout: Layout,
+    mesh: ParallelMesh | None,
+    *,
+    blocks: dict[str, nn.Module],
+    policy: MixedPrecisionPolicy,
+    device: torch.device,
+    compile_options: dict[str, Any] | None,
+    training: bool,
+) -> Alone:
+    """Applies the layout to a module, in place: compile block by block, then shard, or replicate.
+
+    May be called again for a module that has been through it: what is done stays.
+
+    Args:
+        module: as the user wrote it; its parameters on ``device``, or on meta.
+        layout: resolved.
+        mesh: of the layout; None for one process.
+        blocks: the repeated parts, by name.
+        policy: dtypes of sharded units.
+        device: of this rank.
+        compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
+        training: whether gradients will be asked for.
+
+    Returns:
+        What runs the module's steps under the layout.
+
+    Communication: replicate broadcasts the first data rank's parameters and buffers once; see its class and
+    :class:`Sharded` for what a step costs.
+    """
+    if compile_options is not None:
+        _compile(module, blocks, compile_options)
+    if mesh is None or layout.num_data_ranks == 1:
+        return Alone(module)
+    if layout.dp_shard > 1:
+        axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
+        return Sharded(module, mesh.root[axes], blocks, policy, mesh.data.get_group())
+    return Replicated(module, mesh.data.get_group(), device) if training else Alone(module)
+
+
+def _compile(module: pl.LightningModule, blocks: dict[str, nn.Module], options: dict[str, Any]) -> None:
+    """Compiles the blocks in place; a network without blocks as a whole. State-dict names stay."""
+    targets = list(blocks.values()) or [child for child in module.children() if any(True for _ in child.parameters())]
+    for target in targets:
+        # fully_shard's hooks have to lie outside of what is compiled: only a module it has not seen is
+        if target._compiled_call_impl is None and not isinstance(target, FSDPModule):
+            target.compile(**options)

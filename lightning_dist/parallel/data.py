@@ -1,0 +1,294 @@
+"""The data axes: replicate, fully shard, hybrid shard; and accumulation that does not reduce."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import prepare_for_backward
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric
+
+# renamed in torch 2.15
+_BUFFERS = "forward_sync_buffers"
+_NO_BUFFER_BROADCAST: dict[str, Any] = {
+    _BUFFERS if _BUFFERS in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers": False
+}
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+BUCKET_BYTES = 64 * 2**20
+"""How much is copied into one flat tensor, at most, to be sent at once."""
+
+
+def flat_broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Gives every rank of the group the values of its first rank, in place.
+
+    Communication: the tensors' bytes, in broadcasts of at most 64 MB (or one tensor) each, over the group.
+    """
+    for same in _buckets(tensors):
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        dist.broadcast(flat, dist.get_global_rank(group, 0), group)
+        _unflatten(flat, same)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of one dtype and at most ``BUCKET_BYTES``, or one tensor."""
+    open_buckets: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = open_buckets.setdefault(tensor.dtype, [])
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = open_buckets[tensor.dtype] = []
+        bucket.append(tensor)
+    yield from open_buckets.values()
+
+
+def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Makes the buffers of all data ranks equal: floating ones to their mean, the others to the first rank's.
+
+    The running statistics of a BatchNorm are those of each rank's own samples while training. Their mean over the data
+    ranks is what evaluation and checkpoints use; DDP would broadcast rank 0's on every forward pass.
+
+    Communication: one all-reduce and at most one broadcast over the group; none without persistent buffers.
+    """
+    metrics = {b for child in module.modules() if isinstance(child, Metric) for b in child.buffers()}
+    buffers = [b for b in module.buffers() if b not in metrics and not isinstance(b, DTensor)]
+    for same in _buckets(b for b in buffers if b.is_floating_point()):
+        flat = torch.cat([b.detach().reshape(-1) for b in same])
+        dist.all_reduce(flat, group=group)
+        _unflatten(flat / dist.get_world_size(group), same)
+    flat_broadcast([b for b in buffers if not b.is_floating_point()], group)
+
+
+@torch.no_grad()
+def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.detach().copy_(part.view(tensor.shape))
+
+
+class Alone:
+    """One process: nothing is wrapped and nothing is communicated."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.reduces = True
+
+    def run(self, step: str, *args: Any) -> Any:
+        """Runs a step of the LightningModule."""
+        return getattr(self.module, step)(*args)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """While it lasts, backward passes add to the gradients without reducing them."""
+        self.reduces = False
+        try:
+            yield
+        finally:
+            self.reduces = True
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Called with the loss before each backward pass."""
+
+    def after_backward(self) -> None:
+        """Called after each backward pass."""
+
+    def reshard(self) -> None:
+        """Frees what was gathered for a forward pass that no backward followed. Communication: none."""
+
+
+class Replicated(Alone):
+    """Every data rank holds the whole module; DistributedDataParallel's reducer averages the gradients.
+
+    Communication: per backward pass that reduces, one all-reduce per bucket of gradients (25 MB) and one of a byte
+    map of the used parameters, over ``group``; none while accumulating. Once, at construction, the first rank's
+    parameters and buffers are broadcast.
+
+    The reducer is told of each loss rather than of each forward pass, so a step may do several backward passes, or
+    return tensors that the loss does not depend on. Parameters that no rank's loss depends on keep no gradient, as in one
+    process. Buffers are not broadcast on every forward pass: see :func:`average_buffers`.
+    """
+
+    def __init__(self, module: pl.LightningModule, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(module)
+        self.group, self.device = group, device
+        self._wrap()
+
+    def _wrap(self) -> None:
+        self.trainable = self._trainable()
+        self.wrapper: DistributedDataParallel | None = None
+        if not any(self.trainable):
+            return
+        on_cpu = self.device.type == "cpu"
+        # DDP on CUDA has to be built on a stream of its own: pytorch.org/docs, notes/cuda
+        stream = torch.cuda.stream(torch.cuda.Stream()) if self.device.type == "cuda" else nullcontext()
+        with stream:
+            self.wrapper = DistributedDataParallel(
+                self.module,
+                device_ids=None if on_cpu else [self.device.index],
+                process_group=self.group,
+                **_NO_BUFFER_BROADCAST,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,
+            )
+
+    def _trainable(self) -> list[bool]:
+        return [p.requires_grad for p in self.module.parameters()]
+
+    def run(self, step: str, *args: Any) -> Any:
+        if self._trainable() != self.trainable:  # a callback froze or unfroze some; DDP noted them at the start
+            self._wrap()
+        return super().run(step, *args)
+
+    def before_backward(self, loss: Tensor) -> None:
+        if self.wrapper is not None:
+            self.wrapper.require_backward_grad_sync = self.reduces
+            prepare_for_backward(self.wrapper, loss)
+
+
+class Sharded(Alone):
+    """Parameters, gradients and optimizer states are split over ``dp_shard``, and copied over ``dp_replicate``.
+
+    Units are sharded by ``fully_shard`` (FSDP2): each is gathered before its forward and its backward and freed after.
+
+    [Note: the roots of sharding]
+    What is no part of a block belongs to a root. The networks that hang below the LightningModule are roots, so that
+    ``self.generator(z)`` gathers what it needs wherever it is called, in a hook or between two backward passes of
+    manual optimisation. If a single layer or a parameter hangs directly below the LightningModule, or two networks share
+    a parameter, then the LightningModule is the one root, and its steps gather. Under manual optimisation a root must
+    not span the step, so there each layer is a root, and parameters that belong to none stay whole on every rank.
+
+    Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
+    (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
+    ``dp_replicate`` if that axis is there.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        mesh: DeviceMesh,
+        blocks: dict[str, nn.Module],
+        policy: MixedPrecisionPolicy,
+        group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(module)
+        self.group = group
+        self.roots = shard_roots(module)
+        self.units = shard_units(module, blocks)
+        metrics = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
+        for unit in [*self.units.values(), *self.roots.values()]:
+            if not isinstance(unit, FSDPModule):
+                fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=metrics)
+        if "" in self.roots:
+            for step in STEPS:
+                if is_overridden(step, module) and step not in vars(module):
+                    register_fsdp_forward_method(module, step)
+        self.whole = [p for p in module.parameters() if not isinstance(p, DTensor)]
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self._reduce_gradients(False)
+        try:
+            with super().accumulating():
+                yield
+        finally:
+            self._reduce_gradients(True)
+
+    def _reduce_gradients(self, reduces: bool) -> None:
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
+            root.set_requires_gradient_sync(reduces)
+
+    def reshard(self) -> None:
+        for unit in [*self.units.values(), *self.roots.values()]:
+            assert isinstance(unit, FSDPModule)
+            unit.reshard()
+
+    def after_backward(self) -> None:
+        gradients = [p.grad for p in self.whole if p.grad is not None]
+        if not gradients or not self.reduces:
+            return
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat, group=self.group)
+        _unflatten(flat / dist.get_world_size(self.group), gradients)
+
+
+def shard_roots(module: pl.LightningModule) -> dict[str, nn.Module]:
+    """The modules that own what is in no block, by name; ``""`` is the LightningModule itself.
+
+    See [Note: the roots of sharding].
+    """
+    children = {
+        name: child
+        for name, child in module.named_children()
+        if any(True for _ in child.parameters()) and not isinstance(child, Metric)
+    }
+    if not module.automatic_optimization:
+        roots: dict[str, nn.Module] = {}
+        for name, child in children.items():
+            roots.update(_callable_modules(name, child))
+        if shared := _shared_between(roots):
+            raise ValueError(
+                f"{' and '.join(shared)} share a parameter, and this module optimises manually: dp_shard can't keep it "
+                "in one place while several backward passes run in a step; use dp_replicate, or put both networks "
+                "into one module with a forward"
+            )
+        return roots
+    layers = [child for child in children.values() if not any(True for _ in child.children())]
+    direct = [p for p in module.parameters(recurse=False)]
+    uncallable = [child for child in children.values() if isinstance(child, (nn.ModuleList, nn.ModuleDict))]
+    if layers or direct or uncallable or _shared_between(children):
+        return {"": module}
+    return children
+
+
+def _callable_modules(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """The module, or what a list or a dictionary of modules (which have no forward) holds."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return {name: module}
+    found: dict[str, nn.Module] = {}
+    for key, child in module.named_children():
+        if any(True for _ in child.parameters()):
+            found.update(_callable_modules(f"{name}.{key}", child))
+    return found
+
+
+def _shared_between(modules: dict[str, nn.Module]) -> list[str]:
+    owner: dict[nn.Parameter, str] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters():
+            if owner.setdefault(parameter, name) != name:
+                return [owner[parameter], name]
+    return []
+
+
+def shard_units(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks that can be sharded on their own: those that share no parameter with the rest of the module."""
+    users: dict[nn.Parameter, int] = {}
+    for _, parameter in module.named_parameters(remove_duplicate=False):
+        users[parameter] = users.get(parameter, 0) + 1
+    alone = {}
+    for name, block in blocks.items():
+        inside: dict[nn.Parameter, int] = {}
+        for _, parameter in block.named_parameters(remove_duplicate=False):
+            inside[parameter] = inside.get(parameter, 0) + 1
+        if all(users[parameter] == count for parameter, count in inside.items()):
+            alone[name] = block
+    return alone

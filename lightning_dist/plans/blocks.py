@@ -1,0 +1,95 @@
+"""The blocks of a network: the repeated parts that are sharded, checkpointed and compiled one by one."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torchmetrics import Metric
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The outermost repeated blocks of a network, by name, in the order of the module.
+
+    The first that answers: the classes which a transformers model names in ``_no_split_modules``; else the children
+    of a container (``Sequential``, ``ModuleList``, ``ModuleDict``) whose class occurs there twice and that are not
+    single layers. Plain containers are looked through, so a stage of blocks gives its blocks. A network without
+    repetition has none.
+    """
+    named = _declared_blocks(module)
+    return named or dict(_repeated(module, ""))
+
+
+def select_blocks(
+    module: nn.Module, choice: Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
+) -> dict[str, nn.Module]:
+    """The blocks that a user chose, by name.
+
+    Args:
+        module: the whole module.
+        choice: names of modules (``*`` matches within and across dots, ``"model.layers.*"``), names of classes,
+            classes, or a function of name and module.
+
+    Raises:
+        ValueError: an entry that matches nothing, with the closest names; or blocks of which one contains another.
+    """
+    modules = {name: child for name, child in module.named_modules() if name}
+    chosen: set[str] = set()
+    if not isinstance(choice, Iterable):
+        chosen = {name for name, child in modules.items() if choice(name, child)}
+    else:
+        for entry in choice:
+            found = {name for name, child in modules.items() if _matches(entry, name, child)}
+            if isinstance(entry, str) and "*" in entry:  # 'layers.*' means the children, not all that lies below
+                found = {name for name in found if not any(name.startswith(f"{other}.") for other in found)}
+            if not found:
+                raise ValueError(_nothing_matches(entry, modules))
+            chosen |= found
+    for name in chosen:
+        inner = next((other for other in chosen if other.startswith(f"{name}.")), None)
+        if inner is not None:
+            raise ValueError(f"shard_units chooses {name!r} and {inner!r} inside it; choose one of them")
+    return {name: child for name, child in modules.items() if name in chosen}
+
+
+def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    classes: set[str] = set()
+    for child in module.modules():
+        classes.update(getattr(child, "_no_split_modules", None) or ())
+    found = {name: child for name, child in module.named_modules() if type(child).__name__ in classes}
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    # embeddings and heads are declared too; one alone is no repeated block
+    count = Counter(type(found[name]) for name in outermost)
+    return {name: found[name] for name in outermost if count[type(found[name])] > 1}
+
+
+def _repeated(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
+    children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
+    kinds = Counter(type(child) for _, child in children)
+    for name, child in children:
+        if isinstance(child, Metric):
+            continue
+        is_repeated = isinstance(module, CONTAINERS) and kinds[type(child)] > 1 and not isinstance(child, CONTAINERS)
+        is_composed = any(True for _ in child.children()) and any(True for _ in child.parameters())
+        if is_repeated and is_composed:
+            yield name, child
+        else:
+            yield from _repeated(child, f"{name}.")
+
+
+def _matches(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    return fnmatchcase(name, entry) or type(module).__name__ == entry
+
+
+def _nothing_matches(entry: object, modules: dict[str, nn.Module]) -> str:
+    known = [*modules, *sorted({type(child).__name__ for child in modules.values()})]
+    close = difflib.get_close_matches(str(entry), known, n=3)
+    hint = f"; the closest are {', '.join(close)}" if close else ""
+    return f"shard_units names {entry!r}, which no module of the network matches{hint}"

@@ -1,0 +1,646 @@
+"""HybridStrategy: Lightning's hooks; each calls the room where the work is done."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.plugins import CheckpointIO, Precision, TorchCheckpointIO
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_dist import checkpoint as checkpoints
+from lightning_dist import gradients
+from lightning_dist.automatic import choose_layout
+from lightning_dist.data import deal, dealt_batches, seed_loader
+from lightning_dist.elastic.guard import end_children
+from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
+from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.logs import StepLogs, attach_metrics, reduce_over
+from lightning_dist.parallel import Alone, Sharded, average_buffers, flat_broadcast, parallelize
+from lightning_dist.plans import find_blocks, select_blocks
+from lightning_dist.precision import make_agreeing, shard_policy
+from lightning_dist.refusals import refuse
+from lightning_dist.report import LayoutReport
+
+ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
+
+
+class HybridStrategy(ParallelStrategy):
+    """Trains any LightningModule, unchanged, over a layout of data and model parallelism.
+
+    Args:
+        layout: degrees of the axes: a :class:`~lightning_dist.Layout`, a mapping, a string such as
+            ``"dp_replicate=2,dp_shard=4"``, or ``"auto"``: replicate what fits on a device, shard what doesn't.
+        shard_units: the modules to shard one by one, by name (with ``*``), class name, class, or a function of name and
+            module. Default: the repeated blocks of the network.
+        compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
+        checkpoint_format: ``"single"``, one file as Lightning writes it; ``"sharded"``, a directory to which every rank
+            writes what it holds; ``"auto"``, sharded where parameters are.
+        start_method: how Lightning starts the other processes of a script: ``"popen"``, ``"spawn"``, ``"fork"`` or
+            ``"forkserver"``. Under torchrun, SLURM and the like they are there already.
+        process_group_backend: of torch.distributed; by default that of the device.
+        timeout: of collectives.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as for Lightning's
+            strategies; the Trainer sets them.
+
+    Raises:
+        ValueError: see :class:`~lightning_dist.Layout`; a layout that does not fit the number of processes is refused
+            when the Trainer is made, before any process starts.
+
+    What is communicated: see :class:`~lightning_dist.parallel.Replicated` and
+    :class:`~lightning_dist.parallel.Sharded` for a step, :func:`~lightning_dist.gradients.global_norm` for clipping,
+    :class:`~lightning_dist.logs.StepLogs` for logged values.
+    """
+
+    strategy_name = "hybrid"
+
+    def __init__(
+        self,
+        layout: Layout | Mapping[str, int] | str = "auto",
+        *,
+        shard_units: ShardUnits | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        self.requested = Layout.parse(layout)
+        self.layout: Layout | None = None
+        self.mesh: ParallelMesh | None = None
+        self.gradient_norm: Tensor | None = None
+        """Norm of the gradients before the last clipping by norm; the same on every rank."""
+        self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
+        self.num_nodes = 1
+        self._shard_units = shard_units
+        self._compile_options = None if compile is False else {} if compile is True else dict(compile)
+        self._start_method = _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._parallel: Alone | None = None
+        self._logs: StepLogs | None = None
+        self._recorded: RecordedInit | None = None
+        self._checkpoint_path: _PATH | None = None
+        self.sharding_reason = ""
+        """Why ``"auto"`` chose the layout; empty where the user did."""
+
+    # ------------------------------------------------------------------ processes
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks strategies that are not its own."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str:
+        """Backend of torch.distributed."""
+        return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+
+    def set_world_ranks(self) -> None:
+        """Called by the Trainer as soon as devices and nodes are known: the layout is checked here."""
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        if self.requested is not None:
+            self.layout = self.requested.resolve(self.world_size)
+            _refuse_other_axes(self.layout)
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
+            return
+        if self._start_method == "popen":
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)
+
+    @override
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        refuse(self.lightning_module.trainer, self.layout, self.root_device)
+        super().setup_environment()
+        self.set_world_ranks()
+        if self.world_size > 1:
+            assert self.cluster_environment is not None
+            device_id = None if self.root_device.type == "cpu" else self.root_device
+            _init_dist_connection(
+                self.cluster_environment,
+                self.process_group_backend,
+                timeout=self._timeout,
+                device_id=device_id,
+            )
+            self._share_random_state()
+        if self.layout is not None:
+            self._build_mesh()
+
+    def _build_mesh(self) -> None:
+        assert self.layout is not None
+        assert self.lightning_module is not None
+        if self.world_size > 1 and self.mesh is None:
+            self.mesh = self.layout.build_mesh(self.root_device.type)
+        self.lightning_module._device_mesh = None if self.mesh is None else self.mesh.root
+
+    def _share_random_state(self) -> None:
+        """Every rank goes on with rank 0's torch generators: what is built from here on is built alike.
+
+        Communication: one broadcast of 5 kB over the world, and one of 16 bytes where there is a GPU.
+        """
+        generators: list[Any] = [torch]
+        if self.root_device.type != "cpu":
+            generators.append(torch.get_device_module(self.root_device))
+        for generator in generators:
+            state = generator.get_rng_state().to(self.root_device)
+            dist.broadcast(state, 0)
+            generator.set_rng_state(state.cpu())
+
+    def _part_random_streams(self) -> None:
+        """Data ranks draw apart from here on, in dropout and augmentation; data rank 0 goes on as one process would."""
+        state = torch.get_rng_state()
+        seed = int(torch.randint(2**31, ()))
+        torch.set_rng_state(state)
+        if self.data_rank:
+            torch.manual_seed(seed + self.data_rank)
+            np.random.seed((seed + self.data_rank) % 2**32)
+            random.seed(seed + self.data_rank)
+
+    # ------------------------------------------------------------------ who holds different samples
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Number of ranks, or groups of ranks, that see different samples."""
+        return self.world_size if self.layout is None else self.layout.num_data_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the data ranks this is; ranks with the same one see the same samples."""
+        return self.global_rank if self.mesh is None else self.mesh.data.get_local_rank()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different samples; None for one process."""
+        return None if self.mesh is None else self.mesh.data.get_group()
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.num_data_ranks, "rank": self.data_rank}
+
+    def _prepare_dataloader(
+        self, original: Callable[..., object], dataloader: object, shuffle: bool, mode: RunningStage
+    ) -> object:
+        """Stands before Lightning's method of this name, which would make a sampler of its own (seen in 2.6.6)."""
+        assert self.lightning_module is not None
+        connector = self.lightning_module.trainer._accelerator_connector
+        wanted, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+        try:
+            dataloader = original(dataloader, shuffle=shuffle, mode=mode)
+        finally:
+            connector.use_distributed_sampler = wanted
+        if wanted and isinstance(dataloader, DataLoader):
+            dataloader = deal(dataloader, self.num_data_ranks, self.data_rank, mode)
+        if isinstance(dataloader, DataLoader):
+            seed_loader(dataloader, self.data_rank)
+        return dataloader
+
+    def _counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
+        """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        loop = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
+        loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+        dealt = dealt_batches(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
+        return dealt is None or dealt.counts(batch_idx)
+
+    # ------------------------------------------------------------------ model
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """``configure_model`` runs here: what it builds is deferred where the layout shards, see ``initialization``."""
+        with self.precision_plugin.tensor_init_context(), self.root_device:
+            if self.world_size == 1 or (self.layout is not None and self.layout.dp_shard == 1):
+                yield
+                return
+            assert self.lightning_module is not None
+            try:
+                with record_initialization() as self._recorded:
+                    yield
+            except CannotDefer as error:
+                rank_zero_warn(f"{error} It is now built whole on every rank before it is sharded.")
+                self._recorded = None
+                self.lightning_module.configure_model()
+            else:
+                self._recorded.bind(self.lightning_module)
+
+    def _materialize(self, module: pl.LightningModule) -> None:
+        """Gives what ``configure_model`` deferred its values: those of plain building, of which a rank keeps its part."""
+        if self._recorded is not None and self._recorded.names:
+            self._recorded.materialize(module, device=self.root_device)
+        self._recorded = None
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self._own_dataloaders(trainer)
+        self._own_clipping()
+        self._parallelize(training=trainer.state.fn == TrainerFn.FITTING)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+        self._logs = StepLogs(self.lightning_module, self._monitored(trainer))
+        if self.data_group is not None:
+            attach_metrics(self.lightning_module, self.data_group)
+        self._part_random_streams()
+        LayoutReport.of(self).show(trainer)
+
+    def _own_dataloaders(self, trainer: pl.Trainer) -> None:
+        connector: Any = trainer._data_connector
+        if "_prepare_dataloader" not in vars(connector):
+            connector._prepare_dataloader = partial(self._prepare_dataloader, connector._prepare_dataloader)
+
+    def _own_clipping(self) -> None:
+        """Lightning clips through the precision plugin, over what one rank holds."""
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = self._clip_by_norm
+        plugin.clip_grad_by_value = self._clip_by_value
+        if self.world_size > 1:
+            make_agreeing(plugin)
+
+    def _parallelize(self, training: bool) -> None:
+        module = self.lightning_module
+        assert module is not None
+        self._sync_batchnorm(training)
+        self.precision_plugin.convert_module(module)
+        if self.layout is None:
+            self.layout, self.sharding_reason = choose_layout(
+                module, self.world_size, self.root_device, self.num_processes
+            )
+            self._build_mesh()
+        self._refuse_other_mesh(module)
+        fresh = not any(isinstance(p, DTensor) for p in module.parameters())
+        if fresh:
+            self.model_to_device()
+            if self.data_group is not None and not (training and self.layout.dp_shard == 1):
+                flat_broadcast([t for t in _tensors(module) if not t.is_meta], self.data_group)
+        if self.layout.dp_shard == 1:
+            self._materialize(module)
+        blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
+        self._parallel = parallelize(
+            module,
+            self.layout,
+            self.mesh,
+            blocks=blocks,
+            policy=shard_policy(self.precision_plugin),
+            device=self.root_device,
+            compile_options=self._compile_options,
+            training=training,
+        )
+        self._parallel.reshard()
+        self._materialize(module)
+        self.model = module
+
+    def _sync_batchnorm(self, training: bool) -> None:
+        if self._layer_sync is not None and training and self.world_size > 1:
+            assert self.model is not None
+            self._layer_sync.apply(self.model)
+
+    def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
+        for parameter in module.parameters():
+            if isinstance(parameter, DTensor):
+                mine = None if self.mesh is None else self.mesh.root["dp_shard"].size()
+                if parameter.device_mesh.size(-1) != mine:
+                    raise ValueError(
+                        f"this module is sharded over {parameter.device_mesh} from an earlier run, and the layout is now "
+                        f"{self.layout}; build the module anew and pass ckpt_path= to go on from its checkpoint"
+                    )
+                return
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            _allow_mixed_groups(optimizer)
+            # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
+            optimizer.register_step_pre_hook(lambda *_: self._parallel.reshard() if self._parallel else None)
+
+    def _monitored(self, trainer: pl.Trainer) -> set[str]:
+        names = {str(getattr(callback, "monitor", None)) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        return names | {str(config.monitor) for config in self.lr_scheduler_configs}
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None
+        _to_device(self.lightning_module, self.root_device)
+
+    # ------------------------------------------------------------------ steps
+
+    def _run(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._parallel is not None
+        assert self._logs is not None
+        with self._logs.synchronised():
+            return self._parallel.run(step, *args, **kwargs)
+
+    def _evaluate(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) < 2 or self._counts(*args[1:3]):
+            return self._run(step, args, kwargs)
+        assert self._parallel is not None
+        assert self._logs is not None
+        with self._logs.uncounted():
+            return self._parallel.run(step, *args, **kwargs)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        with self.precision_plugin.train_step_context():
+            return self._run("training_step", args, kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        with self.precision_plugin.val_step_context():
+            return self._evaluate("validation_step", args, kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        with self.precision_plugin.test_step_context():
+            return self._evaluate("test_step", args, kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Each rank predicts its own batches, in order: batch i of data rank r is the loader's batch i * n + r."""
+        assert self._parallel is not None
+        with self.precision_plugin.predict_step_context():
+            prediction = self._parallel.run("predict_step", *args, **kwargs)
+        if len(args) < 2 or self._counts(*args[1:3]):
+            return prediction
+        return self._drop_prediction(*args[1:3])
+
+    def _drop_prediction(self, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """A repeated batch is the last of its loader: the loop ends there, or goes on to the next with None."""
+        assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.predict_loop
+        if loop.epoch_batch_indices[dataloader_idx]:
+            loop.epoch_batch_indices[dataloader_idx].pop()
+        if dataloader_idx == loop.num_dataloaders - 1:
+            raise StopIteration
+
+    # ------------------------------------------------------------------ gradients
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator:
+        assert self._parallel is not None
+        with self._parallel.accumulating():
+            yield
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        assert self._parallel is not None
+        self._parallel.before_backward(closure_loss)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        assert self._parallel is not None
+        self._parallel.after_backward()
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        parameters = self.precision_plugin.main_params(optimizer)
+        self.gradient_norm = gradients.clip_by_norm(parameters, clip_val)
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        gradients.clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
+
+    # ------------------------------------------------------------------ collectives that Lightning asks for
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Over the ranks with different samples, unless a group is given. One all-reduce."""
+        group = group if group is not None else self.data_group
+        local = self._logs is not None and self._logs.local_for_now
+        if not isinstance(tensor, Tensor) or group is None or local:
+            return tensor
+        return reduce_over(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """The same decision on every rank. One all-reduce of one number over the world."""
+        if not _distributed_is_initialized():
+            return decision
+        verdict = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(verdict, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(verdict)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """From the ranks with different samples, unless a group is given. One all-gather."""
+        group = group if group is not None else self.data_group
+        return tensor if group is None else super().all_gather(tensor, group, sync_grads)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def sharded_units(self) -> list[str]:
+        """Names of the modules that are sharded one by one."""
+        return list(self._parallel.units) if isinstance(self._parallel, Sharded) else []
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether a checkpoint is a directory to which every rank writes what it holds."""
+        return self.checkpoint_format == "sharded" or (
+            self.checkpoint_format == "auto" and isinstance(self._parallel, Sharded)
+        )
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        self._settle()
+        return checkpoints.model_state(self.lightning_module)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return checkpoints.optimizer_state_by_name(self.lightning_module, optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated."""
+        write = None
+        if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
+            write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
+        checkpoints.save(checkpoint, filepath, sharded=self.saves_shards, write=write)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        self._checkpoint_path = checkpoint_path
+        return checkpoints.load(
+            checkpoint_path,
+            self.lightning_module,
+            optimizers=self.lightning_module.trainer.state.fn == TrainerFn.FITTING,
+            weights_only=weights_only,
+        )
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        state = checkpoint["state_dict"]
+        checkpoints.load_model_state(self.lightning_module, state, strict, self._checkpoint_path)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.lightning_module is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            checkpoints.load_optimizer_state(self.lightning_module, optimizer, state, self._checkpoint_path)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        if self.is_global_zero:
+            checkpoints.remove(filepath)
+
+    @override
+    def on_validation_start(self) -> None:
+        self._settle()
+
+    @override
+    def on_validation_end(self) -> None:
+        assert self._parallel is not None
+        self._parallel.reshard()
+
+    on_train_end = on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def _settle(self) -> None:
+        """Makes buffers equal on all data ranks before they are used or saved."""
+        if self.data_group is not None and self.lightning_module is not None:
+            average_buffers(self.lightning_module, self.data_group)
+
+    @override
+    def teardown(self) -> None:
+        if self._parallel is not None:
+            self._parallel.reshard()
+        if isinstance(self._parallel, Sharded):  # DTensors stay where their mesh is
+            assert self.accelerator is not None
+            self.precision_plugin.teardown()
+            self.accelerator.teardown()
+            self.checkpoint_io.teardown()
+        else:
+            super().teardown()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        end_children(self.launcher)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t.detach() for t in (*module.parameters(), *module.buffers())]
+
+
+def _to_device(module: nn.Module, device: torch.device) -> None:
+    """Moves what is real; what is deferred is materialised on the device later."""
+    if not any(tensor.is_meta for tensor in _tensors(module)):
+        module.to(device)
+        return
+    for child in module.modules():
+        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+        if own and not any(tensor.is_meta for tensor in own):
+            for name, parameter in child.named_parameters(recurse=False):
+                assert name
+                parameter.data = parameter.data.to(device)
+            for name, buffer in child.named_buffers(recurse=False):
+                child._buffers[name] = buffer.to(device)
+
+
+def _allow_mixed_groups(optimizer: Optimizer) -> None:
+    """torch's foreach and fused steps raise on plain and DTensor parameters in one group (seen in 2.14)."""
+    for group in optimizer.param_groups:
+        kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
+        if len(kinds) > 1:
+            group.update({name: False for name in ("foreach", "fused") if name in group})
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+    return value
+
+
+def _refuse_other_axes(layout: Layout) -> None:
+    ready = ("dp_replicate", "dp_shard")
+    asked = [f"{axis}={degree}" for axis, degree in layout.items() if degree > 1 and axis not in ready]
+    if asked:
+        raise ValueError(
+            f"layout {layout} asks for {', '.join(asked)}; this version trains over dp_replicate and dp_shard only"
+        )

@@ -1,0 +1,1 @@
+"""Reference training runs: LightningModules and data modules that know nothing of parallelism."""

@@ -1,0 +1,128 @@
+"""One job on one rank: build what the config names, fit, test, predict, and say how it went."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from recipes.config_errors import told_without_traceback
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Builds the job that ``cfg`` describes and runs the phases that it asks for (``train, test, predict``).
+
+    Communication: what Lightning and the strategy do; every rank of the job calls it with the same config.
+
+    Args:
+        cfg: the resolved config of the job.
+
+    Returns:
+        the logged metrics of all phases by name, and ``seconds``, the time that the phases took.
+
+    Raises:
+        ConfigError: something can't be built from what the config says.
+    """
+    if cfg.seed is not None:
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = _build("data", cfg.data)
+    module = _build_module(cfg)
+    trainer = _build_trainer(cfg)
+
+    started = time.perf_counter()
+    metrics: dict[str, float] = {}
+    if cfg.train:
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
+        metrics |= _numbers(trainer.callback_metrics)
+    weights = _weights(cfg, trainer)
+    if cfg.test:
+        trainer.test(module, datamodule=data, ckpt_path=weights, verbose=False)
+        metrics |= _numbers(trainer.callback_metrics)
+    predictions = trainer.predict(module, datamodule=data, ckpt_path=weights) if cfg.predict else None
+    metrics["seconds"] = time.perf_counter() - started
+
+    if trainer.is_global_zero:
+        _report(cfg, metrics, predictions)
+    return metrics
+
+
+def _build(name: str, node: DictConfig, **arguments: Any) -> Any:
+    with told_without_traceback(name):
+        return instantiate(node, **arguments)
+
+
+def _build_module(cfg: DictConfig) -> pl.LightningModule:
+    parts = {name: _build(name, cfg.get(name)) for name in ("model", "optimizer", "scheduler") if name in cfg}
+    return _build("recipe", cfg.recipe, **parts)
+
+
+def _build_trainer(cfg: DictConfig) -> pl.Trainer:
+    loggers = _build_all("logger", cfg.logger)
+    callbacks = _build_all("callbacks", cfg.callbacks)
+    if not loggers:
+        # Lightning refuses this one without a logger, and `logger=none` should be enough to say.
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    strategy = _build("strategy", cfg.strategy)
+    return _build("trainer", cfg.trainer, strategy=strategy, callbacks=callbacks, logger=loggers or False)
+
+
+def _build_all(group: str, nodes: DictConfig | None) -> list[Any]:
+    return [_build(f"{group}.{name!s}", node) for name, node in (nodes or {}).items() if node is not None]
+
+
+def _weights(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
+    """The checkpoint to test and predict with, ``None`` for the weights at hand."""
+    if not cfg.train:
+        return cfg.ckpt_path
+    checkpoint = trainer.checkpoint_callback
+    if cfg.weights == "best" and isinstance(checkpoint, ModelCheckpoint):
+        return checkpoint.best_model_path or None
+    return None
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _report(cfg: DictConfig, metrics: dict[str, float], predictions: Sequence[Any] | None) -> None:
+    console = Console()
+    for text in _texts(predictions):
+        console.print(text, markup=False, highlight=False)
+        console.rule()
+    table = Table(title="Result")
+    table.add_column("metric")
+    table.add_column("measured", justify="right")
+    table.add_column("expected", justify="right")
+    expected = cfg.get("expected")
+    for name, value in metrics.items():
+        if name.endswith(("_step", "_epoch")):
+            continue
+        table.add_row(name, f"{value:.4g}", _verdict(expected, name, value))
+    console.print(table)
+
+
+def _texts(predictions: Sequence[Any] | None) -> list[str]:
+    """What there is to read among the predictions of all batches; a language model predicts text."""
+    flat: list[Any] = []
+    for batch in predictions or []:
+        flat.extend(batch if isinstance(batch, (list, tuple)) else [batch])
+    return [item for item in flat if isinstance(item, str)]
+
+
+def _verdict(expected: DictConfig | None, name: str, value: float) -> str:
+    if expected is None or expected.metric != name:
+        return ""
+    least, most = expected.get("at_least"), expected.get("at_most")
+    bounds = [f"at least {least:g}" if least is not None else "", f"at most {most:g}" if most is not None else ""]
+    reached = (least is None or value >= least) and (most is None or value <= most)
+    return f"{' and '.join(filter(None, bounds))}: {'reached' if reached else 'missed'}"

@@ -1,0 +1,7 @@
+"""Language modelling: a causal decoder, or any of transformers', on the tokens of a text."""
+
+from recipes.language_model.data import TextData
+from recipes.language_model.decoder import Decoder
+from recipes.language_model.module import CausalLM
+
+__all__ = ["CausalLM", "Decoder", "TextData"]

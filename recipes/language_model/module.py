@@ -1,0 +1,125 @@
+"""CausalLM: next-token cross entropy of any causal language model, per token and per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import lightning.pytorch as L
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from recipes.language_model.data import IGNORED
+from recipes.language_model.generation import generate
+from recipes.language_model.metrics import ExponentialOfRatio, RatioOfSums
+from recipes.optimization import (
+    OptimizerFactory,
+    SchedulerFactory,
+    configure_optimization,
+    parameters_without_decay,
+)
+
+
+class CausalLM(L.LightningModule):
+    """Trains a language model on the batches of :class:`recipes.language_model.data.TextData`.
+
+    Logs ``train/loss`` by step, and by epoch for ``val`` and ``test``, each exact over the held-out text:
+
+    - ``loss``, nats per token, and ``perplexity``, its exponential;
+    - ``loss_per_byte``, nats per UTF-8 byte, and ``bits_per_byte``: they compare tokenizers;
+    - ``unigram_loss_per_byte``: of a model that only knows the tokens' frequencies in the training text.
+
+    Args:
+        model: makes the network, tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``, or to an
+            object that has them as ``logits``, as transformers' do. Called in ``configure_model``.
+        optimizer: makes the optimizer of parameter groups.
+        scheduler: makes the learning rate schedule of the optimizer and ``total_steps``; ``None`` for a fixed rate.
+        sample_tokens: tokens to add to each prompt in prediction.
+        temperature: of the samples; 0 takes the likeliest token.
+        context_length: most tokens that the model is shown when sampling.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        *,
+        sample_tokens: int = 128,
+        temperature: float = 0.8,
+        context_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._make_model = model
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self.sample_tokens = sample_tokens
+        self.temperature = temperature
+        self.context_length = context_length
+        self.model: nn.Module | None = None
+        self.val_metrics = _evaluation_metrics()
+        self.test_metrics = _evaluation_metrics()
+
+    def configure_model(self) -> None:
+        """Builds the network, once: Lightning calls this for every fit, validate, test and predict."""
+        if self.model is None:
+            self.model = self._make_model()
+            self._without_decay = parameters_without_decay(self)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer without weight decay on norms and biases, schedule by step."""
+        return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(batch, length, vocab_size)`` of tokens ``(batch, length)``."""
+        assert self.model is not None, "configure_model has not run"
+        output = self.model(tokens)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean nats per token."""
+        loss = F.cross_entropy(self(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["inputs"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Nats, tokens and bytes of a validation batch."""
+        self._evaluate("val", self.val_metrics, batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Nats, tokens and bytes of a test batch."""
+        self._evaluate("test", self.test_metrics, batch)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> list[str] | Tensor:
+        """Prompts ``(batch, length)``, continued: as texts if the data module can decode, else as tokens."""
+        tokens = generate(
+            self, batch, self.sample_tokens, temperature=self.temperature, context_length=self.context_length
+        )
+        decode = getattr(getattr(self.trainer, "datamodule", None), "decode", None)
+        return tokens if decode is None else [decode(sample) for sample in tokens]
+
+    def _evaluate(self, stage: str, metrics: nn.ModuleDict, batch: dict[str, Tensor]) -> None:
+        targets = batch["targets"].flatten()
+        logits = self(batch["inputs"]).flatten(0, 1)
+        nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        num_tokens = (targets != IGNORED).sum()
+        sums = {
+            "loss": (nats, num_tokens),
+            "perplexity": (nats, num_tokens),
+            "loss_per_byte": (nats, batch["num_bytes"]),
+            "bits_per_byte": (nats / math.log(2), batch["num_bytes"]),
+            "unigram_loss_per_byte": (batch["unigram_micronats"].double() / 1e6, batch["num_bytes"]),
+        }
+        for name, (numerator, denominator) in sums.items():
+            metric = cast(RatioOfSums, metrics[name])
+            metric.update(numerator, denominator)
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", batch_size=len(batch["inputs"]))
+
+
+def _evaluation_metrics() -> nn.ModuleDict:
+    metrics: dict[str, nn.Module] = {
+        name: RatioOfSums() for name in ("loss", "loss_per_byte", "bits_per_byte", "unigram_loss_per_byte")
+    }
+    return nn.ModuleDict({**metrics, "perplexity": ExponentialOfRatio()})

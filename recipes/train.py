@@ -1,0 +1,242 @@
+"""Trains what a Hydra config describes: ``python -m recipes.train [group=option] [key=value] ...``.
+
+[Note: Hydra composes once]
+Hydra runs in one process, which starts the ranks and hands them the resolved config. Under torchrun or SLURM the
+ranks are there already: each composes the same config and joins. ``--help`` lists the groups.
+
+[Note: late imports]
+Tab completion, ``--help`` and ``--cfg`` answer at once because torch and Lightning are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log, setup_globals
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):  # `python recipes/train.py`, the form that Hydra's tab completion knows
+    sys.path[0] = str(ROOT)
+
+from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
+from recipes.sweep import JobResult  # noqa: E402
+
+log = logging.getLogger("recipes.train")
+
+DEFAULT_CPU_PROCESSES = 2
+"""What ``trainer.devices=auto`` means on a machine without an accelerator: enough to show a layout."""
+
+
+class JobFailed(CompactHydraException):
+    """A job failed; its text is all that there is to show."""
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def train(cfg: DictConfig) -> float | None:
+    """Runs one job to its end; in a sweep a failed job is logged, so that the next one runs.
+
+    Returns:
+        ``cfg.optimized_metric`` of the job, for sweepers that search; not a number if the job failed.
+    """
+    hydra_cfg = HydraConfig.get()
+    try:
+        metrics = _run(cfg)
+        optimized = _optimized(cfg, metrics)
+    except Exception as error:
+        failure = _describe(error)
+        _save_result(cfg, failure.splitlines()[0], {})
+        if hydra_cfg.mode != RunMode.MULTIRUN:
+            raise JobFailed(failure) from None
+        log.error("job %s failed: %s", hydra_cfg.job.num, failure)
+        return float("nan")
+    _save_result(cfg, None, metrics)
+    return optimized
+
+
+def main() -> None:
+    """The command: :func:`train`, with what goes wrong told in one message and a status that says so."""
+    if {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        _join_quietly()
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra then raises what it would print itself, with less to go on.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        train()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        print(str(error) if isinstance(error, (JobFailed, ConfigError)) else explain(error), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
+    from lightning_dist.elastic import is_launched, launch  # See [Note: late imports]
+
+    num_processes = _settle_processes(cfg)
+    _check_layout(cfg, num_processes)
+    try:
+        resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    # In a sweep even one rank gets a process of its own, so that no job finds what an earlier one left.
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_launched() or (num_processes == 1 and not in_sweep):
+        return _run_here(resolved)
+    return launch(_run_rank, resolved, HydraConfig.instance().cfg, num_processes=num_processes)[0]
+
+
+def _run_here(cfg: DictConfig) -> dict[str, float]:
+    from recipes import job  # See [Note: late imports]
+
+    # Lightning's loggers print beside Hydra's, which would show every line twice.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    return job.run(cfg)
+
+
+def _run_rank(cfg: DictConfig, hydra_cfg: DictConfig) -> dict[str, float]:
+    setup_globals()
+    HydraConfig.instance().set_config(hydra_cfg)
+    configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+    if not _is_first_rank():
+        logging.disable(logging.INFO)
+    return _run_here(cfg)
+
+
+def _settle_processes(cfg: DictConfig) -> int:
+    """Writes the ranks of this machine into the trainer's config and returns the number of all ranks."""
+    from lightning_dist.elastic import is_launched
+
+    if is_launched():
+        num_nodes, num_local = _launched_shape()
+        if cfg.trainer.devices != "auto" and _count(cfg.trainer.devices, cfg.trainer.accelerator) != num_local:
+            raise ConfigError(
+                f"trainer.devices={cfg.trainer.devices} but {num_local} ranks were started on this machine; "
+                "leave trainer.devices out, or start as many ranks"
+            )
+        cfg.trainer.devices, cfg.trainer.num_nodes = num_local, num_nodes
+        return num_local * num_nodes
+    if cfg.trainer.num_nodes != 1:
+        raise ConfigError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}, but this command starts ranks on one machine only; "
+            "for several machines start it with torchrun or SLURM"
+        )
+    num_processes = _count(cfg.trainer.devices, cfg.trainer.accelerator)
+    if not OmegaConf.is_list(cfg.trainer.devices):
+        cfg.trainer.devices = num_processes
+    return num_processes
+
+
+def _launched_shape() -> tuple[int, int]:
+    """Machines, and ranks on each of them, as torchrun or SLURM started them."""
+    environ = os.environ
+    if "WORLD_SIZE" in environ:
+        num_local = int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]))
+        return int(environ["WORLD_SIZE"]) // num_local, num_local
+    num_nodes = int(environ.get("SLURM_NNODES", 1))
+    return num_nodes, int(environ["SLURM_NTASKS"]) // num_nodes
+
+
+def _count(devices: Any, accelerator: str) -> int:
+    """How many devices Lightning would take for ``devices``."""
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([index for index in devices.split(",") if index.strip()])
+    if devices in ("auto", -1, "-1"):
+        return _available(accelerator)
+    try:
+        num_devices = int(devices)
+    except (TypeError, ValueError):
+        num_devices = 0
+    if num_devices < 1:
+        raise ConfigError(f"trainer.devices={devices}: pass a number of ranks, a list of devices, or auto")
+    return num_devices
+
+
+def _available(accelerator: str) -> int:
+    import torch
+
+    if accelerator == "cpu" or not torch.accelerator.is_available():
+        return DEFAULT_CPU_PROCESSES
+    return torch.accelerator.device_count()
+
+
+def _check_layout(cfg: DictConfig, world_size: int) -> None:
+    """Refuses a layout that doesn't fit before any process starts."""
+    from lightning_dist.layout import Layout
+
+    if "layout" not in cfg.strategy:
+        return
+    value: Any = cfg.strategy.layout
+    try:
+        layout = Layout.parse(dict(value) if OmegaConf.is_dict(value) else value)
+        if layout is not None:
+            layout.resolve(world_size)
+    except ValueError as error:
+        raise ConfigError(f"strategy.layout: {error}") from None
+
+
+def _optimized(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
+    if cfg.optimized_metric is None:
+        return None
+    if cfg.optimized_metric not in metrics:
+        raise ConfigError(
+            f"optimized_metric={cfg.optimized_metric} is not among the metrics {', '.join(metrics)}"
+            + did_you_mean(cfg.optimized_metric, metrics)
+        )
+    return metrics[cfg.optimized_metric]
+
+
+def _describe(error: Exception) -> str:
+    """All that there is to show of a failure: one message for a config error, else the failing rank's traceback."""
+    from lightning_dist.elastic import WorkerFailed
+    from lightning_dist.elastic.launch import short_traceback
+
+    told = error.exception if isinstance(error, WorkerFailed) and error.exception else error
+    if isinstance(told, (CompactHydraException, OmegaConfBaseException)):
+        return str(told)
+    if isinstance(error, WorkerFailed):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n\n{short_traceback(error)}"
+
+
+def _save_result(cfg: DictConfig, error: str | None, metrics: dict[str, float]) -> None:
+    if _is_first_rank():
+        overrides = list(HydraConfig.get().overrides.task)
+        JobResult(overrides, error, metrics, cfg.optimized_metric).save(Path(HydraConfig.get().runtime.output_dir))
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _join_quietly() -> None:
+    """Under torchrun or SLURM every rank runs Hydra: only the first writes files and logs INFO."""
+    from lightning_dist.elastic import is_launched
+
+    if not is_launched():
+        return
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise SystemExit("--multirun starts the ranks of its jobs itself: run it without torchrun or srun")
+    if not _is_first_rank():
+        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+        logging.disable(logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A checkpoint of one layout continues under another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_dist import checkpoint
+from lightning_dist.checkpoint.state import with_indices
+from lightning_dist.checkpoint.tree import map_leaves
+from tests.checkpoint.training import (
+    OPTIMIZERS,
+    RANKS,
+    build,
+    leg,
+    make_optimizer,
+    restore,
+    snapshot,
+    train,
+)
+from tests.ranks import run_on_ranks
+
+LONG = [("shard", True), ("one", False), ("hybrid", True), ("replicate", True), ("shard", False)]
+"""Layouts a run goes through, and whether the checkpoint at the end of each is sharded."""
+
+SHORT = [("shard", True), ("one", False), ("shard", True)]
+JOURNEYS = {name: LONG if name in ("adamw", "momentum") else SHORT for name in OPTIMIZERS}
+
+
+def on(layout: str, function: Any, *args: Any) -> list[Any]:
+    """In this process, without a process group, where the layout is one process."""
+    return [function(*args)] if layout == "one" else run_on_ranks(RANKS[layout], function, *args)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_run_that_changes_layout_continues_as_if_uninterrupted(optimizer: str, tmp_path: Path) -> None:
+    journey = JOURNEYS[optimizer]
+    losses: list[float] = []
+    start = None
+    for number, (layout, sharded) in enumerate(journey):
+        end = tmp_path / f"{number}.ckpt"
+        steps = range(2 * number, 2 * number + 2)
+        losses += on(layout, leg, layout, optimizer, steps, start, end, sharded)[0]
+        start = end
+    steps = range(2 * len(journey))
+    expected = leg("one", optimizer, steps, None, tmp_path / "expected.ckpt", False)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert_same(_full_state(end), _full_state(tmp_path / "expected.ckpt"), atol=1e-6)
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "single"])
+@pytest.mark.parametrize("layout", ["one", "replicate", "shard", "hybrid"])
+def test_state_is_bitwise_the_same_under_the_same_layout(layout: str, sharded: bool, tmp_path: Path) -> None:
+    assert all(on(layout, _roundtrip, layout, tmp_path / "a.ckpt", sharded))
+
+
+def test_states_of_another_shape_than_their_parameter_are_whole_on_every_rank(tmp_path: Path) -> None:
+    run_on_ranks(2, _factored, tmp_path / "a.ckpt")
+
+
+def test_plain_state_of_a_sharded_parameter_is_refused() -> None:
+    for message in run_on_ranks(2, _plain_state):
+        assert "'history' of the sharded parameter 'hidden.weight'" in message
+
+
+def test_optimizer_without_a_step_has_no_state_after_loading(tmp_path: Path) -> None:
+    run_on_ranks(2, leg, "shard", "adamw", range(0), None, tmp_path / "a.ckpt", True)
+    module = build("one")
+    optimizer = make_optimizer(module, "adamw")
+    restore(tmp_path / "a.ckpt", module, optimizer)
+    assert not optimizer.state
+
+
+def test_parameter_without_gradient_has_no_state_and_step_stays_a_cpu_scalar(tmp_path: Path) -> None:
+    run_on_ranks(2, leg, "shard", "adamw", range(2), None, tmp_path / "a.ckpt", True)
+    module = build("one")
+    optimizer = make_optimizer(module, "adamw")
+    restore(tmp_path / "a.ckpt", module, optimizer)
+    assert module.unused.weight not in optimizer.state
+    step = optimizer.state[module.hidden.weight]["step"]
+    assert (step.shape, step.dtype, step.item()) == ((), torch.float32, 2)
+
+
+def test_directory_holds_every_tensor_once(tmp_path: Path) -> None:
+    run_on_ranks(4, leg, "hybrid", "adamw", range(1), None, tmp_path / "a.ckpt", True)
+    module = build("one")
+    optimizer = make_optimizer(module, "adamw")
+    train(module, optimizer, range(1))
+    from torch.distributed.checkpoint import FileSystemReader
+
+    stored = FileSystemReader(tmp_path / "a.ckpt").read_metadata().state_dict_metadata
+    counts = {key: sum(chunk.sizes.numel() for chunk in value.chunks) for key, value in stored.items()}
+    assert counts["state_dict.embed.weight"] == module.embed.weight.numel()
+    assert "state_dict.head.weight" not in counts, "a tied parameter is written once"
+    moments = {key: n for key, n in counts.items() if key.endswith("exp_avg")}
+    assert sum(moments.values()) == sum(s["exp_avg"].numel() for s in optimizer.state.values())
+
+
+def test_compiled_module_saves_and_loads_plain_names(tmp_path: Path) -> None:
+    module = build("one")
+    module.hidden = torch.compile(module.hidden)  # type: ignore[assignment]
+    state = checkpoint.model_state(module)
+    assert list(state) == list(build("one").state_dict())
+    other = build("one", seed=1)
+    checkpoint.load_model_state(other, state)
+    checkpoint.load_model_state(module, build("one", seed=2).state_dict())
+    assert torch.equal(module.hidden.weight, build("one", seed=2).hidden.weight)
+    names = checkpoint.optimizer_state_by_name(module, make_optimizer(module, "adamw"))["param_groups"][0]["params"]
+    assert "hidden.weight" in names
+
+
+def test_callback_may_hold_sharded_tensors(tmp_path: Path) -> None:
+    run_on_ranks(2, _sharded_callback, tmp_path)
+    for name in ("sharded.ckpt", "single.ckpt"):
+        state = checkpoint.load(tmp_path / name)
+        assert torch.equal(state["callbacks"]["average"][0], build("one").hidden.weight.detach())
+
+
+def assert_same(first: Any, second: Any, atol: float = 0.0) -> None:
+    """Equal trees: the same keys in the same order, the same types, tensors within ``atol``."""
+    ours, theirs = _flat(first), _flat(second)
+    assert list(ours) == list(theirs)
+    for path, value in ours.items():
+        other = theirs[path]
+        assert type(value) is type(other), path
+        if isinstance(value, Tensor):
+            assert value.dtype == other.dtype, path
+            torch.testing.assert_close(value, other, rtol=0, atol=atol, msg=str(path))
+        else:
+            assert value == other, path
+
+
+def _flat(tree: Any) -> dict[Any, Any]:
+    leaves: dict[Any, Any] = {}
+    map_leaves(tree, lambda path, value: leaves.setdefault(path, value))
+    return leaves
+
+
+def _full_state(path: Path) -> dict[str, Any]:
+    state = checkpoint.load(path)
+    return {"state_dict": dict(state["state_dict"]), "states": with_indices(state["optimizer_states"][0])["state"]}
+
+
+def _roundtrip(layout: str, path: Path, sharded: bool) -> bool:
+    module = build(layout)
+    optimizer = make_optimizer(module, "adamw")
+    train(module, optimizer, range(3))
+    checkpoint.save(snapshot(module, optimizer), path, sharded=sharded)
+    saved = snapshot(module, optimizer)
+    other = build(layout, seed=1)
+    other_optimizer = make_optimizer(other, "adamw")
+    rest = restore(path, other, other_optimizer)
+    assert rest["epoch"] == 1
+    assert rest["callbacks"]["Score"]["best"] == 0.5
+
+    def local(_: Any, value: Any) -> Any:
+        return (value.to_local(), value.placements) if isinstance(value, DTensor) else value
+
+    assert_same(map_leaves(snapshot(other, other_optimizer), local), map_leaves(saved, local))
+    return True
+
+
+class Factored(torch.optim.Optimizer):
+    """Row and column statistics in place of the full second moment, as Adafactor has them."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or p.ndim < 2:
+                    continue
+                state = self.state[p]
+                square = p.grad.square() + 1e-8
+                rows, columns = square.mean(1, keepdim=True), square.mean(0, keepdim=True)
+                if isinstance(p, DTensor):
+                    from torch.distributed.tensor import Replicate
+
+                    whole = [Replicate()] * p.device_mesh.ndim
+                    rows, columns = rows.redistribute(placements=whole), columns.redistribute(placements=whole)
+                state["rows"] = rows + state.get("rows", 0)
+                state["columns"] = columns + state.get("columns", 0)
+                p.sub_(group["lr"] * p.grad / (state["rows"] * state["columns"] / state["rows"].mean()).sqrt())
+
+
+def _factored(path: Path) -> None:
+    module, plain = build("shard"), build("one")
+    optimizer, plain_optimizer = Factored(module.parameters()), Factored(plain.parameters())
+    train(module, optimizer, range(2))
+    train(plain, plain_optimizer, range(2))
+    checkpoint.save(snapshot(module, optimizer), path, sharded=True)
+    other = build("shard", seed=1)
+    other_optimizer = Factored(other.parameters())
+    restore(path, other, other_optimizer)
+    assert other_optimizer.state[other.hidden.weight]["rows"].full_tensor().shape == (7, 1)
+    losses = train(other, other_optimizer, range(2, 4))
+    assert losses == pytest.approx(train(plain, plain_optimizer, range(2, 4)), abs=1e-5)
+
+
+def _plain_state() -> str:
+    module = build("shard")
+    optimizer = make_optimizer(module, "sgd")
+    optimizer.state[module.hidden.weight]["history"] = torch.zeros(4)
+    with pytest.raises(ValueError, match="plain tensor") as error:
+        checkpoint.optimizer_state_by_name(module, optimizer)
+    return str(error.value)
+
+
+def _sharded_callback(folder: Path) -> None:
+    module = build("shard")
+    state = snapshot(module, make_optimizer(module, "sgd"))
+    state["callbacks"] = {"average": [module.hidden.weight.detach().clone()]}
+    checkpoint.save(state, folder / "sharded.ckpt", sharded=True)
+    checkpoint.save(state, folder / "single.ckpt", sharded=False)

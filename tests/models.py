@@ -1,0 +1,281 @@
+"""Small LightningModules, as users write them: none knows of parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+WIDTH, CLASSES = 16, 4
+
+
+def samples(count: int = 64, seed: int = 3) -> Dataset:
+    """Points and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, WIDTH, generator=generator)
+    return TensorDataset(x, (x[:, :CLASSES] + 0.3 * x[:, -CLASSES:]).argmax(1))
+
+
+def few_samples() -> Dataset:
+    """13: divides by no number of ranks or batch size used here."""
+    return samples(13, seed=4)
+
+
+def wide_samples() -> Dataset:
+    """In float64, for double precision."""
+    x, y = samples().tensors  # type: ignore[attr-defined]
+    return TensorDataset(x.double(), y)
+
+
+class Block(nn.Module):
+    """A residual feed-forward block."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """A stem, repeated blocks, a head."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Classifier(L.LightningModule):
+    """Logs as a single-process user does: without sync_dist."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.lr = lr
+        self.net: nn.Module = Net()
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
+        self.val_accuracy = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
+        self.auroc = torchmetrics.AUROC("multiclass", num_classes=CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y)
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        self.accuracy(logits, y)
+        self.log("train/accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self.log("val/loss", F.cross_entropy(logits, y))
+        self.log("val/count", float(len(y)), reduce_fx="sum")
+        self.log("val/largest", logits.max(), reduce_fx="max")
+        self.val_accuracy(logits, y)
+        self.log("val/accuracy", self.val_accuracy)
+        self.auroc.update(logits.softmax(-1), y)
+        self.log("val/auroc", self.auroc)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(-1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), self.lr)
+
+
+class Momentum(Classifier):
+    """SGD with momentum."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
+
+
+class Grouped(Classifier):
+    """Several parameter groups and a scheduler by step."""
+
+    def configure_optimizers(self) -> Any:
+        decayed = [p for p in self.parameters() if p.ndim > 1]
+        others = [p for p in self.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 3 * self.lr}],
+            self.lr,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Plateau(Classifier):
+    """A scheduler that decides by a logged value."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.3)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+
+
+class Tied(Classifier):
+    """One weight used by the first and the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.net.head = nn.Linear(WIDTH, WIDTH)
+        self.net.head.weight = self.net.stem.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[:, :CLASSES]
+
+
+class TiedBlocks(Classifier):
+    """Two blocks share a weight, so they can't be sharded apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = Net()
+        net.blocks[1].up.weight = net.blocks[0].up.weight  # type: ignore[union-attr]
+        self.net = net
+
+
+class Frozen(Classifier):
+    """Part of the network does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.net.blocks[0].parameters():  # type: ignore[index,union-attr]
+            parameter.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], self.lr)
+
+
+class Unused(Classifier):
+    """A layer without influence: weight decay must not move it, as its gradient is None in one process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.unused = nn.Linear(3, 3)
+        self.net.blocks.append(Block())  # type: ignore[operator,union-attr]
+        self.net.blocks[0].unused = nn.Linear(3, 3)  # type: ignore[index,union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net.stem(x)  # type: ignore[operator]
+        for block in list(self.net.blocks)[:-1]:  # type: ignore[arg-type]
+            x = block(x)
+        return self.net.head(self.net.norm(x))  # type: ignore[operator]
+
+
+class UnusedInside(Classifier):
+    """As above, but the network's own forward is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.unused = nn.Linear(3, 3)
+        self.net.blocks[0].unused = nn.Linear(3, 3)  # type: ignore[index,union-attr]
+
+
+class Thawing(Momentum):
+    """A callback-like change of what trains, in the middle of the run."""
+
+    def on_train_epoch_start(self) -> None:
+        for parameter in self.net.blocks[0].parameters():  # type: ignore[index,union-attr]
+            parameter.requires_grad_(self.current_epoch > 0)
+
+
+class Flat(L.LightningModule):
+    """Layers and a parameter directly in the LightningModule, as tutorials write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, CLASSES)
+        self.scale = nn.Parameter(torch.ones(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()) * self.scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        x, y = batch
+        hidden = self.first(x)
+        loss = F.cross_entropy(self(x), y)
+        self.log("loss", loss, sync_dist=True)
+        return {"loss": loss, "other": hidden}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log_dict({"val": F.cross_entropy(self(batch[0]), batch[1])})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class Adversarial(L.LightningModule):
+    """Manual optimisation of two networks by two optimizers, three backward passes a step, one accumulated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+        self.critic = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, _ = batch
+        generator, critic = self.optimizers()  # type: ignore[misc]
+        with torch.no_grad():
+            fake = self.generator(x.flip(1))
+        critic.zero_grad()
+        self.manual_backward(F.softplus(-self.critic(x) * self.temperature).mean())
+        self.manual_backward(F.softplus(self.critic(fake)).mean())
+        self.clip_gradients(critic, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+        self.critic(x)  # a forward without a backward before the step: what it gathered must not outlive it
+        critic.step()
+        generator.zero_grad()
+        loss = F.softplus(-self.critic(self.generator(x.flip(1)))).mean()
+        self.manual_backward(loss)
+        generator.step()
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss.detach()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.AdamW(self.generator.parameters(), 1e-2),
+            torch.optim.AdamW([*self.critic.parameters(), self.temperature], 1e-2),
+        ]
+
+
+class Normalised(Classifier):
+    """With BatchNorm: each rank's statistics are its own samples', as in ddp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+
+
+class Deferred(Classifier):
+    """Built in configure_model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None  # type: ignore[assignment]
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = Net()

@@ -1,0 +1,142 @@
+"""The spine of the tests: a layout against one process on the same global batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_dist import HybridStrategy, gradients
+from tests.ranks import run_on_ranks
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+TOLERANCE = 1e-5
+"""Relative, of float32 rounding over tens of steps."""
+
+
+@dataclass
+class Run:
+    """A training to compare: what is built, on what data, how.
+
+    Args:
+        module: makes the LightningModule; at the top of a file, so that ranks can import it.
+        data: makes the training data set.
+        val_data: makes the validation data set, or None.
+        batch_size: of one process: the global batch.
+        seed: before the module is made.
+        trainer: arguments of the Trainer.
+        strategy: arguments of HybridStrategy beside the layout.
+        shuffle: of the training loader.
+    """
+
+    module: Callable[[], L.LightningModule]
+    data: Callable[[], Dataset]
+    val_data: Callable[[], Dataset] | None = None
+    batch_size: int = 8
+    seed: int = 1
+    trainer: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    shuffle: bool = False
+    callbacks: Callable[[], list[Callback]] = list
+
+
+@dataclass
+class Record:
+    """What a training left behind."""
+
+    losses: list[float]
+    norms: list[float]
+    logged: dict[str, float]
+    weights: dict[str, Tensor]
+
+
+class Watch(Callback):
+    """Notes every step's loss, averaged over the ranks with different samples, and the norm of its gradients."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self.losses.append(float(trainer.strategy.reduce(loss.detach().float().clone())))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norms.append(float(gradients.global_norm(parameters)))
+
+
+def train(run: Run, layout: str | None) -> Record:
+    """Trains under a layout on the ranks that are there; None is Lightning's own strategy for one process."""
+    L.seed_everything(run.seed, verbose=False)
+    module = run.module()
+    watch = Watch()
+    strategy: Any = {None: "auto", "ddp": "ddp"}.get(layout) or HybridStrategy(layout, **run.strategy)
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    trainer = L.Trainer(
+        **{
+            **QUIET,
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "devices": world,
+            **run.trainer,
+            "callbacks": [watch, *run.callbacks()],
+            "strategy": strategy,
+        }
+    )
+    data = run.data()
+    # Lightning's ddp would shuffle an unshuffled loader: bring its sampler
+    sampler = DistributedSampler(data, shuffle=False) if layout == "ddp" else None
+    loader = DataLoader(data, batch_size=run.batch_size // world, shuffle=run.shuffle, sampler=sampler)
+    val_loader = None if run.val_data is None else DataLoader(run.val_data(), batch_size=run.batch_size // 2)
+    trainer.fit(module, loader, val_loader)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return Record(watch.losses, watch.norms, logged, whole_weights(module))
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every sharded tensor gathered. One all-gather a tensor."""
+    state = module.state_dict()
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone() for name, t in state.items()
+    }
+
+
+def on_layout(run: Run, layout: str, num_ranks: int) -> list[Record]:
+    """The records of all ranks."""
+    return run_on_ranks(num_ranks, train, run, layout)
+
+
+def assert_parity(run: Run, layout: str, num_ranks: int, tolerance: float = TOLERANCE) -> None:
+    """The layout gives the losses, gradient norms, logged values and weights of one process, on every rank."""
+    one = train(run, None)
+    assert one.losses
+    assert one.norms
+    for record in on_layout(run, layout, num_ranks):
+        assert_equal(one, record, tolerance)
+
+
+def assert_equal(one: Record, other: Record, tolerance: float = TOLERANCE) -> None:
+    """Two records agree within a relative tolerance."""
+    torch.testing.assert_close(other.losses, one.losses, rtol=tolerance, atol=tolerance / 10)
+    torch.testing.assert_close(other.norms, one.norms, rtol=tolerance, atol=tolerance / 10)
+    assert other.logged.keys() == one.logged.keys()
+    for name, value in one.logged.items():
+        torch.testing.assert_close(other.logged[name], value, rtol=tolerance, atol=tolerance / 10, msg=name)
+    assert other.weights.keys() == one.weights.keys()
+    for name, weight in one.weights.items():
+        difference = (other.weights[name] - weight).norm() / weight.norm().clamp(min=1e-12)
+        assert difference <= tolerance, f"{name}: {difference:.1e}"

@@ -1,0 +1,157 @@
+"""A pool of gloo ranks for the whole test run: starting processes and importing torch costs seconds, once."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import pickle
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+MAX_RANKS = 4
+
+
+class RankError(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+class RankPool:
+    """Processes that wait for work. ``run(2, f, x)`` calls ``f(x)`` on two ranks of a fresh process group.
+
+    The environment of each call is that of ``torchrun``, so a ``Trainer`` made inside joins instead of launching.
+    """
+
+    def __init__(self, size: int = MAX_RANKS) -> None:
+        self.size = size
+        self._pipes: list[Connection] = []
+        self._processes: list[mp.process.BaseProcess] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")  # not daemons: data loaders in the ranks start workers of their own
+        atexit.register(self.close)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank), daemon=False)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+        """Results of ``function(*args)``, by rank.
+
+        Raises:
+            RankError: with the traceback of the rank that raised first, or the ranks that did not answer in time.
+        """
+        if not self._processes:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            job = pickle.dumps((function, args, num_ranks, str(Path(folder) / "store")))
+            for pipe in self._pipes[:num_ranks]:
+                pipe.send_bytes(job)
+            return self._collect(num_ranks, timeout)
+
+    def _collect(self, num_ranks: int, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        waiting = {self._pipes[rank]: rank for rank in range(num_ranks)}
+        while waiting:
+            ready = wait(list(waiting), timeout)
+            if not ready:
+                silent = sorted(waiting.values())
+                self.close()
+                raise RankError(f"ranks {silent} gave no answer in {timeout} s\n" + "\n".join(errors))
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    error, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    error, value = f"rank {rank} died", None
+                results[rank] = value
+                if error:
+                    errors.append(f"rank {rank}:\n{error}")
+                    timeout = min(timeout, 60)
+        if errors:
+            if any("died" in error for error in errors):
+                self.close()
+            raise RankError("\n".join(errors))
+        return [results[rank] for rank in range(num_ranks)]
+
+    def close(self) -> None:
+        """Ends the processes; the next ``run`` starts new ones."""
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe: Connection, rank: int) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, num_ranks, store = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        error, value = None, None
+        environment = _environment(rank, num_ranks)
+        os.environ.update(environment)
+        try:
+            torch.manual_seed(0)
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, num_ranks),
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timedelta(seconds=45),
+            )
+            value = function(*args)
+        except BaseException:
+            error = traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for name in (*environment, "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+                os.environ.pop(name, None)
+            gc.collect()
+        try:
+            answer = pickle.dumps((error, value))
+        except Exception:
+            answer = pickle.dumps((f"the result can't be pickled\n{traceback.format_exc()}", None))
+        pipe.send_bytes(answer)
+
+
+def _environment(rank: int, num_ranks: int) -> dict[str, str]:
+    return {
+        "TORCHELASTIC_RUN_ID": "tests",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",  # the process group is there already; nothing connects to it
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+    }
+
+
+POOL = RankPool()
+
+
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+    """Results of ``function(*args)`` on ``num_ranks`` ranks, by rank. ``function`` is at the top of its module."""
+    return POOL.run(num_ranks, function, *args, timeout=timeout)
