@@ -141,6 +141,13 @@ class Layout:
         """Number of groups of ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
 
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where a rank of a resolved layout lies along each axis of the mesh."""
+        place = {}
+        for axis in reversed(MESH_AXES):
+            rank, place[axis] = divmod(rank, getattr(self, axis))
+        return place
+
     def build_mesh(self, device_type: str) -> ParallelMesh:
         """The device mesh of a resolved layout.
 

@@ -53,10 +53,10 @@ class StepLogs:
     [Note: what a module logs is synchronised]
     A module written for one process logs without ``sync_dist``. Over several data ranks Lightning then keeps each
     rank's own value: the logged mean is that of rank 0's samples, and schedulers and callbacks that monitor it decide
-    apart. So every value is logged as with ``sync_dist=True``: what is accumulated over an epoch is reduced over the data
-    ranks at its end; what is logged at a step is reduced at the steps that the logger writes (``log_every_n_steps``),
-    always if a scheduler or callback decides by it or the module said ``sync_dist=True``, and stays the rank's own in
-    between, where only the progress bar shows it. ``rank_zero_only=True`` is left alone.
+    apart. So every value is logged as with ``sync_dist=True``: what is accumulated over an epoch is reduced over the
+    data ranks at its end; what is logged at a step is reduced at the steps that the logger writes
+    (``log_every_n_steps``), always if a scheduler or callback decides by it or the module said ``sync_dist=True``, and
+    stays the rank's own in between, where only the progress bar shows it. ``rank_zero_only=True`` is left alone.
 
     Communication: one all-reduce over the data ranks for each value that is reduced, two for an epoch's mean.
 
@@ -108,13 +108,14 @@ class StepLogs:
         with _shadowed(self.module, log):
             yield
         for metric, state, update_count, computed, forward_cache in kept:
-            for name, value in state.items():
-                if isinstance(value, list) and not value:
+            for name, before in state.items():
+                if isinstance(before, list) and not before:
                     # no rows, but of the right dtype and rank: torchmetrics gathers [] as a vector of floats
                     setattr(metric, name, [row[:0] for row in getattr(metric, name)])
                 else:
-                    setattr(metric, name, value)
-            metric._update_count, metric._computed = update_count, computed
+                    setattr(metric, name, before)
+            # it has been updated, with nothing; torchmetrics warns of metrics that never were
+            metric._update_count, metric._computed = max(update_count, min(metric._update_count, 1)), computed
             metric._forward_cache = forward_cache
         with self.synchronised():
             for name, value, kwargs in calls:

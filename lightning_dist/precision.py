@@ -22,8 +22,8 @@ def shard_policy(precision: Precision) -> MixedPrecisionPolicy:
 
     Mixed precision gathers parameters in 16 bits, half the bytes of float32, and reduces gradients in float32. The
     computation stays under the plugin's autocast: it runs what needs float32 in float32, as in one process, and takes
-    inputs of any dtype, so that no module has to be changed. The one difference from one process: parameters of ops that
-    autocast runs in float32 (norms) are rounded to 16 bits first.
+    inputs of any dtype, so that no module has to be changed. The one difference from one process: parameters of ops
+    that autocast runs in float32 (norms) are rounded to 16 bits first.
 
     The true precisions leave dtypes alone: the plugin converted the module.
     """

@@ -44,6 +44,6 @@ def _averages_weights(callback: Callback) -> bool:
 def _refuse_batchnorm(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
     if isinstance(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm) and device.type == "cpu":
         raise ValueError(
-            "Trainer(sync_batchnorm=True) needs a GPU: torch's SyncBatchNorm does not run on the CPU; leave it out (each "
-            "rank then normalises its own samples, as in ddp) or use accelerator='gpu'"
+            "Trainer(sync_batchnorm=True) needs a GPU: torch's SyncBatchNorm does not run on the CPU; leave it out "
+            "(each rank then normalises its own samples, as in ddp) or use accelerator='gpu'"
         )

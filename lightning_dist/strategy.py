@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,23 +9,14 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import (
-    _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import CheckpointIO, Precision, TorchCheckpointIO
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -41,18 +31,19 @@ from lightning_dist.automatic import choose_layout
 from lightning_dist.data import deal, dealt_batches, seed_loader
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
-from lightning_dist.layout import Layout, ParallelMesh
-from lightning_dist.logs import StepLogs, attach_metrics, reduce_over
+from lightning_dist.layout import Layout
+from lightning_dist.logs import StepLogs, attach_metrics
 from lightning_dist.parallel import Alone, Sharded, average_buffers, flat_broadcast, parallelize
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.precision import make_agreeing, shard_policy
+from lightning_dist.processes import LayoutRanks
 from lightning_dist.refusals import refuse
 from lightning_dist.report import LayoutReport
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 
-class HybridStrategy(ParallelStrategy):
+class HybridStrategy(LayoutRanks):
     """Trains any LightningModule, unchanged, over a layout of data and model parallelism.
 
     Args:
@@ -97,19 +88,22 @@ class HybridStrategy(ParallelStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        self.requested = Layout.parse(layout)
-        self.layout: Layout | None = None
-        self.mesh: ParallelMesh | None = None
+        super().__init__(
+            Layout.parse(layout),
+            _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
+            process_group_backend,
+            timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
         self.gradient_norm: Tensor | None = None
         """Norm of the gradients before the last clipping by norm; the same on every rank."""
         self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
-        self.num_nodes = 1
         self._shard_units = shard_units
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
-        self._start_method = _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
         self._parallel: Alone | None = None
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
@@ -117,119 +111,13 @@ class HybridStrategy(ParallelStrategy):
         self.sharding_reason = ""
         """Why ``"auto"`` chose the layout; empty where the user did."""
 
-    # ------------------------------------------------------------------ processes
-
-    @property
-    def is_distributed(self) -> bool:
-        """Lightning asks strategies that are not its own."""
-        return True
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        """Processes of this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    def process_group_backend(self) -> str:
-        """Backend of torch.distributed."""
-        return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
-
-    def set_world_ranks(self) -> None:
-        """Called by the Trainer as soon as devices and nodes are known: the layout is checked here."""
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-        if self.requested is not None:
-            self.layout = self.requested.resolve(self.world_size)
-            _refuse_other_axes(self.layout)
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
-            return
-        if self._start_method == "popen":
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)
-
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         refuse(self.lightning_module.trainer, self.layout, self.root_device)
         super().setup_environment()
-        self.set_world_ranks()
-        if self.world_size > 1:
-            assert self.cluster_environment is not None
-            device_id = None if self.root_device.type == "cpu" else self.root_device
-            _init_dist_connection(
-                self.cluster_environment,
-                self.process_group_backend,
-                timeout=self._timeout,
-                device_id=device_id,
-            )
-            self._share_random_state()
-        if self.layout is not None:
-            self._build_mesh()
 
-    def _build_mesh(self) -> None:
-        assert self.layout is not None
-        assert self.lightning_module is not None
-        if self.world_size > 1 and self.mesh is None:
-            self.mesh = self.layout.build_mesh(self.root_device.type)
-        self.lightning_module._device_mesh = None if self.mesh is None else self.mesh.root
-
-    def _share_random_state(self) -> None:
-        """Every rank goes on with rank 0's torch generators: what is built from here on is built alike.
-
-        Communication: one broadcast of 5 kB over the world, and one of 16 bytes where there is a GPU.
-        """
-        generators: list[Any] = [torch]
-        if self.root_device.type != "cpu":
-            generators.append(torch.get_device_module(self.root_device))
-        for generator in generators:
-            state = generator.get_rng_state().to(self.root_device)
-            dist.broadcast(state, 0)
-            generator.set_rng_state(state.cpu())
-
-    def _part_random_streams(self) -> None:
-        """Data ranks draw apart from here on, in dropout and augmentation; data rank 0 goes on as one process would."""
-        state = torch.get_rng_state()
-        seed = int(torch.randint(2**31, ()))
-        torch.set_rng_state(state)
-        if self.data_rank:
-            torch.manual_seed(seed + self.data_rank)
-            np.random.seed((seed + self.data_rank) % 2**32)
-            random.seed(seed + self.data_rank)
-
-    # ------------------------------------------------------------------ who holds different samples
-
-    @property
-    def num_data_ranks(self) -> int:
-        """Number of ranks, or groups of ranks, that see different samples."""
-        return self.world_size if self.layout is None else self.layout.num_data_ranks
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the data ranks this is; ranks with the same one see the same samples."""
-        return self.global_rank if self.mesh is None else self.mesh.data.get_local_rank()
-
-    @property
-    def data_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold different samples; None for one process."""
-        return None if self.mesh is None else self.mesh.data.get_group()
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.num_data_ranks, "rank": self.data_rank}
+    # ------------------------------------------------------------------ data
 
     def _prepare_dataloader(
         self, original: Callable[..., object], dataloader: object, shuffle: bool, mode: RunningStage
@@ -279,7 +167,7 @@ class HybridStrategy(ParallelStrategy):
                 self._recorded.bind(self.lightning_module)
 
     def _materialize(self, module: pl.LightningModule) -> None:
-        """Gives what ``configure_model`` deferred its values: those of plain building, of which a rank keeps its part."""
+        """Gives what ``configure_model`` deferred the values of plain building; a rank keeps its part."""
         if self._recorded is not None and self._recorded.names:
             self._recorded.materialize(module, device=self.root_device)
         self._recorded = None
@@ -360,8 +248,8 @@ class HybridStrategy(ParallelStrategy):
                 mine = None if self.mesh is None else self.mesh.root["dp_shard"].size()
                 if parameter.device_mesh.size(-1) != mine:
                     raise ValueError(
-                        f"this module is sharded over {parameter.device_mesh} from an earlier run, and the layout is now "
-                        f"{self.layout}; build the module anew and pass ckpt_path= to go on from its checkpoint"
+                        f"this module is sharded over {parameter.device_mesh} from an earlier run, and the layout "
+                        f"is now {self.layout}; build the module anew and pass ckpt_path= to go on from its checkpoint"
                     )
                 return
 
@@ -435,6 +323,18 @@ class HybridStrategy(ParallelStrategy):
 
     # ------------------------------------------------------------------ gradients
 
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Over the ranks with different samples, unless a group is given. One all-reduce.
+
+        A value that is being logged and stays the rank's own for now is returned as it is.
+        """
+        if self._logs is not None and self._logs.local_for_now:
+            return tensor
+        return super().reduce(tensor, group, reduce_op)
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator:
@@ -458,51 +358,6 @@ class HybridStrategy(ParallelStrategy):
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         gradients.clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
-
-    # ------------------------------------------------------------------ collectives that Lightning asks for
-
-    @override
-    def reduce(
-        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
-    ) -> Tensor | Any:
-        """Over the ranks with different samples, unless a group is given. One all-reduce."""
-        group = group if group is not None else self.data_group
-        local = self._logs is not None and self._logs.local_for_now
-        if not isinstance(tensor, Tensor) or group is None or local:
-            return tensor
-        return reduce_over(tensor, group, reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """The same decision on every rank. One all-reduce of one number over the world."""
-        if not _distributed_is_initialized():
-            return decision
-        verdict = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(verdict, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(verdict)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """From the ranks with different samples, unless a group is given. One all-gather."""
-        group = group if group is not None else self.data_group
-        return tensor if group is None else super().all_gather(tensor, group, sync_grads)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if not _distributed_is_initialized():
-            return
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[self.root_device.index])
-        else:
-            dist.barrier()
-
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if not _distributed_is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -635,12 +490,3 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
     return value
-
-
-def _refuse_other_axes(layout: Layout) -> None:
-    ready = ("dp_replicate", "dp_shard")
-    asked = [f"{axis}={degree}" for axis, degree in layout.items() if degree > 1 and axis not in ready]
-    if asked:
-        raise ValueError(
-            f"layout {layout} asks for {', '.join(asked)}; this version trains over dp_replicate and dp_shard only"
-        )

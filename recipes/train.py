@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # `python recipes/train.py`, the form that Hydra's tab completion knows
     sys.path[0] = str(ROOT)
 
+from recipes import fork_server  # noqa: E402
 from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
 from recipes.sweep import JobResult  # noqa: E402
 
@@ -83,6 +84,11 @@ def main() -> None:
 
 
 def _run(cfg: DictConfig) -> dict[str, float]:
+    # In a sweep even one rank gets a process of its own, so that no job finds what an earlier one left.
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    start_method = cfg.start_method or ("forkserver" if sys.platform == "linux" else "spawn")
+    if start_method == "forkserver" and (in_sweep or cfg.trainer.devices != 1) and "RANK" not in os.environ:
+        fork_server.start(cfg)
     from lightning_dist.elastic import is_launched, launch  # See [Note: late imports]
 
     num_processes = _settle_processes(cfg)
@@ -91,11 +97,10 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
-    # In a sweep even one rank gets a process of its own, so that no job finds what an earlier one left.
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if is_launched() or (num_processes == 1 and not in_sweep):
         return _run_here(resolved)
-    return launch(_run_rank, resolved, HydraConfig.instance().cfg, num_processes=num_processes)[0]
+    hydra_cfg = HydraConfig.instance().cfg
+    return launch(_run_rank, resolved, hydra_cfg, num_processes=num_processes, start_method=start_method)[0]
 
 
 def _run_here(cfg: DictConfig) -> dict[str, float]:

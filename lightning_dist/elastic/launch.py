@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,11 @@ log = logging.getLogger(__name__)
 MONITOR_INTERVAL = 0.05
 """Seconds between two looks of the agent at its ranks."""
 
+AGENT_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""What the agent tells a rank in its environment, beside all that begins with ``TORCHELASTIC_``."""
 
 FOLDED_PACKAGES = ("torch", "lightning", "pytorch_lightning", "hydra")
 """Packages of whose frames a short traceback shows the first and the last of a run only."""
@@ -99,7 +106,8 @@ def launch(
         num_processes: the ranks to start.
         max_restarts: how often all ranks are started again after one of them failed.
         start_method: how to start processes, as in :mod:`multiprocessing`; only ``"spawn"`` and ``"forkserver"``
-            are safe with accelerators.
+            are safe with accelerators. A fork server with preloaded modules starts ranks fastest; they get this
+            process's environment, but what its modules read when they were imported stays.
         shutdown_timeout: seconds that the ranks have to end themselves after a signal, before they are killed.
 
     Returns:
@@ -137,7 +145,7 @@ def launch(
             logs_specs=DefaultLogsSpecs(log_dir=directory),
         )
         try:
-            results = elastic_launch(config, _run_rank)((worker, args, directory))
+            results = elastic_launch(config, _run_rank)((worker, args, directory, dict(os.environ)))
         except ChildFailedError as error:
             raise _first_failure(Path(directory), max_restarts, error) from None
         except SignalException as error:
@@ -217,8 +225,10 @@ class _Failure:
             return None
 
 
-def _run_rank(call: tuple[Callable[..., Any], tuple[Any, ...], str]) -> Any:
-    worker, args, directory = call
+def _run_rank(call: tuple[Callable[..., Any], tuple[Any, ...], str, dict[str, str]]) -> Any:
+    worker, args, directory, environment = call
+    _end_with_launching_process()
+    _leave_fork_server(environment)
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if attempt and rank == 0:
         reason = _Failure.first(Path(directory), attempt - 1)
@@ -232,6 +242,37 @@ def _run_rank(call: tuple[Callable[..., Any], tuple[Any, ...], str]) -> Any:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return result
+
+
+def _leave_fork_server(environment: dict[str, str]) -> None:
+    """Replaces what a rank has from the fork server by what a spawned one would have; no change for a spawned one.
+
+    Args:
+        environment: of the launching process. The server has that of the time when it was started.
+    """
+    # The server ignores Ctrl-C, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, value in environment.items():
+        if name not in AGENT_VARIABLES and not name.startswith("TORCHELASTIC_"):
+            os.environ[name] = value
+    # Was read when torch was imported.
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if "numpy" in sys.modules:
+        # Python reseeds its own generator after a fork, NumPy does not: without a seed all jobs would draw the same.
+        sys.modules["numpy"].random.seed()
+
+
+def _end_with_launching_process() -> None:
+    """Ends this rank when the launching process is gone, even by SIGKILL: a fork server would outlive it."""
+    launching = parent_process()
+    if launching is None:
+        return
+
+    def wait() -> None:
+        launching.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="end with launching process", daemon=True).start()
 
 
 def _first_failure(directory: Path, attempt: int, error: ChildFailedError) -> WorkerFailed:

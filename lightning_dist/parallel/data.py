@@ -122,8 +122,8 @@ class Replicated(Alone):
     parameters and buffers are broadcast.
 
     The reducer is told of each loss rather than of each forward pass, so a step may do several backward passes, or
-    return tensors that the loss does not depend on. Parameters that no rank's loss depends on keep no gradient, as in one
-    process. Buffers are not broadcast on every forward pass: see :func:`average_buffers`.
+    return tensors that the loss does not depend on. Parameters that no rank's loss depends on keep no gradient, as in
+    one process. Buffers are not broadcast on every forward pass: see :func:`average_buffers`.
     """
 
     def __init__(self, module: pl.LightningModule, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -171,9 +171,10 @@ class Sharded(Alone):
     [Note: the roots of sharding]
     What is no part of a block belongs to a root. The networks that hang below the LightningModule are roots, so that
     ``self.generator(z)`` gathers what it needs wherever it is called, in a hook or between two backward passes of
-    manual optimisation. If a single layer or a parameter hangs directly below the LightningModule, or two networks share
-    a parameter, then the LightningModule is the one root, and its steps gather. Under manual optimisation a root must
-    not span the step, so there each layer is a root, and parameters that belong to none stay whole on every rank.
+    manual optimisation. If a single layer or a parameter hangs directly below the LightningModule, or two networks
+    share a parameter, then the LightningModule is the one root, and its steps gather. Under manual optimisation a root
+    must not span the step, so there each layer is a root, and parameters that belong to none stay whole on every
+    rank.
 
     Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
     (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over

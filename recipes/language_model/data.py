@@ -160,6 +160,8 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"block {index} of {self._length}")
         start = index * self.sequence_length
         tokens = self.corpus.tokens[self.part][start : start + self.sequence_length + 1].astype(np.int64)
         padding = self.sequence_length + 1 - len(tokens)

@@ -138,9 +138,7 @@ def image_folder(tmp_path):
         for label, name in enumerate(("cat", "dog")):
             (tmp_path / part / name).mkdir(parents=True)
             for index in range(3):
-                Image.new("RGB", (20, 30), (80 * label, 40 * index, 0)).save(
-                    tmp_path / part / name / f"{index}.png"
-                )
+                Image.new("RGB", (20, 30), (80 * label, 40 * index, 0)).save(tmp_path / part / name / f"{index}.png")
     return tmp_path
 
 

@@ -124,7 +124,7 @@ def test_label_smoothing_is_for_training_only():
         module = classifier(label_smoothing=smoothing)
         torch.manual_seed(1)
         module.configure_model()
-        module.log = lambda name, value, **_: losses.__setitem__((name, smoothing), value)
+        module.log = lambda name, value, smoothing=smoothing, **_: losses.update({(name, smoothing): value})
         module.training_step(batch, 0)
         module.validation_step(batch, 0)
     assert losses["train/loss", 0.0] != losses["train/loss", 0.5]

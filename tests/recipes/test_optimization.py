@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def rates(schedule, steps):
 def test_cosine_rises_linearly_and_falls_to_its_end():
     seen = rates(partial(warmup_cosine, total_steps=20, warmup=4, final_factor=0.1), 21)
     assert seen[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert all(later < earlier for earlier, later in zip(seen[4:], seen[5:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(seen[4:]))
     assert seen[12] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
     assert seen[20] == pytest.approx(0.2)
 
@@ -106,7 +107,7 @@ def test_constant_stays_after_warmup():
 
 @pytest.mark.parametrize("total_steps", [math.inf, -1])
 def test_cosine_of_unknown_length_is_refused(total_steps):
-    with pytest.raises(ValueError, match="set trainer.max_steps"):
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps"):
         rates(partial(warmup_cosine, total_steps=total_steps), 1)
 
 

@@ -1,0 +1,71 @@
+"""The console command ``lightning-dist``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_dist.layout import MESH_AXES, Layout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; a mistake of the user's is one line and exit status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"lightning-dist: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lightning-dist", description="Layouts and checkpoints of lightning_dist.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    layout = commands.add_parser("layout", help="resolve a layout and show which rank does what")
+    layout.add_argument("layout", help='degrees by axis, such as "dp_replicate=2,dp_shard=-1"')
+    layout.add_argument("--ranks", type=int, required=True, help="processes of the whole run")
+    layout.set_defaults(run=_layout)
+
+    convert = commands.add_parser("convert", help="turn a sharded checkpoint into Lightning's single file")
+    convert.add_argument("source", metavar="SRC", help="directory of a sharded checkpoint")
+    convert.add_argument("destination", metavar="DST", help="file to write")
+    convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    convert.add_argument("--trust", action="store_true", help="load objects that execute code from the checkpoint")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _layout(options: argparse.Namespace) -> None:
+    asked = Layout.parse(options.layout)
+    if asked is None:
+        raise ValueError("layout 'auto' is chosen for a module when it trains; name the axes here")
+    if options.ranks < 1:
+        raise ValueError(f"--ranks is {options.ranks}; a run has at least one process")
+    resolved = asked.resolve(options.ranks)
+    table = Table(title=f"{resolved} on {options.ranks} ranks", title_justify="left")
+    axes = [axis for axis in MESH_AXES if getattr(resolved, axis) > 1]
+    for column in ("rank", *axes, "data rank"):
+        table.add_column(column, justify="right")
+    for rank in range(options.ranks):
+        place = resolved.coordinates(rank)
+        data_rank = place["dp_replicate"] * resolved.dp_shard + place["dp_shard"]
+        table.add_row(str(rank), *(str(place[axis]) for axis in axes), str(data_rank))
+    Console().print(table)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from lightning_dist.checkpoint import convert  # late: it imports torch's checkpoint machinery
+
+    convert(
+        options.source,
+        options.destination,
+        overwrite=options.overwrite,
+        weights_only=False if options.trust else None,
+    )
+    print(f"wrote {options.destination}")

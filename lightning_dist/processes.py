@@ -1,0 +1,232 @@
+"""The ranks of a layout: how they start, who sees which samples, and how they talk."""
+
+from __future__ import annotations
+
+import random
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dist.checkpoint import gather_state, model_state
+from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.logs import reduce_over
+
+
+class LayoutRanks(ParallelStrategy):
+    """The part of a strategy that does not know the model: processes, process groups, collectives.
+
+    Args:
+        requested: the user's layout; None for ``"auto"``, which a subclass decides.
+        start_method: how the other processes of a script start.
+        process_group_backend: of torch.distributed; None for that of the device.
+        timeout: of collectives.
+        **plugins: as for Lightning's strategies.
+    """
+
+    def __init__(
+        self,
+        requested: Layout | None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"],
+        process_group_backend: str | None,
+        timeout: timedelta,
+        **plugins: Any,
+    ) -> None:
+        super().__init__(**plugins)
+        self.requested = requested
+        self.layout: Layout | None = None
+        """Resolved; None while ``"auto"`` is undecided."""
+        self.mesh: ParallelMesh | None = None
+        """None for one process."""
+        self.num_nodes = 1
+        self._start_method = start_method
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks strategies that are not its own."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str:
+        """Backend of torch.distributed."""
+        return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+
+    def set_world_ranks(self) -> None:
+        """Called by the Trainer as soon as devices and nodes are known: the layout is checked here."""
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        if self.requested is not None:
+            self.layout = self.requested.resolve(self.world_size)
+            _refuse_other_axes(self.layout)
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
+            return
+        if self._start_method == "popen":
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = _GatheringLauncher(self, start_method=self._start_method)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.set_world_ranks()
+        if self.world_size > 1:
+            assert self.cluster_environment is not None
+            device_id = None if self.root_device.type == "cpu" else self.root_device
+            _init_dist_connection(
+                self.cluster_environment,
+                self.process_group_backend,
+                timeout=self._timeout,
+                device_id=device_id,
+            )
+            self._share_random_state()
+        if self.layout is not None:
+            self._build_mesh()
+
+    def _build_mesh(self) -> None:
+        assert self.layout is not None
+        assert self.lightning_module is not None
+        if self.world_size > 1 and self.mesh is None:
+            self.mesh = self.layout.build_mesh(self.root_device.type)
+        self.lightning_module._device_mesh = None if self.mesh is None else self.mesh.root
+
+    def _share_random_state(self) -> None:
+        """Every rank goes on with rank 0's torch generators: what is built from here on is built alike.
+
+        Communication: one broadcast of 5 kB over the world, and one of 16 bytes where there is a GPU.
+        """
+        generators: list[Any] = [torch]
+        if self.root_device.type != "cpu":
+            generators.append(torch.get_device_module(self.root_device))
+        for generator in generators:
+            state = generator.get_rng_state().to(self.root_device)
+            dist.broadcast(state, 0)
+            generator.set_rng_state(state.cpu())
+
+    def _part_random_streams(self) -> None:
+        """Data ranks draw apart from here on, in dropout and augmentation; data rank 0 goes on as one process would."""
+        state = torch.get_rng_state()
+        seed = int(torch.randint(2**31, ()))
+        torch.set_rng_state(state)
+        if self.data_rank:
+            torch.manual_seed(seed + self.data_rank)
+            np.random.seed((seed + self.data_rank) % 2**32)
+            random.seed(seed + self.data_rank)
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Number of ranks, or groups of ranks, that see different samples."""
+        return self.world_size if self.layout is None else self.layout.num_data_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the data ranks this is; ranks with the same one see the same samples."""
+        return self.global_rank if self.mesh is None else self.mesh.data.get_local_rank()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different samples; None for one process."""
+        return None if self.mesh is None else self.mesh.data.get_group()
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.num_data_ranks, "rank": self.data_rank}
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Over the ranks with different samples, unless a group is given. One all-reduce."""
+        group = group if group is not None else self.data_group
+        if not isinstance(tensor, Tensor) or group is None:
+            return tensor
+        return reduce_over(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """The same decision on every rank. One all-reduce of one number over the world."""
+        if not _distributed_is_initialized():
+            return decision
+        verdict = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(verdict, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(verdict)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """From the ranks with different samples, unless a group is given. One all-gather."""
+        group = group if group is not None else self.data_group
+        return tensor if group is None else super().all_gather(tensor, group, sync_grads)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+
+class _GatheringLauncher(_MultiProcessingLauncher):
+    """Lightning's launcher by multiprocessing; the main process, which is no rank, gets whole weights, not shards."""
+
+    @override
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
+        module: Any = trainer.lightning_module
+        state = gather_state(model_state(module))
+        module.state_dict = lambda: state
+        try:
+            return super()._collect_rank_zero_results(trainer, results)
+        finally:
+            del module.state_dict
+
+
+def _refuse_other_axes(layout: Layout) -> None:
+    ready = ("dp_replicate", "dp_shard")
+    asked = [f"{axis}={degree}" for axis, degree in layout.items() if degree > 1 and axis not in ready]
+    if asked:
+        raise ValueError(
+            f"layout {layout} asks for {', '.join(asked)}; this version trains over dp_replicate and dp_shard only"
+        )

@@ -1,0 +1,60 @@
+"""Collectives of a step, counted where torch.distributed hands them to the backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NAMES = {"allreduce": "all-reduce", "allgather": "all-gather", "reduce_scatter": "reduce-scatter"}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called while it is entered, those of DDP's reducer included.
+
+    ``count`` and ``num_bytes`` are by kind: ``all-reduce``, ``all-gather``, ``reduce-scatter``, or torch's own name.
+    The bytes are those of the whole: what is reduced, the gathered tensor, the tensor before it is scattered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._note(func._opname, args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, operator: str, args: Iterable[Any]) -> None:
+        sizes = [sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)) for arg in args]
+        if operator in ("monitored_barrier_", "barrier", "wait_tensor"):
+            return
+        kind = next((name for start, name in NAMES.items() if operator.strip("_").startswith(start)), operator)
+        self.count[kind] += 1
+        self.num_bytes[kind] += max(sizes, default=0)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{self.count[k]} {k} ({self.num_bytes[k]:,} B)" for k in sorted(self.count)) or "none"
+
+
+class StepCollectives(Callback):
+    """Counts the collectives of every batch of a fit; ``batches[i]`` are those of batch i."""
+
+    def __init__(self) -> None:
+        self.batches: list[Collectives] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Begins to count."""
+        self.batches.append(Collectives())
+        self.batches[-1].__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Ends to count."""
+        self.batches[-1].__exit__(None, None, None)

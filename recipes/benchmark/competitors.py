@@ -1,0 +1,165 @@
+"""Ours, Lightning's strategies, and a loop written by hand: each trains a workload for a number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DistributedSampler
+
+from lightning_dist import HybridStrategy
+from lightning_dist.plans import find_blocks
+from recipes.benchmark.interleaving import Pace
+from recipes.benchmark.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``Trainer.fit`` of a workload under a strategy.
+
+    Args:
+        workload: what is trained.
+        strategy: makes the strategy.
+        by_hand: the module shards itself in ``configure_model``, as ``ModelParallelStrategy`` asks.
+        options: of the Trainer.
+        callbacks: that look on.
+    """
+
+    workload: Workload
+    strategy: Callable[[], Strategy]
+    by_hand: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    callbacks: tuple[Callback, ...] = ()
+
+    def __call__(self, pace: Pace, num_steps: int) -> None:
+        """Trains for ``num_steps`` batches of each rank."""
+        ranks = dist.get_world_size()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy=self.strategy(),
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*self.callbacks, _AfterStep(pace)],
+            **dict(self.options),
+        )
+        kind = _sharding_itself(self.workload.recipe_class) if self.by_hand else None
+        trainer.fit(self.workload.module(kind), self.workload.loader(num_steps * ranks))
+
+
+class _AfterStep(Callback):
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._pace()
+
+
+@dataclass(frozen=True)
+class HandWritten:
+    """The loop that a user of ``fully_shard`` writes, without Lightning: the same blocks, optimizer and batches.
+
+    Args:
+        workload: what is trained.
+        replicas: copies of the shards; the rest of the ranks shards.
+        clip_norm: norm to clip gradients at; None not to.
+        accumulate: batches per optimizer step.
+        around_step: makes a context manager that is open during each batch.
+    """
+
+    workload: Workload
+    replicas: int = 1
+    clip_norm: float | None = None
+    accumulate: int = 1
+    around_step: Callable[[], Any] = nullcontext
+
+    def __call__(self, pace: Pace, num_steps: int) -> None:
+        """Trains for ``num_steps`` batches of each rank."""
+        module = self.workload.module()
+        module.configure_model()
+        network = module.model
+        shard_by_hand(network, mesh_by_hand(self.replicas))
+        optimizer = module.configure_optimizers()
+        loader = self.workload.loader(num_steps * dist.get_world_size())
+        sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)  # type: ignore[arg-type]
+        batches = type(loader)(loader.dataset, batch_size=self.workload.batch_size, sampler=sampler)
+        network.train()
+        for number, batch in enumerate(batches):
+            with self.around_step():
+                last = (number + 1) % self.accumulate == 0
+                network.set_requires_gradient_sync(last)
+                (self.workload.loss(network, batch) / self.accumulate).backward()
+                if last:
+                    if self.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            pace()
+
+
+def mesh_by_hand(replicas: int = 1) -> DeviceMesh:
+    """The mesh that a user of ``fully_shard`` makes."""
+    ranks = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh("cpu", (ranks,))
+    return init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_by_hand(network: nn.Module, mesh: DeviceMesh) -> None:
+    """The blocks, then the rest."""
+    for block in find_blocks(network).values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    assert isinstance(network, FSDPModule)
+
+
+def _sharding_itself(recipe: type[pl.LightningModule]) -> type[pl.LightningModule]:
+    class ShardingItself(recipe):  # type: ignore[misc,valid-type]
+        def configure_model(self) -> None:
+            super().configure_model()
+            shard_by_hand(self.model, self.device_mesh["data_parallel"])
+
+    return ShardingItself
+
+
+def ours(workload: Workload, layout: str, **arguments: Any) -> Fit:
+    """HybridStrategy over a layout."""
+    return Fit(workload, lambda: HybridStrategy(layout), **arguments)
+
+
+def lightning_ddp(workload: Workload, **arguments: Any) -> Fit:
+    """Lightning's ``ddp``, as it comes."""
+    return Fit(workload, DDPStrategy, **arguments)
+
+
+def lightning_model_parallel(workload: Workload) -> Fit:
+    """Lightning's ModelParallelStrategy, around a module that shards itself."""
+    return Fit(
+        workload,
+        lambda: ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
+        by_hand=True,
+    )
+
+
+def free_of_noise() -> None:
+    """One thread per rank, and no word from Lightning."""
+    import logging
+    import warnings
+
+    torch.set_num_threads(1)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

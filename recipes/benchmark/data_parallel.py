@@ -1,0 +1,276 @@
+"""The data axes: step time, bytes per rank, collectives per step, time to the first step."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lightning_dist.elastic import launch
+from recipes.benchmark.collectives import Collectives, StepCollectives
+from recipes.benchmark.competitors import (
+    HandWritten,
+    free_of_noise,
+    lightning_ddp,
+    lightning_model_parallel,
+    ours,
+)
+from recipes.benchmark.interleaving import Competitor, interleave
+from recipes.benchmark.memory import HeldBytes
+from recipes.benchmark.results import Line, counted, timed
+from recipes.benchmark.start import commands, seconds_to_first_step
+from recipes.benchmark.workloads import WORKLOADS, Workload
+
+STEP_MUST, BYTES_MUST, START_MUST = 1.02, 1.05, 1.1
+MICRO_STEPS = 4
+PARTS = ("replicate", "shard", "bytes", "collectives", "start")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--ranks", type=int, default=2, help="processes; 4 add the hybrid layout (default: 2)")
+    parser.add_argument("--rounds", type=int, default=30, help="bursts of each competitor (default: 30)")
+    parser.add_argument("--steps", type=int, default=6, help="steps of a burst (default: 6)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the first burst (default: 5)")
+    parser.add_argument("--start-rounds", type=int, default=5, help="whole processes of each kind (default: 5)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=WORKLOADS,
+        default=list(WORKLOADS),
+        metavar="MODEL",
+        help=f"of {', '.join(WORKLOADS)} (default: all)",
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)} (default: all)",
+    )
+
+
+def measure(options: argparse.Namespace) -> list[Line]:
+    """Every line that the options ask for."""
+    lines: list[Line] = []
+    if set(options.parts) - {"start"}:
+        lines += launch(_measure_on_rank, options, num_processes=options.ranks)[0]
+    if "start" in options.parts:
+        with _progress(True) as progress:
+            lines += _start(options, progress)
+    return lines
+
+
+def _progress(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
+
+
+def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
+    free_of_noise()
+    dist.init_process_group("gloo")
+    lines: list[Line] = []
+    with _progress(dist.get_rank() == 0) as progress:
+        for name in options.models:
+            workload = WORKLOADS[name]
+            if "replicate" in options.parts:
+                lines += _replicate(name, workload, options, progress)
+            if "shard" in options.parts:
+                lines += _shard(name, workload, options, progress)
+        workload, name = WORKLOADS[options.models[-1]], options.models[-1]
+        if "bytes" in options.parts:
+            lines += _bytes(name, workload, options.ranks)
+        if "collectives" in options.parts:
+            lines += _collectives(name, workload, options.ranks)
+    return lines
+
+
+def _take_turns(
+    what: str, competitors: dict[str, Competitor], options: argparse.Namespace, progress: Progress
+) -> dict[str, list[list[float]]]:
+    """Seconds of the slowest rank. Communication: also one gather of all times over the world."""
+    task = progress.add_task(what, total=options.rounds * len(competitors))
+    own = interleave(competitors, options.rounds, options.steps, options.warmup, lambda: progress.advance(task))
+    gc.collect()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {
+        name: [[max(steps) for steps in zip(*bursts, strict=True)] for bursts in zip(*of_ranks, strict=True)]
+        for name, of_ranks in ((name, [one[name] for one in everyone]) for name in own)
+    }
+
+
+def _replicate(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> list[Line]:
+    competitors: dict[str, Competitor] = {
+        "ours": ours(workload, f"dp_replicate={options.ranks}"),
+        "ddp": lightning_ddp(workload),
+        "ddp again": lightning_ddp(workload),
+    }
+    group = f"step, dp_replicate={options.ranks} (minimum / median)"
+    seconds = _take_turns(f"replicate {name}", competitors, options, progress)
+    return [
+        timed(group, f"{name}: against Lightning's ddp", seconds["ours"], seconds["ddp"], STEP_MUST),
+        timed(group, f"{name}: ddp against itself", seconds["ddp again"], seconds["ddp"]),
+    ]
+
+
+def _shard(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> list[Line]:
+    competitors: dict[str, Competitor] = {
+        "ours": ours(workload, f"dp_shard={options.ranks}"),
+        "by hand": HandWritten(workload),
+        "model parallel": lightning_model_parallel(workload),
+    }
+    group = f"step, dp_shard={options.ranks} (minimum / median)"
+    seconds = _take_turns(f"shard {name}", competitors, options, progress)
+    mine = seconds["ours"]
+    return [
+        timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, seconds["by hand"], STEP_MUST),
+        timed(group, f"{name}: against ModelParallelStrategy", mine, seconds["model parallel"]),
+        timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], seconds["by hand"]),
+    ]
+
+
+def _layouts(ranks: int) -> dict[str, tuple[str, int]]:
+    """Layouts of so many ranks: name of the kind, and the layout with its number of shards."""
+    layouts = {"replicate": (f"dp_replicate={ranks}", 1), "shard": (f"dp_shard={ranks}", ranks)}
+    if ranks >= 4 and ranks % 2 == 0:
+        layouts["hybrid"] = (f"dp_replicate=2,dp_shard={ranks // 2}", ranks // 2)
+    return layouts
+
+
+def _no_pace() -> None:
+    """Nobody waits for this competitor."""
+
+
+def _bytes(name: str, workload: Workload, ranks: int) -> list[Line]:
+    """The rank that holds most is shown."""
+    lines = []
+    for layout, shards in _layouts(ranks).values():
+        held = HeldBytes()
+        ours(workload, layout, callbacks=(held,))(_no_pace, 3)
+        everyone: list[Any] = [None] * ranks
+        dist.all_gather_object(everyone, held.held)
+        for what, whole in held.whole.items():
+            most = max(one[what] for one in everyone)
+            lines.append(
+                counted(
+                    "bytes per rank, against whole / shards",
+                    f"{name}, {layout}: {what}",
+                    most,
+                    whole / shards,
+                    BYTES_MUST,
+                )
+            )
+    return lines
+
+
+def _collectives(name: str, workload: Workload, ranks: int) -> list[Line]:
+    lines: list[Line] = []
+    for kind, (layout, shards) in _layouts(ranks).items():
+        clip = (("gradient_clip_val", 1.0),)
+        accumulate = (("accumulate_grad_batches", MICRO_STEPS),)
+
+        def of_fit(make: Callable[..., Competitor], options: tuple[tuple[str, Any], ...] = ()) -> list[Collectives]:
+            seen = StepCollectives()
+            make(options=options, callbacks=(seen,))(_no_pace, 2 * MICRO_STEPS)
+            return seen.batches
+
+        def of_loop(replicas: int = ranks // shards, **options: Any) -> list[Collectives]:
+            seen: list[Collectives] = []
+
+            def count() -> Collectives:
+                seen.append(Collectives())
+                return seen[-1]
+
+            HandWritten(workload, replicas, around_step=count, **options)(_no_pace, 2 * MICRO_STEPS)
+            return seen
+
+        def mine(layout: str = layout, **arguments: Any) -> Competitor:
+            return ours(workload, layout, **arguments)
+
+        def ddp(**arguments: Any) -> Competitor:
+            return lightning_ddp(workload, **arguments)
+
+        replicated = kind == "replicate"
+        plain, peer = of_fit(mine)[-1], of_fit(ddp)[-1] if replicated else of_loop()[-1]
+        group = f"collectives per step, {layout}"
+        against = "Lightning's ddp" if replicated else "fully_shard by hand"
+        for operator in sorted({*plain.count, *peer.count}):
+            what = f"{name}, against {against}: {operator}"
+            lines.append(counted(group, what, plain.count[operator], peer.count[operator], None))
+            lines.append(
+                counted(group, f"{what} bytes", plain.num_bytes[operator], peer.num_bytes[operator], BYTES_MUST)
+            )
+        clipped = of_fit(mine, clip)[-1]
+        peer_clipped = of_fit(ddp, clip)[-1] if replicated else of_loop(clip_norm=1.0)[-1]
+        lines.append(
+            _at_most(
+                group,
+                f"{name}: more for the clip norm",
+                _total(clipped) - _total(plain),
+                _total(peer_clipped) - _total(peer),
+                0 if replicated else 1,
+            )
+        )
+        micro = of_fit(mine, accumulate)[MICRO_STEPS : 2 * MICRO_STEPS - 1]
+        peer_micro = of_fit(ddp, accumulate) if replicated else of_loop(accumulate=MICRO_STEPS)
+        peer_micro = peer_micro[MICRO_STEPS : 2 * MICRO_STEPS - 1]
+        lines.append(
+            _at_most(
+                group,
+                f"{name}: of gradients, on {MICRO_STEPS - 1} accumulating micro-steps",
+                sum(map(_of_gradients, micro)),
+                sum(map(_of_gradients, peer_micro)),
+                0,
+            )
+        )
+    return lines
+
+
+def _total(seen: Collectives) -> int:
+    return sum(seen.count.values())
+
+
+def _of_gradients(seen: Collectives) -> int:
+    return sum(count for kind, count in seen.count.items() if kind != "all-gather")
+
+
+def _at_most(group: str, what: str, mine: int, peer: int, limit: int) -> Line:
+    """A line whose ratio is over its limit, so that none allowed means none."""
+    return Line(
+        group,
+        what,
+        str(mine),
+        str(peer),
+        {"over": 1.0 if mine <= limit else float("inf")},
+        1.0,
+        {"ours": mine, "peer": peer, "limit": limit},
+    )
+
+
+def _start(options: argparse.Namespace, progress: Progress) -> list[Line]:
+    """Whole processes, one after the other, in rounds."""
+    ways = commands(options.ranks)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
+    task = progress.add_task("start to first step", total=options.start_rounds * len(ways))
+    for number in range(options.start_rounds):
+        for name in list(ways) if number % 2 == 0 else reversed(ways):
+            seconds[name].append([seconds_to_first_step(ways[name])])
+            progress.advance(task)
+    group = "start to first step (minimum / median)"
+    return [
+        timed(group, "a user's script, strategy=hybrid against ddp", seconds["hybrid"], seconds["ddp"], START_MUST),
+        timed(
+            group,
+            "python -m recipes.train against that script's ddp",
+            seconds["recipes.train"],
+            seconds["ddp"],
+            START_MUST,
+        ),
+    ]

@@ -1,0 +1,47 @@
+"""Bytes that a rank holds between two steps: of parameters, gradients, and optimizer states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+
+class HeldBytes(Callback):
+    """Measures at each optimizer step: ``held`` and ``whole``, by ``parameters``, ``gradients``, ``optimizer states``.
+
+    ``held`` are bytes of storage, each counted once, with what pads or surrounds a shard; ``whole`` is what one
+    process would hold of the same tensors.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.whole: dict[str, int] = {}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Gradients are there now."""
+        self._note("gradients", [p.grad for p in pl_module.parameters() if p.grad is not None])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """States are there now, and nothing should be gathered any more."""
+        self._note("parameters", list(pl_module.parameters()))
+        states = [leaf for optimizer in trainer.optimizers for leaf in tree_leaves(dict(optimizer.state))]
+        self._note("optimizer states", [leaf for leaf in states if isinstance(leaf, Tensor)])
+
+    def _note(self, what: str, tensors: list[Tensor]) -> None:
+        self.held[what] = storage_bytes(tensors)
+        self.whole[what] = sum(t.numel() * t.element_size() for t in tensors)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind the tensors (this rank's part of DTensors), each counted once."""
+    storages = {}
+    for tensor in tensors:
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
