@@ -107,8 +107,13 @@ def _report(cfg: DictConfig, metrics: dict[str, float], predictions: Sequence[An
     for name, value in metrics.items():
         if name.endswith(("_step", "_epoch")):
             continue
-        table.add_row(name, f"{value:.4g}", _verdict(expected, name, value))
+        table.add_row(name, _digits(name, value), _verdict(expected, name, value))
     console.print(table)
+
+
+def _digits(name: str, value: float) -> str:
+    """Four decimals of a share of 1, else four digits."""
+    return f"{value:.4f}" if name.endswith("/accuracy") else f"{value:.4g}"
 
 
 def _texts(predictions: Sequence[Any] | None) -> list[str]:

@@ -105,11 +105,9 @@ def _run(cfg: DictConfig) -> dict[str, float]:
 
 def _run_here(cfg: DictConfig) -> dict[str, float]:
     from recipes import job  # See [Note: late imports]
+    from recipes.console import quiet_lightning
 
-    # Lightning's loggers print beside Hydra's, which would show every line twice.
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
+    quiet_lightning()
     return job.run(cfg)
 
 

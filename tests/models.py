@@ -279,3 +279,94 @@ class Deferred(Classifier):
     def configure_model(self) -> None:
         if self.net is None:
             self.net = Net()
+
+
+class ByParts(Classifier):
+    """Its step calls layers of the network, not the network; the unused one and its block train on nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.unused = nn.Linear(3, 3)
+        self.net.blocks.append(Block())  # type: ignore[operator,union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net.stem(x)  # type: ignore[operator]
+        for block in list(self.net.blocks)[:-1]:  # type: ignore[arg-type]
+            x = block(x)
+        return self.net.head(self.net.norm(x))  # type: ignore[operator]
+
+
+class Scaled(Classifier):
+    """A scalar parameter inside the network, as CLIP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.net.scale.exp()  # type: ignore[operator]
+
+
+class Alternating(Momentum):
+    """Micro-steps use different layers, so the last of a window does not see what the first used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(nn.Sequential(Block(), Block(), nn.Linear(WIDTH, CLASSES)) for _ in range(2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self.net[batch_idx % 2](x), y)  # type: ignore[index]
+        self.log("loss", loss)
+        return loss
+
+
+def sorted_samples() -> Dataset:
+    """Of every two samples the first is one kind, the second the other: two data ranks see one kind each."""
+    x, y = samples().tensors  # type: ignore[attr-defined]
+    x = x.clone()
+    x[:, 0] = torch.where(torch.arange(len(x)) % 2 == 0, 1.0, -1.0)
+    return TensorDataset(x, y)
+
+
+class Routed(Momentum):
+    """Samples choose the layer that they use; a rank whose samples are of one kind uses one of them only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, CLASSES) for _ in range(3))
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0 + i)) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), CLASSES)
+        for expert, scale, mask in zip(self.experts, self.scales, (x[:, 0] > 0, x[:, 0] <= 0), strict=False):
+            if mask.any():
+                out = out.index_put((mask,), expert(x[mask]) * scale)
+        return out
+
+
+class RoutedBlocks(Momentum):
+    """As above with blocks, which dp_shard gathers one by one: it has to refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.experts = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert, mask in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0), strict=True):
+            if mask.any():
+                out = out.index_put((mask,), expert(x[mask]))
+        return self.head(out)
+
+
+class Sampling(Classifier):
+    """Calls the network in hooks, between the steps and before the first."""
+
+    def sample(self) -> None:
+        with torch.no_grad():
+            total = self.net(torch.ones(2, WIDTH)).sum() + self(torch.ones(2, WIDTH)).sum()
+        self.samples = [*getattr(self, "samples", []), float(total)]
+
+    on_train_start = on_train_epoch_end = on_validation_epoch_end = on_fit_end = sample

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_dist.automatic import ROOM, choose_layout, state_bytes
 from lightning_dist.layout import Layout
-from lightning_dist.parallel.data import shard_roots, shard_units
+from lightning_dist.parallel.data import shard_roots, shard_units, unsharded_parameters
 from lightning_dist.plans import find_blocks, select_blocks
 from tests import models
 
@@ -71,7 +71,7 @@ def test_networks_of_metrics_are_left_alone() -> None:
     module = models.Classifier()
     module.quality = Perceptual()
     assert list(find_blocks(module)) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
-    assert list(shard_roots(module)) == ["net"]
+    assert unsharded_parameters(module) == set(module.quality.parameters())
 
 
 def test_nested_choices_are_refused() -> None:
@@ -84,9 +84,8 @@ def test_blocks_that_share_a_parameter_belong_to_the_root() -> None:
     assert list(shard_units(module, find_blocks(module))) == ["net.blocks.2"]
 
 
-def test_roots_follow_what_the_lightning_module_holds() -> None:
-    assert list(shard_roots(models.Classifier())) == ["net"]
-    assert list(shard_roots(models.Flat())) == [""]
+def test_roots_follow_the_kind_of_optimisation() -> None:
+    assert list(shard_roots(models.Classifier())) == [""]
     assert list(shard_roots(models.Adversarial())) == ["generator", "critic"]
 
 

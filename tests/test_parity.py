@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from tests import models
 from tests.models import few_samples, samples
 from tests.parity import Run, assert_equal, assert_parity, on_layout, train
-from tests.ranks import run_on_ranks
+from tests.ranks import RankError, run_on_ranks
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2, id="replicate2"), pytest.param("dp_shard=2", 2, id="shard2")]
 HYBRID = pytest.param("dp_replicate=2,dp_shard=2", 4, id="replicate2-shard2")
@@ -32,6 +32,11 @@ CASES: dict[str, Run] = {
     "frozen": Run(models.Frozen, samples),
     "unused": Run(models.UnusedInside, samples, trainer={"gradient_clip_val": 0.1}),
     "thawing": Run(models.Thawing, samples, trainer={"max_epochs": 2}),
+    "by-parts": Run(models.ByParts, samples, few_samples),
+    "scalar-parameter": Run(models.Scaled, samples, trainer={"gradient_clip_val": 0.1}),
+    "alternating-micro-steps": Run(models.Alternating, samples, trainer={"accumulate_grad_batches": 2}),
+    "used-by-one-rank-only": Run(models.Routed, models.sorted_samples, trainer={"gradient_clip_val": 0.1}),
+    "called-in-hooks": Run(models.Sampling, samples, few_samples),
     "layers-in-the-lightning-module": Run(models.Flat, samples, few_samples),
     "manual-two-optimizers": Run(models.Adversarial, samples),
     "double": Run(models.Classifier, models.wide_samples, trainer={"precision": "64-true"}),
@@ -143,3 +148,10 @@ def test_batchnorm_statistics_are_the_mean_over_the_ranks(layout: str, num_ranks
         torch.testing.assert_close(record.weights["net.1.running_mean"], one.weights["net.1.running_mean"])
         assert record.weights["net.1.num_batches_tracked"] == 1
         assert record.logged == on_layout(run, layout, num_ranks)[0].logged
+
+
+def test_blocks_that_only_some_ranks_run_are_refused_under_dp_shard() -> None:
+    run = Run(models.RoutedBlocks, models.sorted_samples)
+    assert_parity(run, "dp_replicate=2", 2)
+    with pytest.raises(RankError, match="every rank has to run the same blocks in a step"):
+        on_layout(run, "dp_shard=2", 2)

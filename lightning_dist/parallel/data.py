@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
+from lightning_dist.parallel.usage import Usage, filled
+
 # renamed in torch 2.15
 _BUFFERS = "forward_sync_buffers"
 _NO_BUFFER_BROADCAST: dict[str, Any] = {
@@ -169,16 +171,17 @@ class Sharded(Alone):
     Units are sharded by ``fully_shard`` (FSDP2): each is gathered before its forward and its backward and freed after.
 
     [Note: the roots of sharding]
-    What is no part of a block belongs to a root. The networks that hang below the LightningModule are roots, so that
-    ``self.generator(z)`` gathers what it needs wherever it is called, in a hook or between two backward passes of
-    manual optimisation. If a single layer or a parameter hangs directly below the LightningModule, or two networks
-    share a parameter, then the LightningModule is the one root, and its steps gather. Under manual optimisation a root
-    must not span the step, so there each layer is a root, and parameters that belong to none stay whole on every
-    rank.
+    What is in no block belongs to a root. The LightningModule is the root of its steps: what they call, be it the
+    network, a method or a layer of it, finds its parameters gathered. In hooks between the steps, calling the module or
+    a network of it gathers too. Under manual optimisation a root must not span the step, in which optimizers change
+    what was gathered: there each network of the module is a root of its own, gathered when it is called. Scalars,
+    which can't be split, and under manual optimisation parameters of the LightningModule itself, stay whole on every
+    rank; their gradients are averaged after each backward pass.
 
     Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
     (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
-    ``dp_replicate`` if that axis is there.
+    ``dp_replicate`` if that axis is there. Per backward pass that reduces: one small all-reduce over the data ranks,
+    see :meth:`~lightning_dist.parallel.usage.Usage.agree`, and one of the gradients of what is whole, if anything is.
     """
 
     def __init__(
@@ -193,15 +196,41 @@ class Sharded(Alone):
         self.group = group
         self.roots = shard_roots(module)
         self.units = shard_units(module, blocks)
-        metrics = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
-        for unit in [*self.units.values(), *self.roots.values()]:
+        units = {**self.units, **self.roots}
+        whole = unsharded_parameters(module)
+        for unit in units.values():
             if not isinstance(unit, FSDPModule):
-                fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=metrics)
-        if "" in self.roots:
-            for step in STEPS:
-                if is_overridden(step, module) and step not in vars(module):
-                    register_fsdp_forward_method(module, step)
+                fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
         self.whole = [p for p in module.parameters() if not isinstance(p, DTensor)]
+        trained = [p for p in self.whole if p.requires_grad]
+        self.usage = Usage(units, set(self.roots), trained, group)
+        self._in_step = False
+        if "" in self.roots:
+            self._gather_in_steps()
+
+    def _gather_in_steps(self) -> None:
+        """See [Note: the roots of sharding]."""
+        module: Any = self.module
+        for step in STEPS:
+            if is_overridden(step, module) and step not in vars(module):
+                register_fsdp_forward_method(module, step)
+        if "_gather_root" not in vars(module):
+            module._gather_root = lambda: None
+            register_fsdp_forward_method(module, "_gather_root")
+        for child in module.children():
+            child.register_forward_pre_hook(self._gather_between_steps)
+
+    def _gather_between_steps(self, *_: Any) -> None:
+        if not self._in_step:
+            module: Any = self.module
+            module._gather_root()
+
+    def run(self, step: str, *args: Any) -> Any:
+        self._in_step = True
+        try:
+            return super().run(step, *args)
+        finally:
+            self._in_step = False
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -222,42 +251,46 @@ class Sharded(Alone):
             assert isinstance(unit, FSDPModule)
             unit.reshard()
 
+    def before_backward(self, loss: Tensor) -> None:
+        self.usage.before_backward()
+
     def after_backward(self) -> None:
-        gradients = [p.grad for p in self.whole if p.grad is not None]
-        if not gradients or not self.reduces:
+        if not self.reduces:
             return
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat, group=self.group)
-        _unflatten(flat / dist.get_world_size(self.group), gradients)
+        gradients = [filled(p) for p in self.usage.agree()]
+        for same in _buckets(gradients):
+            flat = torch.cat([g.reshape(-1) for g in same])
+            dist.all_reduce(flat, group=self.group)
+            _unflatten(flat / dist.get_world_size(self.group), same)
+
+
+def unsharded_parameters(module: pl.LightningModule) -> set[nn.Parameter]:
+    """What ``fully_shard`` leaves alone: parameters of metrics' own networks, and scalars, which it can't split."""
+    metrics = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
+    return metrics | {p for p in module.parameters() if p.ndim == 0}
 
 
 def shard_roots(module: pl.LightningModule) -> dict[str, nn.Module]:
     """The modules that own what is in no block, by name; ``""`` is the LightningModule itself.
 
     See [Note: the roots of sharding].
+
+    Raises:
+        ValueError: two networks share a parameter under manual optimisation.
     """
-    children = {
-        name: child
-        for name, child in module.named_children()
-        if any(True for _ in child.parameters()) and not isinstance(child, Metric)
-    }
-    if not module.automatic_optimization:
-        roots: dict[str, nn.Module] = {}
-        for name, child in children.items():
-            roots.update(_callable_modules(name, child))
-        if shared := _shared_between(roots):
-            raise ValueError(
-                f"{' and '.join(shared)} share a parameter, and this module optimises manually: dp_shard can't keep it "
-                "in one place while several backward passes run in a step; use dp_replicate, or put both networks "
-                "into one module with a forward"
-            )
-        return roots
-    layers = [child for child in children.values() if not any(True for _ in child.children())]
-    direct = [p for p in module.parameters(recurse=False)]
-    uncallable = [child for child in children.values() if isinstance(child, (nn.ModuleList, nn.ModuleDict))]
-    if layers or direct or uncallable or _shared_between(children):
+    if module.automatic_optimization:
         return {"": module}
-    return children
+    roots: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if not isinstance(child, Metric) and any(True for _ in child.parameters()):
+            roots.update(_callable_modules(name, child))
+    if shared := _shared_between(roots):
+        raise ValueError(
+            f"{' and '.join(shared)} share a parameter, and this module optimises manually: dp_shard can't keep it "
+            "in one place while several backward passes run in a step; use dp_replicate, or put both networks "
+            "into one module with a forward"
+        )
+    return roots
 
 
 def _callable_modules(name: str, module: nn.Module) -> dict[str, nn.Module]:

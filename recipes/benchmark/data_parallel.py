@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,9 @@ from recipes.benchmark.workloads import WORKLOADS, Workload
 
 STEP_MUST, BYTES_MUST, START_MUST = 1.02, 1.05, 1.1
 MICRO_STEPS = 4
+NUM_BATCHES = 3 * MICRO_STEPS
+"""Of a run whose collectives are counted: DDP orders its buckets anew, once, after its first reduction."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("replicate", "shard", "bytes", "collectives", "start")
 
 
@@ -38,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of a burst (default: 6)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first burst (default: 5)")
     parser.add_argument("--start-rounds", type=int, default=5, help="whole processes of each kind (default: 5)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="of steps: wall, or cpu, the time that a rank computes, for a machine that others use (default: wall)",
+    )
     parser.add_argument(
         "--models",
         nargs="+",
@@ -96,7 +106,9 @@ def _take_turns(
 ) -> dict[str, list[list[float]]]:
     """Seconds of the slowest rank. Communication: also one gather of all times over the world."""
     task = progress.add_task(what, total=options.rounds * len(competitors))
-    own = interleave(competitors, options.rounds, options.steps, options.warmup, lambda: progress.advance(task))
+    own = interleave(
+        competitors, options.rounds, options.steps, options.warmup, lambda: progress.advance(task), CLOCKS[options.clock]
+    )
     gc.collect()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
@@ -112,7 +124,7 @@ def _replicate(name: str, workload: Workload, options: argparse.Namespace, progr
         "ddp": lightning_ddp(workload),
         "ddp again": lightning_ddp(workload),
     }
-    group = f"step, dp_replicate={options.ranks} (minimum / median)"
+    group = f"step, dp_replicate={options.ranks} ({options.clock} clock, minimum / median)"
     seconds = _take_turns(f"replicate {name}", competitors, options, progress)
     return [
         timed(group, f"{name}: against Lightning's ddp", seconds["ours"], seconds["ddp"], STEP_MUST),
@@ -126,7 +138,7 @@ def _shard(name: str, workload: Workload, options: argparse.Namespace, progress:
         "by hand": HandWritten(workload),
         "model parallel": lightning_model_parallel(workload),
     }
-    group = f"step, dp_shard={options.ranks} (minimum / median)"
+    group = f"step, dp_shard={options.ranks} ({options.clock} clock, minimum / median)"
     seconds = _take_turns(f"shard {name}", competitors, options, progress)
     mine = seconds["ours"]
     return [
@@ -178,7 +190,7 @@ def _collectives(name: str, workload: Workload, ranks: int) -> list[Line]:
 
         def of_fit(make: Callable[..., Competitor], options: tuple[tuple[str, Any], ...] = ()) -> list[Collectives]:
             seen = StepCollectives()
-            make(options=options, callbacks=(seen,))(_no_pace, 2 * MICRO_STEPS)
+            make(options=options, callbacks=(seen,))(_no_pace, NUM_BATCHES)
             return seen.batches
 
         def of_loop(replicas: int = ranks // shards, **options: Any) -> list[Collectives]:
@@ -188,7 +200,7 @@ def _collectives(name: str, workload: Workload, ranks: int) -> list[Line]:
                 seen.append(Collectives())
                 return seen[-1]
 
-            HandWritten(workload, replicas, around_step=count, **options)(_no_pace, 2 * MICRO_STEPS)
+            HandWritten(workload, replicas, around_step=count, **options)(_no_pace, NUM_BATCHES)
             return seen
 
         def mine(layout: str = layout, **arguments: Any) -> Competitor:
@@ -218,9 +230,9 @@ def _collectives(name: str, workload: Workload, ranks: int) -> list[Line]:
                 0 if replicated else 1,
             )
         )
-        micro = of_fit(mine, accumulate)[MICRO_STEPS : 2 * MICRO_STEPS - 1]
+        micro = of_fit(mine, accumulate)[-MICRO_STEPS:-1]
         peer_micro = of_fit(ddp, accumulate) if replicated else of_loop(accumulate=MICRO_STEPS)
-        peer_micro = peer_micro[MICRO_STEPS : 2 * MICRO_STEPS - 1]
+        peer_micro = peer_micro[-MICRO_STEPS:-1]
         lines.append(
             _at_most(
                 group,

@@ -19,6 +19,7 @@ def interleave(
     steps: int,
     warmup: int,
     on_burst: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[list[float]]]:
     """Seconds per step of every competitor, by name: ``rounds`` lists of ``steps``.
 
@@ -34,6 +35,7 @@ def interleave(
         steps: of a burst.
         warmup: steps that are not measured, setup included; at least 1.
         on_burst: called after every burst.
+        clock: in seconds; ``time.process_time`` counts what this rank's threads compute, not what they wait for.
 
     Raises:
         ValueError: a number is too small.
@@ -44,7 +46,7 @@ def interleave(
     if min(rounds, steps, warmup) < 1:
         raise ValueError(f"rounds={rounds}, steps={steps}, warmup={warmup}: each has to be at least 1")
     total = warmup + rounds * steps
-    turns = {name: _Turns(competitor, total) for name, competitor in competitors.items()}
+    turns = {name: _Turns(competitor, total, clock) for name, competitor in competitors.items()}
     for turn in turns.values():
         turn.take(warmup)
     bursts: dict[str, list[list[float]]] = {name: [] for name in turns}
@@ -60,7 +62,8 @@ def interleave(
 class _Turns:
     """One competitor's thread. See [Note: taking turns]."""
 
-    def __init__(self, competitor: Competitor, num_steps: int) -> None:
+    def __init__(self, competitor: Competitor, num_steps: int, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._mine, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._left, self._last, self._seconds = 0, 0.0, [0.0]
@@ -97,7 +100,7 @@ class _Turns:
             self._back.release()
 
     def _pace(self) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         self._seconds.append(now - self._last)
         self._last = now
         self._left -= 1
@@ -109,4 +112,4 @@ class _Turns:
         self._mine.acquire()
         if dist.is_initialized():
             dist.barrier()
-        self._last = time.perf_counter()
+        self._last = self._clock()

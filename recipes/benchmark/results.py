@@ -102,6 +102,9 @@ def machine() -> dict[str, Any]:
 
 def show(lines: Sequence[Line], console: Console | None = None) -> None:
     """Prints a table per group."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     for group in dict.fromkeys(line.group for line in lines):
         table = Table(title=group, title_justify="left")
         for name in ("what", "ours", "peer", "ratio", "must", "verdict"):
@@ -112,7 +115,7 @@ def show(lines: Sequence[Line], console: Console | None = None) -> None:
                 ratio = " / ".join(f"{ratio:.3f}" for ratio in line.ratios.values())
                 verdict = f"[{COLOURS[line.verdict]}]{line.verdict}"
                 table.add_row(line.what, line.ours, line.peer, ratio, must, verdict)
-        (console or Console()).print(table)
+        console.print(table)
 
 
 def save(lines: Sequence[Line], folder: Path, name: str, about: dict[str, Any]) -> None:
