@@ -8,6 +8,9 @@ Importing this package registers the strategy ``"hybrid"`` with Lightning::
     L.Trainer(strategy="hybrid", devices=4)
 """
 
+import sys
+from typing import Any, NoReturn
+
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_dist.layout import Layout
@@ -17,9 +20,19 @@ from lightning_dist.strategy import HybridStrategy
 __all__ = ["HybridStrategy", "Layout", "Throughput"]
 __version__ = "0.1.0"
 
+_DESCRIPTION = "any layout of data and model parallelism of an unmodified LightningModule"
+
+
+def _refuse_twin(**_: Any) -> NoReturn:
+    raise ValueError(
+        'strategy="hybrid" works with the package lightning, and this Trainer is of its twin pytorch_lightning, whose '
+        "classes are others; write `import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`"
+    )
+
+
 if HybridStrategy.strategy_name not in StrategyRegistry:
-    StrategyRegistry.register(
-        HybridStrategy.strategy_name,
-        HybridStrategy,
-        description="any layout of data and model parallelism of an unmodified LightningModule",
+    StrategyRegistry.register(HybridStrategy.strategy_name, HybridStrategy, description=_DESCRIPTION)
+if "pytorch_lightning" in sys.modules:
+    sys.modules["pytorch_lightning"].strategies.StrategyRegistry.register(
+        HybridStrategy.strategy_name, _refuse_twin, description=_DESCRIPTION, override=True
     )

@@ -137,3 +137,10 @@ def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
     status, output = finish(process, timeout=30)
     assert status != 0
     assert_no_process_left(seen + output)
+
+
+def test_the_twin_package_is_refused_with_what_to_import(tmp_path: Path) -> None:
+    program = "import pytorch_lightning as pl, lightning_dist; pl.Trainer(accelerator='cpu', strategy='hybrid')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode != 0
+    assert "import lightning.pytorch as pl" in done.stderr

@@ -143,7 +143,7 @@ class Replicated(Alone):
         stream = torch.cuda.stream(torch.cuda.Stream()) if self.device.type == "cuda" else nullcontext()
         with stream:
             self.wrapper = DistributedDataParallel(
-                self.module,
+                _WithSpare(self.module, self.device),
                 device_ids=None if on_cpu else [self.device.index],
                 process_group=self.group,
                 **_NO_BUFFER_BROADCAST,
@@ -163,6 +163,19 @@ class Replicated(Alone):
         if self.wrapper is not None:
             self.wrapper.require_backward_grad_sync = self.reduces
             prepare_for_backward(self.wrapper, loss)
+
+
+class _WithSpare(nn.Module):
+    """A module and a number that it never uses.
+
+    DDP warns on every rank when it is told to look for unused parameters and finds none, and the warning, from C++,
+    can't be filtered (torch 2.15). It always finds this one.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.module = module
+        self.spare = nn.Parameter(torch.zeros(1, device=device))
 
 
 class Sharded(Alone):
