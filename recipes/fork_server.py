@@ -56,8 +56,8 @@ def _target_modules(node: Any) -> Iterator[str]:
 def _environment_of_server() -> Iterator[None]:
     """What the server inherits.
 
-    One thread: libraries that make a pool of threads when they are imported would not survive the fork; ``launch`` gives
-    the ranks their number. The import path: Python 3.11's server does not take it over (python/cpython#126631). No
+    One thread: a pool of threads that a library makes when it is imported would not survive the fork; ``launch`` gives
+    the ranks their number. The import path: the server is handed it but leaves it unused (seen in Python 3.11). No
     Ctrl-C: the server would show a traceback of its own if it came during the imports.
     """
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -214,9 +214,8 @@ class Sharded(Alone):
         for unit in units.values():
             if not isinstance(unit, FSDPModule):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
-        self.whole = [p for p in module.parameters() if not isinstance(p, DTensor)]
-        trained = [p for p in self.whole if p.requires_grad]
-        self.usage = Usage(units, set(self.roots), trained, group)
+        left = [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
+        self.usage = Usage(module, units, set(self.roots), left, group)
         self._in_step = False
         if "" in self.roots:
             self._gather_in_steps()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,24 +24,31 @@ class Usage:
     """Watches the sharded units of a module, and what is not sharded, through each backward pass.
 
     Args:
+        module: which the names belong to; what was deferred may be materialised later.
         units: the sharded units and roots, by name.
         roots: names of those that every step gathers.
-        whole: parameters that are sharded by none of them; plain on every rank.
+        whole: names of the parameters that are in none of them; plain on every rank.
         group: the data ranks.
     """
 
     def __init__(
-        self, units: dict[str, nn.Module], roots: set[str], whole: list[nn.Parameter], group: dist.ProcessGroup
+        self,
+        module: nn.Module,
+        units: dict[str, nn.Module],
+        roots: set[str],
+        whole: list[str],
+        group: dist.ProcessGroup,
     ) -> None:
-        self.whole, self.group, self._roots = whole, group, roots
-        self._sharded: list[nn.Parameter] = []
+        self.group, self._roots = group, roots
+        self._module, self._whole = module, whole
+        self._sharded: list[Any] = []
         self._ran: list[str] = []
         self._used: set[int] = set()
         self._had: set[int] = set()
         for name, unit in units.items():
             unit.register_forward_pre_hook(partial(self._note, name))
             for param_group in _param_groups(unit):
-                self._sharded += [p.sharded_param for p in param_group.fsdp_params]
+                self._sharded += param_group.fsdp_params
                 # its own method, also where an earlier run has put another in its place
                 reduce = type(param_group).post_backward.__get__(param_group)
                 param_group.post_backward = partial(self._fill, name, param_group, reduce)
@@ -50,9 +57,14 @@ class Usage:
         if torch.is_grad_enabled():
             self._ran.append(name)
 
+    @cached_property
+    def whole(self) -> list[nn.Parameter]:
+        """The parameters that are in no unit."""
+        return [self._module.get_parameter(name) for name in self._whole]
+
     def before_backward(self) -> None:
         """Remembers which gradients are there already, from earlier backward passes."""
-        self._had = {id(p) for p in (*self._sharded, *self.whole) if p.grad is not None}
+        self._had = {id(p) for p in self._sharded if p.sharded_param.grad is not None}
 
     def _fill(self, name: str, param_group: Any, reduce: Callable[..., None], *args: Any) -> None:
         """Stands before the reduction of a unit's gradients; see [Note: a gradient that only some ranks have]."""
@@ -63,7 +75,7 @@ class Usage:
                 unsharded = parameter.unsharded_param
                 accumulated = getattr(parameter, "unsharded_accumulated_grad", None)
                 if unsharded.grad is not None or accumulated is not None:
-                    self._used.add(id(parameter.sharded_param))
+                    self._used.add(id(parameter))
                 else:
                     unsharded.grad = torch.zeros(unsharded.shape, dtype=unsharded.dtype, device=unsharded.device)
         reduce(*args)
@@ -83,8 +95,8 @@ class Usage:
         flags = [int(id(p) in self._used) for p in self._sharded] + [int(p.grad is not None) for p in self.whole]
         digest = hashlib.sha256("\n".join(self._ran).encode()).digest()
         order = int.from_bytes(digest[:7], "little")
-        device = self._sharded[0].device if self._sharded else torch.device("cpu")
-        verdict = torch.tensor([*flags, order, -order], dtype=torch.int64, device=device)
+        parameters = [p.sharded_param for p in self._sharded] or self.whole
+        verdict = torch.tensor([*flags, order, -order], dtype=torch.int64, device=parameters[0].device)
         dist.all_reduce(verdict, dist.ReduceOp.MAX, self.group)
         *used, most, least = verdict.tolist()
         ran, self._ran, self._used = self._ran, [], set()
@@ -96,7 +108,7 @@ class Usage:
             )
         for parameter, is_used in zip(self._sharded, used, strict=False):
             if not is_used and id(parameter) not in self._had:
-                parameter.grad = None
+                parameter.sharded_param.grad = None
         return [p for p, is_used in zip(self.whole, used[len(self._sharded) :], strict=True) if is_used]
 
 
