@@ -17,7 +17,7 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_dataset
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 
 class DealtSampler(Sampler[Any]):
@@ -153,7 +153,8 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
 
 
 def _deal_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) -> DataLoader:
-    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+    # a loader that made its batch sampler itself knows its batch size
+    if loader.batch_sampler is not None and loader.batch_size is None:
         if len(loader.batch_sampler) < num_replicas:  # type: ignore[arg-type]
             raise ValueError(_too_few(len(loader.batch_sampler), "batches", num_replicas))  # type: ignore[arg-type]
         return _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
@@ -177,7 +178,9 @@ def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
 
 def dealt_batches(loader: object) -> DealtBatches | None:
     """The dealt batch sampler of a loader that went through :func:`deal` for evaluation."""
-    sampler = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
+    sampler = getattr(loader, "batch_sampler", None)
+    if sampler is None:
+        sampler = getattr(loader, "sampler", None)
     sampler = getattr(sampler, "_batch_sampler", sampler)
     return sampler if isinstance(sampler, DealtBatches) else None
 

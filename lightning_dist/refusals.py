@@ -15,7 +15,7 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
 
     Args:
         trainer: about to run.
-        layout: resolved; None while ``"auto"`` is undecided.
+        layout: resolved; None while ``"auto"`` is undecided, which is asked again when it is.
         device: of this rank.
 
     Raises:
@@ -26,13 +26,13 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
 
 
 def _refuse_averaging(trainer: pl.Trainer, layout: Layout | None) -> None:
-    if layout is not None and layout.dp_shard == 1:
+    if layout is None or layout.dp_shard == 1:
         return
     averaging = next((c for c in trainer.callbacks if _averages_weights(c)), None)  # type: ignore[attr-defined]
     if averaging is not None:
         raise ValueError(
             f"{type(averaging).__name__} keeps a whole copy of the weights on every rank, which layout "
-            f"{layout or 'auto'} shards; use dp_replicate without dp_shard, or leave the callback out"
+            f"{layout} shards; use dp_replicate without dp_shard, or leave the callback out"
         )
 
 

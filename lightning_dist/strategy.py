@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
@@ -108,6 +107,7 @@ class HybridStrategy(LayoutRanks):
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
         self._checkpoint_path: _PATH | None = None
+        self._num_evaluated = 0
         self.sharding_reason = ""
         """Why ``"auto"`` chose the layout; empty where the user did."""
 
@@ -135,6 +135,11 @@ class HybridStrategy(LayoutRanks):
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, self.data_rank)
         return dataloader
+
+    def _batch_index(self, args: tuple[Any, ...]) -> tuple[int, ...]:
+        """Index of the batch, and of its loader; a step that takes no index is counted here."""
+        self._num_evaluated += 1
+        return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
 
     def _counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
         """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""
@@ -185,7 +190,8 @@ class HybridStrategy(LayoutRanks):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        self._logs = StepLogs(self.lightning_module, self._monitored(trainer))
+        self._logs = StepLogs(trainer, self._monitored(trainer), self.data_group)
+        self._logs.attach()
         if self.data_group is not None:
             attach_metrics(self.lightning_module, self.data_group)
         self._part_random_streams()
@@ -214,6 +220,7 @@ class HybridStrategy(LayoutRanks):
                 module, self.world_size, self.root_device, self.num_processes
             )
             self._build_mesh()
+            refuse(module.trainer, self.layout, self.root_device)
         self._refuse_other_mesh(module)
         fresh = not any(isinstance(p, DTensor) for p in module.parameters())
         if fresh:
@@ -276,15 +283,18 @@ class HybridStrategy(LayoutRanks):
     def _run(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._parallel is not None
         assert self._logs is not None
-        with self._logs.synchronised():
-            return self._parallel.run(step, *args, **kwargs)
+        output = self._parallel.run(step, *args, **kwargs)
+        if step == "training_step":
+            self._logs.end_training_step()
+        return output
 
     def _evaluate(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) < 2 or self._counts(*args[1:3]):
+        if self._counts(*self._batch_index(args)):
             return self._run(step, args, kwargs)
         assert self._parallel is not None
         assert self._logs is not None
-        with self._logs.uncounted():
+        assert self.lightning_module is not None
+        with self._logs.uncounted(self.lightning_module):
             return self._parallel.run(step, *args, **kwargs)
 
     @override
@@ -308,9 +318,8 @@ class HybridStrategy(LayoutRanks):
         assert self._parallel is not None
         with self.precision_plugin.predict_step_context():
             prediction = self._parallel.run("predict_step", *args, **kwargs)
-        if len(args) < 2 or self._counts(*args[1:3]):
-            return prediction
-        return self._drop_prediction(*args[1:3])
+        index = self._batch_index(args)
+        return prediction if self._counts(*index) else self._drop_prediction(*index)
 
     def _drop_prediction(self, batch_idx: int, dataloader_idx: int = 0) -> None:
         """A repeated batch is the last of its loader: the loop ends there, or goes on to the next with None."""
@@ -322,18 +331,6 @@ class HybridStrategy(LayoutRanks):
             raise StopIteration
 
     # ------------------------------------------------------------------ gradients
-
-    @override
-    def reduce(
-        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
-    ) -> Tensor | Any:
-        """Over the ranks with different samples, unless a group is given. One all-reduce.
-
-        A value that is being logged and stays the rank's own for now is returned as it is.
-        """
-        if self._logs is not None and self._logs.local_for_now:
-            return tensor
-        return super().reduce(tensor, group, reduce_op)
 
     @contextmanager
     @override
@@ -427,6 +424,7 @@ class HybridStrategy(LayoutRanks):
 
     @override
     def on_validation_start(self) -> None:
+        self._num_evaluated = 0
         self._settle()
 
     @override
@@ -444,6 +442,8 @@ class HybridStrategy(LayoutRanks):
 
     @override
     def teardown(self) -> None:
+        if self._logs is not None:
+            self._logs.detach()
         if self._parallel is not None:
             self._parallel.reshard()
         if isinstance(self._parallel, Sharded):  # DTensors stay where their mesh is

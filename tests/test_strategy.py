@@ -88,6 +88,28 @@ def _evaluate_two(layout: str) -> list[dict[str, float]]:
     return [dict(values) for values in trainer(layout).validate(TwoLoaders(), loaders, verbose=False)]
 
 
+class WithoutIndex(models.Classifier):
+    def validation_step(self, batch: Any) -> None:  # type: ignore[override]
+        self.log("count", float(len(batch[0])), reduce_fx="sum")
+
+    def predict_step(self, batch: Any) -> torch.Tensor:  # type: ignore[override]
+        return batch[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_without_a_batch_index_count_every_sample_once(layout: str) -> None:
+    ranks = run_on_ranks(2, _evaluate_without_index, layout)
+    assert [count for count, _ in ranks] == [13, 13]
+    assert sum(predicted for _, predicted in ranks) == 13
+
+
+def _evaluate_without_index(layout: str) -> tuple[float, int]:
+    loader = DataLoader(few_samples(), batch_size=3)
+    validated = trainer(layout).validate(WithoutIndex(), loader, verbose=False)[0]
+    predicted = trainer(layout).predict(WithoutIndex(), loader)
+    return validated["count"], sum(len(batch) for batch in predicted or [])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prediction_returns_every_sample_once_in_order(layout: str) -> None:
     one = _predict("dp_replicate=1")
@@ -381,3 +403,44 @@ def _fit_units(units: list[Any]) -> list[str]:
     runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
     assert isinstance(runner.strategy, HybridStrategy)
     return runner.strategy.sharded_units
+
+
+class Masked(models.Classifier):
+    """With a buffer at the edge of its dtype: averaging it would overflow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((4, 4), torch.finfo(torch.float32).min).triu(1))
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(samples(6))
+
+
+def test_constant_buffers_iterable_data_and_own_batch_samplers_work_as_ever() -> None:
+    for kept, evaluated, indices in run_on_ranks(2, _odd_parts):
+        assert kept
+        assert evaluated == 12.0  # an iterable data set is the user's to deal
+        assert indices == [4, 4]
+
+
+def _odd_parts() -> tuple[bool, float, list[int]]:
+    module = Masked()
+    before = module.mask.clone()
+    runner = trainer("dp_shard=2", strategy={"shard_units": "net.blocks.*"}, max_steps=2)
+    sampler = torch.utils.data.BatchSampler(WeightedRandomSampler([1.0] * 64, 16), 4, False)
+    seen: list[int] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+            seen.append(len(batch[0]))
+
+    runner.callbacks.append(Look())  # type: ignore[attr-defined]
+    runner.fit(module, DataLoader(samples(), batch_sampler=sampler), DataLoader(few_samples(), batch_size=4))
+    value = runner.validate(module, DataLoader(Endless(), batch_size=3), verbose=False)[0]["val/count"]
+    return torch.equal(module.mask, before), value, seen
+
+
+def test_auto_averages_weights_where_it_replicates() -> None:
+    assert all(run_on_ranks(2, _average, "auto"))

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
@@ -63,20 +64,22 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Makes the buffers of all data ranks equal: floating ones to their mean, the others to the first rank's.
+    """Makes the buffers of all data ranks equal: running statistics to their mean, others to the first rank's.
 
     The running statistics of a BatchNorm are those of each rank's own samples while training. Their mean over the data
     ranks is what evaluation and checkpoints use; DDP would broadcast rank 0's on every forward pass.
 
-    Communication: one all-reduce and at most one broadcast over the group; none without persistent buffers.
+    Communication: one all-reduce and one broadcast over the group, of the buffers' bytes; none without buffers.
     """
     metrics = {b for child in module.modules() if isinstance(child, Metric) for b in child.buffers()}
-    buffers = [b for b in module.buffers() if b not in metrics and not isinstance(b, DTensor)]
-    for same in _buckets(b for b in buffers if b.is_floating_point()):
+    norms = [child for child in module.modules() if isinstance(child, _NormBase)]
+    statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
+    for same in _buckets(statistics):
         flat = torch.cat([b.detach().reshape(-1) for b in same])
         dist.all_reduce(flat, group=group)
         _unflatten(flat / dist.get_world_size(group), same)
-    flat_broadcast([b for b in buffers if not b.is_floating_point()], group)
+    averaged = {*metrics, *statistics}
+    flat_broadcast([b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)], group)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -40,6 +41,8 @@ def select_blocks(
     """
     modules = {name: child for name, child in module.named_modules() if name}
     chosen: set[str] = set()
+    if isinstance(choice, str):
+        choice = [choice]
     if not isinstance(choice, Iterable):
         chosen = {name for name, child in modules.items() if choice(name, child)}
     else:
@@ -61,7 +64,7 @@ def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
     classes: set[str] = set()
     for child in module.modules():
         classes.update(getattr(child, "_no_split_modules", None) or ())
-    found = {name: child for name, child in module.named_modules() if type(child).__name__ in classes}
+    found = {name: child for name, child in module.named_modules() if class_name(child) in classes}
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     # embeddings and heads are declared too; one alone is no repeated block
     count = Counter(type(found[name]) for name in outermost)
@@ -82,14 +85,19 @@ def _repeated(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]
             yield from _repeated(child, f"{name}.")
 
 
+def class_name(module: nn.Module) -> str:
+    """Name of a module's class; of a sharded one, the name it had before fully_shard made a class of its own."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule)).__name__
+
+
 def _matches(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     if isinstance(entry, type):
         return isinstance(module, entry)
-    return fnmatchcase(name, entry) or type(module).__name__ == entry
+    return fnmatchcase(name, entry) or class_name(module) == entry
 
 
 def _nothing_matches(entry: object, modules: dict[str, nn.Module]) -> str:
-    known = [*modules, *sorted({type(child).__name__ for child in modules.values()})]
+    known = [*modules, *sorted({class_name(child) for child in modules.values()})]
     close = difflib.get_close_matches(str(entry), known, n=3)
     hint = f"; the closest are {', '.join(close)}" if close else ""
     return f"shard_units names {entry!r}, which no module of the network matches{hint}"

@@ -13,14 +13,26 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NAMES = {"allreduce": "all-reduce", "allgather": "all-gather", "reduce_scatter": "reduce-scatter"}
+NAMES = {
+    "allreduce": "all-reduce",
+    "allgather": "all-gather",
+    "reducescatter": "reduce-scatter",
+    "alltoall": "all-to-all",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "gather": "gather",
+    "scatter": "scatter",
+    "send": "send",
+    "recv": "receive",
+}
+"""Our names of collectives, by how torch's operators begin without their underscores."""
 
 
 class Collectives(TorchDispatchMode):
     """Counts the collectives that are called while it is entered, those of DDP's reducer included.
 
-    ``count`` and ``num_bytes`` are by kind: ``all-reduce``, ``all-gather``, ``reduce-scatter``, or torch's own name.
-    The bytes are those of the whole: what is reduced, the gathered tensor, the tensor before it is scattered.
+    ``count`` and ``num_bytes`` are by kind, see ``NAMES``. The bytes are those of the whole: what is reduced, the
+    gathered tensor (of a functional all-gather this rank's part), the tensor before it is scattered.
     """
 
     def __init__(self) -> None:
@@ -36,10 +48,11 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, operator: str, args: Iterable[Any]) -> None:
-        sizes = [sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)) for arg in args]
-        if operator in ("monitored_barrier_", "barrier", "wait_tensor"):
+        name = operator.replace("_", "")
+        kind = next((kind for start, kind in NAMES.items() if name.startswith(start)), None)
+        if kind is None:  # barriers, and operators that wait for a collective
             return
-        kind = next((name for start, name in NAMES.items() if operator.strip("_").startswith(start)), operator)
+        sizes = [sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)) for arg in args]
         self.count[kind] += 1
         self.num_bytes[kind] += max(sizes, default=0)
 

@@ -94,7 +94,7 @@ class HandWritten:
         shard_by_hand(network, mesh_by_hand(self.replicas))
         optimizer = module.configure_optimizers()
         loader = self.workload.loader(num_steps * dist.get_world_size())
-        sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)  # type: ignore[arg-type]
+        sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)
         batches = type(loader)(loader.dataset, batch_size=self.workload.batch_size, sampler=sampler)
         network.train()
         for number, batch in enumerate(batches):

@@ -107,7 +107,12 @@ def _take_turns(
     """Seconds of the slowest rank. Communication: also one gather of all times over the world."""
     task = progress.add_task(what, total=options.rounds * len(competitors))
     own = interleave(
-        competitors, options.rounds, options.steps, options.warmup, lambda: progress.advance(task), CLOCKS[options.clock]
+        competitors,
+        options.rounds,
+        options.steps,
+        options.warmup,
+        lambda: progress.advance(task),
+        CLOCKS[options.clock],
     )
     gc.collect()
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.benchmark.first_step import FirstStep  # noqa: E402
-from recipes.image_classification.data import Digits  # noqa: E402
-from recipes.image_classification.models import vision_transformer  # noqa: E402
-from recipes.image_classification.module import ImageClassifier  # noqa: E402
+from recipes.benchmark.first_step import FirstStep
+from recipes.image_classification.data import Digits
+from recipes.image_classification.models import vision_transformer
+from recipes.image_classification.module import ImageClassifier
 
 if __name__ == "__main__":
     strategy, ranks, file = sys.argv[1:]

@@ -1,0 +1,69 @@
+"""Collectives and bytes are counted as they are."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from recipes.benchmark.collectives import Collectives
+from recipes.benchmark.data_parallel import _collectives
+from recipes.benchmark.memory import storage_bytes
+from recipes.benchmark.workloads import WORKLOADS
+from tests.ranks import run_on_ranks
+
+
+def _ddp_step() -> tuple[dict[str, int], dict[str, int]]:
+    net = DistributedDataParallel(nn.Linear(8, 4, bias=False))
+    with Collectives() as seen:
+        net(torch.ones(2, 8)).sum().backward()
+    return dict(seen.count), dict(seen.num_bytes)
+
+
+def test_gradient_all_reduce_of_ddp_is_counted() -> None:
+    assert run_on_ranks(2, _ddp_step)[0] == ({"all-reduce": 1}, {"all-reduce": 8 * 4 * 4})
+
+
+def _shard_step() -> tuple[dict[str, int], dict[str, int]]:
+    net = nn.Linear(8, 4, bias=False)
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    with Collectives() as seen:
+        net(torch.ones(2, 8)).sum().backward()
+    return dict(seen.count), dict(seen.num_bytes)
+
+
+def test_collectives_of_fully_shard_are_counted_with_the_bytes_of_the_whole() -> None:
+    whole = 8 * 4 * 4
+    count, num_bytes = run_on_ranks(2, _shard_step)[0]
+    assert count == {"all-gather": 1, "reduce-scatter": 1}
+    assert num_bytes == {"all-gather": whole, "reduce-scatter": whole}
+
+
+def _norm_of_dtensor() -> dict[str, int]:
+    shard = distribute_tensor(torch.ones(8), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with Collectives() as seen:
+        norm = torch.linalg.vector_norm(shard)
+        assert isinstance(norm, DTensor)
+        norm.full_tensor()
+    return dict(seen.count)
+
+
+def test_collectives_inside_dtensor_are_counted() -> None:
+    assert run_on_ranks(2, _norm_of_dtensor)[0] == {"all-reduce": 1}
+
+
+def test_storage_is_counted_once_and_whole() -> None:
+    buffer = torch.zeros(10)
+    assert storage_bytes([buffer[:4], buffer[4:6], torch.zeros(3)]) == 4 * (10 + 3)
+
+
+def _verdicts() -> dict[str, str]:
+    return {f"{line.group}: {line.what}": line.verdict for line in _collectives("vit_tiny", WORKLOADS["vit_tiny"], 2)}
+
+
+def test_clip_norm_costs_one_collective_and_accumulation_none() -> None:
+    verdicts = run_on_ranks(2, _verdicts)[0]
+    asked = {what: verdict for what, verdict in verdicts.items() if "clip norm" in what or "micro-steps" in what}
+    assert len(asked) == 4
+    assert set(asked.values()) == {"reached"}
