@@ -340,9 +340,9 @@ class HybridStrategy(LayoutRanks):
             yield
 
     @override
-    def pre_backward(self, closure_loss: Tensor) -> None:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self._parallel is not None
-        self._parallel.before_backward(closure_loss)
+        return super().backward(self._parallel.before_backward(closure_loss), optimizer, *args, **kwargs)
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:

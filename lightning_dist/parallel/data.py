@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -109,8 +110,9 @@ class Alone:
         finally:
             self.reduces = True
 
-    def before_backward(self, loss: Tensor) -> None:
-        """Called with the loss before each backward pass."""
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """The loss to start a backward pass from; called before each."""
+        return loss
 
     def after_backward(self) -> None:
         """Called after each backward pass."""
@@ -122,13 +124,19 @@ class Alone:
 class Replicated(Alone):
     """Every data rank holds the whole module; DistributedDataParallel's reducer averages the gradients.
 
-    Communication: per backward pass that reduces, one all-reduce per bucket of gradients (25 MB) and one of a byte
-    map of the used parameters, over ``group``; none while accumulating. Once, at construction, the first rank's
-    parameters and buffers are broadcast.
+    Communication: per backward pass that reduces, one all-reduce per bucket of gradients (25 MB) over ``group``; none
+    while accumulating. Once, at construction, the first rank's parameters and buffers are broadcast.
 
     The reducer is told of each loss rather than of each forward pass, so a step may do several backward passes, or
-    return tensors that the loss does not depend on. Parameters that no rank's loss depends on keep no gradient, as in
-    one process. Buffers are not broadcast on every forward pass: see :func:`average_buffers`.
+    return tensors that the loss does not depend on. Buffers are not broadcast on every forward pass: see
+    :func:`average_buffers`.
+
+    [Note: flags of what was used]
+    In one process a parameter that the loss does not depend on has no gradient, and the optimizer leaves it alone.
+    The reducer wants a gradient of every parameter, so each loss is tied to all of them by an empty one, and what the
+    reducer makes of those is taken away again unless some rank used the parameter. Whether one did travels with the
+    gradients: the last bucket holds one more parameter, whose "gradient" is a flag for every other one. DDP's own
+    ``find_unused_parameters=True`` walks the graph of each loss, and sends what it found in one more all-reduce.
     """
 
     def __init__(self, module: pl.LightningModule, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -137,48 +145,113 @@ class Replicated(Alone):
         self._wrap()
 
     def _wrap(self) -> None:
-        self.trainable = self._trainable()
+        self._parameters = list(self.module.parameters())
+        self._requires_grad = [p.requires_grad for p in self._parameters]
+        self._trained = [p for p in self._parameters if p.requires_grad]
+        self._unused: list[int] = []
+        self._token: Tensor | None = None
         self.wrapper: DistributedDataParallel | None = None
-        if not any(self.trainable):
+        if not self._trained:
             return
         on_cpu = self.device.type == "cpu"
+        flagged = _WithFlags(self.module, self._trained[0].new_zeros(len(self._trained)))
+        self._flags = flagged.flags
         # DDP on CUDA has to be built on a stream of its own: pytorch.org/docs, notes/cuda
         stream = torch.cuda.stream(torch.cuda.Stream()) if self.device.type == "cuda" else nullcontext()
         with stream:
             self.wrapper = DistributedDataParallel(
-                _WithSpare(self.module, self.device),
+                flagged,
                 device_ids=None if on_cpu else [self.device.index],
                 process_group=self.group,
                 **_NO_BUFFER_BROADCAST,
-                find_unused_parameters=True,
                 gradient_as_bucket_view=True,
             )
-
-    def _trainable(self) -> list[bool]:
-        return [p.requires_grad for p in self.module.parameters()]
+        self.wrapper.register_comm_hook(None, self._reduce_bucket)
 
     def run(self, step: str, *args: Any) -> Any:
-        if self._trainable() != self.trainable:  # a callback froze or unfroze some; DDP noted them at the start
-            self._wrap()
+        if [p.requires_grad for p in self._parameters] != self._requires_grad:
+            self._wrap()  # a callback froze or unfroze some; DDP noted them at the start
+        if self.wrapper is not None:
+            self._token = _first_node(self._flags)
         return super().run(step, *args)
 
-    def before_backward(self, loss: Tensor) -> None:
-        if self.wrapper is not None:
-            self.wrapper.require_backward_grad_sync = self.reduces
-            prepare_for_backward(self.wrapper, loss)
+    def before_backward(self, loss: Tensor) -> Tensor:
+        if self.wrapper is None or not loss.requires_grad:
+            return loss
+        self.wrapper.require_backward_grad_sync = self.reduces
+        prepare_for_backward(self.wrapper, loss)
+        if not self.reduces:
+            return loss
+        token = self._token if self._token is not None else _first_node(self._flags)
+        return _Tied.apply(loss, token, *self._trained)
+
+    def _reduce_bucket(self, _, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+        """Called by the reducer for each bucket, in order, once all gradients of it are there."""
+        if bucket.is_last():  # so all gradients are there
+            used = [p.grad is not None for p in self._trained]
+            self._unused = [index for index, is_used in enumerate(used) if not is_used]
+            assert self._flags.grad is not None
+            self._flags.grad.copy_(torch.tensor(used)) if self._unused else self._flags.grad.fill_(1)
+            self._flags_travel = _holds(bucket.buffer(), self._flags.grad)
+        return allreduce_hook(self.group, bucket)
+
+    def after_backward(self) -> None:
+        if self.wrapper is None or not self.reduces:
+            return
+        flags, self._flags.grad = self._flags.grad, None
+        assert flags is not None
+        if not self._flags_travel:  # the model has parameters of several dtypes, and theirs were not in the last bucket
+            flags = torch.ones_like(flags)
+            flags[self._unused] = 0
+            dist.all_reduce(flags, group=self.group)
+        if self._unused:  # what this rank used, some rank used: so most steps need not look at the flags
+            for index, on_ranks in zip(self._unused, flags[self._unused].tolist(), strict=True):
+                if not on_ranks:
+                    self._trained[index].grad = None
 
 
-class _WithSpare(nn.Module):
-    """A module and a number that it never uses.
+class _WithFlags(nn.Module):
+    """A module with one more parameter, which comes first so that DDP puts it last."""
 
-    DDP warns on every rank when it is told to look for unused parameters and finds none, and the warning, from C++,
-    can't be filtered (torch 2.15). It always finds this one.
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, flags: Tensor) -> None:
         super().__init__()
+        self.flags = nn.Parameter(flags)
         self.module = module
-        self.spare = nn.Parameter(torch.zeros(1, device=device))
+
+
+class _Tied(torch.autograd.Function):
+    """The loss, as if it depended on all parameters: what it doesn't depend on is told that no gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, token: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.num_parameters = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return gradient, gradient.new_zeros(()), *(None for _ in range(ctx.num_parameters))
+
+
+class _Token(torch.autograd.Function):
+    """Zeros for the gradient of the flags. Autograd runs what was called first last: DDP orders buckets by that."""
+
+    @staticmethod
+    def forward(ctx: Any, flags: Tensor) -> Tensor:
+        ctx.flags = flags.detach()  # not saved: several backward passes may go through it
+        return flags.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:  # type: ignore[override]
+        return torch.zeros_like(ctx.flags)
+
+
+def _first_node(flags: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return _Token.apply(flags)
+
+
+def _holds(buffer: Tensor, view: Tensor) -> bool:
+    return buffer.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
 
 
 class Sharded(Alone):
@@ -266,8 +339,9 @@ class Sharded(Alone):
             assert isinstance(unit, FSDPModule)
             unit.reshard()
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self, loss: Tensor) -> Tensor:
         self.usage.before_backward()
+        return loss
 
     def after_backward(self) -> None:
         if not self.reduces:
