@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -292,33 +293,8 @@ class Sharded(Alone):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
         left = [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
         self.usage = Usage(module, units, set(self.roots), left, group)
-        self._in_step = False
-        if "" in self.roots:
-            self._gather_in_steps()
-
-    def _gather_in_steps(self) -> None:
-        """See [Note: the roots of sharding]."""
-        module: Any = self.module
-        for step in STEPS:
-            if is_overridden(step, module) and step not in vars(module):
-                register_fsdp_forward_method(module, step)
-        if "_gather_root" not in vars(module):
-            module._gather_root = lambda: None
-            register_fsdp_forward_method(module, "_gather_root")
-        for child in module.children():
-            child.register_forward_pre_hook(self._gather_between_steps)
-
-    def _gather_between_steps(self, *_: Any) -> None:
-        if not self._in_step:
-            module: Any = self.module
-            module._gather_root()
-
-    def run(self, step: str, *args: Any) -> Any:
-        self._in_step = True
-        try:
-            return super().run(step, *args)
-        finally:
-            self._in_step = False
+        if "" in self.roots and "_root_gathering" not in vars(module):
+            vars(module)["_root_gathering"] = _RootGathering(module)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -351,6 +327,43 @@ class Sharded(Alone):
             flat = torch.cat([g.reshape(-1) for g in same])
             dist.all_reduce(flat, group=self.group)
             _unflatten(flat / dist.get_world_size(self.group), same)
+
+
+class _RootGathering:
+    """Gathers a LightningModule around the outermost call of its steps and its forward, and of a child between them.
+
+    fully_shard's own hooks of the forward would free the root at the end of ``self(x)`` in a step, for the step's end
+    to gather it once more (seen in torch 2.14 and 2.15). See [Note: the roots of sharding].
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._inside = False
+        state = module._get_fsdp_state()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        module._gather_root = lambda: None
+        for name in ("forward", *STEPS, "_gather_root"):
+            if name in vars(module) or is_overridden(name, module):
+                self._gather_around(module, name)
+        for child in module.children():
+            child.register_forward_pre_hook(lambda *_: module._gather_root())
+
+    def _gather_around(self, module: Any, name: str) -> None:
+        plain = getattr(module, name)
+        register_fsdp_forward_method(module, name)
+        gathering = getattr(module, name)
+
+        @functools.wraps(plain)
+        def outermost(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return plain(*args, **kwargs)
+            self._inside = True
+            try:
+                return gathering(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        setattr(module, name, outermost)
 
 
 def unsharded_parameters(module: pl.LightningModule) -> set[nn.Parameter]:
