@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist import gradients
+from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
 from lightning_dist.data import deal, dealt_batches, seed_loader
 from lightning_dist.elastic.guard import end_children
@@ -265,7 +265,7 @@ class HybridStrategy(LayoutRanks):
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            _allow_mixed_groups(optimizer)
+            optimizers.settle(optimizer)
             # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
             optimizer.register_step_pre_hook(lambda *_: self._parallel.reshard() if self._parallel else None)
 
@@ -416,6 +416,7 @@ class HybridStrategy(LayoutRanks):
         assert self.lightning_module is not None
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             checkpoints.load_optimizer_state(self.lightning_module, optimizer, state, self._checkpoint_path)
+            optimizers.settle(optimizer)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
@@ -476,14 +477,6 @@ def _to_device(module: nn.Module, device: torch.device) -> None:
                 parameter.data = parameter.data.to(device)
             for name, buffer in child.named_buffers(recurse=False):
                 child._buffers[name] = buffer.to(device)
-
-
-def _allow_mixed_groups(optimizer: Optimizer) -> None:
-    """torch's foreach and fused steps raise on plain and DTensor parameters in one group (seen in 2.14)."""
-    for group in optimizer.param_groups:
-        kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
-        if len(kinds) > 1:
-            group.update({name: False for name in ("foreach", "fused") if name in group})
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
