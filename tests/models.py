@@ -370,3 +370,16 @@ class Sampling(Classifier):
         self.samples = [*getattr(self, "samples", []), float(total)]
 
     on_train_start = on_train_epoch_end = on_validation_epoch_end = on_fit_end = sample
+
+
+class SeveralDtypes(Momentum):
+    """Parameters of two dtypes, those of one unused on one rank: the flags of what was used may travel apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(WIDTH, WIDTH).double()
+        self.unused = nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        return self.net(x.index_put((chosen,), self.wide(x[chosen].double()).float()) if chosen.any() else x)

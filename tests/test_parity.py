@@ -150,6 +150,11 @@ def test_batchnorm_statistics_are_the_mean_over_the_ranks(layout: str, num_ranks
         assert record.logged == on_layout(run, layout, num_ranks)[0].logged
 
 
+def test_parameters_of_several_dtypes_used_by_one_rank_only_equal_one_process_when_replicated() -> None:
+    class_by_rank = Run(models.SeveralDtypes, models.sorted_samples, trainer={"gradient_clip_val": 0.1})
+    assert_parity(class_by_rank, "dp_replicate=2", 2)
+
+
 def test_blocks_that_only_some_ranks_run_are_refused_under_dp_shard() -> None:
     run = Run(models.RoutedBlocks, models.sorted_samples)
     assert_parity(run, "dp_replicate=2", 2)

@@ -193,13 +193,22 @@ def test_compiled_blocks_train_as_plain_ones(layout: str) -> None:
 # ---------------------------------------------------------------- what it costs
 
 
+REDUCING_BACKWARD = {
+    # the flags of what was used travel with the gradients
+    "dp_replicate=2": {"allreduce": 1},
+    # three blocks gathered, the root still is; all four reduced; what was used is agreed upon
+    "dp_shard=2": {"allgather_base": 3, "reduce_scatter_base": 4, "allreduce": 1},
+    "dp_replicate=2,dp_shard=2": {"allgather_base": 3, "reduce_scatter_base": 4, "allreduce": 5},
+}
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "dp_replicate=2,dp_shard=2"])
 def test_accumulating_micro_steps_reduce_nothing_and_clipping_takes_one_collective(layout: str) -> None:
     for counts in run_on_ranks(4 if "," in layout else 2, _count, layout):
         for kind in ("allreduce", "reduce_scatter_base", "reduce_scatter_tensor", "reduce_scatter"):
             assert not any(kind in name for name in counts["accumulate"]), counts
         assert sum(counts["clip"].values()) == (0 if layout == "dp_replicate=2" else 1)
-        assert sum(counts["reduce"].values()) > 0
+        assert counts["reduce"] == REDUCING_BACKWARD[layout]
 
 
 def _count(layout: str) -> dict[str, dict[str, int]]:
@@ -223,12 +232,32 @@ def _count(layout: str) -> dict[str, dict[str, int]]:
         **QUIET,
         devices=world,
         strategy=Counting(layout),
-        max_steps=2,
+        max_steps=3,  # DDP sorts its buckets in the second
         accumulate_grad_batches=2,
         gradient_clip_val=0.1,
     )
     runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
     return found
+
+
+def test_a_step_gathers_the_root_once_and_each_block_twice() -> None:
+    """Also where the step calls the module itself, whose forward is the root's too."""
+    assert run_on_ranks(2, _gathers) == [[7, 7, 7]] * 2
+
+
+def _gathers() -> list[int]:
+    counts: list[int] = []
+
+    class Counting(HybridStrategy):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+            with Collectives() as seen:
+                output = super().optimizer_step(*args, **kwargs)
+            counts.append(sum(count for name, count in seen.counts.items() if "allgather" in name))
+            return output
+
+    runner = L.Trainer(**QUIET, devices=2, strategy=Counting("dp_shard=2"), max_steps=3)
+    runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
+    return counts
 
 
 @pytest.mark.parametrize(("layout", "shards"), [("dp_shard=2", 2), ("dp_replicate=2,dp_shard=2", 2), ("dp_shard=4", 4)])

@@ -77,6 +77,7 @@ class HandWritten:
         replicas: copies of the shards; the rest of the ranks shards.
         clip_norm: norm to clip gradients at; None not to.
         accumulate: batches per optimizer step.
+        foreach: of the optimizer; None to let torch choose.
         around_step: makes a context manager that is open during each batch.
     """
 
@@ -84,6 +85,7 @@ class HandWritten:
     replicas: int = 1
     clip_norm: float | None = None
     accumulate: int = 1
+    foreach: bool | None = None
     around_step: Callable[[], Any] = nullcontext
 
     def __call__(self, pace: Pace, num_steps: int) -> None:
@@ -93,6 +95,8 @@ class HandWritten:
         network = module.model
         shard_by_hand(network, mesh_by_hand(self.replicas))
         optimizer = module.configure_optimizers()
+        for param_group in optimizer.param_groups:
+            param_group["foreach"] = self.foreach
         loader = self.workload.loader(num_steps * dist.get_world_size())
         sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)
         batches = type(loader)(loader.dataset, batch_size=self.workload.batch_size, sampler=sampler)

@@ -141,6 +141,7 @@ def _shard(name: str, workload: Workload, options: argparse.Namespace, progress:
     competitors: dict[str, Competitor] = {
         "ours": ours(workload, f"dp_shard={options.ranks}"),
         "by hand": HandWritten(workload),
+        "by hand, foreach": HandWritten(workload, foreach=True),
         "model parallel": lightning_model_parallel(workload),
     }
     group = f"step, dp_shard={options.ranks} ({options.clock} clock, minimum / median)"
@@ -148,6 +149,9 @@ def _shard(name: str, workload: Workload, options: argparse.Namespace, progress:
     mine = seconds["ours"]
     return [
         timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, seconds["by hand"], STEP_MUST),
+        timed(
+            group, f"{name}: against that with AdamW(foreach=True), as ours chooses", mine, seconds["by hand, foreach"]
+        ),
         timed(group, f"{name}: against ModelParallelStrategy", mine, seconds["model parallel"]),
         timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], seconds["by hand"]),
     ]
@@ -221,9 +225,9 @@ def _collectives(name: str, workload: Workload, ranks: int) -> list[Line]:
         for operator in sorted({*plain.count, *peer.count}):
             what = f"{name}, against {against}: {operator}"
             lines.append(counted(group, what, plain.count[operator], peer.count[operator], None))
-            lines.append(
-                counted(group, f"{what} bytes", plain.num_bytes[operator], peer.num_bytes[operator], BYTES_MUST)
-            )
+            lines.append(counted(group, f"{what} bytes", plain.num_bytes[operator], peer.num_bytes[operator], None))
+        what = f"{name}, against {against}: bytes of all"
+        lines.append(counted(group, what, plain.num_bytes.total(), peer.num_bytes.total(), BYTES_MUST))
         clipped = of_fit(mine, clip)[-1]
         peer_clipped = of_fit(ddp, clip)[-1] if replicated else of_loop(clip_norm=1.0)[-1]
         lines.append(
