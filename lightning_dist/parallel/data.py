@@ -186,7 +186,7 @@ class Replicated(Alone):
         token = self._token if self._token is not None else _first_node(self._flags)
         return _Tied.apply(loss, token, *self._trained)
 
-    def _reduce_bucket(self, _, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+    def _reduce_bucket(self, _, bucket):  # DDP refuses annotations that are strings
         """Called by the reducer for each bucket, in order, once all gradients of it are there."""
         if bucket.is_last():  # so all gradients are there
             used = [p.grad is not None for p in self._trained]
@@ -229,7 +229,7 @@ class _Tied(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, gradient.new_zeros(()), *(None for _ in range(ctx.num_parameters))
 
 
@@ -242,7 +242,7 @@ class _Token(torch.autograd.Function):
         return flags.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> Any:
         return torch.zeros_like(ctx.flags)
 
 

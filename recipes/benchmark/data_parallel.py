@@ -146,14 +146,12 @@ def _shard(name: str, workload: Workload, options: argparse.Namespace, progress:
     }
     group = f"step, dp_shard={options.ranks} ({options.clock} clock, minimum / median)"
     seconds = _take_turns(f"shard {name}", competitors, options, progress)
-    mine = seconds["ours"]
+    mine, by_hand, foreach = seconds["ours"], seconds["by hand"], seconds["by hand, foreach"]
     return [
-        timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, seconds["by hand"], STEP_MUST),
-        timed(
-            group, f"{name}: against that with AdamW(foreach=True), as ours chooses", mine, seconds["by hand, foreach"]
-        ),
+        timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, by_hand, STEP_MUST),
+        timed(group, f"{name}: against that with AdamW(foreach=True), as ours chooses", mine, foreach),
         timed(group, f"{name}: against ModelParallelStrategy", mine, seconds["model parallel"]),
-        timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], seconds["by hand"]),
+        timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], by_hand),
     ]
 
 
