@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -207,6 +207,7 @@ class HybridStrategy(LayoutRanks):
         plugin: Any = self.precision_plugin
         plugin.clip_grad_by_norm = self._clip_by_norm
         plugin.clip_grad_by_value = self._clip_by_value
+        plugin._after_closure = partial(self._before_optimizer_step, type(plugin)._after_closure.__get__(plugin))
         if self.world_size > 1:
             make_agreeing(plugin)
 
@@ -348,6 +349,11 @@ class HybridStrategy(LayoutRanks):
     def post_backward(self, closure_loss: Tensor) -> None:
         assert self._parallel is not None
         self._parallel.after_backward()
+
+    def _before_optimizer_step(self, original: Callable[..., None], *args: Any) -> None:
+        """Stands before the plugin's method that calls ``on_before_optimizer_step`` and clips (seen in 2.6.6)."""
+        with gradients.WholeScalars() if isinstance(self._parallel, Sharded) else nullcontext():
+            original(*args)
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         parameters = self.precision_plugin.main_params(optimizer)

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 import torchmetrics
+from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -383,3 +384,29 @@ class SeveralDtypes(Momentum):
     def forward(self, x: Tensor) -> Tensor:
         chosen = x[:, 0] > 0
         return self.net(x.index_put((chosen,), self.wide(x[chosen].double()).float()) if chosen.any() else x)
+
+
+class GradientNorms(Momentum):
+    """Logs the norm of every gradient, as Lightning's manual shows it."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log_dict(grad_norm(self, norm_type=2))
+
+
+class Penalised(Momentum):
+    """Adds a penalty over all parameters to the loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        penalty = torch.stack([p.pow(2).sum() for p in self.parameters()]).sum()
+        return super().training_step(batch, batch_idx) + 1e-3 * penalty
+
+
+class GradientPenalty(Momentum):
+    """A backward pass through a backward pass."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = x.clone().requires_grad_()
+        logits = self(x)
+        (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return F.cross_entropy(logits, y) + slope.pow(2).mean()

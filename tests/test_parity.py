@@ -38,6 +38,7 @@ CASES: dict[str, Run] = {
     "used-by-one-rank-only": Run(models.Routed, models.sorted_samples, trainer={"gradient_clip_val": 0.1}),
     "called-in-hooks": Run(models.Sampling, samples, few_samples),
     "layers-in-the-lightning-module": Run(models.Flat, samples, few_samples),
+    "gradient-norms-in-a-hook": Run(models.GradientNorms, samples, trainer={"gradient_clip_val": 0.1}),
     "manual-two-optimizers": Run(models.Adversarial, samples),
     "double": Run(models.Classifier, models.wide_samples, trainer={"precision": "64-true"}),
     "max-steps": Run(models.Classifier, samples, trainer={"max_steps": 5, "max_epochs": -1}),
@@ -153,6 +154,18 @@ def test_batchnorm_statistics_are_the_mean_over_the_ranks(layout: str, num_ranks
 def test_parameters_of_several_dtypes_used_by_one_rank_only_equal_one_process_when_replicated() -> None:
     class_by_rank = Run(models.SeveralDtypes, models.sorted_samples, trainer={"gradient_clip_val": 0.1})
     assert_parity(class_by_rank, "dp_replicate=2", 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "refusal"),
+    [(models.Penalised, "used parameters of a block outside"), (models.GradientPenalty, "with create_graph=True")],
+)
+def test_what_needs_whole_parameters_is_right_when_replicated_and_refused_when_sharded(
+    module: Any, refusal: str
+) -> None:
+    assert_parity(Run(module, samples), "dp_replicate=2", 2)
+    with pytest.raises(RankError, match=refusal):
+        on_layout(Run(module, samples), "dp_shard=2", 2)
 
 
 def test_blocks_that_only_some_ranks_run_are_refused_under_dp_shard() -> None:

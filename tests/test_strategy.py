@@ -398,6 +398,18 @@ def _average(layout: str) -> dict[str, torch.Tensor]:
     return whole_weights(module)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.Rprop])
+def test_optimizers_that_cannot_step_over_shards_are_refused(optimizer: Any) -> None:
+    with pytest.raises(RankError, match=f"torch's {optimizer.__name__} can't step over parameters that dp_shard"):
+        run_on_ranks(2, _step_by, optimizer)
+
+
+def _step_by(optimizer: Any) -> None:
+    module = models.Classifier()
+    module.configure_optimizers = lambda: optimizer(module.parameters())  # type: ignore[method-assign]
+    trainer("dp_shard=2").fit(module, DataLoader(samples(), batch_size=4))
+
+
 def test_fewer_samples_than_data_ranks_are_refused() -> None:
     with pytest.raises(RankError, match="1 samples for 2 data ranks"):
         run_on_ranks(2, _fit_samples, 1)

@@ -315,7 +315,13 @@ class Sharded(Alone):
             assert isinstance(unit, FSDPModule)
             unit.reshard()
 
+    def run(self, step: str, *args: Any) -> Any:
+        with _told_of_shards():
+            return super().run(step, *args)
+
     def before_backward(self, loss: Tensor) -> Tensor:
+        if isinstance(loss, DTensor):
+            raise ValueError(_SHARDS_IN_LOSS)
         self.usage.before_backward()
         return loss
 
@@ -327,6 +333,23 @@ class Sharded(Alone):
             flat = torch.cat([g.reshape(-1) for g in same])
             dist.all_reduce(flat, group=self.group)
             _unflatten(flat / dist.get_world_size(self.group), same)
+
+
+_SHARDS_IN_LOSS = (
+    "a step used parameters of a block outside of the block's forward (in a penalty over self.parameters(), say); "
+    "under dp_shard they are split over the ranks there. Use the optimizer's weight_decay, compute the penalty in the "
+    "forward of the block, or use dp_replicate"
+)
+
+
+@contextmanager
+def _told_of_shards() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            error.add_note(_SHARDS_IN_LOSS)
+        raise
 
 
 class _RootGathering:

@@ -52,6 +52,7 @@ class Usage:
                 # its own method, also where an earlier run has put another in its place
                 reduce = type(param_group).post_backward.__get__(param_group)
                 param_group.post_backward = partial(self._fill, name, param_group, reduce)
+                param_group.pre_backward = partial(_refuse_graph, type(param_group).pre_backward.__get__(param_group))
 
     def _note(self, name: str, *_: Any) -> None:
         if torch.is_grad_enabled():
@@ -110,6 +111,16 @@ class Usage:
             if not is_used and id(parameter) not in self._had:
                 parameter.sharded_param.grad = None
         return [p for p, is_used in zip(self.whole, used[len(self._sharded) :], strict=True) if is_used]
+
+
+def _refuse_graph(gather: Callable[..., None], *args: Any) -> None:
+    """Stands before what a unit does at the start of its backward; it would free what a second backward reads."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a backward pass with create_graph=True (a gradient penalty, a Hessian) through sharded blocks: dp_shard "
+            "frees their parameters before the second backward could use them; use dp_replicate"
+        )
+    gather(*args)
 
 
 def _param_groups(unit: nn.Module) -> list[Any]:
