@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -27,7 +28,7 @@ from typing_extensions import override
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
-from lightning_dist.data import deal, dealt_batches, seed_loader
+from lightning_dist.data import DealtBatches, deal, dealt_batches, seed_loader
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import Layout
@@ -141,13 +142,17 @@ class HybridStrategy(LayoutRanks):
         self._num_evaluated += 1
         return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
 
-    def _counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
-        """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""
+    def _dealt(self, dataloader_idx: int) -> DealtBatches | None:
+        """The batches of an evaluation loader that are this rank's; None where the user deals them."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         loop = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
         loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
-        dealt = dealt_batches(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
+        return dealt_batches(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
+
+    def _counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
+        """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""
+        dealt = self._dealt(dataloader_idx)
         return dealt is None or dealt.counts(batch_idx)
 
     # ------------------------------------------------------------------ model
@@ -190,7 +195,7 @@ class HybridStrategy(LayoutRanks):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        self._logs = StepLogs(trainer, self._monitored(trainer), self.data_group)
+        self._logs = StepLogs(trainer, self._monitored(trainer), self.data_group, self._dealt)
         self._logs.attach()
         if self.data_group is not None:
             attach_metrics(self.lightning_module, self.data_group)
@@ -271,7 +276,10 @@ class HybridStrategy(LayoutRanks):
             optimizer.register_step_pre_hook(lambda *_: self._parallel.reshard() if self._parallel else None)
 
     def _monitored(self, trainer: pl.Trainer) -> set[str]:
-        names = {str(getattr(callback, "monitor", None)) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        names = {str(getattr(callback, "monitor", None)) for callback in callbacks}
+        for callback in callbacks:  # ranks must agree on a file's name
+            names |= set(re.findall(r"\{([^}:]+)", str(getattr(callback, "filename", None) or "")))
         return names | {str(config.monitor) for config in self.lr_scheduler_configs}
 
     @override
@@ -283,20 +291,7 @@ class HybridStrategy(LayoutRanks):
 
     def _run(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._parallel is not None
-        assert self._logs is not None
-        output = self._parallel.run(step, *args, **kwargs)
-        if step == "training_step":
-            self._logs.end_training_step()
-        return output
-
-    def _evaluate(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._counts(*self._batch_index(args)):
-            return self._run(step, args, kwargs)
-        assert self._parallel is not None
-        assert self._logs is not None
-        assert self.lightning_module is not None
-        with self._logs.uncounted(self.lightning_module):
-            return self._parallel.run(step, *args, **kwargs)
+        return self._parallel.run(step, *args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -306,12 +301,12 @@ class HybridStrategy(LayoutRanks):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         with self.precision_plugin.val_step_context():
-            return self._evaluate("validation_step", args, kwargs)
+            return self._run("validation_step", args, kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         with self.precision_plugin.test_step_context():
-            return self._evaluate("test_step", args, kwargs)
+            return self._run("test_step", args, kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
