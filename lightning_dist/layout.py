@@ -148,6 +148,11 @@ class Layout:
             rank, place[axis] = divmod(rank, getattr(self, axis))
         return place
 
+    @property
+    def holds_shards(self) -> bool:
+        """Whether a rank holds less than the whole of some parameters."""
+        return self.dp_shard > 1 or self.tp > 1
+
     def build_mesh(self, device_type: str) -> ParallelMesh:
         """The device mesh of a resolved layout.
 

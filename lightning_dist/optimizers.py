@@ -15,7 +15,8 @@ def settle(optimizer: Optimizer) -> None:
     A step by the horizontal (``foreach``) kernels passes DTensor's dispatch once per operation instead of once per
     operation and parameter: for AdamW over 40 parameters a sixth of the time, with the same numbers. torch chooses it
     by itself for plain tensors on accelerators only. Its price is temporary memory of the size of this rank's shards.
-    ``foreach`` and ``fused`` raise on plain and sharded parameters in one group (seen in 2.14), so there they are off.
+    ``foreach`` and ``fused`` raise on plain and sharded parameters in one group, or on several meshes (seen in 2.14):
+    there they are off.
 
     Args:
         optimizer: changed in place; any other than torch's own keeps its settings.
@@ -30,10 +31,10 @@ def settle(optimizer: Optimizer) -> None:
             "an optimizer that works element by element, such as AdamW"
         )
     for group in optimizer.param_groups:
-        kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
-        if len(kinds) > 1:
+        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}
+        if len(meshes) > 1:
             group.update({name: False for name in ("foreach", "fused") if name in group})
-        elif kinds == {True} and _leaves_foreach_open(optimizer, group):
+        elif None not in meshes and _leaves_foreach_open(optimizer, group):
             group["foreach"] = True
 
 

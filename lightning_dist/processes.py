@@ -250,9 +250,9 @@ class _GatheringLauncher(_MultiProcessingLauncher):
 
 
 def _refuse_other_axes(layout: Layout) -> None:
-    ready = ("dp_replicate", "dp_shard")
+    ready = ("dp_replicate", "dp_shard", "tp")
     asked = [f"{axis}={degree}" for axis, degree in layout.items() if degree > 1 and axis not in ready]
     if asked:
         raise ValueError(
-            f"layout {layout} asks for {', '.join(asked)}; this version trains over dp_replicate and dp_shard only"
+            f"layout {layout} asks for {', '.join(asked)}; this version trains over {', '.join(ready)} only"
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
@@ -31,10 +32,11 @@ from lightning_dist.automatic import choose_layout
 from lightning_dist.data import DealtBatches, deal, dealt_batches, seed_loader
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
-from lightning_dist.layout import Layout
+from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.logs import StepLogs, attach_metrics
 from lightning_dist.parallel import Alone, Sharded, average_buffers, flat_broadcast, parallelize
 from lightning_dist.plans import find_blocks, select_blocks
+from lightning_dist.plans.tensor import Styles, TensorPlan, check, find_tensor_plan
 from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.processes import LayoutRanks
 from lightning_dist.refusals import refuse
@@ -51,6 +53,9 @@ class HybridStrategy(LayoutRanks):
             ``"dp_replicate=2,dp_shard=4"``, or ``"auto"``: replicate what fits on a device, shard what doesn't.
         shard_units: the modules to shard one by one, by name (with ``*``), class name, class, or a function of name and
             module. Default: the repeated blocks of the network.
+        tensor_plan: what ``tp`` divides: ``"colwise"`` or ``"rowwise"`` by name of layer (with ``*``), or a function of
+            name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
+            transformers model declares.
         compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
         checkpoint_format: ``"single"``, one file as Lightning writes it; ``"sharded"``, a directory to which every rank
             writes what it holds; ``"auto"``, sharded where parameters are.
@@ -77,6 +82,7 @@ class HybridStrategy(LayoutRanks):
         layout: Layout | Mapping[str, int] | str = "auto",
         *,
         shard_units: ShardUnits | None = None,
+        tensor_plan: Styles | None = None,
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -105,6 +111,8 @@ class HybridStrategy(LayoutRanks):
         self._shard_units = shard_units
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
         self._parallel: Alone | None = None
+        self._tensor_styles = tensor_plan
+        self._tensor_plan: TensorPlan | None = None
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
         self._checkpoint_path: _PATH | None = None
@@ -116,7 +124,16 @@ class HybridStrategy(LayoutRanks):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         refuse(self.lightning_module.trainer, self.layout, self.root_device)
+        if any(True for _ in self.lightning_module.parameters()):
+            self._plan_tensors()  # what can't be divided is said before any process group forms
         super().setup_environment()
+
+    def _plan_tensors(self) -> None:
+        if self.layout is not None and self.layout.tp > 1 and self._tensor_plan is None:
+            assert self.lightning_module is not None
+            plan = find_tensor_plan(self.lightning_module, self._tensor_styles)
+            check(plan, self.layout.tp)
+            self._tensor_plan = plan
 
     # ------------------------------------------------------------------ data
 
@@ -162,7 +179,7 @@ class HybridStrategy(LayoutRanks):
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """``configure_model`` runs here: what it builds is deferred where the layout shards, see ``initialization``."""
         with self.precision_plugin.tensor_init_context(), self.root_device:
-            if self.world_size == 1 or (self.layout is not None and self.layout.dp_shard == 1):
+            if self.world_size == 1 or (self.layout is not None and (self.layout.dp_shard == 1 or self.layout.tp > 1)):
                 yield
                 return
             assert self.lightning_module is not None
@@ -231,15 +248,19 @@ class HybridStrategy(LayoutRanks):
         fresh = not any(isinstance(p, DTensor) for p in module.parameters())
         if fresh:
             self.model_to_device()
-            if self.data_group is not None and not (training and self.layout.dp_shard == 1):
-                flat_broadcast([t for t in _tensors(module) if not t.is_meta], self.data_group)
+            if self.world_size > 1 and not (training and not self.layout.holds_shards):
+                flat_broadcast(
+                    [t for t in _tensors(module) if not t.is_meta], dist.distributed_c10d._get_default_group()
+                )
         if self.layout.dp_shard == 1:
             self._materialize(module)
+        self._plan_tensors()
         blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
         self._parallel = parallelize(
             module,
             self.layout,
             self.mesh,
+            tensor_plan=self._tensor_plan,
             blocks=blocks,
             policy=shard_policy(self.precision_plugin),
             device=self.root_device,
@@ -258,8 +279,9 @@ class HybridStrategy(LayoutRanks):
     def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
         for parameter in module.parameters():
             if isinstance(parameter, DTensor):
-                mine = None if self.mesh is None else self.mesh.root["dp_shard"].size()
-                if parameter.device_mesh.size(-1) != mine:
+                mesh = parameter.device_mesh
+                mine = {} if self.mesh is None else dict(zip(MESH_AXES, self.mesh.root.shape, strict=True))
+                if any(mine.get(axis) != mesh[axis].size() for axis in mesh.mesh_dim_names or ()):
                     raise ValueError(
                         f"this module is sharded over {parameter.device_mesh} from an earlier run, and the layout "
                         f"is now {self.layout}; build the module anew and pass ckpt_path= to go on from its checkpoint"
@@ -347,7 +369,7 @@ class HybridStrategy(LayoutRanks):
 
     def _before_optimizer_step(self, original: Callable[..., None], *args: Any) -> None:
         """Stands before the plugin's method that calls ``on_before_optimizer_step`` and clips (seen in 2.6.6)."""
-        with gradients.WholeScalars() if isinstance(self._parallel, Sharded) else nullcontext():
+        with gradients.WholeScalars() if self._holds_shards else nullcontext():
             original(*args)
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -372,9 +394,11 @@ class HybridStrategy(LayoutRanks):
     @property
     def saves_shards(self) -> bool:
         """Whether a checkpoint is a directory to which every rank writes what it holds."""
-        return self.checkpoint_format == "sharded" or (
-            self.checkpoint_format == "auto" and isinstance(self._parallel, Sharded)
-        )
+        return self.checkpoint_format == "sharded" or (self.checkpoint_format == "auto" and self._holds_shards)
+
+    @property
+    def _holds_shards(self) -> bool:
+        return self.world_size > 1 and self.layout is not None and self.layout.holds_shards
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -448,7 +472,7 @@ class HybridStrategy(LayoutRanks):
             self._logs.detach()
         if self._parallel is not None:
             self._parallel.reshard()
-        if isinstance(self._parallel, Sharded):  # DTensors stay where their mesh is
+        if self._holds_shards:  # DTensors stay where their mesh is
             assert self.accelerator is not None
             self.precision_plugin.teardown()
             self.accelerator.teardown()

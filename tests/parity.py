@@ -10,10 +10,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_dist import HybridStrategy, gradients
+from lightning_dist import HybridStrategy, Layout, gradients
+from lightning_dist.checkpoint import full
 from tests.ranks import run_on_ranks
 
 QUIET: dict[str, Any] = {
@@ -100,7 +100,8 @@ def train(run: Run, layout: str | None) -> Record:
     data = run.data()
     # Lightning's ddp would shuffle an unshuffled loader: bring its sampler
     sampler = DistributedSampler(data, shuffle=False) if layout == "ddp" else None
-    loader = DataLoader(data, batch_size=run.batch_size // world, shuffle=run.shuffle, sampler=sampler)
+    ranks = world if layout in (None, "ddp") else Layout.parse(layout).resolve(world).num_data_ranks
+    loader = DataLoader(data, batch_size=run.batch_size // ranks, shuffle=run.shuffle, sampler=sampler)
     val_loader = None if run.val_data is None else DataLoader(run.val_data(), batch_size=run.batch_size // 2)
     trainer.fit(module, loader, val_loader)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -110,9 +111,7 @@ def train(run: Run, layout: str | None) -> Record:
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
     """The state dict with every sharded tensor gathered. One all-gather a tensor."""
     state = module.state_dict()
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone() for name, t in state.items()
-    }
+    return {name: full(tensor).cpu().clone() for name, tensor in state.items()}
 
 
 def on_layout(run: Run, layout: str, num_ranks: int) -> list[Record]:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # Private in torch 2.14: the local shape and the offset of a DTensor, which DCP uses for the same purpose.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from typing_extensions import TypeIs
 
 
 def full(tensor: Tensor) -> Tensor:
     """The plain model's tensor, on every rank that holds a part of it.
 
     A plain tensor is returned as it is. A ``DTensor`` costs one all-gather per axis that shards it, of the
-    tensor's bytes; every rank of its mesh calls this.
+    tensor's bytes, one on the tensor axis one all-reduce; every rank of its mesh calls this.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
+    if on_tensor_axis(tensor):
+        return _summed(tensor)
     whole = tensor.full_tensor()
     # The gathered tensor may be a view of a padded buffer, and saving a view saves the whole buffer.
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
@@ -33,6 +41,12 @@ def place_like(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
+    if on_tensor_axis(like):
+        held = tensor.detach()
+        for dim, index in enumerate(held_indices(like)):
+            held = held if len(index) == held.shape[dim] else held.index_select(dim, index)
+        part = held.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
+        return _as_dtensor(part, like, tensor.shape)
     sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     local = tensor
     for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
@@ -65,6 +79,65 @@ def is_split(tensor: Tensor) -> bool:
         not placement.is_replicate() and tensor.device_mesh.size(axis) > 1
         for axis, placement in enumerate(tensor.placements)
     )
+
+
+def on_tensor_axis(tensor: Any) -> TypeIs[DTensor]:
+    """Whether the tensor axis divides it.
+
+    [Note: placements on the tensor axis]
+    That axis divides first, perhaps each of the pieces that a matrix packs; fully_shard then divides what is left into
+    consecutive rows. torch writes the second down as if it knew the first to be unpacked: its ``full_tensor`` and its
+    offsets are wrong for packed ones, without a word (seen in 2.14). So the rows and columns that a rank holds are
+    listed here, in the order in which they were divided.
+    """
+    return isinstance(tensor, DTensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def held_indices(tensor: DTensor) -> list[Tensor]:
+    """Of each dim of the plain tensor, the indices that this rank holds. See [Note: placements on the tensor axis]."""
+    indices = [torch.arange(size) for size in tensor.shape]
+    mesh = tensor.device_mesh
+    axes = list(zip(mesh.mesh_dim_names or (), tensor.placements, mesh.shape, mesh.get_coordinate() or (), strict=True))
+    for name, placement, size, rank in sorted(axes, key=lambda axis: axis[0] != "tp"):
+        if not isinstance(placement, (Shard, _StridedShard)):
+            continue
+        pieces = getattr(placement, "split_factor", 1) if name == "tp" else 1
+        parts = [piece.chunk(size) for piece in indices[placement.dim].chunk(pieces)]
+        mine = [part[rank] if rank < len(part) else part[0][:0] for part in parts]
+        indices[placement.dim] = torch.cat(mine)
+    return indices
+
+
+def boxes(tensor: DTensor) -> Tensor:
+    """What this rank holds, told where in the plain tensor its boxes lie: DCP's ``CheckpointableTensor`` protocol."""
+    local = tensor.to_local().detach()
+    told: Any = local.view_as(local)  # an object of its own, which takes the attributes
+    runs = list(itertools.product(*(_runs(index) for index in held_indices(tensor))))
+    told.global_shape = tuple(tensor.shape)
+    told.local_offsets = [tuple(start for start, _, _ in box) for box in runs]
+    told.global_offsets = [tuple(start for _, start, _ in box) for box in runs]
+    told.local_sizes = [tuple(length for *_, length in box) for box in runs]
+    return told
+
+
+def _runs(index: Tensor) -> list[tuple[int, int, int]]:
+    """Consecutive indices: where they start here, where in the plain tensor, how many."""
+    if not len(index):
+        return []
+    breaks = ((index[1:] - index[:-1]) != 1).nonzero().flatten().add(1).tolist()
+    starts, ends = [0, *breaks], [*breaks, len(index)]
+    return [(start, int(index[start]), end - start) for start, end in zip(starts, ends, strict=True)]
+
+
+def _summed(tensor: DTensor) -> Tensor:
+    """The plain tensor: every rank puts what it holds in its place among zeros, and the axes that divide sum up."""
+    whole = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.to_local().device)
+    grid = torch.meshgrid(*(index.to(whole.device) for index in held_indices(tensor)), indexing="ij")
+    whole[grid] = tensor.to_local()
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            dist.all_reduce(whole, group=tensor.device_mesh.get_group(axis))
+    return whole
 
 
 def _as_dtensor(local: Tensor, like: DTensor, shape: torch.Size) -> DTensor:

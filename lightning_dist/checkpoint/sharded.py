@@ -33,7 +33,7 @@ from torch.nn import Module
 
 from lightning_dist.checkpoint.agreement import global_rank, together
 from lightning_dist.checkpoint.files import METADATA, REST, put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.placement import empty_like_layout
+from lightning_dist.checkpoint.placement import boxes, empty_like_layout, on_tensor_axis
 from lightning_dist.checkpoint.single import load_pickled
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -137,7 +137,7 @@ def _split(
         if id(value) not in key_of:  # a tied parameter is one object under two names
             key_of[id(value)] = ".".join(map(str, _dcp_path(path)))
             if isinstance(value, DTensor) or global_rank() == 0:
-                tensors[key_of[id(value)]] = value.detach()
+                tensors[key_of[id(value)]] = boxes(value) if on_tensor_axis(value) else value.detach()
         places.append((key_of[id(value)], path))
         return None
 
@@ -234,7 +234,7 @@ def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_on
     with _quiet():
         try:
             dcp.load(
-                targets,
+                {key: boxes(target) if on_tensor_axis(target) else target for key, target in targets.items()},
                 storage_reader=_IndexedReader(path, index),
                 planner=_FlatPlanner(weights_only),
                 no_dist=True,  # each rank reads for itself; the verdict is ours

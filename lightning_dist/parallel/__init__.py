@@ -10,7 +10,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_dist.layout import Layout, ParallelMesh
-from lightning_dist.parallel.data import Alone, Replicated, Sharded, average_buffers, flat_broadcast
+from lightning_dist.parallel.data import Alone, Replicated, Sharded, average_buffers
+from lightning_dist.parallel.flat import flat_broadcast
+from lightning_dist.parallel.tensor import TensorAxis, split
+from lightning_dist.plans.tensor import TensorPlan, partial_parameters
 
 __all__ = ["Alone", "Replicated", "Sharded", "average_buffers", "flat_broadcast", "parallelize"]
 
@@ -20,13 +23,14 @@ def parallelize(
     layout: Layout,
     mesh: ParallelMesh | None,
     *,
+    tensor_plan: TensorPlan | None,
     blocks: dict[str, nn.Module],
     policy: MixedPrecisionPolicy,
     device: torch.device,
     compile_options: dict[str, Any] | None,
     training: bool,
 ) -> Alone:
-    """Applies the layout to a module, in place: compile block by block, then shard, or replicate.
+    """Applies the layout to a module, in place: divide layers, compile block by block, then shard, or replicate.
 
     May be called again for a module that has been through it: what is done stays.
 
@@ -34,6 +38,7 @@ def parallelize(
         module: as the user wrote it; its parameters on ``device``, or on meta.
         layout: resolved.
         mesh: of the layout; None for one process.
+        tensor_plan: what the tensor axis divides; None without that axis.
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
         device: of this rank.
@@ -46,11 +51,30 @@ def parallelize(
     Communication: replicate broadcasts the first data rank's parameters and buffers once; see its class and
     :class:`Sharded` for what a step costs.
     """
+    tensor: TensorAxis | None = None
+    if tensor_plan is not None:
+        assert mesh is not None
+        split(module, tensor_plan, mesh.root["tp"])
+        tensor = TensorAxis(module, partial_parameters(tensor_plan), mesh.root["tp"])
     if compile_options is not None:
         _compile(module, blocks, compile_options)
+    parallel = _over_data(module, layout, mesh, blocks, policy, device, training)
+    parallel.tensor = tensor
+    return parallel
+
+
+def _over_data(
+    module: pl.LightningModule,
+    layout: Layout,
+    mesh: ParallelMesh | None,
+    blocks: dict[str, nn.Module],
+    policy: MixedPrecisionPolicy,
+    device: torch.device,
+    training: bool,
+) -> Alone:
     if mesh is None or layout.num_data_ranks == 1:
         return Alone(module)
-    if layout.dp_shard > 1:
+    if layout.holds_shards:  # DDP holds no DTensors: beside the tensor axis, copies are made by fully_shard too
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
         return Sharded(module, mesh.root[axes], blocks, policy, mesh.data.get_group())
     return Replicated(module, mesh.data.get_group(), device) if training else Alone(module)

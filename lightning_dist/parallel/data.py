@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
+from lightning_dist.parallel.flat import buckets, flat_broadcast, unflatten
+from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.usage import Usage, filled
 
 # renamed in torch 2.15
@@ -36,33 +38,6 @@ _NO_BUFFER_BROADCAST: dict[str, Any] = {
 }
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
-
-
-BUCKET_BYTES = 64 * 2**20
-"""How much is copied into one flat tensor, at most, to be sent at once."""
-
-
-def flat_broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Gives every rank of the group the values of its first rank, in place.
-
-    Communication: the tensors' bytes, in broadcasts of at most 64 MB (or one tensor) each, over the group.
-    """
-    for same in _buckets(tensors):
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-        dist.broadcast(flat, dist.get_global_rank(group, 0), group)
-        _unflatten(flat, same)
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in groups of one dtype and at most ``BUCKET_BYTES``, or one tensor."""
-    open_buckets: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        bucket = open_buckets.setdefault(tensor.dtype, [])
-        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
-            yield bucket
-            bucket = open_buckets[tensor.dtype] = []
-        bucket.append(tensor)
-    yield from open_buckets.values()
 
 
 def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -76,23 +51,19 @@ def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
     metrics = {b for child in module.modules() if isinstance(child, Metric) for b in child.buffers()}
     norms = [child for child in module.modules() if isinstance(child, _NormBase)]
     statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
-    for same in _buckets(statistics):
+    for same in buckets(statistics):
         flat = torch.cat([b.detach().reshape(-1) for b in same])
         dist.all_reduce(flat, group=group)
-        _unflatten(flat / dist.get_world_size(group), same)
+        unflatten(flat / dist.get_world_size(group), same)
     averaged = {*metrics, *statistics}
     flat_broadcast([b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)], group)
 
 
-@torch.no_grad()
-def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.detach().copy_(part.view(tensor.shape))
-
-
 class Alone:
-    """One process: nothing is wrapped and nothing is communicated."""
+    """One data rank: nothing is wrapped, and nothing is communicated but by the tensor axis."""
+
+    tensor: TensorAxis | None = None
+    """Of the tensor axis, where the layout has one."""
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
@@ -113,10 +84,14 @@ class Alone:
 
     def before_backward(self, loss: Tensor) -> Tensor:
         """The loss to start a backward pass from; called before each."""
+        if self.tensor is not None:
+            self.tensor.before_backward()
         return loss
 
     def after_backward(self) -> None:
         """Called after each backward pass."""
+        if self.tensor is not None and self.reduces:
+            self.tensor.after_backward()
 
     def reshard(self) -> None:
         """Frees what was gathered for a forward pass that no backward followed. Communication: none."""
@@ -323,16 +298,17 @@ class Sharded(Alone):
         if isinstance(loss, DTensor):
             raise ValueError(_SHARDS_IN_LOSS)
         self.usage.before_backward()
-        return loss
+        return super().before_backward(loss)
 
     def after_backward(self) -> None:
         if not self.reduces:
             return
         gradients = [filled(p) for p in self.usage.agree()]
-        for same in _buckets(gradients):
+        for same in buckets(gradients):
             flat = torch.cat([g.reshape(-1) for g in same])
             dist.all_reduce(flat, group=self.group)
-            _unflatten(flat / dist.get_world_size(self.group), same)
+            unflatten(flat / dist.get_world_size(self.group), same)
+        super().after_backward()
 
 
 _SHARDS_IN_LOSS = (

@@ -78,7 +78,7 @@ class Usage:
                 if unsharded.grad is not None or accumulated is not None:
                     self._used.add(id(parameter))
                 else:
-                    unsharded.grad = torch.zeros(unsharded.shape, dtype=unsharded.dtype, device=unsharded.device)
+                    unsharded.grad = torch.zeros_like(unsharded)
         reduce(*args)
 
     def agree(self) -> list[nn.Parameter]:

@@ -1,0 +1,9 @@
+"""The tensor axis: every rank holds its heads and columns of each layer, and sees the same samples.
+
+``split`` divides a module by a plan; ``region`` runs its modules on this rank's part.
+"""
+
+from lightning_dist.parallel.tensor.axis import TensorAxis
+from lightning_dist.parallel.tensor.split import split
+
+__all__ = ["TensorAxis", "split"]

@@ -1,0 +1,57 @@
+"""The tensor axis in a step, beside its regions: gradients of which every rank has a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from lightning_dist.parallel.flat import buckets, unflatten
+
+
+class TensorAxis:
+    """Sums the gradients of replicated parameters that each rank used on its part only, such as norms of heads.
+
+    Communication: one all-reduce of their gradients, flat, over ``mesh`` per backward pass that reduces; none while
+    accumulating, none if there are no such parameters.
+
+    Args:
+        module: divided.
+        partial: names of those parameters.
+        mesh: of the tensor axis.
+    """
+
+    def __init__(self, module: nn.Module, partial: Iterable[str], mesh: DeviceMesh) -> None:
+        self.module, self.partial, self.mesh = module, list(partial), mesh
+        self._summed: list[Tensor] = []
+        """Gradients that hold the sum already."""
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = (self.module.get_parameter(name).grad for name in self.partial)
+        return [g for g in gradients if g is not None]
+
+    @torch.no_grad()
+    def before_backward(self) -> None:
+        """What is summed already must count once when it is summed again with what this pass adds to it."""
+        for gradient in self._gradients():
+            if any(gradient is other for other in self._summed):
+                _local(gradient).div_(self.mesh.size())
+        self._summed = []
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Sums; called after backward passes that reduce."""
+        gradients = self._gradients()
+        for same in buckets([_local(g) for g in gradients]):
+            flat = torch.cat([g.reshape(-1) for g in same])
+            dist.all_reduce(flat, group=self.mesh.get_group())
+            unflatten(flat, same)
+        self._summed = gradients
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

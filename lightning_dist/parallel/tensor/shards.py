@@ -1,0 +1,63 @@
+"""Which part of a parameter a rank of the tensor axis holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+
+def placement(dim: int, packed: int = 1) -> Placement:
+    """Split along a dim; of each of ``packed`` equal pieces along it (q, k, v in one matrix) if there are several.
+
+    The packed form is torch's ``_StridedShard``, which is private (seen in torch 2.14 and 2.15).
+    """
+    return Shard(dim) if packed == 1 else _StridedShard(dim, split_factor=packed)
+
+
+def local_part(whole: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
+    """This rank's part of a whole tensor, a copy. Communication: none.
+
+    Args:
+        whole: the same on every rank.
+        place: from :func:`placement`.
+        mesh: of one axis.
+    """
+    assert isinstance(place, (Shard, _StridedShard))
+    pieces = whole.chunk(getattr(place, "split_factor", 1), place.dim)
+    mine = [_chunk(piece, place.dim, mesh) for piece in pieces]
+    return torch.cat(mine, place.dim).clone()
+
+
+def _chunk(piece: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
+    """As ``Tensor.chunk``, with an empty part for ranks that come too late."""
+    chunks = piece.chunk(mesh.size(), dim)
+    rank = mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else piece.narrow(dim, 0, 0)
+
+
+def split_parameter(root: nn.Module, owner: nn.Module, name: str, place: Placement, mesh: DeviceMesh) -> None:
+    """Replaces a parameter, wherever it is tied, by a DTensor with its global shape. Communication: none.
+
+    Args:
+        root: in which other names of the parameter are looked for.
+        owner: the module that has it.
+        name: of the parameter in its owner; nothing happens if that is None or split already.
+        place: from :func:`placement`.
+        mesh: of one axis.
+    """
+    whole = owner._parameters.get(name)
+    if whole is None or isinstance(whole, DTensor):
+        return
+    part = local_part(whole.detach(), place, mesh)
+    split = nn.Parameter(
+        DTensor.from_local(part, mesh, [place], run_check=False, shape=whole.shape, stride=whole.stride()),
+        requires_grad=whole.requires_grad,
+    )
+    split.__dict__.update(whole.__dict__)  # marks that models put on their parameters
+    for module in root.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is whole:
+                module._parameters[key] = split

@@ -1,0 +1,101 @@
+"""Applies a tensor plan to a module, in place."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_dist.parallel.tensor.attention import LocalHeads
+from lightning_dist.parallel.tensor.collectives import leave
+from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
+from lightning_dist.parallel.tensor.randomness import shared_again
+from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.parallel.tensor.shards import placement, split_parameter
+from lightning_dist.plans.tensor import Part, TensorPlan
+
+
+def split(module: nn.Module, plan: TensorPlan, mesh: DeviceMesh) -> None:
+    """Divides a module over the tensor axis; what is divided already stays. Communication: none.
+
+    Args:
+        module: whole and equal on every rank, or on meta.
+        plan: of the module, which the axis divides (see :func:`~lightning_dist.plans.tensor.check`).
+        mesh: of the tensor axis.
+    """
+    for name, part in plan.items():
+        _apply(module, module.get_submodule(name), part, mesh)
+    for child in module.modules():
+        if isinstance(child, nn.TransformerEncoder):
+            child.use_nested_tensor = False  # it would read the layers' parameters itself
+
+
+def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh) -> None:
+    if Region.of(module) is not None:
+        return
+    for name, how in part.parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        split_parameter(root, module.get_submodule(owner), leaf, placement(*how), mesh)
+    for name, how in part.rows.items():
+        layer = module.get_submodule(name)
+        split_parameter(root, layer, "weight", placement(*how), mesh)
+        Region(mesh, local=["weight"], after="bias", leaves=True).attach(layer)
+    if not part.parameters:
+        return
+    Region(
+        mesh,
+        local=list(part.parameters),
+        attributes={name: _divided(module, name, mesh.size()) for name in part.attributes},
+        buffers={name: placement(*how) for name, how in part.buffers.items()},
+        enters=part.enters,
+        stays=part.stays,
+        mode=_mode(part, mesh),
+        draws=_draws(module),
+    ).attach(module)
+    if part.multihead:
+        # torch's transformer layers go past a layer without hooks
+        module.register_forward_pre_hook(_no_fast_path)
+
+
+def _divided(module: nn.Module, name: str, tp: int) -> int:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf) // tp
+
+
+def _mode(part: Part, mesh: DeviceMesh) -> Any:
+    if part.multihead:
+        return partial(_local_heads, mesh)
+    if part.applied_row:
+        return partial(_applied_windows, part, mesh)
+    return partial(_local_width, part.width, part.width // mesh.size()) if part.width else None
+
+
+def _local_heads(mesh: DeviceMesh, module: nn.Module) -> LocalHeads:
+    return LocalHeads(mesh)
+
+
+def _applied_windows(part: Part, mesh: DeviceMesh, module: nn.Module) -> AppliedWindows:
+    weight: Any = module.get_submodule(part.applied_row).weight
+
+    def leaves(partial_sum: Tensor) -> Tensor:
+        shared_again()
+        return leave(partial_sum, mesh)
+
+    return AppliedWindows(part.width, part.width // mesh.size(), part.divides["heads"], weight, leaves)
+
+
+def _local_width(width: int, local: int, module: nn.Module) -> LocalWidth:
+    return LocalWidth(width, local)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether the module has dropout: as layers, or as numbers that it passes on."""
+    layers = any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())
+    numbers = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
+    return layers or any(value > 0 for value in numbers)
+
+
+def _no_fast_path(*_: Any) -> None:
+    """A hook whose being there is enough."""

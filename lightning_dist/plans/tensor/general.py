@@ -1,0 +1,247 @@
+"""The general rule: attention and feed-forward pairs, recognised by what they are made of.
+
+A pair is one or more dense layers that read the same activation, something that works element by element or head by
+head, and one dense layer that writes back. The first are divided by outputs, the last by inputs. A module is taken as a
+part only if every parameter in it is accounted for: a norm over all heads in the middle would be wrong without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_dist.plans.blocks import class_name
+from lightning_dist.plans.tensor import layers
+from lightning_dist.plans.tensor.plan import Part, Split, TensorPlan
+
+ATTENTION = (
+    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")),
+    (("query", "key", "value"), ("output", "proj", "out")),
+    (("q", "k", "v"), ("o", "proj", "out")),
+    (("to_q", "to_k", "to_v"), ("to_out",)),
+    (("wq", "wk", "wv"), ("wo",)),
+)
+"""Names of the projections of q, k and v, and of the layers that may write back."""
+
+PACKED_ATTENTION = (
+    (("qkv", "in_proj", "c_attn", "Wqkv", "qkv_proj"), ("proj", "out_proj", "c_proj", "o_proj", "out")),
+)
+"""The same with q, k and v in one matrix."""
+
+FEED_FORWARD = (
+    (("gate_proj", "up_proj"), ("down_proj",)),
+    (("gate", "up"), ("down",)),
+    (("w1", "w3"), ("w2",)),
+    (("wi_0", "wi_1"), ("wo",)),
+    (("fc1_g", "fc1_x"), ("fc2",)),
+    (("fc1",), ("fc2",)),
+    (("c_fc",), ("c_proj",)),
+    (("wi",), ("wo",)),
+    (("linear1",), ("linear2",)),
+    (("up_proj",), ("down_proj",)),
+)
+
+GATES = ("gate", "g_proj")
+"""Layers whose outputs multiply what the heads made."""
+
+BIASES = ("q_bias", "k_bias", "v_bias")
+"""Vectors of all heads that an attention module keeps itself."""
+
+TABLES = ("relative_position_bias_table", "relative_attention_bias.weight", "relative_position_bias.weight")
+"""Tables of positions, with a column for each head."""
+
+OWN_ARGUMENTS = frozenset({"position_bias"})
+"""Arguments that another part made, so that they are of this rank's heads."""
+
+NORMS = ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm")
+"""Norms of each head: every rank uses the same weights on its heads."""
+
+
+def general_plan(module: nn.Module) -> TensorPlan:
+    """The parts of a network, by name."""
+    plan: TensorPlan = {}
+    for name, child in module.named_modules():
+        if name and any(name.startswith(f"{other}.") for other, part in plan.items() if part.enters and part.rows):
+            continue
+        for below, part in _parts(child):
+            plan[f"{name}.{below}".strip(".")] = part
+    return plan
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, Part]]:
+    """Of one module: itself as a part, or layers of it; by name below it."""
+    if isinstance(module, nn.MultiheadAttention):
+        if part := _multihead(module):
+            yield "", part
+        return
+    if class_name(module) == "ShiftedWindowAttention":
+        if part := _shifted_windows(module):
+            yield "", part
+        return
+    part = _attention(module) or _feed_forward(module) or _sequential(module)
+    if part is not None:
+        yield "", part
+        return
+    yield from _apart(module)
+
+
+def _multihead(module: nn.MultiheadAttention) -> Part | None:
+    if module.bias_k is not None or module.add_zero_attn:
+        return None
+    names = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    packed = {"in_proj_weight": 3, "in_proj_bias": 3}
+    parameters = {name: Split(0, packed.get(name, 1)) for name in names if getattr(module, name) is not None}
+    parameters["out_proj.weight"] = Split(1)
+    return Part(parameters, divides={"heads": module.num_heads}, multihead=True, split="by heads")
+
+
+def _shifted_windows(module: nn.Module) -> Part | None:
+    """torchvision's: the function that it calls gets the layers' weights, and all ranks' number of heads."""
+    part = attention_part(module, ("qkv",), "proj", 3)
+    if part is None:
+        return None
+    parameters = {**part.parameters, "proj.weight": part.rows["proj"]}
+    return replace(part, parameters=parameters, rows={}, attributes=(), applied_row="proj")
+
+
+def _attention(module: nn.Module) -> Part | None:
+    children = dict(module.named_children())
+    for kinds, packed in ((ATTENTION, 1), (PACKED_ATTENTION, 3)):
+        for columns, rows in kinds:
+            names = columns if packed == 1 else tuple(n for n in columns if n in children)[:1]
+            row = next((n for n in rows if layers.is_dense(children.get(n))), None)
+            if names and row and all(layers.is_dense(children.get(n)) for n in names):
+                return attention_part(module, names, row, packed)
+    return None
+
+
+def attention_part(module: nn.Module, columns: tuple[str, ...], row: str | None, packed: int) -> Part | None:
+    """An attention module by the names of its layers; None if it does not tell its heads, or holds more."""
+    children = dict(module.named_children())
+    width, heads = layers.head_width(module), layers.count_heads(module)
+    features = layers.outputs(children[columns[0]]) // packed
+    if heads is None and width is not None:
+        heads = features // width
+    if heads is None or features % heads:
+        return None
+    if row is not None and layers.inputs(children[row]) != features:
+        return None  # queries are not as wide as what is written back: it is packed in some way of its own
+    divides = {"heads": heads}
+    if packed == 1 and len(columns) == 3:
+        key_value = layers.outputs(children[columns[1]]) // (features // heads)
+        if key_value != heads:
+            divides["key-value heads"] = key_value
+    parameters: dict[str, Split] = {}
+    attributes: tuple[str, ...] = layers.head_attributes(module)
+    gates = [n for n in GATES if layers.is_dense(children.get(n)) and layers.outputs(children[n]) == features]
+    for name in (*columns, *gates):
+        parameters |= layers.column(name, children[name], packed if name in columns else 1)
+        attributes += layers.column_attributes(name, children[name])
+    own = dict(module.named_parameters())
+    parameters |= {name: Split(0) for name in BIASES if name in own and own[name].shape == (features,)}
+    parameters |= {name: Split(1) for name in TABLES if name in own and own[name].shape[1:] == (heads,)}
+    buffers = {name: Split(0) for name, b in module.named_buffers() if name in BIASES and b.shape == (features,)}
+    partial = tuple(f"{norm}.{n}" for norm in NORMS if norm in children for n, _ in children[norm].named_parameters())
+    if not all(own[name].numel() == features // heads for name in partial):
+        return None  # norms over all heads at once
+    part = Part(
+        parameters,
+        {row: layers.row(children[row])} if row else {},
+        partial,
+        buffers,
+        attributes=attributes,
+        divides=divides,
+        stays=OWN_ARGUMENTS,
+        width=features,
+        split="by heads",
+    )
+    return part if _accounts_for(module, part) else None
+
+
+def _feed_forward(module: nn.Module) -> Part | None:
+    children = dict(module.named_children())
+    for columns, rows in FEED_FORWARD:
+        row = next((n for n in rows if layers.is_dense(children.get(n))), None)
+        if row and all(layers.is_dense(children.get(n)) for n in columns):
+            part = feed_forward_part(module, columns, row)
+            if part is not None and _accounts_for(module, part):
+                return part
+    return None
+
+
+def feed_forward_part(module: nn.Module, columns: tuple[str, ...], row: str) -> Part | None:
+    """A feed-forward module by the names of its layers; None if their sizes don't fit.
+
+    One layer with twice the outputs holds a gate and what it multiplies, one after the other (timm's ``GluMlp``).
+    """
+    width = layers.inputs(module.get_submodule(row))
+    parameters: dict[str, Split] = {}
+    attributes: tuple[str, ...] = ()
+    for name in columns:
+        layer = module.get_submodule(name)
+        packed = layers.outputs(layer) // width
+        if packed * width != layers.outputs(layer) or packed > (2 if len(columns) == 1 else 1):
+            return None
+        parameters |= layers.column(name, layer, packed)
+        attributes += layers.column_attributes(name, layer)
+    rows = {row: layers.row(module.get_submodule(row))}
+    return Part(parameters, rows, attributes=attributes, split="by columns")
+
+
+ELEMENTWISE = (nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Mish)
+
+
+def _sequential(module: nn.Module) -> Part | None:
+    """Two dense layers with nothing between them but functions of one element (torchvision's ``MLPBlock``)."""
+    if not isinstance(module, nn.Sequential):
+        return None
+    dense = [name for name, child in module.named_children() if layers.is_dense(child)]
+    others = [child for child in module.children() if not layers.is_dense(child)]
+    if len(dense) != 2 or not others or not all(isinstance(child, ELEMENTWISE) for child in others):
+        return None
+    if next(iter(module._modules)) != dense[0] or list(module._modules).index(dense[1]) == 1:
+        return None  # something before the first would see activations that entered; nothing between is no pair
+    return feed_forward_part(module, (dense[0],), dense[1])
+
+
+def _apart(module: nn.Module) -> Iterator[tuple[str, Part]]:
+    """Pairs whose layers lie beside other things: of torch's transformer layers, and of the BERT family."""
+    children = dict(module.named_children())
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        yield "linear1", column_alone(children["linear1"])
+        yield "linear2", row_alone(children["linear2"])
+        return
+    dense = dict(children["output"].named_children()).get("dense") if "output" in children else None
+    if dense is None or not layers.is_dense(dense):
+        return
+    inner = children.get("self") or children.get("attention")
+    middle = dict(children["intermediate"].named_children()).get("dense") if "intermediate" in children else None
+    if inner is not None and {"query", "key", "value"} <= dict(inner.named_children()).keys():
+        name = "self" if "self" in children else "attention"
+        part = attention_part(inner, ("query", "key", "value"), None, 1)
+        if part is not None:
+            yield name, part
+            yield "output.dense", row_alone(dense)
+    elif middle is not None and layers.is_dense(middle):
+        yield "intermediate.dense", column_alone(middle)
+        yield "output.dense", row_alone(dense)
+
+
+def column_alone(layer: nn.Module) -> Part:
+    """A layer that is a part by itself, whose outputs go on divided."""
+    parameters = {name.removeprefix("."): split for name, split in layers.column("", layer).items()}
+    attributes = tuple(name.removeprefix(".") for name in layers.column_attributes("", layer))
+    return Part(parameters, attributes=attributes, split="by columns")
+
+
+def row_alone(layer: nn.Module) -> Part:
+    """A layer that writes back, and whose inputs come divided."""
+    return Part(rows={"": layers.row(layer)}, enters=False, split="by rows")
+
+
+def _accounts_for(module: nn.Module, part: Part) -> bool:
+    """Whether every parameter of the module is divided, written back, or said to be used in part."""
+    known = {*part.parameters, *part.partial, *(f"{row}.{leaf}" for row in part.rows for leaf in ("weight", "bias"))}
+    return all(name in known for name, _ in module.named_parameters())

@@ -1,0 +1,84 @@
+"""Layers that can be divided, and what they call their sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_dist.plans.tensor.plan import Split
+
+
+def is_dense(module: object) -> bool:
+    """Whether it is a matrix that its input is multiplied by: ``nn.Linear``, or transformers' ``Conv1D``."""
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: object) -> bool:
+    # transformers need not be there; its Conv1D keeps (inputs, outputs)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def outputs(layer: Any) -> int:
+    """Number of output features."""
+    return layer.nf if _is_transposed(layer) else layer.out_features
+
+
+def inputs(layer: Any) -> int:
+    """Number of input features."""
+    return layer.weight.shape[0] if _is_transposed(layer) else layer.in_features
+
+
+def column(name: str, layer: Any, packed: int = 1) -> dict[str, Split]:
+    """The parameters of a layer whose outputs are divided, by dotted name."""
+    found = {f"{name}.weight": Split(1 if _is_transposed(layer) else 0, packed)}
+    if layer.bias is not None:
+        found[f"{name}.bias"] = Split(0, packed)
+    return found
+
+
+def column_attributes(name: str, layer: Any) -> tuple[str, ...]:
+    """The integers that a divided layer's forward reads."""
+    return (f"{name}.nf",) if _is_transposed(layer) else ()
+
+
+def row(layer: Any) -> Split:
+    """The weight of a layer whose inputs are divided."""
+    return Split(0 if _is_transposed(layer) else 1)
+
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+_HEAD_WIDTHS = ("head_dim", "head_width", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head")
+_DIVIDED = (
+    *_HEADS,
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_kv_heads",
+    "attn_dim",
+    "all_head_size",
+    "inner_dim",
+    "split_size",
+)
+
+
+def count_heads(attention: nn.Module) -> int | None:
+    """Number of query heads of an attention module, from its own attributes or its config; None if it does not tell."""
+    config = getattr(attention, "config", None)
+    for owner in (attention, config):
+        for name in _HEADS:
+            if isinstance(count := getattr(owner, name, None), int):
+                return count
+    return None
+
+
+def head_width(attention: nn.Module) -> int | None:
+    """Features of a head; None if it does not tell."""
+    for name in _HEAD_WIDTHS:
+        if isinstance(width := getattr(attention, name, None), int):
+            return width
+    return None
+
+
+def head_attributes(attention: nn.Module) -> tuple[str, ...]:
+    """The integers of an attention module that count its heads, or features of all heads together."""
+    return tuple(name for name in _DIVIDED if type(vars(attention).get(name)) is int)

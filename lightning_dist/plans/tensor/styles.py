@@ -1,0 +1,112 @@
+"""Plans by layer: patterns of names with a style each, as users, torch and transformers write them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from lightning_dist.plans.tensor import layers
+from lightning_dist.plans.tensor.general import attention_part, column_alone, feed_forward_part, row_alone
+from lightning_dist.plans.tensor.plan import Part, TensorPlan
+
+COLWISE, ROWWISE, REPLICATE = "colwise", "rowwise", "replicate"
+STYLES = (COLWISE, ROWWISE, REPLICATE)
+"""``colwise`` divides a layer's outputs, ``rowwise`` its inputs; ``replicate`` leaves a module whole."""
+
+Styles = Mapping[str, str] | Callable[[str, nn.Module], str | None]
+
+
+def styled_plan(module: nn.Module, styles: Styles) -> TensorPlan:
+    """The plan that a user wrote.
+
+    Args:
+        module: the whole module.
+        styles: a style of :data:`STYLES` by name of layer, in which ``*`` matches anything; or a function of name and
+            module that returns one, or None.
+
+    Raises:
+        ValueError: a style that is none, a pattern that matches nothing, a layer that is not dense, an attention
+            module that does not tell how many heads it has.
+    """
+    chosen: dict[str, str] = {}
+    modules = {name: child for name, child in module.named_modules() if name}
+    if callable(styles):
+        chosen = {name: style for name, child in modules.items() if (style := styles(name, child)) is not None}
+    else:
+        for pattern, style in styles.items():
+            found = [name for name in modules if fnmatchcase(name, pattern)]
+            if not found:
+                close = difflib.get_close_matches(pattern, modules, n=3)
+                hint = f"; the closest are {', '.join(close)}" if close else ""
+                raise ValueError(f"tensor_plan names {pattern!r}, and no module has such a name{hint}")
+            chosen |= dict.fromkeys(found, style)
+    for name, style in chosen.items():
+        if style not in STYLES:
+            raise ValueError(f"tensor_plan gives {name!r} the style {style!r}; the styles are {', '.join(STYLES)}")
+        if style != REPLICATE and not layers.is_dense(modules[name]):
+            kind = type(modules[name]).__name__
+            raise ValueError(f"tensor_plan divides {name!r}, a {kind}; it can divide nn.Linear and Conv1D")
+    plan: TensorPlan = {}
+    for name, part in _assemble(module, {n: s for n, s in chosen.items() if s != REPLICATE}).items():
+        if part is None:
+            raise ValueError(
+                f"tensor_plan divides layers of {name!r}, which does not tell how many heads it has, whose sizes "
+                "don't fit each other, or which has more parameters than those; divide all of them, or leave it whole"
+            )
+        plan[name] = part
+    if not plan:
+        raise ValueError("tensor_plan divides nothing; give some layers the style 'colwise' and those after 'rowwise'")
+    return plan
+
+
+def declared_plan(module: nn.Module) -> TensorPlan:
+    """What transformers models declare in ``_tp_plan``; layers with styles other than those here stay whole."""
+    plan: TensorPlan = {}
+    for prefix, child in module.named_modules():
+        declared: Any = getattr(child, "_tp_plan", None)
+        if not isinstance(declared, Mapping):
+            continue
+        names = {
+            f"{prefix}.{name}".strip("."): below for name, below in child.named_modules() if layers.is_dense(below)
+        }
+        start = f"{prefix}." if prefix else ""
+        chosen = {
+            name: style
+            for pattern, style in declared.items()
+            if style in (COLWISE, ROWWISE)
+            for name in names
+            if fnmatchcase(name, start + pattern)
+        }
+        plan |= {name: part for name, part in _assemble(module, chosen).items() if part is not None}
+    return plan
+
+
+def _assemble(module: nn.Module, chosen: Mapping[str, str]) -> dict[str, Part | None]:
+    """Parts made of styled layers that have the same parent; None for one whose sizes don't tell how to divide it."""
+    by_parent: dict[str, dict[str, str]] = {}
+    for name, style in chosen.items():
+        parent, _, leaf = name.rpartition(".")
+        by_parent.setdefault(parent, {})[leaf] = style
+    parts: dict[str, Part | None] = {}
+    for parent, styled in by_parent.items():
+        columns = tuple(leaf for leaf, style in styled.items() if style == COLWISE)
+        rows = [leaf for leaf, style in styled.items() if style == ROWWISE]
+        owner = module.get_submodule(parent)
+        if columns and len(rows) < 2 and layers.count_heads(owner) and len(columns) in (1, 3):
+            parts[parent] = attention_part(owner, columns, rows[0] if rows else None, 3 if len(columns) == 1 else 1)
+        elif columns and len(rows) == 1 and all(layers.is_dense(c) for c in owner.children() if _has_parameters(c)):
+            parts[parent] = feed_forward_part(owner, columns, rows[0])
+        else:
+            for leaf in styled:
+                layer = owner.get_submodule(leaf)
+                alone = column_alone(layer) if styled[leaf] == COLWISE else row_alone(layer)
+                parts[f"{parent}.{leaf}".strip(".")] = alone
+    return parts
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

@@ -1,0 +1,195 @@
+"""Tiny networks of the families that have a tensor plan, each with inputs and a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers as hf
+from torch import Tensor, nn
+
+from recipes.image_classification.models import vision_transformer
+from recipes.language_model.decoder import Decoder
+
+WORDS, LENGTH = 48, 10
+
+
+class Family:
+    """A network and how it is trained.
+
+    Args:
+        network: makes it.
+        inputs: makes keyword arguments of its forward.
+        parts: attention and feed-forward modules: each costs an all-reduce forward, and one backward.
+        crossing: how many of them read a second activation, which costs one more backward.
+    """
+
+    def __init__(
+        self, network: Callable[[], nn.Module], inputs: Callable[[], Any], parts: int, crossing: int = 0
+    ) -> None:
+        self.network, self.inputs, self.parts, self.crossing = network, inputs, parts, crossing
+
+    def loss(self, network: nn.Module) -> Tensor:
+        """A number that depends on all outputs."""
+        torch.manual_seed(1)
+        inputs = self.inputs()
+        output = network(**inputs) if isinstance(inputs, dict) else network(*inputs)
+        if isinstance(output, hf.utils.ModelOutput):
+            return output.loss if "loss" in output else _spread(next(iter(output.values())))
+        return _spread(output)
+
+
+def _spread(output: Tensor) -> Tensor:
+    return F.mse_loss(output, torch.randn_like(output))
+
+
+def _images(size: int = 16) -> Any:
+    return (torch.randn(2, 3, size, size),)
+
+
+def _ids() -> Tensor:
+    return torch.randint(0, WORDS, (2, LENGTH))
+
+
+def _causal() -> dict[str, Any]:
+    ids = _ids()
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def _masked() -> dict[str, Any]:
+    ids = _ids()
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    return {"input_ids": ids, "labels": ids, "attention_mask": mask}
+
+
+def _llama(kind: str, **arguments: Any) -> Callable[[], nn.Module]:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(hf, f"{kind}Config")(
+        **{
+            "vocab_size": WORDS,
+            **sizes,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "tie_word_embeddings": False,
+            **arguments,
+        }
+    )
+    return lambda: getattr(hf, f"{kind}ForCausalLM")(config)
+
+
+def _timm(name: str, **arguments: Any) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=5, **arguments)
+
+
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **NO_DROPOUT}
+LAYER = {"d_model": 32, "nhead": 4, "dim_feedforward": 48, "dropout": 0.0, "batch_first": True}
+
+
+def _mixer() -> nn.Module:
+    return timm.models.MlpMixer(num_classes=5, img_size=16, patch_size=4, embed_dim=32, num_blocks=2)
+
+
+def _gpt2() -> nn.Module:
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=16, **dropout)
+    )
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=WORDS, **sizes, dropout_rate=0.0, decoder_start_token_id=0, feed_forward_proj="gated-gelu"
+        )
+    )
+
+
+def _swin(network: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    sizes = {"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": [4, 4]}
+    return lambda: network(**sizes, num_classes=5, stochastic_depth_prob=0.0)
+
+
+class Translator(nn.Module):
+    """torch's own encoder and decoder, with masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**LAYER), 2)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**LAYER), 2)
+
+    def forward(self, source: Tensor, target: Tensor, padding: Tensor) -> Tensor:
+        memory = self.encoder(source, src_key_padding_mask=padding)
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.decoder(target, memory, tgt_mask=mask, memory_key_padding_mask=padding)
+
+
+class Weighing(nn.Module):
+    """Attention whose weights count, over keys and values of their own widths, without a batch dim first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, kdim=16, vdim=24)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, weights = self.attention(query, key, value)
+        return torch.cat([output.flatten(), weights.flatten()])
+
+
+def _translation() -> Any:
+    padding = torch.zeros(2, LENGTH, dtype=torch.bool)
+    padding[1, 7:] = True
+    return torch.randn(2, LENGTH, 32), torch.randn(2, 6, 32), padding
+
+
+FAMILIES: dict[str, Family] = {
+    "recipe decoder": Family(lambda: Decoder(WORDS, 32, 2, 4, 2), lambda: (_ids(),), 4),
+    "recipe vit": Family(lambda: vision_transformer(8, 3, 5, width=32, depth=2), lambda: _images(8), 4),
+    "llama": Family(_llama("Llama"), _causal, 4),
+    "qwen3": Family(_llama("Qwen3"), _causal, 4),
+    "mistral": Family(_llama("Mistral"), _causal, 4),
+    "gemma": Family(_llama("Gemma", tie_word_embeddings=True), _causal, 4),
+    "gpt2": Family(_gpt2, _causal, 4),
+    "bert": Family(lambda: hf.BertForMaskedLM(hf.BertConfig(vocab_size=WORDS, **BERT)), _masked, 4),
+    "hf vit": Family(
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=4, **BERT)),
+        lambda: {"pixel_values": _images()[0], "labels": torch.tensor([0, 1])},
+        4,
+    ),
+    "t5": Family(_t5, lambda: {"input_ids": _ids(), "labels": _ids()}, 10, crossing=2),
+    "timm vit": Family(_timm("vit_tiny_patch16_224", **VIT), _images, 4),
+    "timm vit norms": Family(_timm("vit_tiny_patch16_224", **VIT, qk_norm=True, init_values=0.1), _images, 4),
+    "deit": Family(_timm("deit_tiny_distilled_patch16_224", **VIT), _images, 4),
+    "beit": Family(_timm("beit_base_patch16_224", **VIT), _images, 4),
+    "eva": Family(_timm("eva02_tiny_patch14_224", **VIT), _images, 4),
+    "mixer": Family(_mixer, _images, 4),
+    "timm swin": Family(
+        _timm(
+            "swin_tiny_patch4_window7_224",
+            img_size=32,
+            patch_size=2,
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=(4, 4),
+            window_size=4,
+            drop_path_rate=0.0,
+        ),
+        lambda: _images(32),
+        8,
+    ),
+    "torchvision vit": Family(
+        lambda: torchvision.models.VisionTransformer(16, 4, 2, 4, 32, 48, num_classes=5), _images, 4
+    ),
+    "torchvision swin": Family(_swin(torchvision.models.SwinTransformer), lambda: _images(32), 8),
+    "torch transformer": Family(Translator, _translation, 10),
+    "torch attention": Family(
+        Weighing, lambda: (torch.randn(5, 2, 32), torch.randn(7, 2, 16), torch.randn(7, 2, 24)), 1
+    ),
+}

@@ -1,0 +1,105 @@
+"""Every family of networks on the tensor axis: outputs and gradients of one process, with the fewest collectives."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_dist.parallel.tensor.split import split
+from lightning_dist.plans.tensor import check, find_tensor_plan
+from tests.ranks import run_on_ranks
+from tests.tensor.families import FAMILIES
+
+
+class Counted(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace in ("c10d", "_c10d_functional") and name.split("_")[0] in ("all", "allreduce", "broadcast"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _compare(name: str) -> dict[str, Any]:
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    plain = family.network()
+    divided = copy.deepcopy(plain)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
+    plan = find_tensor_plan(divided)
+    check(plan, mesh.size())
+    split(divided, plan, mesh)
+    expected = family.loss(plain)
+    expected.backward()
+    with Counted() as forward:
+        loss = family.loss(divided)
+    with Counted() as backward:
+        loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    partial = {f"{n}.{below}".strip(".") for n, part in plan.items() for below in part.partial}
+    gradients = _differences(plain, divided, partial)
+    plain.eval(), divided.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(family.loss(divided), family.loss(plain), rtol=1e-5, atol=1e-6)
+    divided.zero_grad()
+    again = copy.deepcopy(divided)
+    with torch.no_grad():
+        torch.testing.assert_close(family.loss(again), family.loss(plain), rtol=1e-5, atol=1e-6)
+    return {
+        "plan": {n: part.split for n, part in plan.items()},
+        "gradients": gradients,
+        "forward": dict(forward.counts),
+        "backward": dict(backward.counts),
+        "names": [n for n, _ in divided.named_parameters()] == [n for n, _ in plain.named_parameters()],
+        "divided": [n for n, p in divided.named_parameters() if isinstance(p, DTensor)],
+    }
+
+
+def _differences(plain: nn.Module, divided: nn.Module, partial: set[str]) -> dict[str, float]:
+    """Relative differences of the gradients that differ."""
+    reference = dict(plain.named_parameters())
+    found = {}
+    # keys have biases that the softmax ignores: what is left of their gradients is rounding
+    least = 1e-3 * float(torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None]).norm())
+    for name, parameter in divided.named_parameters():
+        expected, gradient = reference[name].grad, parameter.grad
+        assert parameter.shape == reference[name].shape
+        if expected is None or gradient is None:
+            assert (expected is None) == (gradient is None), name
+            continue
+        gradient = whole(gradient)
+        if name in partial:
+            torch.distributed.all_reduce(gradient)
+        difference = float((gradient - expected).norm() / expected.norm().clamp(min=least))
+        if difference > 1e-5:
+            found[name] = difference
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_on_the_tensor_axis_equals_one_process(name: str) -> None:
+    for answer in run_on_ranks(2, _compare, name, timeout=60):
+        assert answer["names"]
+        assert answer["gradients"] == {}
+        assert answer["divided"]
+        parts = FAMILIES[name].parts
+        weights = 1 if name == "torch attention" else 0
+        assert answer["forward"] == {"all_reduce": parts + weights}, answer["plan"]
+        assert answer["backward"].get("all_reduce", 0) <= parts + FAMILIES[name].crossing, answer["plan"]
