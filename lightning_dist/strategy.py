@@ -56,6 +56,8 @@ class HybridStrategy(LayoutRanks):
         tensor_plan: what ``tp`` divides: ``"colwise"`` or ``"rowwise"`` by name of layer (with ``*``), or a function of
             name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
             transformers model declares.
+        loss_parallel: under ``tp``, logits stay divided by vocabulary: ``cross_entropy`` never gathers them, anything else
+            that looks at them does. Default: they are gathered at once.
         compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
         checkpoint_format: ``"single"``, one file as Lightning writes it; ``"sharded"``, a directory to which every rank
             writes what it holds; ``"auto"``, sharded where parameters are.
@@ -83,6 +85,7 @@ class HybridStrategy(LayoutRanks):
         *,
         shard_units: ShardUnits | None = None,
         tensor_plan: Styles | None = None,
+        loss_parallel: bool = False,
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -111,7 +114,7 @@ class HybridStrategy(LayoutRanks):
         self._shard_units = shard_units
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
         self._parallel: Alone | None = None
-        self._tensor_styles = tensor_plan
+        self._tensor_styles, self._loss_parallel = tensor_plan, loss_parallel
         self._tensor_plan: TensorPlan | None = None
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
@@ -261,6 +264,7 @@ class HybridStrategy(LayoutRanks):
             self.layout,
             self.mesh,
             tensor_plan=self._tensor_plan,
+            loss_parallel=self._loss_parallel,
             blocks=blocks,
             policy=shard_policy(self.precision_plugin),
             device=self.root_device,

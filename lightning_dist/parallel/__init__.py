@@ -24,6 +24,7 @@ def parallelize(
     mesh: ParallelMesh | None,
     *,
     tensor_plan: TensorPlan | None,
+    loss_parallel: bool,
     blocks: dict[str, nn.Module],
     policy: MixedPrecisionPolicy,
     device: torch.device,
@@ -39,6 +40,7 @@ def parallelize(
         layout: resolved.
         mesh: of the layout; None for one process.
         tensor_plan: what the tensor axis divides; None without that axis.
+        loss_parallel: logits stay divided by vocabulary.
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
         device: of this rank.
@@ -54,7 +56,7 @@ def parallelize(
     tensor: TensorAxis | None = None
     if tensor_plan is not None:
         assert mesh is not None
-        split(module, tensor_plan, mesh.root["tp"])
+        split(module, tensor_plan, mesh.root["tp"], loss_parallel)
         tensor = TensorAxis(module, partial_parameters(tensor_plan), mesh.root["tp"])
     if compile_options is not None:
         _compile(module, blocks, compile_options)

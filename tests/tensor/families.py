@@ -26,12 +26,18 @@ class Family:
         inputs: makes keyword arguments of its forward.
         parts: attention and feed-forward modules: each costs an all-reduce forward, and one backward.
         crossing: how many of them read a second activation, which costs one more backward.
+        lookups: of tokens in the divided embedding, each an all-reduce forward.
     """
 
     def __init__(
-        self, network: Callable[[], nn.Module], inputs: Callable[[], Any], parts: int, crossing: int = 0
+        self,
+        network: Callable[[], nn.Module],
+        inputs: Callable[[], Any],
+        parts: int,
+        crossing: int = 0,
+        lookups: int = 0,
     ) -> None:
-        self.network, self.inputs, self.parts, self.crossing = network, inputs, parts, crossing
+        self.network, self.inputs, self.parts, self.crossing, self.lookups = network, inputs, parts, crossing, lookups
 
     def loss(self, network: nn.Module) -> Tensor:
         """A number that depends on all outputs."""
@@ -150,20 +156,20 @@ def _translation() -> Any:
 
 
 FAMILIES: dict[str, Family] = {
-    "recipe decoder": Family(lambda: Decoder(WORDS, 32, 2, 4, 2), lambda: (_ids(),), 4),
+    "recipe decoder": Family(lambda: Decoder(WORDS, 32, 2, 4, 2), lambda: (_ids(),), 4, lookups=1),
     "recipe vit": Family(lambda: vision_transformer(8, 3, 5, width=32, depth=2), lambda: _images(8), 4),
-    "llama": Family(_llama("Llama"), _causal, 4),
-    "qwen3": Family(_llama("Qwen3"), _causal, 4),
-    "mistral": Family(_llama("Mistral"), _causal, 4),
-    "gemma": Family(_llama("Gemma", tie_word_embeddings=True), _causal, 4),
-    "gpt2": Family(_gpt2, _causal, 4),
-    "bert": Family(lambda: hf.BertForMaskedLM(hf.BertConfig(vocab_size=WORDS, **BERT)), _masked, 4),
+    "llama": Family(_llama("Llama"), _causal, 4, lookups=1),
+    "qwen3": Family(_llama("Qwen3"), _causal, 4, lookups=1),
+    "mistral": Family(_llama("Mistral"), _causal, 4, lookups=1),
+    "gemma": Family(_llama("Gemma", tie_word_embeddings=True), _causal, 4, lookups=1),
+    "gpt2": Family(_gpt2, _causal, 4, lookups=1),
+    "bert": Family(lambda: hf.BertForMaskedLM(hf.BertConfig(vocab_size=WORDS, **BERT)), _masked, 4, lookups=1),
     "hf vit": Family(
         lambda: hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=4, **BERT)),
         lambda: {"pixel_values": _images()[0], "labels": torch.tensor([0, 1])},
         4,
     ),
-    "t5": Family(_t5, lambda: {"input_ids": _ids(), "labels": _ids()}, 10, crossing=2),
+    "t5": Family(_t5, lambda: {"input_ids": _ids(), "labels": _ids()}, 10, crossing=2, lookups=2),
     "timm vit": Family(_timm("vit_tiny_patch16_224", **VIT), _images, 4),
     "timm vit norms": Family(_timm("vit_tiny_patch16_224", **VIT, qk_norm=True, init_values=0.1), _images, 4),
     "deit": Family(_timm("deit_tiny_distilled_patch16_224", **VIT), _images, 4),

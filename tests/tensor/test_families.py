@@ -27,9 +27,10 @@ class Counted(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if func.namespace in ("c10d", "_c10d_functional") and name.split("_")[0] in ("all", "allreduce", "broadcast"):
-            self.counts[name] += 1
+        name = func.overloadpacket.__name__.replace("_", "")
+        kind = next((k for k in ("allreduce", "allgather", "reducescatter", "broadcast") if name.startswith(k)), None)
+        if func.namespace in ("c10d", "_c10d_functional") and kind is not None:
+            self.counts[kind] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -37,7 +38,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _compare(name: str) -> dict[str, Any]:
+def _compare(name: str, loss_parallel: bool) -> dict[str, Any]:
     family = FAMILIES[name]
     torch.manual_seed(0)
     plain = family.network()
@@ -45,7 +46,7 @@ def _compare(name: str) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
     plan = find_tensor_plan(divided)
     check(plan, mesh.size())
-    split(divided, plan, mesh)
+    split(divided, plan, mesh, loss_parallel)
     expected = family.loss(plain)
     expected.backward()
     with Counted() as forward:
@@ -95,11 +96,24 @@ def _differences(plain: nn.Module, divided: nn.Module, partial: set[str]) -> dic
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_on_the_tensor_axis_equals_one_process(name: str) -> None:
-    for answer in run_on_ranks(2, _compare, name, timeout=60):
+    family = FAMILIES[name]
+    for answer in run_on_ranks(2, _compare, name, False, timeout=60):
         assert answer["names"]
         assert answer["gradients"] == {}
         assert answer["divided"]
-        parts = FAMILIES[name].parts
         weights = 1 if name == "torch attention" else 0
-        assert answer["forward"] == {"all_reduce": parts + weights}, answer["plan"]
-        assert answer["backward"].get("all_reduce", 0) <= parts + FAMILIES[name].crossing, answer["plan"]
+        assert answer["forward"].get("allreduce") == family.parts + family.lookups + weights, answer["plan"]
+        assert answer["forward"].get("allgather", 0) <= bool(family.lookups)
+        head = 1 if family.lookups else 0
+        assert answer["backward"].get("allreduce", 0) <= family.parts + family.crossing + head, answer["plan"]
+        assert set(answer["backward"]) <= {"allreduce"}
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.lookups])
+def test_a_divided_loss_equals_one_process_and_never_gathers(name: str) -> None:
+    family = FAMILIES[name]
+    gathers = name == "recipe decoder"  # whose loss here is no cross entropy
+    for answer in run_on_ranks(2, _compare, name, True, timeout=60):
+        assert answer["gradients"] == {}
+        assert gathers or answer["forward"] == {"allreduce": family.parts + family.lookups + 2}
+        assert answer["backward"] == {"allreduce": family.parts + family.crossing + 1}

@@ -44,6 +44,7 @@ class Region:
         leaves: its output is a partial sum.
         mode: makes a context for the module's forward to run in.
         draws: random numbers inside, until a region that leaves, belong to this rank's part: dropout between heads.
+        finish: what its output, this rank's part, goes through.
 
     Communication: see :func:`~lightning_dist.parallel.tensor.collectives.enter` and ``leave``.
     """
@@ -58,6 +59,7 @@ class Region:
     leaves: bool = False
     mode: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     draws: bool = False
+    finish: Callable[[Any], Any] | None = None
 
     def attach(self, module: nn.Module) -> None:
         """Makes the module a region."""
@@ -77,6 +79,8 @@ class Region:
         draws = own_stream(self.mesh) if self.draws and module.training else nullcontext()
         with self._shadowed(module), draws, nullcontext() if self.mode is None else self.mode(module):
             output = type(module).forward(module, *args, **kwargs)
+        if self.finish is not None:
+            output = self.finish(output)
         if self.leaves:
             shared_again()
             output = leave(output, self.mesh)

@@ -10,29 +10,33 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.parallel.tensor.attention import LocalHeads
 from lightning_dist.parallel.tensor.collectives import leave
+from lightning_dist.parallel.tensor.embedding import LocalRows
 from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
+from lightning_dist.parallel.tensor.logits import VocabLogits
 from lightning_dist.parallel.tensor.randomness import shared_again
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.shards import placement, split_parameter
+from lightning_dist.parallel.tensor.vocabulary import Vocabulary
 from lightning_dist.plans.tensor import Part, TensorPlan
 
 
-def split(module: nn.Module, plan: TensorPlan, mesh: DeviceMesh) -> None:
+def split(module: nn.Module, plan: TensorPlan, mesh: DeviceMesh, loss_parallel: bool = False) -> None:
     """Divides a module over the tensor axis; what is divided already stays. Communication: none.
 
     Args:
         module: whole and equal on every rank, or on meta.
         plan: of the module, which the axis divides (see :func:`~lightning_dist.plans.tensor.check`).
         mesh: of the tensor axis.
+        loss_parallel: the head's logits stay divided, see :class:`~lightning_dist.parallel.tensor.logits.VocabLogits`.
     """
     for name, part in plan.items():
-        _apply(module, module.get_submodule(name), part, mesh)
+        _apply(module, module.get_submodule(name), part, mesh, loss_parallel)
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False  # it would read the layers' parameters itself
 
 
-def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh) -> None:
+def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, loss_parallel: bool) -> None:
     if Region.of(module) is not None:
         return
     for name, how in part.parameters.items():
@@ -53,6 +57,7 @@ def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh) -> 
         stays=part.stays,
         mode=_mode(part, mesh),
         draws=_draws(module),
+        finish=partial(_logits, Vocabulary(mesh, part.vocabulary), loss_parallel) if _is_head(part) else None,
     ).attach(module)
     if part.multihead:
         # torch's transformer layers go past a layer without hooks
@@ -67,6 +72,8 @@ def _divided(module: nn.Module, name: str, tp: int) -> int:
 def _mode(part: Part, mesh: DeviceMesh) -> Any:
     if part.multihead:
         return partial(_local_heads, mesh)
+    if part.vocabulary and not part.enters:
+        return partial(_local_rows, Vocabulary(mesh, part.vocabulary))
     if part.applied_row:
         return partial(_applied_windows, part, mesh)
     return partial(_local_width, part.width, part.width // mesh.size()) if part.width else None
@@ -74,6 +81,20 @@ def _mode(part: Part, mesh: DeviceMesh) -> Any:
 
 def _local_heads(mesh: DeviceMesh, module: nn.Module) -> LocalHeads:
     return LocalHeads(mesh)
+
+
+def _is_head(part: Part) -> bool:
+    return bool(part.vocabulary) and part.enters
+
+
+def _logits(vocabulary: Vocabulary, stay_divided: bool, columns: Tensor) -> Tensor:
+    logits = VocabLogits.from_local(columns, vocabulary.mesh, vocabulary.size)
+    return logits if stay_divided else logits.full_tensor()
+
+
+def _local_rows(vocabulary: Vocabulary, module: nn.Module) -> LocalRows:
+    weight: Any = module.weight
+    return LocalRows(vocabulary, weight)
 
 
 def _applied_windows(part: Part, mesh: DeviceMesh, module: nn.Module) -> AppliedWindows:

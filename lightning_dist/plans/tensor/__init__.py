@@ -9,6 +9,7 @@ from torch import nn
 from lightning_dist.plans.tensor.general import general_plan
 from lightning_dist.plans.tensor.plan import Part, Split, TensorPlan
 from lightning_dist.plans.tensor.styles import Styles, declared_plan, styled_plan
+from lightning_dist.plans.tensor.vocabulary import vocabulary_plan
 
 __all__ = ["Part", "Split", "Styles", "TensorPlan", "check", "find_tensor_plan", "partial_parameters"]
 
@@ -29,6 +30,7 @@ def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorP
     for name, part in declared_plan(module).items():
         if not any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in plan):
             plan[name] = part
+    plan |= vocabulary_plan(module, plan)
     if not plan:
         kinds = sorted(
             {type(child).__name__ for child in module.modules() if next(child.parameters(False), None) is not None}

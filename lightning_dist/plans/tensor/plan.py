@@ -29,6 +29,7 @@ class Part:
         width: features of all heads together, where the module reshapes to them; 0 where it doesn't.
         applied_row: a layer that writes back and is not called but applied, as in torchvision's shifted windows.
         multihead: it calls ``F.multi_head_attention_forward``, which leaves by itself.
+        vocabulary: its size, for an embedding or a head that are divided by it; 0 for others.
         enters: False for a module inside another's part, or with rows only.
         split: in words, for the report.
     """
@@ -43,6 +44,7 @@ class Part:
     width: int = 0
     applied_row: str = ""
     multihead: bool = False
+    vocabulary: int = 0
     enters: bool = True
     split: str = ""
 

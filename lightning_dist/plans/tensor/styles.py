@@ -96,7 +96,7 @@ def _assemble(module: nn.Module, chosen: Mapping[str, str]) -> dict[str, Part | 
         columns = tuple(leaf for leaf, style in styled.items() if style == COLWISE)
         rows = [leaf for leaf, style in styled.items() if style == ROWWISE]
         owner = module.get_submodule(parent)
-        if columns and len(rows) < 2 and layers.count_heads(owner) and len(columns) in (1, 3):
+        if len(columns) in (1, 3) and len(rows) < 2 and (layers.count_heads(owner) or layers.head_width(owner)):
             parts[parent] = attention_part(owner, columns, rows[0] if rows else None, 3 if len(columns) == 1 else 1)
         elif columns and len(rows) == 1 and all(layers.is_dense(c) for c in owner.children() if _has_parameters(c)):
             parts[parent] = feed_forward_part(owner, columns, rows[0])
