@@ -126,7 +126,7 @@ def attention_part(module: nn.Module, columns: tuple[str, ...], row: str | None,
         heads = features // width
     if heads is None or features % heads:
         return None
-    if packed > 1 and not layers.head_attributes(module):
+    if packed > 1 and not layers.counts_heads_itself(module):
         return None  # it cuts q, k and v apart by numbers that are not its own (transformers' Phi3)
     if row is not None and layers.inputs(children[row]) != features:
         return None  # queries are not as wide as what is written back: it is packed in some way of its own

@@ -71,6 +71,11 @@ def count_heads(attention: nn.Module) -> int | None:
     return None
 
 
+def counts_heads_itself(attention: nn.Module) -> bool:
+    """Whether the number of its query heads is an attribute of its own."""
+    return any(type(vars(attention).get(name)) is int for name in _HEADS)
+
+
 def head_width(attention: nn.Module) -> int | None:
     """Features of a head; None if it does not tell."""
     for name in _HEAD_WIDTHS:
