@@ -38,6 +38,8 @@ class LayoutReport:
         layout: resolved.
         reason: why ``"auto"`` chose it; empty where the user did.
         units: names of the modules that are sharded one by one.
+        recomputed: names of the modules that compute their forward again in backward.
+        checkpointing: how much of it: ``"full"`` or ``"selective"``; ``"none"``.
         num_parameters: of the whole module.
         whole_bytes: of the whole module's parameters.
         rank_bytes: of what this rank keeps of them between steps.
@@ -46,6 +48,8 @@ class LayoutReport:
     layout: Layout
     reason: str
     units: list[str]
+    recomputed: list[str]
+    checkpointing: str
     num_parameters: int
     whole_bytes: int
     rank_bytes: int
@@ -61,6 +65,8 @@ class LayoutReport:
             layout=layout,
             reason=strategy.sharding_reason,
             units=strategy.sharded_units,
+            recomputed=strategy.recomputed_blocks,
+            checkpointing=strategy.activation_checkpointing,
             num_parameters=sum(p.numel() for p in parameters),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters),
             rank_bytes=sum(_local_bytes(p) for p in parameters),
@@ -83,6 +89,9 @@ class LayoutReport:
         table.add_row("on this rank", _size(self.rank_bytes), f"{share:.1%} of the parameters")
         if self.units:
             table.add_row("sharded units", str(len(self.units)), _shorten(self.units))
+        if self.recomputed:
+            what = f"{self.checkpointing}: {_shorten(self.recomputed)}"
+            table.add_row("recomputed in backward", str(len(self.recomputed)), what)
         if self.reason:
             table.add_row("auto", "", self.reason)
         return table

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import CheckpointIO, Precision, TorchCheckpointIO
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -34,7 +35,15 @@ from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.logs import StepLogs, attach_metrics
-from lightning_dist.parallel import Alone, Sharded, average_buffers, flat_broadcast, parallelize
+from lightning_dist.parallel import (
+    Alone,
+    Checkpointing,
+    Sharded,
+    average_buffers,
+    flat_broadcast,
+    parallelize,
+    refuse_no_blocks,
+)
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Styles, TensorPlan, check, find_tensor_plan
 from lightning_dist.precision import make_agreeing, shard_policy
@@ -56,8 +65,11 @@ class HybridStrategy(LayoutRanks):
         tensor_plan: what ``tp`` divides: ``"colwise"`` or ``"rowwise"`` by name of layer (with ``*``), or a function of
             name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
             transformers model declares.
-        loss_parallel: under ``tp``, logits stay divided by vocabulary: ``cross_entropy`` never gathers them, anything else
-            that looks at them does. Default: they are gathered at once.
+        loss_parallel: under ``tp``, logits stay divided by vocabulary: ``cross_entropy`` never gathers them, anything
+            else that looks at them does. Default: they are gathered at once.
+        activation_checkpointing: ``"full"``, the repeated blocks keep only their inputs and outputs for backward, and
+            compute the rest again; ``"selective"``, they also keep the results of matrix products, convolutions and
+            attention, and compute the rest again; ``"none"``, nothing is computed twice.
         compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
         checkpoint_format: ``"single"``, one file as Lightning writes it; ``"sharded"``, a directory to which every rank
             writes what it holds; ``"auto"``, sharded where parameters are.
@@ -86,6 +98,7 @@ class HybridStrategy(LayoutRanks):
         shard_units: ShardUnits | None = None,
         tensor_plan: Styles | None = None,
         loss_parallel: bool = False,
+        activation_checkpointing: Checkpointing = "none",
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -111,8 +124,13 @@ class HybridStrategy(LayoutRanks):
         self.gradient_norm: Tensor | None = None
         """Norm of the gradients before the last clipping by norm; the same on every rank."""
         self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
+        self.activation_checkpointing: Checkpointing = _one_of(
+            "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
+        )
         self._shard_units = shard_units
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
+        self.recomputed_blocks: list[str] = []
+        """Names of the modules that compute their forward again in backward, once a fit has been set up."""
         self._parallel: Alone | None = None
         self._tensor_styles, self._loss_parallel = tensor_plan, loss_parallel
         self._tensor_plan: TensorPlan | None = None
@@ -127,9 +145,16 @@ class HybridStrategy(LayoutRanks):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         refuse(self.lightning_module.trainer, self.layout, self.root_device)
-        if any(True for _ in self.lightning_module.parameters()):
-            self._plan_tensors()  # what can't be divided is said before any process group forms
+        self._refuse_what_cannot_split(self.lightning_module)
         super().setup_environment()
+
+    def _refuse_what_cannot_split(self, module: pl.LightningModule) -> None:
+        """Before process groups form, where the network is there already; :meth:`_parallelize` asks again."""
+        if is_overridden("configure_model", module) or is_overridden("setup", module):
+            return
+        self._plan_tensors()
+        if module.trainer.state.fn == TrainerFn.FITTING and self.activation_checkpointing != "none":
+            refuse_no_blocks(module, self._blocks(module), self.activation_checkpointing)
 
     def _plan_tensors(self) -> None:
         if self.layout is not None and self.layout.tp > 1 and self._tensor_plan is None:
@@ -137,6 +162,9 @@ class HybridStrategy(LayoutRanks):
             plan = find_tensor_plan(self.lightning_module, self._tensor_styles)
             check(plan, self.layout.tp)
             self._tensor_plan = plan
+
+    def _blocks(self, module: pl.LightningModule) -> dict[str, nn.Module]:
+        return find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
 
     # ------------------------------------------------------------------ data
 
@@ -258,7 +286,8 @@ class HybridStrategy(LayoutRanks):
         if self.layout.dp_shard == 1:
             self._materialize(module)
         self._plan_tensors()
-        blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
+        blocks = self._blocks(module)
+        self.recomputed_blocks = list(blocks) if training and self.activation_checkpointing != "none" else []
         self._parallel = parallelize(
             module,
             self.layout,
@@ -268,6 +297,7 @@ class HybridStrategy(LayoutRanks):
             blocks=blocks,
             policy=shard_policy(self.precision_plugin),
             device=self.root_device,
+            activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_options,
             training=training,
         )

@@ -10,12 +10,22 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.parallel.checkpointing import Checkpointing, checkpoint_activations, refuse_no_blocks
 from lightning_dist.parallel.data import Alone, Replicated, Sharded, average_buffers
 from lightning_dist.parallel.flat import flat_broadcast
 from lightning_dist.parallel.tensor import TensorAxis, split
 from lightning_dist.plans.tensor import TensorPlan, partial_parameters
 
-__all__ = ["Alone", "Replicated", "Sharded", "average_buffers", "flat_broadcast", "parallelize"]
+__all__ = [
+    "Alone",
+    "Checkpointing",
+    "Replicated",
+    "Sharded",
+    "average_buffers",
+    "flat_broadcast",
+    "parallelize",
+    "refuse_no_blocks",
+]
 
 
 def parallelize(
@@ -28,10 +38,13 @@ def parallelize(
     blocks: dict[str, nn.Module],
     policy: MixedPrecisionPolicy,
     device: torch.device,
+    activation_checkpointing: Checkpointing,
     compile_options: dict[str, Any] | None,
     training: bool,
 ) -> Alone:
-    """Applies the layout to a module, in place: divide layers, compile block by block, then shard, or replicate.
+    """Applies the layout to a module, in place.
+
+    In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate.
 
     May be called again for a module that has been through it: what is done stays.
 
@@ -44,6 +57,7 @@ def parallelize(
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
         device: of this rank.
+        activation_checkpointing: what the blocks recompute in backward, see :func:`checkpoint_activations`.
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
 
@@ -58,6 +72,7 @@ def parallelize(
         assert mesh is not None
         split(module, tensor_plan, mesh.root["tp"], loss_parallel)
         tensor = TensorAxis(module, partial_parameters(tensor_plan), mesh.root["tp"])
+    checkpoint_activations(module, blocks, activation_checkpointing if training else "none")
     if compile_options is not None:
         _compile(module, blocks, compile_options)
     parallel = _over_data(module, layout, mesh, blocks, policy, device, training)

@@ -13,7 +13,8 @@ from lightning_dist.parallel.tensor.vocabulary import Vocabulary
 class Largest(torch.autograd.Function):
     """The ``k`` largest of each row (..., own width): values and columns, (..., k) each, the largest first.
 
-    For ``k`` = 1 it is the lowest column of equals, as torch's max. Backward gives the values' gradient to the ranks that hold them.
+    For ``k`` = 1 it is the lowest column of equals, as torch's max. Backward gives the values' gradient to the ranks
+    that hold them.
 
     Communication: forward one all-gather over the mesh, of at most 2 k numbers a row and rank; backward none.
     """

@@ -77,7 +77,7 @@ class VocabLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return _full(self)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         start, width = self.vocabulary.start, self.vocabulary.width
         grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn is not None else ""
         return (
@@ -100,7 +100,7 @@ class VocabLogits(Tensor):
         )
 
     @classmethod
-    def __torch_function__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _AS_IT_IS:
@@ -112,7 +112,7 @@ class VocabLogits(Tensor):
             return _with_gather(func, args, kwargs) if result is NotImplemented else result
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """What reaches torch's kernels past ``__torch_function__``: autograd's engine, mostly."""
         kwargs = kwargs or {}
         aten = torch.ops.aten
@@ -131,9 +131,7 @@ def _wrapper(columns: Tensor, vocabulary: Vocabulary, dim: int) -> VocabLogits:
     """A tensor of the whole shape that holds the columns; not in any graph."""
     shape = list(columns.shape)
     shape[dim] = vocabulary.size
-    logits: VocabLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        VocabLogits, shape, dtype=columns.dtype, device=columns.device
-    )
+    logits: VocabLogits = Tensor._make_wrapper_subclass(VocabLogits, shape, dtype=columns.dtype, device=columns.device)
     logits.vocabulary, logits.vocab_dim, logits._columns = vocabulary, dim, columns
     logits._node = logits._source = logits._whole = None
     logits._writes = [0]
@@ -220,7 +218,7 @@ def _without_gather(func: Any, logits: VocabLogits, args: Any, kwargs: Any) -> A
     if isinstance(result, Tensor):
         return _derived(result, dim, logits, lambda full: _plain(func, logits, full, args, kwargs))
     parts = [
-        _derived(part, dim, logits, lambda full, i=i: list(_plain(func, logits, full, args, kwargs))[i])
+        _derived(part, dim, logits, lambda full, i=i: list(_plain(func, logits, full, args, kwargs))[i])  # type: ignore[misc]
         for i, part in enumerate(result)
     ]
     return tuple(parts) if isinstance(result, tuple | list) else iter(parts)
@@ -315,7 +313,7 @@ def _max(logits: VocabLogits, dim: Any, keepdim: bool = False) -> Any:
     found = _largest(logits, dim, 1, _columns(logits))
     if found is None:
         return NotImplemented
-    return torch.return_types.max(found if keepdim else [part.squeeze(logits.vocab_dim) for part in found])
+    return torch.return_types.max(found if keepdim else [part.squeeze(logits.vocab_dim) for part in found])  # type: ignore[arg-type]
 
 
 def _topk(logits: VocabLogits, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
@@ -425,7 +423,7 @@ _REFUSED = {
     Tensor.data.__set__: "be given other data",  # type: ignore[attr-defined]
 }
 _GRAPH: dict[Any, Callable[..., Any]] = {
-    Tensor.grad.__get__: _grad,  # type: ignore[attr-defined]
+    Tensor.grad.__get__: _grad,  # type: ignore[union-attr]
     Tensor.retain_grad: lambda logits: _columns(logits).retain_grad(),
     Tensor.register_hook: _register_hook,
     torch.autograd.grad: _autograd_grad,
@@ -440,6 +438,8 @@ _OVER_VOCABULARY: dict[Any, Callable[..., Any]] = {
     Tensor.topk: _topk,
 }
 _SHAPE_ONLY = frozenset(
-    [torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like]
-    + [Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor]
+    [
+        *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
+        *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
+    ]
 )

@@ -6,6 +6,7 @@ It may raise what a wrong call raises.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,12 @@ def _reshape(logits: VocabLogits, *size: Any, shape: Any = None) -> tuple[Local,
     for dim, n in enumerate(sizes):
         if n == logits.vocabulary.size and math.prod(sizes[:dim]) == before:
             own = [*sizes[:dim], logits.vocabulary.width, *sizes[dim + 1 :]]
-            return lambda columns: columns.reshape(own), dim
+            return functools.partial(_reshaped, own), dim
     return None
+
+
+def _reshaped(sizes: list[int], columns: Tensor) -> Tensor:
+    return columns.reshape(sizes)
 
 
 def _flatten(logits: VocabLogits, start_dim: int = 0, end_dim: int = -1) -> tuple[Local, int] | None:
@@ -214,7 +219,7 @@ def _pointwise(function: Callable[..., Any], in_place: bool = False) -> Rule:
 
         for value in operands:
             if _is_split(value):
-                if value.vocabulary != logits.vocabulary or value.ndim - value.vocab_dim != from_end:
+                if value.vocabulary != logits.vocabulary or value.ndim - value.vocab_dim != from_end:  # type: ignore[attr-defined]
                     return None
             elif (value.requires_grad and torch.is_grad_enabled()) or (
                 value.ndim >= from_end and value.shape[-from_end] not in (1, size)
