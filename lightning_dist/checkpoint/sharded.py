@@ -231,16 +231,19 @@ def _targets(index: Metadata, places: Mapping[str, TreePath], module: Module | N
 
 
 def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_only: bool | None) -> None:
+    memory = {key: boxes(target) if on_tensor_axis(target) else target for key, target in targets.items()}
     with _quiet():
         try:
             dcp.load(
-                {key: boxes(target) if on_tensor_axis(target) else target for key, target in targets.items()},
+                memory,
                 storage_reader=_IndexedReader(path, index),
                 planner=_FlatPlanner(weights_only),
                 no_dist=True,  # each rank reads for itself; the verdict is ours
             )
         except CheckpointException as error:
             raise ValueError(f"checkpoint {path} is damaged: {_first_failure(error)}") from error
+    # the planner puts what is no tensor in place of None
+    targets.update({key: memory[key] for key, target in targets.items() if target is None})
 
 
 def _join(rest: dict[str, Any], tensors: list[tuple[TreePath, Any]]) -> dict[str, Any]:
