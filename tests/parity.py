@@ -100,7 +100,8 @@ def train(run: Run, layout: str | None) -> Record:
     data = run.data()
     # Lightning's ddp would shuffle an unshuffled loader: bring its sampler
     sampler = DistributedSampler(data, shuffle=False) if layout == "ddp" else None
-    ranks = world if layout in (None, "ddp") else Layout.parse(layout).resolve(world).num_data_ranks
+    parsed = None if layout in (None, "ddp") else Layout.parse(layout)
+    ranks = world if parsed is None else parsed.resolve(world).num_data_ranks
     loader = DataLoader(data, batch_size=run.batch_size // ranks, shuffle=run.shuffle, sampler=sampler)
     val_loader = None if run.val_data is None else DataLoader(run.val_data(), batch_size=run.batch_size // 2)
     trainer.fit(module, loader, val_loader)
