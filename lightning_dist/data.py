@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 import random
@@ -12,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_dataset
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 
@@ -133,9 +137,18 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
         stage: Lightning's stage that the loader is for.
 
     Raises:
-        ValueError: there are fewer training samples than data ranks.
+        ValueError: there are fewer training samples than data ranks, or a ``DistributedSampler`` for other ranks.
     """
-    if has_iterable_dataset(loader) or isinstance(loader.sampler, DistributedSampler):
+    if isinstance(loader.sampler, DistributedSampler):
+        if (loader.sampler.num_replicas, loader.sampler.rank) != (num_replicas, rank):
+            raise ValueError(
+                f"the loader's DistributedSampler deals to {loader.sampler.num_replicas} ranks, and is rank "
+                f"{loader.sampler.rank} of them; the layout has {num_replicas} data ranks (dp_replicate x dp_shard), "
+                f"of which this is {rank}: pass them as num_replicas= and rank=, or leave the sampler out, which is "
+                "not needed"
+            )
+        return loader
+    if has_iterable_dataset(loader):
         return loader
     loader = copy.copy(loader)  # the user may pass the same one again: it must not be dealt twice
     object.__setattr__(loader, "_iterator", None)
@@ -183,6 +196,41 @@ def dealt_batches(loader: object) -> DealtBatches | None:
         sampler = getattr(loader, "sampler", None)
     sampler = getattr(sampler, "_batch_sampler", sampler)
     return sampler if isinstance(sampler, DealtBatches) else None
+
+
+def refuse_different_batches(step: str, args: tuple[Any, ...], group: dist.ProcessGroup) -> None:
+    """Raises on every rank of the group if they were given different batches.
+
+    Ranks that divide layers between them share their samples; a data set that deals by global rank, or a transform
+    that draws from a generator of its own, would train each on its own ones without a word.
+
+    Args:
+        step: its name, for the message.
+        args: of the step; its tensors are compared.
+        group: the ranks with the same data rank.
+
+    Communication: two all-reduces of 8 bytes over the group; none for one rank.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if dist.get_world_size(group) == 1:
+        return
+    digest = hashlib.sha256()
+    leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    for leaf in leaves:
+        digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    number = int.from_bytes(digest.digest()[:7], "little")
+    least = torch.tensor(number, device=leaves[0].device if leaves else "cpu")
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN, group)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group)
+    if int(least) != int(most):
+        raise ValueError(
+            f"the ranks of a tp group were given different batches by {step}'s loader; they divide the layers, so they "
+            "have to see the same samples: deal by trainer.strategy.data_rank of num_data_ranks, not by global rank, "
+            "and draw augmentation from torch's, numpy's or Python's own generators"
+        )
 
 
 def seed_loader(loader: DataLoader, data_rank: int) -> None:

@@ -27,8 +27,8 @@ def settle(optimizer: Optimizer) -> None:
     sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     if sharded and isinstance(optimizer, UNSHARDABLE):
         raise ValueError(
-            f"torch's {type(optimizer).__name__} can't step over parameters that dp_shard splits; use dp_replicate, or "
-            "an optimizer that works element by element, such as AdamW"
+            f"torch's {type(optimizer).__name__} can't step over parameters that dp_shard or tp split; use "
+            "dp_replicate, or an optimizer that works element by element, such as AdamW"
         )
     for group in optimizer.param_groups:
         meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}

@@ -123,9 +123,10 @@ class LayoutRanks(ParallelStrategy):
         self.lightning_module._device_mesh = None if self.mesh is None else self.mesh.root
 
     def _share_random_state(self) -> None:
-        """Every rank goes on with rank 0's torch generators: what is built from here on is built alike.
+        """Every rank goes on with rank 0's generators: what is built or drawn from here on is alike.
 
-        Communication: one broadcast of 5 kB over the world, and one of 16 bytes where there is a GPU.
+        Communication: a broadcast of 5 kB over the world for torch's, of 16 bytes more where there is a GPU, and of
+        objects for Python's and numpy's.
         """
         generators: list[Any] = [torch]
         if self.root_device.type != "cpu":
@@ -134,6 +135,10 @@ class LayoutRanks(ParallelStrategy):
             state = generator.get_rng_state().to(self.root_device)
             dist.broadcast(state, 0)
             generator.set_rng_state(state.cpu())
+        others: list[Any] = [random.getstate(), np.random.get_state()]
+        dist.broadcast_object_list(others, 0, device=self.root_device)
+        random.setstate(others[0])
+        np.random.set_state(others[1])
 
     def _part_random_streams(self) -> None:
         """Data ranks draw apart from here on, in dropout and augmentation; data rank 0 goes on as one process would."""

@@ -26,13 +26,13 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
 
 
 def _refuse_averaging(trainer: pl.Trainer, layout: Layout | None) -> None:
-    if layout is None or layout.dp_shard == 1:
+    if layout is None or not layout.holds_shards:
         return
     averaging = next((c for c in trainer.callbacks if _averages_weights(c)), None)  # type: ignore[attr-defined]
     if averaging is not None:
         raise ValueError(
             f"{type(averaging).__name__} keeps a whole copy of the weights on every rank, which layout "
-            f"{layout} shards; use dp_replicate without dp_shard, or leave the callback out"
+            f"{layout} divides; use dp_replicate alone, or leave the callback out"
         )
 
 

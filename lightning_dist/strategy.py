@@ -30,7 +30,7 @@ from typing_extensions import override
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
-from lightning_dist.data import DealtBatches, deal, dealt_batches, seed_loader
+from lightning_dist.data import DealtBatches, deal, dealt_batches, refuse_different_batches, seed_loader
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
@@ -138,6 +138,8 @@ class HybridStrategy(LayoutRanks):
         self._recorded: RecordedInit | None = None
         self._checkpoint_path: _PATH | None = None
         self._num_evaluated = 0
+        self._compared: set[str] = set()
+        """Steps whose first batch was seen to be the same on the ranks that share samples."""
         self.sharding_reason = ""
         """Why ``"auto"`` chose the layout; empty where the user did."""
 
@@ -157,7 +159,8 @@ class HybridStrategy(LayoutRanks):
             refuse_no_blocks(module, self._blocks(module), self.activation_checkpointing)
 
     def _plan_tensors(self) -> None:
-        if self.layout is not None and self.layout.tp > 1 and self._tensor_plan is None:
+        self._tensor_plan = None
+        if self.layout is not None and self.layout.tp > 1:
             assert self.lightning_module is not None
             plan = find_tensor_plan(self.lightning_module, self._tensor_styles)
             check(plan, self.layout.tp)
@@ -236,6 +239,7 @@ class HybridStrategy(LayoutRanks):
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         self._own_dataloaders(trainer)
+        self._compared.clear()
         self._own_clipping()
         self._parallelize(training=trainer.state.fn == TrainerFn.FITTING)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -260,6 +264,7 @@ class HybridStrategy(LayoutRanks):
         plugin: Any = self.precision_plugin
         plugin.clip_grad_by_norm = self._clip_by_norm
         plugin.clip_grad_by_value = self._clip_by_value
+        plugin.post_backward = partial(self._after_backward, type(plugin).post_backward.__get__(plugin))
         plugin._after_closure = partial(self._before_optimizer_step, type(plugin)._after_closure.__get__(plugin))
         if self.world_size > 1:
             make_agreeing(plugin)
@@ -347,6 +352,9 @@ class HybridStrategy(LayoutRanks):
 
     def _run(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._parallel is not None
+        if self.mesh is not None and step not in self._compared:
+            self._compared.add(step)
+            refuse_different_batches(step, args, self.mesh.root["tp"].get_group())
         return self._parallel.run(step, *args, **kwargs)
 
     @override
@@ -367,9 +375,8 @@ class HybridStrategy(LayoutRanks):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Each rank predicts its own batches, in order: batch i of data rank r is the loader's batch i * n + r."""
-        assert self._parallel is not None
         with self.precision_plugin.predict_step_context():
-            prediction = self._parallel.run("predict_step", *args, **kwargs)
+            prediction = self._run("predict_step", args, kwargs)
         index = self._batch_index(args)
         return prediction if self._counts(*index) else self._drop_prediction(*index)
 
@@ -396,10 +403,11 @@ class HybridStrategy(LayoutRanks):
         assert self._parallel is not None
         return super().backward(self._parallel.before_backward(closure_loss), optimizer, *args, **kwargs)
 
-    @override
-    def post_backward(self, closure_loss: Tensor) -> None:
+    def _after_backward(self, original: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Stands before the plugin's method that calls ``on_after_backward``, which sees finished gradients."""
         assert self._parallel is not None
         self._parallel.after_backward()
+        return original(*args)
 
     def _before_optimizer_step(self, original: Callable[..., None], *args: Any) -> None:
         """Stands before the plugin's method that calls ``on_before_optimizer_step`` and clips (seen in 2.6.6)."""

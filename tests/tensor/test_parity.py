@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import lightning as L
 import pytest
+import timm
+import torch
+from lightning.pytorch.callbacks import Callback
 
+from recipes.image_classification import ImageClassifier
+from recipes.language_model import CausalLM
+from recipes.language_model.decoder import Decoder
+from recipes.optimization import warmup_cosine
 from tests.parity import Run, assert_parity
-from tests.recipes.test_parity import RUNS
+from tests.recipes.test_parity import RUNS, VOCABULARY
 
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
 
@@ -27,3 +36,65 @@ def test_accumulation_equals_one_process(layout: str, num_ranks: int) -> None:
     run = RUNS["language_model"]
     accumulating: Run = replace(run, trainer={**run.trainer, "accumulate_grad_batches": 3})
     assert_parity(accumulating, layout, num_ranks)
+
+
+def vit_with_norms() -> L.LightningModule:
+    """Attention with norms of its heads, whose gradients each rank has a part of."""
+    network = partial(
+        timm.create_model,
+        "vit_tiny_patch16_224",
+        **{"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10},
+        **{"embed_dim": 32, "depth": 2, "num_heads": 4, "qk_norm": True},
+    )
+    return ImageClassifier(network, partial(torch.optim.AdamW, lr=1e-3, eps=1e-6), warmup_cosine, num_classes=10)
+
+
+NORMS = replace(RUNS["image_classification"], module=vit_with_norms)
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_partial_gradients_are_summed_once(layout: str, num_ranks: int, accumulate: int) -> None:
+    trainer = {**NORMS.trainer, "accumulate_grad_batches": accumulate}
+    assert_parity(replace(NORMS, trainer=trainer), layout, num_ranks)
+
+
+class Watched(Callback):
+    """Logs the gradients' norm where users look at it."""
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        named = [(name, p.grad) for name, p in pl_module.named_parameters() if "q_norm" in name or "head" in name]
+        pl_module.log("norm", sum(gradient.norm() for _, gradient in named if gradient is not None))
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), [("tp=2", 2), ("dp_replicate=2", 2)])
+def test_hooks_after_backward_see_finished_gradients(layout: str, num_ranks: int) -> None:
+    assert_parity(replace(NORMS, callbacks=_watched), layout, num_ranks)
+
+
+def _watched() -> list[Callback]:
+    return [Watched()]
+
+
+def uneven_decoder() -> L.LightningModule:
+    """Neither its vocabulary nor its feed-forward width divides by two."""
+    network = partial(Decoder, VOCABULARY + 1, width=32, depth=2, num_heads=4, num_kv_heads=2, feed_forward_width=45)
+    return CausalLM(network, partial(torch.optim.AdamW, lr=1e-3), warmup_cosine)
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize("loss_parallel", [False, True])
+def test_uneven_widths_equal_one_process(layout: str, num_ranks: int, loss_parallel: bool) -> None:
+    run = replace(RUNS["language_model"], module=uneven_decoder, strategy={"loss_parallel": loss_parallel})
+    assert_parity(run, layout, num_ranks)
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS[:2])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_blocks_equal_one_process(layout: str, num_ranks: int, mode: str) -> None:
+    run = replace(NORMS, strategy={"activation_checkpointing": mode})
+    assert_parity(run, layout, num_ranks)
+
+
+def test_compiled_blocks_equal_one_process() -> None:
+    assert_parity(replace(RUNS["language_model"], strategy={"compile": {"backend": "aot_eager"}}), "tp=2", 2)

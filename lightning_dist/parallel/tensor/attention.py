@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
-from lightning_dist.parallel.tensor.collectives import leave
+from lightning_dist.parallel.tensor.collectives import gather, leave
 from lightning_dist.parallel.tensor.randomness import shared_again
 
 
@@ -127,6 +125,4 @@ def _all_heads(mesh: DeviceMesh, attention: Tensor, average: bool) -> Tensor:
     """(batch, queries, keys) averaged over all heads, or (batch, heads, queries, keys) of all."""
     if average:
         return leave(attention.sum(1), mesh) / (attention.shape[1] * mesh.size())
-    # (batch, heads, ...): gathered along the first dim, then put side by side
-    gathered = functional.wait_tensor(functional.all_gather_tensor(attention.detach().contiguous(), 0, mesh))
-    return torch.cat(gathered.chunk(mesh.size()), 1)
+    return gather(attention, mesh, 1)

@@ -13,17 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_map
 
 from lightning_dist.parallel.tensor.collectives import enter, leave
 from lightning_dist.parallel.tensor.randomness import own_stream, shared_again
 from lightning_dist.parallel.tensor.shards import local_part
+
+if TYPE_CHECKING:
+    from lightning_dist.parallel.tensor.proof import Proof
 
 _MISSING = object()
 _ATTRIBUTE = "_tensor_region"
@@ -45,6 +49,7 @@ class Region:
         mode: makes a context for the module's forward to run in.
         draws: random numbers inside, until a region that leaves, belong to this rank's part: dropout between heads.
         finish: what its output, this rank's part, goes through.
+        proof: compares the first run of each kind of module with the whole one; None for what needs none.
 
     Communication: see :func:`~lightning_dist.parallel.tensor.collectives.enter` and ``leave``.
     """
@@ -60,6 +65,7 @@ class Region:
     mode: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     draws: bool = False
     finish: Callable[[Any], Any] | None = None
+    proof: Proof | None = None
 
     def attach(self, module: nn.Module) -> None:
         """Makes the module a region."""
@@ -74,6 +80,8 @@ class Region:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward, on this rank's part."""
+        if self.proof is not None and self.proof.is_due(module):
+            self.proof.run(module, args, kwargs)
         if self.enters:
             args, kwargs = self._enter(args, kwargs)
         draws = own_stream(self.mesh) if self.draws and module.training else nullcontext()
@@ -93,46 +101,74 @@ class Region:
         entered: dict[int, tuple[Any, Any]] = {}
 
         def once(value: Any) -> Any:
-            if not (isinstance(value, Tensor) and value.requires_grad and value.ndim > 1):
+            if not (isinstance(value, Tensor) and value.requires_grad):
                 return value
             if id(value) not in entered:  # the same object stays the same: modules ask whether query is key
                 entered[id(value)] = (enter(value, self.mesh), value)
             return entered[id(value)][0]
 
-        return tuple(once(a) for a in args), {k: v if k in self.stays else once(v) for k, v in kwargs.items()}
+        own = {name: value for name, value in kwargs.items() if name in self.stays}
+        args, others = tree_map(once, (args, {name: value for name, value in kwargs.items() if name not in own}))
+        return args, {**others, **own}
 
-    @contextmanager
-    def _shadowed(self, module: nn.Module) -> Iterator[None]:
-        shadowed: list[tuple[dict[str, Any], str, Any]] = []
+    def _shadowed(self, module: nn.Module) -> AbstractContextManager[None]:
+        values: dict[str, Any] = {}
+        for name in self.local:
+            parameter = _parameter(module, name)
+            if isinstance(parameter, DTensor):
+                values[name] = parameter.to_local()
+        if self.after is not None and module._parameters[self.after] is not None:
+            values[self.after] = _no_bias(module, self.after)
+        values |= self.attributes
+        for name, place in self.buffers.items():
+            values[name] = local_part(module.get_buffer(name), place, self.mesh)
+        return shadowed(module, values)
 
-        def shadow(name: str, value: Any) -> None:
+
+@contextmanager
+def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """While it lasts, the module (or one below it) finds these values under these dotted names."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, value in values.items():
             owner, _, leaf = name.rpartition(".")
             own = vars(module.get_submodule(owner))
-            shadowed.append((own, leaf, own.get(leaf, _MISSING)))
+            before.append((own, leaf, own.get(leaf, _MISSING)))
             own[leaf] = value
-
-        try:
-            for name in self.local:
-                parameter = _parameter(module, name)
-                if isinstance(parameter, DTensor):
-                    shadow(name, parameter.to_local())
-            if self.after is not None and module._parameters[self.after] is not None:
-                shadow(self.after, _no_bias(module, self.after))
-            for name, value in self.attributes.items():
-                shadow(name, value)
-            for name, place in self.buffers.items():
-                shadow(name, local_part(module.get_buffer(name), place, self.mesh))
-            yield
-        finally:
-            for own, leaf, before in reversed(shadowed):
-                if before is _MISSING:
-                    del own[leaf]
-                else:
-                    own[leaf] = before
+        yield
+    finally:
+        for own, leaf, value in reversed(before):
+            if value is _MISSING:
+                del own[leaf]
+            else:
+                own[leaf] = value
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if is_whole():
+        return type(self).forward(self, *args, **kwargs)
     return vars(self)[_ATTRIBUTE].run(self, args, kwargs)
+
+
+_whole: list[nn.Module] = []
+"""The modules that run whole."""
+
+
+def is_whole() -> bool:
+    """Whether regions run their modules' own forward on whole parameters, which somebody else put there."""
+    return bool(_whole)
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """While it lasts, the module runs as the plain one. Communication: gathers what is divided in it, over the axis."""
+    divided = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    with shadowed(module, {name: p.full_tensor() for name, p in divided.items()}):
+        _whole.append(module)
+        try:
+            yield
+        finally:
+            _whole.pop()
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -48,7 +48,12 @@ def split_parameter(root: nn.Module, owner: nn.Module, name: str, place: Placeme
         place: from :func:`placement`.
         mesh: of one axis.
     """
-    whole = owner._parameters.get(name)
+    if name not in owner._parameters:
+        raise ValueError(
+            f"tp can't divide the {name} of a {type(owner).__name__}, which is no plain parameter there "
+            "(parametrised, or pruned); leave the layer whole with tensor_plan="
+        )
+    whole = owner._parameters[name]
     if whole is None or isinstance(whole, DTensor):
         return
     part = local_part(whole.detach(), place, mesh)

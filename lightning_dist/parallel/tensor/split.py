@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_dist.parallel.tensor.attention import LocalHeads
 from lightning_dist.parallel.tensor.collectives import leave
 from lightning_dist.parallel.tensor.embedding import LocalRows
 from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
 from lightning_dist.parallel.tensor.logits import VocabLogits
+from lightning_dist.parallel.tensor.proof import Proof
 from lightning_dist.parallel.tensor.randomness import shared_again
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.shards import placement, split_parameter
@@ -29,16 +31,23 @@ def split(module: nn.Module, plan: TensorPlan, mesh: DeviceMesh, loss_parallel: 
         mesh: of the tensor axis.
         loss_parallel: the head's logits stay divided, see :class:`~lightning_dist.parallel.tensor.logits.VocabLogits`.
     """
+    proof = Proof(mesh)
     for name, part in plan.items():
-        _apply(module, module.get_submodule(name), part, mesh, loss_parallel)
+        _apply(module, module.get_submodule(name), part, mesh, loss_parallel, proof)
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False  # it would read the layers' parameters itself
 
 
-def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, loss_parallel: bool) -> None:
+def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, loss_parallel: bool, proof: Proof) -> None:
     if Region.of(module) is not None:
         return
+    for layer in (module, *(module.get_submodule(name) for name in part.rows)):
+        if "forward" in vars(layer) and Region.of(layer) is None:
+            raise ValueError(
+                f"tp can't divide a {type(layer).__name__} whose forward was replaced on the object, which it would "
+                "replace again; put the change into a class, or leave the module out of tensor_plan="
+            )
     for name, how in part.parameters.items():
         owner, _, leaf = name.rpartition(".")
         split_parameter(root, module.get_submodule(owner), leaf, placement(*how), mesh)
@@ -58,6 +67,7 @@ def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, los
         mode=_mode(part, mesh),
         draws=_draws(module),
         finish=partial(_logits, Vocabulary(mesh, part.vocabulary), loss_parallel) if _is_head(part) else None,
+        proof=None if part.vocabulary else proof,
     ).attach(module)
     if part.multihead:
         # torch's transformer layers go past a layer without hooks
@@ -113,7 +123,7 @@ def _local_width(width: int, local: int, module: nn.Module) -> LocalWidth:
 
 def _draws(module: nn.Module) -> bool:
     """Whether the module has dropout: as layers, or as numbers that it passes on."""
-    layers = any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())
+    layers = any(isinstance(child, _DropoutNd) and child.p > 0 for child in module.modules())
     numbers = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
     return layers or any(value > 0 for value in numbers)
 

@@ -212,6 +212,9 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, Part]]:
     """Pairs whose layers lie beside other things: of torch's transformer layers, and of the BERT family."""
     children = dict(module.named_children())
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        plain = (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
+        if type(module)._ff_block not in plain or not all(map(layers.is_dense, (module.linear1, module.linear2))):
+            return
         yield "linear1", column_alone(children["linear1"])
         yield "linear2", row_alone(children["linear2"])
         return
@@ -226,7 +229,11 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, Part]]:
         if part is not None:
             yield name, part
             yield "output.dense", row_alone(dense)
-    elif middle is not None and layers.is_dense(middle):
+    elif (
+        middle is not None
+        and layers.is_dense(middle)
+        and len(list(children["intermediate"].parameters())) == len(list(middle.parameters()))
+    ):
         yield "intermediate.dense", column_alone(middle)
         yield "output.dense", row_alone(dense)
 

@@ -10,8 +10,13 @@ from lightning_dist.plans.tensor.plan import Split
 
 
 def is_dense(module: object) -> bool:
-    """Whether it is a matrix that its input is multiplied by: ``nn.Linear``, or transformers' ``Conv1D``."""
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    """Whether it is a matrix that its input is multiplied by: ``nn.Linear``, or transformers' ``Conv1D``.
+
+    A layer with a forward of its own, or whose weight is computed (parametrised, pruned), is not.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward and "weight" in module._parameters
+    return _is_transposed(module)
 
 
 def _is_transposed(module: object) -> bool:

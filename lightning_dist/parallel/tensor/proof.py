@@ -1,0 +1,102 @@
+"""A part is what the plan took it for: seen once, before anything is trained on it.
+
+[Note: parts are proved]
+The plan recognises attention and feed-forward modules by what they are made of; what their forward does with the
+numbers that it sees is its own affair. One that scales its scores by ``width // self.num_heads``, say, gets this rank's
+heads and another scale, and no error would tell. So the first time that a kind of module runs, it runs twice more, as a
+part and whole, without dropout and without gradients, and the outputs are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_dist.parallel.tensor.region import Region, whole
+from lightning_dist.parallel.tensor.shards import local_part
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference of outputs that is taken for rounding; 5 % of others, which have 16 bits."""
+
+
+class Proof:
+    """Of the modules of one plan; see [Note: parts are proved].
+
+    Args:
+        mesh: of the tensor axis.
+
+    Communication: for each kind of module, once: the gathering of its parameters over ``mesh``, its own collectives
+    once more, and one all-reduce of a number.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self._seen: set[Any] = set()
+
+    def is_due(self, module: nn.Module) -> bool:
+        """Whether a module of this kind did not run yet. Compiled ones are not looked at."""
+        return not torch.compiler.is_compiling() and _kind(module) not in self._seen
+
+    @torch.no_grad()
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares.
+
+        Raises:
+            ValueError: on every rank of the axis, if the part gives another result than the whole.
+        """
+        self._seen.add(_kind(module))
+        region = Region.of(module)
+        assert region is not None
+        if any(kwargs.get(name) is not None for name in region.stays):
+            return  # made by another part: the whole module could not use it
+        args, kwargs = tree_map(_without_cache, (args, kwargs))
+        with _disable_current_modes(), _evaluated(module):  # selective checkpointing would keep what this computes
+            with whole(module):
+                expected = _first(type(module).forward(module, *args, **kwargs))
+            part = _first(region.run(module, args, kwargs))
+        if part.shape != expected.shape:  # it goes on divided
+            expected = local_part(expected, Shard(expected.ndim - 1), self.mesh)
+        difference = torch.full((), torch.inf, device=part.device)
+        if part.shape == expected.shape:
+            difference = (part - expected).float().norm() / expected.float().norm().clamp(min=1e-12)
+        dist.all_reduce(difference, dist.ReduceOp.MAX, self.mesh.get_group())
+        if not float(difference) <= ROUNDING.get(part.dtype, 0.05):
+            raise ValueError(
+                f"tp runs {type(module).__name__} on each rank's heads or columns, and that gives another result than "
+                f"the whole module (relative difference {float(difference):.1e}): its forward does something with its "
+                "sizes that tp does not know. Name the layers that may be divided in tensor_plan=, and leave these out"
+            )
+
+
+def _kind(module: nn.Module) -> Any:
+    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
+def _without_cache(value: Any) -> Any:
+    """None for a cache of keys and values (transformers), which a run would write to."""
+    return None if hasattr(value, "get_seq_length") else value
+
+
+def _first(output: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    training = [child for child in module.modules() if child.training]
+    for child in training:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
