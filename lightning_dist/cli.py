@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +35,21 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--ranks", type=int, required=True, help="processes of the whole run")
     layout.set_defaults(run=_layout)
 
+    explain = commands.add_parser("explain", help="show what a layout would do to a module, without training")
+    explain.add_argument(
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="package.module:Class of a LightningModule and its arguments as name=value; or overrides of a recipe, as "
+        "for python -m recipes.train",
+    )
+    explain.add_argument("--layout", help="for a class: degrees by axis (a recipe has strategy.layout)")
+    explain.add_argument("--ranks", type=int, help="processes of the whole run; by default those of layout or recipe")
+    explain.add_argument(
+        "--sequence-parallel", action="store_true", help="for a class: divide positions between blocks"
+    )
+    explain.set_defaults(run=_explain)
+
     convert = commands.add_parser("convert", help="turn a sharded checkpoint into Lightning's single file")
     convert.add_argument("source", metavar="SRC", help="directory of a sharded checkpoint")
     convert.add_argument("destination", metavar="DST", help="file to write")
@@ -57,6 +75,46 @@ def _layout(options: argparse.Namespace) -> None:
         data_rank = place["dp_replicate"] * resolved.dp_shard + place["dp_shard"]
         table.add_row(str(rank), *(str(place[axis]) for axis in axes), str(data_rank))
     Console().print(table)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from lightning_dist import HybridStrategy  # late: torch takes seconds to import
+    from lightning_dist.explain import built, imported, parsed
+
+    sys.path.insert(0, os.getcwd())  # as for python -m
+    strategy: Any
+    if options.what and ":" in options.what[0] and "=" not in options.what[0]:
+        make = imported(options.what[0], parsed(options.what[1:]))
+        if not options.layout:
+            raise ValueError("--layout is missing, such as --layout dp_shard=2,tp=2")
+        strategy = HybridStrategy(options.layout, sequence_parallel=options.sequence_parallel)
+        ranks = options.ranks or _fewest_ranks(options.layout)
+    else:
+        if options.layout or options.sequence_parallel:
+            raise ValueError(
+                "--layout and --sequence-parallel are for a class; a recipe takes overrides, such as "
+                "strategy.layout.tp=2"
+            )
+        try:
+            from recipes.explain import from_overrides
+        except ImportError:
+            raise ValueError(
+                "the recipes are not on the import path: run this in a clone of the repository, or name a "
+                "LightningModule as package.module:Class"
+            ) from None
+        make, strategy, ranks = from_overrides(options.what)
+        ranks = options.ranks or ranks
+    if not isinstance(strategy, HybridStrategy):
+        raise ValueError(f"{type(strategy).__name__} has no layout to explain; choose strategy=hybrid")
+    strategy.explain(built(make), ranks).print()
+
+
+def _fewest_ranks(layout: str) -> int:
+    asked = Layout.parse(layout)
+    degrees = [getattr(asked, axis) for axis in MESH_AXES]
+    if asked is None or -1 in degrees:
+        raise ValueError(f"--ranks is missing: layout {layout!r} takes as many as there are")
+    return math.prod(degrees)
 
 
 def _convert(options: argparse.Namespace) -> None:

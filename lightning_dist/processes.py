@@ -85,8 +85,13 @@ class LayoutRanks(ParallelStrategy):
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         if self.requested is not None:
-            self.layout = self.requested.resolve(self.world_size)
-            _refuse_other_axes(self.layout)
+            self.layout = self._resolve(self.requested, self.world_size)
+
+    @staticmethod
+    def _resolve(requested: Layout, num_ranks: int) -> Layout:
+        layout = requested.resolve(num_ranks)
+        _refuse_other_axes(layout)
+        return layout
 
     @override
     def _configure_launcher(self) -> None:

@@ -45,7 +45,7 @@ from lightning_dist.parallel import (
     refuse_no_blocks,
 )
 from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import Styles, TensorPlan, check, find_tensor_plan
+from lightning_dist.plans.tensor import Division, Styles, TensorOptions
 from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.processes import LayoutRanks
 from lightning_dist.refusals import refuse
@@ -65,6 +65,9 @@ class HybridStrategy(LayoutRanks):
         tensor_plan: what ``tp`` divides: ``"colwise"`` or ``"rowwise"`` by name of layer (with ``*``), or a function of
             name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
             transformers model declares.
+        sequence_parallel: under ``tp``, between the blocks of a network each rank holds its part of the positions: the
+            same bytes are communicated, and what norms, dropout and residuals keep for backward is divided too. Hooks
+            on blocks, and what a network collects between them, see the part.
         loss_parallel: under ``tp``, logits stay divided by vocabulary: ``cross_entropy`` never gathers them, anything
             else that looks at them does. Default: they are gathered at once.
         activation_checkpointing: ``"full"``, the repeated blocks keep only their inputs and outputs for backward, and
@@ -97,6 +100,7 @@ class HybridStrategy(LayoutRanks):
         *,
         shard_units: ShardUnits | None = None,
         tensor_plan: Styles | None = None,
+        sequence_parallel: bool = False,
         loss_parallel: bool = False,
         activation_checkpointing: Checkpointing = "none",
         compile: bool | Mapping[str, Any] = False,
@@ -132,8 +136,9 @@ class HybridStrategy(LayoutRanks):
         self.recomputed_blocks: list[str] = []
         """Names of the modules that compute their forward again in backward, once a fit has been set up."""
         self._parallel: Alone | None = None
-        self._tensor_styles, self._loss_parallel = tensor_plan, loss_parallel
-        self._tensor_plan: TensorPlan | None = None
+        self.division: Division | None = None
+        """What ``tp`` divides, once the strategy has been set up."""
+        self._tensor_options = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
         self._checkpoint_path: _PATH | None = None
@@ -154,17 +159,41 @@ class HybridStrategy(LayoutRanks):
         """Before process groups form, where the network is there already; :meth:`_parallelize` asks again."""
         if is_overridden("configure_model", module) or is_overridden("setup", module):
             return
-        self._plan_tensors()
+        self._divide(module)
         if module.trainer.state.fn == TrainerFn.FITTING and self.activation_checkpointing != "none":
             refuse_no_blocks(module, self._blocks(module), self.activation_checkpointing)
 
-    def _plan_tensors(self) -> None:
-        self._tensor_plan = None
-        if self.layout is not None and self.layout.tp > 1:
-            assert self.lightning_module is not None
-            plan = find_tensor_plan(self.lightning_module, self._tensor_styles)
-            check(plan, self.layout.tp)
-            self._tensor_plan = plan
+    def explain(self, module: pl.LightningModule, num_ranks: int) -> LayoutReport:
+        """What this strategy would do to a module on so many ranks, without processes or training.
+
+        Args:
+            module: with its network, on any device or on meta; it stays as it is.
+            num_ranks: of the whole run.
+
+        Raises:
+            ValueError: as a fit would.
+        """
+        reason = ""
+        if self.requested is None:
+            layout, reason = choose_layout(module, num_ranks, torch.device("cpu"), num_ranks)
+        else:
+            layout = self._resolve(self.requested, num_ranks)
+        blocks = self._blocks(module)
+        refuse_no_blocks(module, blocks, self.activation_checkpointing)
+        return LayoutReport.planned(
+            module,
+            layout,
+            self._tensor_options.divide(module, layout.tp, blocks),
+            list(blocks),
+            reason=reason,
+            recomputed=list(blocks) if self.activation_checkpointing != "none" else [],
+            checkpointing=self.activation_checkpointing,
+        )
+
+    def _divide(self, module: pl.LightningModule) -> Division | None:
+        if self.layout is None:
+            return None
+        return self._tensor_options.divide(module, self.layout.tp, self._blocks(module))
 
     def _blocks(self, module: pl.LightningModule) -> dict[str, nn.Module]:
         return find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
@@ -290,15 +319,14 @@ class HybridStrategy(LayoutRanks):
                 )
         if self.layout.dp_shard == 1:
             self._materialize(module)
-        self._plan_tensors()
+        self.division = self._divide(module)
         blocks = self._blocks(module)
         self.recomputed_blocks = list(blocks) if training and self.activation_checkpointing != "none" else []
         self._parallel = parallelize(
             module,
             self.layout,
             self.mesh,
-            tensor_plan=self._tensor_plan,
-            loss_parallel=self._loss_parallel,
+            division=self.division,
             blocks=blocks,
             policy=shard_policy(self.precision_plugin),
             device=self.root_device,

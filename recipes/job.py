@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if cfg.seed is not None:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = _build("data", cfg.data)
-    module = _build_module(cfg)
+    module = build_module(cfg)
     trainer = _build_trainer(cfg)
 
     started = time.perf_counter()
@@ -61,7 +61,8 @@ def _build(name: str, node: DictConfig, **arguments: Any) -> Any:
         return instantiate(node, **arguments)
 
 
-def _build_module(cfg: DictConfig) -> pl.LightningModule:
+def build_module(cfg: DictConfig) -> pl.LightningModule:
+    """The LightningModule of a config."""
     parts = {name: _build(name, cfg.get(name)) for name in ("model", "optimizer", "scheduler") if name in cfg}
     return _build("recipe", cfg.recipe, **parts)
 

@@ -126,7 +126,7 @@ def _settle_processes(cfg: DictConfig) -> int:
 
     if is_launched():
         num_nodes, num_local = _launched_shape()
-        if cfg.trainer.devices != "auto" and _count(cfg.trainer.devices, cfg.trainer.accelerator) != num_local:
+        if cfg.trainer.devices != "auto" and count_devices(cfg.trainer.devices, cfg.trainer.accelerator) != num_local:
             raise ConfigError(
                 f"trainer.devices={cfg.trainer.devices} but {num_local} ranks were started on this machine; "
                 "leave trainer.devices out, or start as many ranks"
@@ -138,7 +138,7 @@ def _settle_processes(cfg: DictConfig) -> int:
             f"trainer.num_nodes={cfg.trainer.num_nodes}, but this command starts ranks on one machine only; "
             "for several machines start it with torchrun or SLURM"
         )
-    num_processes = _count(cfg.trainer.devices, cfg.trainer.accelerator)
+    num_processes = count_devices(cfg.trainer.devices, cfg.trainer.accelerator)
     if not OmegaConf.is_list(cfg.trainer.devices):
         cfg.trainer.devices = num_processes
     return num_processes
@@ -154,8 +154,8 @@ def _launched_shape() -> tuple[int, int]:
     return num_nodes, int(environ["SLURM_NTASKS"]) // num_nodes
 
 
-def _count(devices: Any, accelerator: str) -> int:
-    """How many devices Lightning would take for ``devices``."""
+def count_devices(devices: Any, accelerator: str) -> int:
+    """How many devices Lightning would take for ``trainer.devices``."""
     if OmegaConf.is_list(devices):
         return len(devices)
     if isinstance(devices, str) and "," in devices:

@@ -14,7 +14,7 @@ from lightning_dist.parallel.checkpointing import Checkpointing, checkpoint_acti
 from lightning_dist.parallel.data import Alone, Replicated, Sharded, average_buffers
 from lightning_dist.parallel.flat import flat_broadcast
 from lightning_dist.parallel.tensor import TensorAxis, split
-from lightning_dist.plans.tensor import TensorPlan, partial_parameters
+from lightning_dist.plans.tensor import Division, partial_parameters
 
 __all__ = [
     "Alone",
@@ -33,8 +33,7 @@ def parallelize(
     layout: Layout,
     mesh: ParallelMesh | None,
     *,
-    tensor_plan: TensorPlan | None,
-    loss_parallel: bool,
+    division: Division | None,
     blocks: dict[str, nn.Module],
     policy: MixedPrecisionPolicy,
     device: torch.device,
@@ -52,8 +51,7 @@ def parallelize(
         module: as the user wrote it; its parameters on ``device``, or on meta.
         layout: resolved.
         mesh: of the layout; None for one process.
-        tensor_plan: what the tensor axis divides; None without that axis.
-        loss_parallel: logits stay divided by vocabulary.
+        division: what the tensor axis does; None without that axis.
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
         device: of this rank.
@@ -68,10 +66,10 @@ def parallelize(
     :class:`Sharded` for what a step costs.
     """
     tensor: TensorAxis | None = None
-    if tensor_plan is not None:
+    if division is not None:
         assert mesh is not None
-        split(module, tensor_plan, mesh.root["tp"], loss_parallel)
-        tensor = TensorAxis(module, partial_parameters(tensor_plan), mesh.root["tp"])
+        split(module, division.plan, mesh.root["tp"], division.loss_parallel, division.chains)
+        tensor = TensorAxis(module, partial_parameters(module, division), mesh.root["tp"])
     checkpoint_activations(module, blocks, activation_checkpointing if training else "none")
     if compile_options is not None:
         _compile(module, blocks, compile_options)

@@ -14,6 +14,8 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_dist.parallel.tensor.region import Region
+
 Checkpointing = Literal["none", "full", "selective"]
 
 COSTLY = frozenset(
@@ -138,11 +140,13 @@ def _recomputing(forward: Callable[..., Any], is_method: bool, mode: Checkpointi
                 return checkpoint(call, *values, use_reentrant=False)
             return checkpoint(call, *values, use_reentrant=False, context_fn=_selective_contexts)
         buffers = _Buffers(block)
+        region = Region.of(block)
+        again = nullcontext() if region is None else region.again()
         output = checkpoint(
             call,
             *values,
             use_reentrant=False,
-            context_fn=functools.partial(_contexts, buffers, mode),
+            context_fn=functools.partial(_contexts, buffers, again, mode),
             respect_saved_tensors_hooks=True,
         )
         buffers.end_forward()
@@ -170,13 +174,13 @@ def _without_cache(value: Any) -> Any:
 
 
 def _contexts(
-    buffers: _Buffers, mode: Checkpointing
+    buffers: _Buffers, again: AbstractContextManager[Any], mode: Checkpointing
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Around the forward and around its recomputation."""
     if mode == "full":
-        return nullcontext(), buffers
+        return nullcontext(), _Together(buffers, again)
     forward, recomputation = _selective_contexts()
-    return forward, _Together(buffers, _Unchanged(forward), recomputation)
+    return forward, _Together(buffers, again, _Unchanged(forward), recomputation)
 
 
 def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

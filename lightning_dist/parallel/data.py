@@ -71,7 +71,10 @@ class Alone:
 
     def run(self, step: str, *args: Any) -> Any:
         """Runs a step of the LightningModule."""
-        return getattr(self.module, step)(*args)
+        output = getattr(self.module, step)(*args)
+        if self.tensor is not None:
+            self.tensor.after_step()
+        return output
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -5,6 +5,7 @@
 - ``competitors``: ours, Lightning's strategies, and loops written by hand;
 - ``collectives`` and ``memory``: counted, not timed;
 - ``start``: whole processes up to their first step;
+- ``turns``: options of the timing, and whose time counts;
 - ``results``: tables, JSON, a picture;
-- ``data_parallel``: the measurements of the data axes.
+- ``data_parallel`` and ``tensor_parallel``: the measurements of those axes.
 """

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from recipes.benchmark import results
 
-BENCHMARKS = {"data_parallel": "replicate and shard against Lightning's ddp and fully_shard by hand"}
+BENCHMARKS = {
+    "data_parallel": "replicate and shard against Lightning's ddp and fully_shard by hand",
+    "tensor_parallel": "transformers' Llama against the plan of torch's tutorial and transformers' own",
+}
 """Modules of this package with ``add_arguments`` and ``measure``, and what they compare."""
 
 

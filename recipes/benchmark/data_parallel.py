@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from lightning_dist.elastic import launch
 from recipes.benchmark.collectives import Collectives, StepCollectives
@@ -21,33 +18,25 @@ from recipes.benchmark.competitors import (
     lightning_model_parallel,
     ours,
 )
-from recipes.benchmark.interleaving import Competitor, interleave
+from recipes.benchmark.interleaving import Competitor
 from recipes.benchmark.memory import HeldBytes
 from recipes.benchmark.results import Line, counted, timed
 from recipes.benchmark.start import commands, seconds_to_first_step
+from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
 from recipes.benchmark.workloads import WORKLOADS, Workload
 
 STEP_MUST, BYTES_MUST, START_MUST = 1.02, 1.05, 1.1
 MICRO_STEPS = 4
 NUM_BATCHES = 3 * MICRO_STEPS
 """Of a run whose collectives are counted: DDP orders its buckets anew, once, after its first reduction."""
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("replicate", "shard", "bytes", "collectives", "start")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--ranks", type=int, default=2, help="processes; 4 add the hybrid layout (default: 2)")
-    parser.add_argument("--rounds", type=int, default=30, help="bursts of each competitor (default: 30)")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a burst (default: 6)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the first burst (default: 5)")
+    add_timing_arguments(parser)
     parser.add_argument("--start-rounds", type=int, default=5, help="whole processes of each kind (default: 5)")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="of steps: wall, or cpu, the time that a rank computes, for a machine that others use (default: wall)",
-    )
     parser.add_argument(
         "--models",
         nargs="+",
@@ -72,21 +61,16 @@ def measure(options: argparse.Namespace) -> list[Line]:
     if set(options.parts) - {"start"}:
         lines += launch(_measure_on_rank, options, num_processes=options.ranks)[0]
     if "start" in options.parts:
-        with _progress(True) as progress:
+        with progress_bar(True) as progress:
             lines += _start(options, progress)
     return lines
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
 
 
 def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
     free_of_noise()
     dist.init_process_group("gloo")
     lines: list[Line] = []
-    with _progress(dist.get_rank() == 0) as progress:
+    with progress_bar(dist.get_rank() == 0) as progress:
         for name in options.models:
             workload = WORKLOADS[name]
             if "replicate" in options.parts:
@@ -101,28 +85,6 @@ def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
     return lines
 
 
-def _take_turns(
-    what: str, competitors: dict[str, Competitor], options: argparse.Namespace, progress: Progress
-) -> dict[str, list[list[float]]]:
-    """Seconds of the slowest rank. Communication: also one gather of all times over the world."""
-    task = progress.add_task(what, total=options.rounds * len(competitors))
-    own = interleave(
-        competitors,
-        options.rounds,
-        options.steps,
-        options.warmup,
-        lambda: progress.advance(task),
-        CLOCKS[options.clock],
-    )
-    gc.collect()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {
-        name: [[max(steps) for steps in zip(*bursts, strict=True)] for bursts in zip(*of_ranks, strict=True)]
-        for name, of_ranks in ((name, [one[name] for one in everyone]) for name in own)
-    }
-
-
 def _replicate(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> list[Line]:
     competitors: dict[str, Competitor] = {
         "ours": ours(workload, f"dp_replicate={options.ranks}"),
@@ -130,7 +92,7 @@ def _replicate(name: str, workload: Workload, options: argparse.Namespace, progr
         "ddp again": lightning_ddp(workload),
     }
     group = f"step, dp_replicate={options.ranks} ({options.clock} clock, minimum / median)"
-    seconds = _take_turns(f"replicate {name}", competitors, options, progress)
+    seconds = take_turns(f"replicate {name}", competitors, options, progress)
     return [
         timed(group, f"{name}: against Lightning's ddp", seconds["ours"], seconds["ddp"], STEP_MUST),
         timed(group, f"{name}: ddp against itself", seconds["ddp again"], seconds["ddp"]),
@@ -145,7 +107,7 @@ def _shard(name: str, workload: Workload, options: argparse.Namespace, progress:
         "model parallel": lightning_model_parallel(workload),
     }
     group = f"step, dp_shard={options.ranks} ({options.clock} clock, minimum / median)"
-    seconds = _take_turns(f"shard {name}", competitors, options, progress)
+    seconds = take_turns(f"shard {name}", competitors, options, progress)
     mine, by_hand, foreach = seconds["ours"], seconds["by hand"], seconds["by hand, foreach"]
     return [
         timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, by_hand, STEP_MUST),

@@ -17,9 +17,13 @@ class HeldBytes(Callback):
 
     ``held`` are bytes of storage, each counted once, with what pads or surrounds a shard; ``whole`` is what one
     process would hold of the same tensors.
+
+    Args:
+        divided: only of DTensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, divided: bool = False) -> None:
+        self._divided = divided
         self.held: dict[str, int] = {}
         self.whole: dict[str, int] = {}
 
@@ -34,6 +38,8 @@ class HeldBytes(Callback):
         self._note("optimizer states", [leaf for leaf in states if isinstance(leaf, Tensor)])
 
     def _note(self, what: str, tensors: list[Tensor]) -> None:
+        if self._divided:
+            tensors = [t for t in tensors if isinstance(t, DTensor)]
         self.held[what] = storage_bytes(tensors)
         self.whole[what] = sum(t.numel() * t.element_size() for t in tensors)
 

@@ -27,6 +27,7 @@ class Family:
         parts: attention and feed-forward modules: each costs an all-reduce forward, and one backward.
         crossing: how many of them read a second activation, which costs one more backward.
         lookups: of tokens in the divided embedding, each an all-reduce forward.
+        first: parts that read the network's input itself, which needs no gradient.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Family:
         parts: int,
         crossing: int = 0,
         lookups: int = 0,
+        first: int = 0,
     ) -> None:
         self.network, self.inputs, self.parts, self.crossing, self.lookups = network, inputs, parts, crossing, lookups
+        self.first = first
 
     def loss(self, network: nn.Module) -> Tensor:
         """A number that depends on all outputs."""
@@ -194,8 +197,8 @@ FAMILIES: dict[str, Family] = {
         lambda: torchvision.models.VisionTransformer(16, 4, 2, 4, 32, 48, num_classes=5), _images, 4
     ),
     "torchvision swin": Family(_swin(torchvision.models.SwinTransformer), lambda: _images(32), 8),
-    "torch transformer": Family(Translator, _translation, 10),
+    "torch transformer": Family(Translator, _translation, 10, crossing=2, first=2),
     "torch attention": Family(
-        Weighing, lambda: (torch.randn(5, 2, 32), torch.randn(7, 2, 16), torch.randn(7, 2, 24)), 1
+        Weighing, lambda: (torch.randn(5, 2, 32), torch.randn(7, 2, 16), torch.randn(7, 2, 24)), 1, first=1
     ),
 }

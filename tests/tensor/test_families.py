@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dist.parallel.tensor.split import split
-from lightning_dist.plans.tensor import check, find_tensor_plan
+from lightning_dist.plans import find_blocks
+from lightning_dist.plans.tensor import TensorOptions, partial_parameters
 from tests.ranks import run_on_ranks
 from tests.tensor.families import FAMILIES
 
@@ -38,15 +39,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _compare(name: str, loss_parallel: bool) -> dict[str, Any]:
+def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) -> dict[str, Any]:
     family = FAMILIES[name]
     torch.manual_seed(0)
     plain = family.network()
     divided = copy.deepcopy(plain)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
-    plan = find_tensor_plan(divided)
-    check(plan, mesh.size())
-    split(divided, plan, mesh, loss_parallel)
+    options = TensorOptions(None, sequence_parallel, loss_parallel)
+    division = options.divide(divided, mesh.size(), find_blocks(divided))
+    assert division is not None
+    split(divided, division.plan, mesh, loss_parallel, division.chains)
     with torch.no_grad():
         family.loss(divided)  # the first run proves the parts, which costs collectives of its own
     expected = family.loss(plain)
@@ -56,8 +58,7 @@ def _compare(name: str, loss_parallel: bool) -> dict[str, Any]:
     with Counted() as backward:
         loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    partial = {f"{n}.{below}".strip(".") for n, part in plan.items() for below in part.partial}
-    gradients = _differences(plain, divided, partial)
+    gradients = _differences(plain, divided, set(partial_parameters(divided, division)))
     plain.eval(), divided.eval()
     with torch.no_grad():
         torch.testing.assert_close(family.loss(divided), family.loss(plain), rtol=1e-5, atol=1e-6)
@@ -66,7 +67,8 @@ def _compare(name: str, loss_parallel: bool) -> dict[str, Any]:
     with torch.no_grad():
         torch.testing.assert_close(family.loss(again), family.loss(plain), rtol=1e-5, atol=1e-6)
     return {
-        "plan": {n: part.split for n, part in plan.items()},
+        "plan": {n: part.split for n, part in division.plan.items()},
+        "chains": len(division.chains),
         "gradients": gradients,
         "forward": dict(forward.counts),
         "backward": dict(backward.counts),
@@ -107,7 +109,7 @@ def test_a_family_on_the_tensor_axis_equals_one_process(name: str) -> None:
         assert answer["forward"].get("allreduce") == family.parts + family.lookups + weights, answer["plan"]
         assert answer["forward"].get("allgather", 0) <= bool(family.lookups)
         head = 1 if family.lookups else 0
-        assert answer["backward"].get("allreduce", 0) <= family.parts + family.crossing + head, answer["plan"]
+        assert answer["backward"].get("allreduce", 0) == family.parts + family.crossing + head - family.first
         assert set(answer["backward"]) <= {"allreduce"}
 
 
@@ -119,3 +121,30 @@ def test_a_divided_loss_equals_one_process_and_never_gathers(name: str) -> None:
         assert answer["gradients"] == {}
         assert gathers or answer["forward"] == {"allreduce": family.parts + family.lookups + 2}
         assert answer["backward"] == {"allreduce": family.parts + family.crossing + 1}
+
+
+IMAGES_IN_WINDOWS = ("timm swin", "torchvision swin")
+WITHOUT_CHAIN = (*IMAGES_IN_WINDOWS, "mixer", "torch attention")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_CHAIN])
+def test_divided_positions_equal_one_process_with_the_same_bytes(name: str) -> None:
+    """Per part one all-gather and one reduce-scatter each way; per chain one all-gather at either end."""
+    family = FAMILIES[name]
+    for answer in run_on_ranks(2, _compare, name, False, True, timeout=60):
+        assert answer["gradients"] == {}
+        head = 1 if family.lookups else 0
+        chains = answer["chains"]
+        assert answer["forward"].get("allreduce", 0) == family.lookups
+        assert answer["forward"]["reducescatter"] == family.parts
+        assert answer["forward"]["allgather"] == family.parts + chains + head
+        assert answer["backward"].get("allreduce", 0) == family.crossing + head
+        assert answer["backward"]["reducescatter"] == family.parts - family.first
+        assert answer["backward"]["allgather"] == family.parts + (chains if not family.first else 0)
+
+
+@pytest.mark.parametrize("name", WITHOUT_CHAIN)
+def test_networks_that_do_not_run_position_by_position_are_refused(name: str) -> None:
+    network = FAMILIES[name].network()
+    with pytest.raises(ValueError, match="sequence_parallel"):
+        TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))

@@ -38,15 +38,20 @@ def test_accumulation_equals_one_process(layout: str, num_ranks: int) -> None:
     assert_parity(accumulating, layout, num_ranks)
 
 
+# A shift of all keys moves no attention, so a bias of keys has a gradient of nothing but rounding: AdamW would scale
+# that up to whole steps, and a norm's bias, which starts at zero, would be nothing else.
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
 def vit_with_norms() -> L.LightningModule:
     """Attention with norms of its heads, whose gradients each rank has a part of."""
     network = partial(
         timm.create_model,
         "vit_tiny_patch16_224",
         **{"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10},
-        **{"embed_dim": 32, "depth": 2, "num_heads": 4, "qk_norm": True},
+        **{"embed_dim": 32, "depth": 2, "num_heads": 4, "qk_norm": True, "norm_layer": "rmsnorm"},
     )
-    return ImageClassifier(network, partial(torch.optim.AdamW, lr=1e-3, eps=1e-6), warmup_cosine, num_classes=10)
+    return ImageClassifier(network, SGD, warmup_cosine, num_classes=10)
 
 
 NORMS = replace(RUNS["image_classification"], module=vit_with_norms)
@@ -79,7 +84,7 @@ def _watched() -> list[Callback]:
 def uneven_decoder() -> L.LightningModule:
     """Neither its vocabulary nor its feed-forward width divides by two."""
     network = partial(Decoder, VOCABULARY + 1, width=32, depth=2, num_heads=4, num_kv_heads=2, feed_forward_width=45)
-    return CausalLM(network, partial(torch.optim.AdamW, lr=1e-3), warmup_cosine)
+    return CausalLM(network, SGD, warmup_cosine)
 
 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
@@ -98,3 +103,23 @@ def test_recomputed_blocks_equal_one_process(layout: str, num_ranks: int, mode: 
 
 def test_compiled_blocks_equal_one_process() -> None:
     assert_parity(replace(RUNS["language_model"], strategy={"compile": {"backend": "aot_eager"}}), "tp=2", 2)
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize("recipe", RUNS)
+def test_divided_positions_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:
+    """Also where the positions don't divide by the ranks: see the vision transformer with norms below."""
+    run = RUNS[recipe]
+    trainer = {**run.trainer, "accumulate_grad_batches": 2}
+    assert_parity(replace(run, strategy={"sequence_parallel": True}, trainer=trainer), layout, num_ranks)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_uneven_positions_and_recomputed_blocks_equal_one_process(mode: str) -> None:
+    strategy = {"sequence_parallel": True, "activation_checkpointing": mode}
+    assert_parity(replace(NORMS, strategy=strategy), "dp_shard=2,tp=2", 4)
+
+
+def test_divided_positions_of_four_ranks_equal_one_process() -> None:
+    """17 positions: 5, 5, 5 and 2."""
+    assert_parity(replace(NORMS, strategy={"sequence_parallel": True}), "tp=4", 4)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dist.parallel.tensor.collectives import gather, leave
 from lightning_dist.parallel.tensor.randomness import shared_again
+from lightning_dist.parallel.tensor.region import Region
 
 
 class LocalHeads(TorchFunctionMode):
@@ -18,18 +19,26 @@ class LocalHeads(TorchFunctionMode):
 
     A mode also turns off torch's fast paths, which would not call it.
 
+    Args:
+        mesh: of the tensor axis.
+        region: of the module.
+        position_dim: of the function's query and output.
+
     Communication: forward one all-reduce of the output's bytes over ``mesh``; one of the attention weights (averaged),
     or one all-gather of them (by head), where they are asked for.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, region: Region, position_dim: int) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.region, self.position_dim = mesh, region, position_dim
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.multi_head_attention_forward:
             return func(*args, **(kwargs or {}))
-        return _attend(self.mesh, *args, **(kwargs or {}))
+        partial, attention, bias = _attend(self.mesh, *args, **(kwargs or {}))
+        shared_again()
+        output = self.region.leave(partial, self.position_dim)
+        return output if bias is None else output + bias.to(output.dtype), attention
 
 
 def _attend(
@@ -59,8 +68,11 @@ def _attend(
     static_v: None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """With the signature of ``F.multi_head_attention_forward``; weights are this rank's, ``num_heads`` all ranks'."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """This rank's part of the output without the bias, the attention weights, the bias.
+
+    With the signature of ``F.multi_head_attention_forward``; weights are this rank's, ``num_heads`` all ranks'.
+    """
     is_batched = query.dim() == 3
     if use_separate_proj_weight:
         assert q_proj_weight is not None
@@ -92,15 +104,11 @@ def _attend(
     else:
         is_causal = is_causal and key_padding_mask is None
         mixed = F.scaled_dot_product_attention(q, k, v, None if is_causal else mask, dropout, is_causal)
-    shared_again()
-    output = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight)
-    output = leave(output if is_batched else output.squeeze(1), mesh)
-    if out_proj_bias is not None:
-        output = output + out_proj_bias.to(output.dtype)
+    partial = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight)
     if attention is not None:
         attention = _all_heads(mesh, attention, average_attn_weights)
         attention = attention if is_batched else attention.squeeze(0)
-    return output, attention
+    return partial if is_batched else partial.squeeze(1), attention, out_proj_bias
 
 
 def _mask(

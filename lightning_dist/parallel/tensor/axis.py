@@ -11,10 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.parallel.flat import buckets, unflatten
+from lightning_dist.parallel.tensor.positions import SequenceBlock
+from lightning_dist.parallel.tensor.region import Region
 
 
 class TensorAxis:
-    """Sums the gradients of replicated parameters that each rank used on its part only, such as norms of heads.
+    """Sums the gradients of replicated parameters that each rank used on its part only: norms of heads, and under
+    sequence parallel all that is not divided in the blocks.
 
     Communication: one all-reduce of their gradients, flat, over ``mesh`` per backward pass that reduces; none while
     accumulating, none if there are no such parameters.
@@ -29,6 +32,17 @@ class TensorAxis:
         self.module, self.partial, self.mesh = module, list(partial), mesh
         self._summed: list[Tensor] = []
         """Gradients that hold the sum already."""
+        blocks = [region for m in module.modules() if isinstance(region := Region.of(m), SequenceBlock)]
+        self._chains = {id(block.positions): block.positions for block in blocks if block.positions is not None}
+
+    def after_step(self) -> None:
+        """Called after the network ran.
+
+        Raises:
+            ValueError: a chain of blocks began and did not run to its last, so that what came out is a part.
+        """
+        for positions in self._chains.values():
+            positions.refuse_open()
 
     def _gradients(self) -> list[Tensor]:
         gradients = (self.module.get_parameter(name).grad for name in self.partial)

@@ -1,8 +1,12 @@
 """The differentiable collectives of the tensor axis: where activations enter what is split, and where they leave it.
 
-``enter`` and ``leave`` are each other's transpose (Megatron-LM's f and g, https://arxiv.org/abs/1909.08053,
-and its sequence-parallel forms, https://arxiv.org/abs/2205.05198). A batch has the shape (batch, sequence, features);
-positions are divided along dim 1, padded at the end to a multiple of the axis.
+``enter`` and ``leave`` are each other's transpose (Megatron-LM's f and g, https://arxiv.org/abs/1909.08053), as are
+``enter_positions`` and ``leave_positions``, their sequence-parallel forms (https://arxiv.org/abs/2205.05198).
+
+[Note: positions that are divided]
+Positions are divided along a dim of size L into ceil(L / ranks) for each rank. What is missing at the end is filled
+with the last position again, so that whatever works position by position stays as finite there as anywhere; it is cut
+off wherever the positions come together, and gets no gradient.
 """
 
 from __future__ import annotations
@@ -19,30 +23,92 @@ from torch.distributed.device_mesh import DeviceMesh
 def enter(activation: Tensor, mesh: DeviceMesh) -> Tensor:
     """A replicated activation, about to be used by each rank's part.
 
-    Communication: none forward; backward one all-reduce of the activation's bytes over ``mesh``.
+    Communication: forward none; backward one all-reduce of the gradient over ``mesh``.
     """
     return _Enter.apply(activation, mesh)
 
 
 def leave(partial: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum of what each rank's part computed, on every rank.
+    """The sum of each rank's part of an activation, replicated.
 
-    Communication: forward one all-reduce of the activation's bytes over ``mesh``; none backward.
+    Communication: forward one all-reduce over ``mesh``; backward none.
     """
     return _Leave.apply(partial, mesh)
 
 
-def gather(part: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+def gather(part: Tensor, mesh: DeviceMesh, dim: int, length: int | None = None) -> Tensor:
     """The ranks' parts beside each other along a dim; what follows runs alike on every rank.
+
+    Args:
+        part: of this rank, as large on every rank.
+        mesh: of the axis.
+        dim: along which.
+        length: of the result; by default all of it.
 
     Communication: forward one all-gather over ``mesh``; none backward.
     """
-    return _Gather.apply(part, mesh, dim)
+    return _Gather.apply(part, mesh, dim, part.shape[dim] * mesh.size() if length is None else length)
+
+
+def scatter_positions(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's positions of a replicated activation; see [Note: positions that are divided].
+
+    Communication: forward none; backward one all-gather over ``mesh``.
+    """
+    return _Scatter.apply(whole, mesh, dim)
+
+
+def enter_positions(part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+    """All positions, of which this rank has a part, about to be used by each rank's part of a layer.
+
+    Communication: forward one all-gather over ``mesh``; backward one reduce-scatter.
+    """
+    return _EnterPositions.apply(part, mesh, dim, length)
+
+
+def leave_positions(partial: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's positions of the sum of each rank's part of an activation.
+
+    Communication: forward one reduce-scatter over ``mesh``; backward one all-gather.
+    """
+    return _LeavePositions.apply(partial, mesh, dim)
 
 
 def all_reduce(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum over the axis, in a new tensor. One all-reduce; not differentiable."""
     return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), "sum", mesh))
+
+
+def _all_gather(part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+    """The first ``length`` of the ranks' parts along a dim."""
+    stacked = functional.wait_tensor(functional.all_gather_tensor(part.contiguous(), 0, mesh))
+    width = part.shape[dim]
+    parts = stacked.chunk(mesh.size()) if len(part) else [part] * mesh.size()
+    return torch.cat([p.narrow(dim, 0, _present(i, width, length)) for i, p in enumerate(parts)], dim)
+
+
+def _reduce_scatter(whole: Tensor, mesh: DeviceMesh, dim: int, repeat: bool) -> Tensor:
+    """This rank's positions of the sum over the axis."""
+    parts = torch.cat([_own(whole, rank, mesh.size(), dim, repeat) for rank in range(mesh.size())])
+    return functional.wait_tensor(functional.reduce_scatter_tensor(parts, "sum", 0, mesh))
+
+
+def _own(whole: Tensor, rank: int, num_ranks: int, dim: int, repeat: bool) -> Tensor:
+    """A rank's positions; what is missing at the end is the last one again, or zeros."""
+    length = whole.shape[dim]
+    width = -(-length // num_ranks)
+    present = _present(rank, width, length)
+    own = whole.narrow(dim, min(rank * width, length), present)
+    if present == width:
+        return own
+    last = whole.narrow(dim, length - 1, 1) if repeat else torch.zeros_like(whole.narrow(dim, 0, 1))
+    shape = [width - present if d == dim else -1 for d in range(whole.ndim)]
+    return torch.cat([own, last.expand(shape)], dim)
+
+
+def _present(rank: int, width: int, length: int) -> int:
+    """How many of a rank's positions there are."""
+    return min(max(length - rank * width, 0), width)
 
 
 class _Enter(torch.autograd.Function):
@@ -70,12 +136,48 @@ class _Leave(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    def forward(ctx: Any, part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
         ctx.mesh, ctx.dim = mesh, dim
-        parts = functional.wait_tensor(functional.all_gather_tensor(part.contiguous(), 0, mesh))
-        return torch.cat(parts.chunk(mesh.size()), dim)
+        return _all_gather(part, mesh, dim, length)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient.chunk(ctx.mesh.size(), ctx.dim)[ctx.mesh.get_local_rank()], None, None
+        own = _own(gradient, ctx.mesh.get_local_rank(), ctx.mesh.size(), ctx.dim, repeat=False)
+        return own, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+        ctx.mesh, ctx.dim, ctx.length = mesh, dim, whole.shape[dim]
+        return _own(whole, mesh.get_local_rank(), mesh.size(), dim, repeat=True).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _all_gather(gradient, ctx.mesh, ctx.dim, ctx.length), None, None
+
+
+class _EnterPositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        return _all_gather(part, mesh, dim, length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _reduce_scatter(gradient, ctx.mesh, ctx.dim, repeat=False), None, None, None
+
+
+class _LeavePositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+        ctx.mesh, ctx.dim, ctx.length = mesh, dim, partial.shape[dim]
+        return _reduce_scatter(partial, mesh, dim, repeat=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _all_gather(gradient, ctx.mesh, ctx.dim, ctx.length), None, None

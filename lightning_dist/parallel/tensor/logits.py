@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -282,7 +283,7 @@ def _cross_entropy(
     if probabilities:
         target = target.movedim(classes_dim, -1).reshape(-1, logits.vocabulary.size)
     loss = vocab_cross_entropy(
-        columns.reshape(-1, logits.vocabulary.width) if logits.vocabulary.width else columns.new_empty(0, 0),
+        columns.reshape(math.prod(rows), logits.vocabulary.width),
         logits.vocabulary,
         target if probabilities else target.reshape(-1),
         weight,

@@ -56,13 +56,14 @@ class Proof:
         self._seen.add(_kind(module))
         region = Region.of(module)
         assert region is not None
-        if any(kwargs.get(name) is not None for name in region.stays):
+        if region.is_given_own(args, kwargs):
             return  # made by another part: the whole module could not use it
         args, kwargs = tree_map(_without_cache, (args, kwargs))
         with _disable_current_modes(), _evaluated(module):  # selective checkpointing would keep what this computes
             with whole(module):
-                expected = _first(type(module).forward(module, *args, **kwargs))
-            part = _first(region.run(module, args, kwargs))
+                whole_args, whole_kwargs = region.whole_arguments(args, kwargs)
+                expected = _first(type(module).forward(module, *whole_args, **whole_kwargs))
+            part = region.whole_output(_first(region.run(module, args, kwargs)))
         if part.shape != expected.shape:  # it goes on divided
             expected = local_part(expected, Shard(expected.ndim - 1), self.mesh)
         difference = torch.full((), torch.inf, device=part.device)

@@ -9,6 +9,7 @@ when it ends, also by an exception.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from lightning_dist.parallel.tensor.randomness import own_stream, shared_again
 from lightning_dist.parallel.tensor.shards import local_part
 
 if TYPE_CHECKING:
+    from lightning_dist.parallel.tensor.positions import Positions
     from lightning_dist.parallel.tensor.proof import Proof
 
 _MISSING = object()
@@ -50,6 +52,8 @@ class Region:
         draws: random numbers inside, until a region that leaves, belong to this rank's part: dropout between heads.
         finish: what its output, this rank's part, goes through.
         proof: compares the first run of each kind of module with the whole one; None for what needs none.
+        positions: of the chain of blocks that it lies in, under sequence parallel.
+        names: of the forward's arguments that may be given by place; ``attach`` notes them.
 
     Communication: see :func:`~lightning_dist.parallel.tensor.collectives.enter` and ``leave``.
     """
@@ -66,9 +70,13 @@ class Region:
     draws: bool = False
     finish: Callable[[Any], Any] | None = None
     proof: Proof | None = None
+    positions: Positions | None = None
+    names: tuple[str, ...] = ()
 
     def attach(self, module: nn.Module) -> None:
         """Makes the module a region."""
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
         vars(module)[_ATTRIBUTE] = self
         # a bound method on the instance: deepcopy binds it anew, and the hooks of the module stay outside of it
         vars(module)["forward"] = MethodType(_forward, module)
@@ -91,25 +99,61 @@ class Region:
             output = self.finish(output)
         if self.leaves:
             shared_again()
-            output = leave(output, self.mesh)
+            output = self.leave(output)
             bias = None if self.after is None else module._parameters[self.after]
             if bias is not None:
                 output = output + bias.to(output.dtype)
         return output
 
+    def leave(self, partial: Tensor, dim: int = 1) -> Tensor:
+        """The sum over the axis of what the ranks' parts made; under sequence parallel this rank's positions of it.
+
+        Args:
+            partial: this rank's part.
+            dim: of positions.
+        """
+        if self.positions is not None and self.positions.is_inside:
+            return self.positions.leave(partial, dim)
+        return leave(partial, self.mesh)
+
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         entered: dict[int, tuple[Any, Any]] = {}
+        divided = self.positions is not None and self.positions.is_inside
 
         def once(value: Any) -> Any:
-            if not (isinstance(value, Tensor) and value.requires_grad):
+            if not isinstance(value, Tensor) or not (value.requires_grad or divided):
                 return value
             if id(value) not in entered:  # the same object stays the same: modules ask whether query is key
-                entered[id(value)] = (enter(value, self.mesh), value)
+                inner = self.positions.enter(value) if divided else enter(value, self.mesh)  # type: ignore[union-attr]
+                entered[id(value)] = (inner, value)
             return entered[id(value)][0]
 
-        own = {name: value for name, value in kwargs.items() if name in self.stays}
-        args, others = tree_map(once, (args, {name: value for name, value in kwargs.items() if name not in own}))
-        return args, {**others, **own}
+        return self.rewrite(args, kwargs, lambda name, value: value if name in self.stays else tree_map(once, value))
+
+    def rewrite(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[str, Any], Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, each changed by its name in the forward's signature and its value."""
+        names = (*self.names, *("*" for _ in args[len(self.names) :]))
+        changed = tuple(change(name, value) for name, value in zip(names, args, strict=False))
+        return changed, {name: change(name, value) for name, value in kwargs.items()}
+
+    def is_given_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an argument is this rank's own, made by another part."""
+        named = (*zip(self.names, args, strict=False), *kwargs.items())
+        return any(name in self.stays and value is not None for name, value in named)
+
+    def whole_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the whole module takes them."""
+        return args, kwargs
+
+    def whole_output(self, output: Tensor) -> Tensor:
+        """The output as the whole module gives it."""
+        return output
+
+    def again(self) -> AbstractContextManager[Any]:
+        """To be made in a forward, and entered, more than once too, while it is computed again in backward."""
+        return nullcontext()
 
     def _shadowed(self, module: nn.Module) -> AbstractContextManager[None]:
         values: dict[str, Any] = {}

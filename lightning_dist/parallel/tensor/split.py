@@ -14,15 +14,18 @@ from lightning_dist.parallel.tensor.collectives import leave
 from lightning_dist.parallel.tensor.embedding import LocalRows
 from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
 from lightning_dist.parallel.tensor.logits import VocabLogits
+from lightning_dist.parallel.tensor.positions import Positions, SequenceBlock
 from lightning_dist.parallel.tensor.proof import Proof
 from lightning_dist.parallel.tensor.randomness import shared_again
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.shards import placement, split_parameter
 from lightning_dist.parallel.tensor.vocabulary import Vocabulary
-from lightning_dist.plans.tensor import Part, TensorPlan
+from lightning_dist.plans.tensor import OWN_ARGUMENTS, Chains, Part, TensorPlan
 
 
-def split(module: nn.Module, plan: TensorPlan, mesh: DeviceMesh, loss_parallel: bool = False) -> None:
+def split(
+    module: nn.Module, plan: TensorPlan, mesh: DeviceMesh, loss_parallel: bool = False, chains: Chains | None = None
+) -> None:
     """Divides a module over the tensor axis; what is divided already stays. Communication: none.
 
     Args:
@@ -30,6 +33,10 @@ def split(module: nn.Module, plan: TensorPlan, mesh: DeviceMesh, loss_parallel: 
         plan: of the module, which the axis divides (see :func:`~lightning_dist.plans.tensor.check`).
         mesh: of the tensor axis.
         loss_parallel: the head's logits stay divided, see :class:`~lightning_dist.parallel.tensor.logits.VocabLogits`.
+        chains: blocks between which positions stay divided, see [Note: sequence parallel]; None for no such.
+
+    Raises:
+        ValueError: a forward that was replaced on the object; other chains than in an earlier run.
     """
     proof = Proof(mesh)
     for name, part in plan.items():
@@ -37,17 +44,44 @@ def split(module: nn.Module, plan: TensorPlan, mesh: DeviceMesh, loss_parallel: 
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False  # it would read the layers' parameters itself
+    _chain(module, chains or [], mesh, proof)
+
+
+def _chain(module: nn.Module, chains: Chains, mesh: DeviceMesh, proof: Proof) -> None:
+    """Makes blocks hand on their part of the positions."""
+    there = {name for name, child in module.named_modules() if isinstance(Region.of(child), SequenceBlock)}
+    if there:
+        if there != {name for chain in chains for name in chain}:
+            raise ValueError(
+                "this module was set up with other blocks for sequence_parallel in an earlier run; build the module "
+                "anew and pass ckpt_path= to go on from its checkpoint"
+            )
+        return
+    for chain in chains:
+        positions = Positions(mesh)
+        for name in chain:
+            block = module.get_submodule(name)
+            _refuse_replaced_forward(block)
+            for child in block.modules():
+                if (region := Region.of(child)) is not None:
+                    region.positions, region.proof = positions, None
+            SequenceBlock(
+                mesh,
+                stays=OWN_ARGUMENTS,
+                draws=_draws(block),
+                proof=proof,
+                positions=positions,
+                name=name,
+                is_first=name == chain[0],
+                is_last=name == chain[-1],
+            ).attach(block)
 
 
 def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, loss_parallel: bool, proof: Proof) -> None:
     if Region.of(module) is not None:
         return
     for layer in (module, *(module.get_submodule(name) for name in part.rows)):
-        if "forward" in vars(layer) and Region.of(layer) is None:
-            raise ValueError(
-                f"tp can't divide a {type(layer).__name__} whose forward was replaced on the object, which it would "
-                "replace again; put the change into a class, or leave the module out of tensor_plan="
-            )
+        _refuse_replaced_forward(layer)
     for name, how in part.parameters.items():
         owner, _, leaf = name.rpartition(".")
         split_parameter(root, module.get_submodule(owner), leaf, placement(*how), mesh)
@@ -74,6 +108,14 @@ def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, los
         module.register_forward_pre_hook(_no_fast_path)
 
 
+def _refuse_replaced_forward(layer: nn.Module) -> None:
+    if "forward" in vars(layer) and Region.of(layer) is None:
+        raise ValueError(
+            f"tp can't divide a {type(layer).__name__} whose forward was replaced on the object, which it would "
+            "replace again; put the change into a class, or leave the module out of tensor_plan="
+        )
+
+
 def _divided(module: nn.Module, name: str, tp: int) -> int:
     owner, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(owner), leaf) // tp
@@ -90,7 +132,9 @@ def _mode(part: Part, mesh: DeviceMesh) -> Any:
 
 
 def _local_heads(mesh: DeviceMesh, module: nn.Module) -> LocalHeads:
-    return LocalHeads(mesh)
+    region = Region.of(module)
+    assert region is not None
+    return LocalHeads(mesh, region, 0 if getattr(module, "batch_first", False) else 1)  # which it turns around inside
 
 
 def _is_head(part: Part) -> bool:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lightning_dist.plans.tensor.general import general_plan
-from lightning_dist.plans.tensor.plan import Part, Split, TensorPlan
+from lightning_dist.plans.tensor.plan import OWN_ARGUMENTS, Part, Split, TensorPlan, join_names
+from lightning_dist.plans.tensor.sequence import Chains, chain_parameters, sequence_chains
 from lightning_dist.plans.tensor.styles import Styles, declared_plan, styled_plan
 from lightning_dist.plans.tensor.vocabulary import vocabulary_plan
 
-__all__ = ["Part", "Split", "Styles", "TensorPlan", "check", "find_tensor_plan", "partial_parameters"]
+__all__ = [
+    "OWN_ARGUMENTS",
+    "Chains",
+    "Division",
+    "Part",
+    "Split",
+    "Styles",
+    "TensorOptions",
+    "TensorPlan",
+    "check",
+    "find_tensor_plan",
+    "parameter_splits",
+    "partial_parameters",
+    "sequence_chains",
+]
 
 
 def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorPlan:
@@ -43,6 +59,48 @@ def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorP
     return plan
 
 
+@dataclass(frozen=True)
+class Division:
+    """What the tensor axis does to a module.
+
+    Args:
+        plan: which parts it divides.
+        chains: blocks between which positions stay divided: sequence parallel.
+        loss_parallel: logits stay divided by vocabulary.
+    """
+
+    plan: TensorPlan
+    chains: Chains = field(default_factory=list)
+    loss_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class TensorOptions:
+    """What a user asks of the tensor axis; see :class:`~lightning_dist.HybridStrategy`."""
+
+    styles: Styles | None = None
+    sequence_parallel: bool = False
+    loss_parallel: bool = False
+
+    def divide(self, module: nn.Module, tp: int, blocks: dict[str, nn.Module]) -> Division | None:
+        """The division of a module over ``tp`` ranks; None for one.
+
+        Args:
+            module: the whole module.
+            tp: degree of the axis.
+            blocks: its repeated parts, by name.
+
+        Raises:
+            ValueError: see :func:`find_tensor_plan`, :func:`check` and :func:`sequence_chains`.
+        """
+        if tp == 1:
+            return None
+        plan = find_tensor_plan(module, self.styles)
+        check(plan, tp)
+        chains = sequence_chains(module, plan, blocks) if self.sequence_parallel else []
+        return Division(plan, chains, self.loss_parallel)
+
+
 def check(plan: TensorPlan, tp: int) -> None:
     """Raises if the axis does not divide what it has to.
 
@@ -59,6 +117,14 @@ def check(plan: TensorPlan, tp: int) -> None:
                 )
 
 
-def partial_parameters(plan: TensorPlan) -> list[str]:
+def parameter_splits(plan: TensorPlan) -> dict[str, Split]:
+    """How each divided parameter is split, by its name (or names, where it is tied)."""
+    splits = {join_names(name, below): how for name, part in plan.items() for below, how in part.parameters.items()}
+    rows = {join_names(name, row, "weight"): how for name, part in plan.items() for row, how in part.rows.items()}
+    return splits | rows
+
+
+def partial_parameters(module: nn.Module, division: Division) -> list[str]:
     """Names of the replicated parameters whose gradient each rank has only its part of."""
-    return [f"{name}.{below}".strip(".") for name, part in plan.items() for below in part.partial]
+    of_heads = [f"{name}.{below}".strip(".") for name, part in division.plan.items() for below in part.partial]
+    return list(dict.fromkeys([*of_heads, *chain_parameters(module, division.plan, division.chains)]))

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_dist.plans.blocks import class_name
 from lightning_dist.plans.tensor import layers
-from lightning_dist.plans.tensor.plan import Part, Split, TensorPlan
+from lightning_dist.plans.tensor.plan import OWN_ARGUMENTS, Part, Split, TensorPlan
 
 ATTENTION = (
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")),
@@ -51,9 +51,6 @@ BIASES = ("q_bias", "k_bias", "v_bias")
 
 TABLES = ("relative_position_bias_table", "relative_attention_bias.weight", "relative_position_bias.weight")
 """Tables of positions, with a column for each head."""
-
-OWN_ARGUMENTS = frozenset({"position_bias"})
-"""Arguments that another part made, so that they are of this rank's heads."""
 
 NORMS = ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm")
 """Norms of each head: every rank uses the same weights on its heads."""

@@ -49,5 +49,13 @@ class Part:
     split: str = ""
 
 
+def join_names(*names: str) -> str:
+    """A dotted name; the empty name is the module itself."""
+    return ".".join(name for name in names if name)
+
+
+OWN_ARGUMENTS = frozenset({"position_bias", "encoder_decoder_position_bias"})
+"""Names of arguments that another part made, so that they are of this rank's heads."""
+
 TensorPlan = dict[str, Part]
 """By name of the module, in the order of the model."""

@@ -1,22 +1,19 @@
-"""What the user sees: the layout at the start, the pace of the training while it runs."""
+"""The layout, and what a rank holds of the module."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.data import extract_batch_size
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_dist.layout import MESH_AXES, Layout
+from lightning_dist.plans.tensor import Division, parameter_splits
+from lightning_dist.report.division import DivisionReport, rank_bytes, size_in_words
 
 if TYPE_CHECKING:
     from lightning_dist.strategy import HybridStrategy
@@ -43,6 +40,7 @@ class LayoutReport:
         num_parameters: of the whole module.
         whole_bytes: of the whole module's parameters.
         rank_bytes: of what this rank keeps of them between steps.
+        division: what the tensor axis divides; None without it.
     """
 
     layout: Layout
@@ -53,6 +51,7 @@ class LayoutReport:
     num_parameters: int
     whole_bytes: int
     rank_bytes: int
+    division: DivisionReport | None = None
 
     @classmethod
     def of(cls, strategy: HybridStrategy) -> LayoutReport:
@@ -70,6 +69,33 @@ class LayoutReport:
             num_parameters=sum(p.numel() for p in parameters),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters),
             rank_bytes=sum(_local_bytes(p) for p in parameters),
+            division=None if strategy.division is None else DivisionReport.of(module, strategy.division, layout),
+        )
+
+    @classmethod
+    def planned(
+        cls, module: nn.Module, layout: Layout, division: Division | None, units: list[str], **more: Any
+    ) -> LayoutReport:
+        """The report of a module that was not set up: on any device or on meta. Of the rank that holds most.
+
+        Args:
+            module: whole.
+            layout: resolved.
+            division: what the tensor axis will do to it.
+            units: names of the modules that will be sharded one by one.
+            more: of the report's other arguments.
+        """
+        parameters = dict(module.named_parameters())
+        splits = {} if division is None else parameter_splits(division.plan)
+        held = {n: rank_bytes(p, splits.get(n), layout) for n, p in parameters.items()}
+        return cls(
+            layout=layout,
+            units=units if layout.dp_shard > 1 else [],
+            num_parameters=sum(p.numel() for p in parameters.values()),
+            whole_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+            rank_bytes=sum(held.values()),
+            division=None if division is None else DivisionReport.of(module, division, layout),
+            **{"reason": "", "recomputed": [], "checkpointing": "none", **more},
         )
 
     def table(self) -> Table:
@@ -84,9 +110,9 @@ class LayoutReport:
         if self.layout.world_size == 1:
             table.add_row("one process", "1", "nothing")
         table.add_section()
-        table.add_row("parameters", f"{self.num_parameters:,}", f"{_size(self.whole_bytes)} in all")
+        table.add_row("parameters", f"{self.num_parameters:,}", f"{size_in_words(self.whole_bytes)} in all")
         share = self.rank_bytes / max(self.whole_bytes, 1)
-        table.add_row("on this rank", _size(self.rank_bytes), f"{share:.1%} of the parameters")
+        table.add_row("on this rank", size_in_words(self.rank_bytes), f"{share:.1%} of the parameters")
         if self.units:
             table.add_row("sharded units", str(len(self.units)), _shorten(self.units))
         if self.recomputed:
@@ -100,7 +126,14 @@ class LayoutReport:
         """Prints the table on rank 0, once a fit; not where the Trainer was asked for no summary."""
         quiet = not any(type(c).__name__.endswith("ModelSummary") for c in trainer.callbacks)  # type: ignore[attr-defined]
         if trainer.is_global_zero and trainer.training and not quiet:
-            Console().print(self.table())
+            self.print()
+
+    def print(self) -> None:
+        """Prints the tables."""
+        console = Console()
+        console.print(self.table())
+        if self.division is not None:
+            console.print(self.division.table())
 
 
 def _local_bytes(parameter: Tensor) -> int:
@@ -108,74 +141,6 @@ def _local_bytes(parameter: Tensor) -> int:
     return own.numel() * own.element_size()
 
 
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
 def _shorten(names: list[str], limit: int = 3) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, ... {names[-1]}"
-
-
-class Throughput(Callback):
-    """Logs samples per second, tokens per second where batches hold token ids, and the time of a step.
-
-    Over all data ranks, averaged since the last time that the logger wrote (``log_every_n_steps``); shown in the
-    progress bar and sent to the loggers as ``samples_per_second``, ``tokens_per_second`` and ``step_time`` (seconds).
-
-    Communication: none; every data rank is taken to see as many samples as this one.
-    """
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start: float | None = None
-        self._samples = self._tokens = self._batches = 0
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock anew: evaluation between epochs does not count."""
-        self._reset()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock anew."""
-        self._reset()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts the batch; writes at the logger's pace. The first batch only starts the clock."""
-        if self._start is None:
-            self._start = time.perf_counter()
-            return
-        self._samples += extract_batch_size(batch)
-        self._tokens += _num_tokens(batch)
-        self._batches += 1
-        every = getattr(trainer, "log_every_n_steps", 50) or 1
-        if self._batches % every and not trainer.is_last_batch:
-            return
-        elapsed = time.perf_counter() - self._start
-        ranks = getattr(trainer.strategy, "num_data_ranks", trainer.world_size)
-        values = {
-            "samples_per_second": self._samples * ranks / elapsed,
-            "step_time": elapsed / self._batches * trainer.accumulate_grad_batches,
-        }
-        if self._tokens:
-            values["tokens_per_second"] = self._tokens * ranks / elapsed
-        for name, value in values.items():
-            pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
-        self._reset()
-        self._start = time.perf_counter()
-
-
-def _num_tokens(batch: Any) -> int:
-    """Elements of the first tensor of integers with a batch and a sequence axis: token ids, where there are any."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim == 2 and leaf.dtype in (torch.int64, torch.int32):
-            return leaf.numel()
-    return 0

@@ -1,0 +1,73 @@
+"""Which blocks follow each other so that positions stay divided between them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_dist.plans.blocks import CONTAINERS, class_name
+from lightning_dist.plans.tensor import layers
+from lightning_dist.plans.tensor.plan import TensorPlan, join_names
+
+Chains = list[list[str]]
+"""Names of blocks, in the order in which they run; a network may have several chains (encoder and decoder)."""
+
+
+def sequence_chains(module: nn.Module, plan: TensorPlan, blocks: dict[str, nn.Module]) -> Chains:
+    """The chains of a network: neighbours in one container, each with layers that the plan divides.
+
+    Args:
+        module: the whole module.
+        plan: what the tensor axis divides in it.
+        blocks: its repeated parts, by name.
+
+    Raises:
+        ValueError: there is none, or one whose divided layers read more than positions' features.
+    """
+    by_container: dict[str, list[str]] = {}
+    for name in blocks:
+        by_container.setdefault(name.rpartition(".")[0], []).append(name)
+    chains: Chains = []
+    for container, names in by_container.items():
+        held = [f"{container}.{leaf}".strip(".") for leaf, _ in module.get_submodule(container).named_children()]
+        is_chain = isinstance(module.get_submodule(container), CONTAINERS) and held == names
+        if is_chain and all(_has_parts(name, plan) for name in names):
+            chains.append(names)
+    for name in (name for chain in chains for name in chain):
+        _refuse_other_dims(module, name, plan)
+    if not chains:
+        raise ValueError(
+            "sequence_parallel divides positions between blocks that follow each other in one list, each with layers "
+            f"that tp divides; {type(module).__name__} has none. Leave it off, or name the blocks in shard_units="
+        )
+    return chains
+
+
+def chain_parameters(module: nn.Module, plan: TensorPlan, chains: Chains) -> list[str]:
+    """Names of the parameters of chains that are not divided: each rank uses them on its positions."""
+    divided = {join_names(name, below) for name, part in plan.items() for below in part.parameters}
+    divided |= {join_names(name, row, "weight") for name, part in plan.items() for row in part.rows}
+    in_chains = tuple(f"{name}." for chain in chains for name in chain)
+    return [name for name, _ in module.named_parameters() if name.startswith(in_chains) and name not in divided]
+
+
+def _has_parts(block: str, plan: TensorPlan) -> bool:
+    return block not in plan and any(name.startswith(f"{block}.") and part.enters for name, part in plan.items())
+
+
+def _refuse_other_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
+    """Divided layers that read something else than the features of a position."""
+    widths = set()
+    for name, part in plan.items():
+        if not name.startswith(f"{block}."):
+            continue
+        if part.applied_row or "Window" in class_name(module.get_submodule(name)):
+            _refuse(name, "attends within windows of an image, across what would be divided")
+        if part.enters and not part.multihead:
+            first = next(iter(part.parameters)).rpartition(".")[0]
+            widths.add(layers.inputs(module.get_submodule(f"{name}.{first}".strip("."))))
+    if len(widths) > 1:
+        _refuse(block, f"has layers over inputs of {' and '.join(map(str, sorted(widths)))}: not all are features")
+
+
+def _refuse(name: str, why: str) -> None:
+    raise ValueError(f"sequence_parallel: {name} {why}; leave it off for this network")

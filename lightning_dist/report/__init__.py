@@ -1,0 +1,6 @@
+"""What the user sees: the layout at the start, the pace of the training while it runs."""
+
+from lightning_dist.report.layout import LayoutReport
+from lightning_dist.report.throughput import Throughput
+
+__all__ = ["LayoutReport", "Throughput"]

@@ -1,0 +1,379 @@
+"""The tensor axis: step time, bytes per rank and collectives per step of transformers' Llama, unmodified."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from lightning_dist.elastic import launch
+from recipes.benchmark.collectives import Collectives
+from recipes.benchmark.competitors import free_of_noise
+from recipes.benchmark.interleaving import Pace
+from recipes.benchmark.memory import HeldBytes
+from recipes.benchmark.results import Line, counted, timed
+from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
+
+STEP_MUST, BYTES_MUST = 0.9, 1.02
+SAME_LOSS = 1e-4
+"""Relative difference of the last losses of two competitors that is rounding."""
+PARTS = ("step", "bytes", "collectives")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    add_timing_arguments(parser)
+    parser.add_argument("--width", type=int, default=256, help="features of a token (default: 256)")
+    parser.add_argument("--depth", type=int, default=6, help="blocks (default: 6)")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="tokens to choose from (default: 2048)")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a batch (default: 8)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample (default: 128)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
+
+
+def measure(options: argparse.Namespace) -> list[Line]:
+    """Every line that the options ask for."""
+    return launch(_measure_on_rank, options, num_processes=options.ranks)[0]
+
+
+def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
+    free_of_noise()
+    dist.init_process_group("gloo")
+    llama = Llama(options.width, options.depth, options.vocabulary, options.batch, options.length)
+    lines: list[Line] = []
+    if "step" in options.parts:
+        with progress_bar(dist.get_rank() == 0) as progress:
+            lines += _step(llama, options, progress)
+    if "bytes" in options.parts:
+        lines += _bytes(llama, options.ranks)
+    if "collectives" in options.parts:
+        lines += _collectives(llama)
+    return lines
+
+
+@dataclass(frozen=True)
+class Llama:
+    """transformers' Llama of some size, and the batches that it trains on.
+
+    Args:
+        width: features of a token.
+        depth: blocks.
+        vocabulary: tokens to choose from.
+        batch: samples of a batch.
+        length: tokens of a sample.
+    """
+
+    width: int
+    depth: int
+    vocabulary: int
+    batch: int
+    length: int
+
+    def network(self) -> Any:
+        """With the same weights on every rank, for every competitor."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        heads = self.width // 32
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.vocabulary,
+                hidden_size=self.width,
+                intermediate_size=32 * round(self.width * 8 / 3 / 32),
+                num_hidden_layers=self.depth,
+                num_attention_heads=heads,
+                num_key_value_heads=heads // 2,
+                max_position_embeddings=self.length,
+                tie_word_embeddings=False,
+                use_cache=False,
+            )
+        )
+
+    def loader(self, num_batches: int) -> DataLoader:
+        """Batches of token ids (batch, length), the same on every rank."""
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(self.vocabulary, (8 * self.batch, self.length), generator=generator)
+        repeats = -(-num_batches // 8)
+        return DataLoader(tokens.repeat(repeats, 1)[: num_batches * self.batch], batch_size=self.batch)  # type: ignore[arg-type]
+
+    def loss(self, network: nn.Module, ids: Tensor) -> Tensor:
+        """Of the next token, as a user writes it."""
+        logits = network(input_ids=ids).logits
+        return F.cross_entropy(logits[:, :-1].reshape(-1, self.vocabulary), ids[:, 1:].reshape(-1))
+
+
+class _Module(pl.LightningModule):
+    """A user's module, which knows nothing of the axis."""
+
+    def __init__(self, llama: Llama) -> None:
+        super().__init__()
+        self.llama, self.network = llama, llama.network()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        return self.llama.loss(self.network, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, as everywhere here."""
+        return torch.optim.AdamW(self.network.parameters(), 1e-3)
+
+
+class Ours:
+    """``Trainer.fit`` of a plain LightningModule.
+
+    Args:
+        llama: what is trained.
+        callbacks: that look on.
+        options: of HybridStrategy.
+    """
+
+    def __init__(self, llama: Llama, callbacks: tuple[Callback, ...] = (), **options: Any) -> None:
+        self.llama, self.callbacks, self.options = llama, callbacks, options
+        self.last_loss = float("nan")
+
+    def __call__(self, pace: Pace, num_steps: int) -> None:
+        """Trains for so many steps."""
+        ranks = dist.get_world_size()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy=HybridStrategy({"tp": ranks}, **self.options),
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*self.callbacks, _AfterStep(pace, self)],
+        )
+        trainer.fit(_Module(self.llama), self.llama.loader(num_steps))
+
+
+class _AfterStep(Callback):
+    def __init__(self, pace: Pace, competitor: Ours) -> None:
+        self._pace, self._competitor = pace, competitor
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._competitor.last_loss = float(outputs["loss"])
+        self._pace()
+
+
+class ByHand:
+    """The loop that a user writes without Lightning, around a network that ``divide`` made parallel.
+
+    Args:
+        llama: what is trained.
+        divide: makes the network, over a mesh with the axis ``tp``.
+        loss: of the network and a batch.
+        around_step: is called with the step, to count say.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        divide: Callable[[Llama, Any], nn.Module],
+        loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        around_step: Callable[[Callable[[], Tensor]], Tensor] = lambda step: step(),
+    ) -> None:
+        self.llama, self.divide, self.around_step = llama, divide, around_step
+        self.loss = loss or llama.loss
+        self.last_loss = float("nan")
+
+    def __call__(self, pace: Pace, num_steps: int) -> None:
+        """Trains for so many steps."""
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+        network = self.divide(self.llama, mesh)
+        parameters = list(network.parameters())
+        mixed = len({isinstance(p, DTensor) for p in parameters}) > 1
+        # foreach, the default, does not take plain and divided parameters together
+        optimizer = torch.optim.AdamW(parameters, 1e-3, foreach=False if mixed else None)
+        network.train()
+        for batch in self.llama.loader(num_steps):
+            self.last_loss = float(self.around_step(partial(self._step, network, optimizer, batch)))
+            pace()
+
+    def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
+        loss = self.loss(network, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss = loss.detach()
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+
+def tutorial_plan(llama: Llama, mesh: Any) -> nn.Module:
+    """Layer by layer, as torch's tutorial begins: pytorch.org/tutorials/intermediate/TP_tutorial.html."""
+    network = llama.network()
+    blocks = {
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    for block in network.model.layers:
+        parallelize_module(block, mesh, blocks)
+    ends = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    return parallelize_module(network, mesh, ends)
+
+
+def tutorial_sequence_plan(llama: Llama, mesh: Any) -> nn.Module:
+    """As the same tutorial goes on: norms on a shard of the positions, and the logits left divided for the loss."""
+    network = llama.network()
+    blocks = {
+        "input_layernorm": SequenceParallel(),
+        "self_attn": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+        ),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
+        "post_attention_layernorm": SequenceParallel(),
+        "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    ends = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+    }
+    # transformers takes the positions from the embeddings it sees, which are a part: give it all of them
+    positions = torch.arange(llama.length)[None]
+    network.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0], positions), {}), with_kwargs=True
+    )
+    for block in network.model.layers:
+        parallelize_module(block, mesh, blocks)
+    return parallelize_module(network, mesh, ends)
+
+
+def own_plan(llama: Llama, mesh: Any) -> nn.Module:
+    """transformers' own: a checkpoint that is loaded with a degree of tensor parallelism."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        llama.network().save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=mesh.size()))
+
+
+def _loss_of_divided_logits(llama: Llama, network: nn.Module, ids: Tensor) -> Tensor:
+    with loss_parallel():
+        return llama.loss(network, ids)
+
+
+def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> list[Line]:
+    competitors: dict[str, Any] = {
+        "ours": Ours(llama),
+        "ours, loss_parallel": Ours(llama, loss_parallel=True),
+        "ours, sequence_parallel": Ours(llama, sequence_parallel=True, loss_parallel=True),
+        "torch's tutorial": ByHand(llama, tutorial_plan),
+        "transformers": ByHand(llama, own_plan),
+    }
+    seconds = take_turns(f"tp={options.ranks}", competitors, options, progress)
+    losses = {name: competitor.last_loss for name, competitor in competitors.items()}
+    first = losses["ours"]
+    for name, loss in losses.items():
+        if not abs(loss - first) <= SAME_LOSS * first:
+            raise ValueError(f"{name} ended with a loss of {loss}, ours with {first}: they do not train the same")
+    group = f"step, tp={options.ranks} ({options.clock} clock, minimum / median)"
+    peers = ("torch's tutorial", "transformers")
+    mine = ("ours", "ours, loss_parallel", "ours, sequence_parallel")
+    return [
+        timed(group, f"{name} against {peer}", seconds[name], seconds[peer], STEP_MUST if name == mine[0] else None)
+        for name in mine
+        for peer in peers
+    ]
+
+
+def _no_pace() -> None:
+    """Nobody waits for this competitor."""
+
+
+def _bytes(llama: Llama, ranks: int) -> list[Line]:
+    """Of what the plan divides, on the rank that holds most."""
+    held = HeldBytes(divided=True)
+    Ours(llama, (held,))(_no_pace, 3)
+    everyone: list[Any] = [None] * ranks
+    dist.all_gather_object(everyone, held.held)
+    return [
+        counted(
+            "bytes per rank of what is divided, against whole / tp",
+            f"llama: {what}",
+            max(one[what] for one in everyone),
+            whole / ranks,
+            BYTES_MUST,
+        )
+        for what, whole in held.whole.items()
+    ]
+
+
+class _Counted(Callback):
+    def __init__(self) -> None:
+        self.last = Collectives()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.last = Collectives()
+        self.last.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.last.__exit__(None, None, None)
+
+
+def _collectives(llama: Llama) -> list[Line]:
+    """Of one step. What is asked: two all-reduces each way and block, one each for embedding and head."""
+    counts: dict[str, Collectives] = {}
+
+    def counting(step: Callable[[], Tensor]) -> Tensor:
+        with Collectives() as seen:
+            result = step()
+        counts["torch's tutorial"] = seen
+        return result
+
+    seen = _Counted()
+    Ours(llama, (seen,), loss_parallel=True)(_no_pace, 3)
+    ByHand(llama, tutorial_plan, around_step=counting)(_no_pace, 2)
+    peer = counts["torch's tutorial"]
+    group = f"collectives of a step, {llama.depth} blocks"
+    return [
+        counted(
+            group,
+            f"llama, loss_parallel, against torch's tutorial: {what}",
+            getattr(seen.last, attribute).total(),
+            getattr(peer, attribute).total(),
+            None,
+        )
+        for what, attribute in (("collectives", "count"), ("bytes", "num_bytes"))
+    ]

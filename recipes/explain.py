@@ -1,0 +1,36 @@
+"""The module and the strategy of a config, for ``lightning-dist explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+from hydra import compose, initialize_config_dir
+from hydra.errors import CompactHydraException
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import Strategy
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipes import job
+from recipes.config_errors import explain
+from recipes.train import ROOT, count_devices
+
+
+def from_overrides(overrides: list[str]) -> tuple[Callable[[], pl.LightningModule], Strategy, int]:
+    """What ``python -m recipes.train`` would train with these overrides.
+
+    Returns:
+        what makes the module, the strategy, and the number of ranks.
+
+    Raises:
+        ValueError: the config can't be composed or built.
+    """
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides)
+        num_ranks = count_devices(cfg.trainer.devices, cfg.trainer.accelerator) * cfg.trainer.num_nodes
+        strategy = instantiate(OmegaConf.to_container(cfg.strategy, resolve=True))
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from None
+    return lambda: job.build_module(cfg), strategy, num_ranks
