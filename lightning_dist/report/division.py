@@ -85,7 +85,7 @@ class DivisionReport:
     def table(self) -> Table:
         """The report as a rich table."""
         table = Table(title=f"tp={self.tp}", title_justify="left")
-        table.add_column("module")
+        table.add_column("module", overflow="fold")
         for column in ("count", "parameters", "on this rank"):
             table.add_column(column, justify="right")
         table.add_column("how")

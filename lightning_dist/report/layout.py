@@ -90,7 +90,7 @@ class LayoutReport:
         held = {n: rank_bytes(p, splits.get(n), layout) for n, p in parameters.items()}
         return cls(
             layout=layout,
-            units=units if layout.dp_shard > 1 else [],
+            units=units if layout.holds_shards and layout.num_data_ranks > 1 else [],
             num_parameters=sum(p.numel() for p in parameters.values()),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
             rank_bytes=sum(held.values()),

@@ -1,0 +1,127 @@
+"""What is shown of a layout: at the start of a run, and by ``lightning-dist explain`` without one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from lightning_dist.cli import main
+from lightning_dist.explain import built
+from lightning_dist.report import LayoutReport
+from recipes.language_model import CausalLM
+from recipes.language_model.decoder import Decoder
+from tests.parity import QUIET
+from tests.ranks import run_on_ranks
+from tests.recipes.test_parity import LENGTH, Blocks
+
+VOCABULARY = 67
+
+
+def uneven_decoder() -> L.LightningModule:
+    network = partial(Decoder, VOCABULARY, width=32, depth=2, num_heads=4, num_kv_heads=2, feed_forward_width=45)
+    return CausalLM(network, partial(torch.optim.SGD, lr=0.1))
+
+
+class Huge(L.LightningModule):
+    """Its parameters would take 400 GB."""
+
+    def __init__(self, width: int = 100_000) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(*self._pair(width)) for _ in range(5)))
+
+    @staticmethod
+    def _pair(width: int) -> list[nn.Module]:
+        return [nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1), nn.Linear(width, width)]
+
+
+def _reports(layout: str, sequence_parallel: bool) -> tuple[LayoutReport, LayoutReport]:
+    """What was planned for this layout, and what this rank holds."""
+    strategy = HybridStrategy(layout, sequence_parallel=sequence_parallel)
+    planned = strategy.explain(built(uneven_decoder), dist.get_world_size())
+    trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_steps=1)
+    trainer.fit(uneven_decoder(), DataLoader(Blocks(16), batch_size=4))
+    return planned, LayoutReport.of(strategy)
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "dp_shard=2", "dp_shard=2,tp=2", "dp_replicate=2,tp=2"])
+def test_what_is_explained_is_what_the_ranks_hold(layout: str) -> None:
+    num_ranks = 2 ** layout.count("=")
+    reports = run_on_ranks(num_ranks, _reports, layout, "tp" in layout)
+    planned = reports[0][0]
+    assert planned.rank_bytes == max(real.rank_bytes for _, real in reports)
+    assert planned.units == reports[0][1].units
+    assert planned.division == reports[0][1].division
+    assert planned.num_parameters == sum(p.numel() for p in built(uneven_decoder).parameters())
+
+
+def test_the_division_is_told_block_by_block() -> None:
+    division = HybridStrategy("tp=2", sequence_parallel=True).explain(built(uneven_decoder), 2).division
+    assert division is not None
+    told = {row.name: (row.count, row.split) for row in division.divided}
+    assert told["model.blocks.*.attention"] == (2, "by heads: query, key, value; output by its inputs")
+    assert told["model.blocks.*.feed_forward"] == (2, "by columns: gate, up; down by its inputs")
+    assert told["model.embedding"] == (1, "by vocabulary")
+    assert {row.name for row in division.whole} == {
+        "model.norm",
+        "model.blocks.*.attention_norm",
+        "model.blocks.*.feed_forward_norm",
+    }
+    assert division.chains == ["model.blocks.*"]
+
+
+def test_a_module_that_fits_no_machine_is_explained() -> None:
+    module = built(Huge)
+    assert all(p.is_meta for p in module.parameters())
+    report = HybridStrategy("dp_shard=4,tp=2").explain(module, 8)
+    assert report.whole_bytes > 4e11
+    assert 1.0 < 8 * report.rank_bytes / report.whole_bytes < 1.001
+
+
+def test_the_command_takes_a_class_or_overrides_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tests.test_explain:Huge", "width=64", "--layout", "tp=2"]) == 0
+    output = capsys.readouterr().out
+    assert "layers.*" in output
+    assert "41,600" in output
+    assert main(["explain", "recipe=language_model", "strategy.layout.tp=2", "strategy.sequence_parallel=true"]) == 0
+    output = capsys.readouterr().out
+    assert "model.blocks.*" in output
+    assert "positions" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tests.test_explain:Huge"], "--layout is missing"),
+        (["tests.test_explain:Hug", "--layout", "tp=2"], "can't be imported"),
+        (["tests.test_explain:Huge", "with=64", "--layout", "tp=2"], "unexpected keyword argument 'with'"),
+        (["tests.test_explain:LENGTH", "--layout", "tp=2"], "not a callable object"),
+        (["tests.test_explain:Huge", "width=64", "--layout", "dp_shard=-1"], "--ranks is missing"),
+        (["recipe=nope"], "Could not find 'recipe/nope'"),
+        (["strategy=ddp"], "DDPStrategy has no layout to explain"),
+        (["recipe=language_model", "strategy.layout.tp=3", "trainer.devices=3"], "degrees that do: 1, 2"),
+        (["recipe=language_model", "--layout", "tp=2"], "a recipe takes overrides"),
+    ],
+)
+def test_what_can_not_be_explained_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", *arguments]) == 2
+    error: Any = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert LENGTH
+
+
+def test_the_start_of_a_run_shows_the_division(capsys: pytest.CaptureFixture[str]) -> None:
+    HybridStrategy("tp=2").explain(built(uneven_decoder), 2).print()
+    output = capsys.readouterr().out
+    assert "whole on every rank" in output
+    assert "by vocabulary" in output
