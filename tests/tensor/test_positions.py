@@ -1,0 +1,207 @@
+"""Sequence parallel: what a network may do between and inside its blocks, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+from lightning_dist.parallel.tensor.axis import TensorAxis
+from lightning_dist.parallel.tensor.split import split
+from lightning_dist.plans import find_blocks
+from lightning_dist.plans.tensor import TensorOptions, partial_parameters
+from tests.ranks import RankError, run_on_ranks
+from tests.tensor.test_families import whole
+
+WIDTH, POSITIONS = 16, 7
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+class Conditioned(nn.Module):
+    """A block of a diffusion transformer: its norm is scaled by what a condition says."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
+        self.mlp = Mlp()
+        self.drop = nn.Dropout(dropout)
+        self.drop_path = timm.layers.DropPath(dropout)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, -1)
+        return x + self.drop_path(self.drop(self.mlp(self.norm(x) * (1 + scale) + shift)))
+
+
+class Network(nn.Module):
+    """``between`` is what it does between its blocks."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = lambda x: x, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.stem, self.embed = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Conditioned(dropout) for _ in range(2))
+        self.between = between
+        self.last = 2
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x, condition = self.stem(x), self.embed(condition)
+        for block in self.blocks[: self.last]:
+            x = self.between(block(x, condition))
+        return x
+
+
+def _divide(network: nn.Module) -> TensorAxis:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    division = TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
+    assert division is not None
+    split(network, division.plan, mesh, chains=division.chains)
+    return TensorAxis(network, partial_parameters(network, division), mesh)
+
+
+def _inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.randn(3, POSITIONS, WIDTH), torch.randn(3, WIDTH)
+
+
+def _conditioned() -> None:
+    torch.manual_seed(0)
+    plain = Network()
+    divided = copy.deepcopy(plain)
+    axis = _divide(divided)
+    for network in (plain, divided):
+        F.mse_loss(network(*_inputs()), torch.ones(3, POSITIONS, WIDTH)).backward()
+    axis.after_backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), divided.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_what_a_block_is_given_besides_gets_the_whole_gradient() -> None:
+    """The gradient of the condition comes from all positions; so do those of what made it."""
+    run_on_ranks(2, _conditioned)
+
+
+def _add_one_in_place(x: Tensor) -> Tensor:
+    return x.add_(0)
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+def _with_a_token(x: Tensor) -> Tensor:
+    return torch.cat([x, x[:, :1]], 1)
+
+
+def _run(between: Callable[[Tensor], Tensor], last: int = 2) -> None:
+    network = Network(between)
+    axis = _divide(network)
+    network.last = last
+    network(*_inputs())
+    axis.after_step()
+
+
+@pytest.mark.parametrize("between", [_centred, _with_a_token])
+def test_a_network_that_works_between_its_blocks_is_refused(between: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(RankError, match="is given another activation than the block before it returned"):
+        run_on_ranks(2, _run, between)
+
+
+def test_what_changes_nothing_between_blocks_runs() -> None:
+    run_on_ranks(2, _run, _add_one_in_place)
+
+
+def test_a_network_that_leaves_out_its_last_block_is_refused() -> None:
+    with pytest.raises(RankError, match="after the last block, which the network did not run"):
+        run_on_ranks(2, _run, _add_one_in_place, 1)
+
+
+class MixingPositions(Conditioned):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x - x.mean(1, keepdim=True), condition)
+
+
+def _mixing() -> None:
+    network = Network()
+    network.blocks = nn.ModuleList(MixingPositions() for _ in range(2))
+    _divide(network)
+    network(*_inputs())
+
+
+def test_a_block_that_mixes_positions_itself_is_an_error() -> None:
+    with pytest.raises(RankError, match=r"MixingPositions .* gives another result"):
+        run_on_ranks(2, _mixing)
+
+
+def _kept(dropout: float) -> tuple[Tensor, Tensor]:
+    """What dropout keeps of ones, and which samples stochastic depth keeps, on this rank's positions."""
+    torch.manual_seed(0)
+    network = Network(dropout=dropout).train()
+    _divide(network)
+    seen: dict[str, Tensor] = {}
+    block = network.blocks[0]
+    block.drop.register_forward_hook(lambda m, args, output: seen.update(kept=output != 0))
+    block.drop_path.register_forward_hook(lambda m, args, output: seen.update(samples=output.flatten(1).any(1)))
+    network(torch.randn(64, 8, WIDTH), torch.randn(64, WIDTH))
+    return seen["kept"], seen["samples"]
+
+
+def test_dropout_differs_between_positions_and_stochastic_depth_does_not() -> None:
+    (first, samples), (second, same_samples) = run_on_ranks(2, _kept, 0.5)
+    assert torch.equal(samples, same_samples)
+    assert samples.any()
+    assert not samples.all()
+    agreement = (first == second).float().mean()
+    assert abs(float(agreement) - 0.5) < 0.05
+
+
+def _set_up_twice() -> None:
+    network = Network()
+    _divide(network)
+    division = TensorOptions().divide(network, 2, {})
+    assert division is not None
+    split(network, division.plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+
+
+def test_a_module_keeps_its_chains() -> None:
+    with pytest.raises(RankError, match="in an earlier run; build the module anew"):
+        run_on_ranks(2, _set_up_twice)
+
+
+def _two_lengths() -> None:
+    """Two runs before their backward passes, of lengths that leave a rank as many positions."""
+    from lightning_dist.parallel.checkpointing import checkpoint_activations
+
+    torch.manual_seed(0)
+    plain = Network()
+    divided = copy.deepcopy(plain)
+    axis = _divide(divided)
+    checkpoint_activations(divided, find_blocks(divided), "full")
+    x, condition = _inputs()
+    losses = []
+    for network in (plain, divided):
+        losses.append(
+            sum(network(part, condition).square().mean() for part in (x, x[:, :-1], torch.cat([x, x[:, :1]], 1)))
+        )
+        losses[-1].backward()
+    axis.after_backward()
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+    for (name, expected), parameter in zip(plain.named_parameters(), divided.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_recomputed_blocks_know_which_length_they_ran() -> None:
+    run_on_ranks(2, _two_lengths)
