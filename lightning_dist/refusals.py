@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_dist.layout import Layout
 
@@ -46,4 +47,14 @@ def _refuse_batchnorm(trainer: pl.Trainer, layout: Layout | None, device: torch.
         raise ValueError(
             "Trainer(sync_batchnorm=True) needs a GPU: torch's SyncBatchNorm does not run on the CPU; leave it out "
             "(each rank then normalises its own samples, as in ddp) or use accelerator='gpu'"
+        )
+
+
+def warn_of_axes_across_nodes(layout: Layout, ranks_per_node: int, num_nodes: int) -> None:
+    """Warns where the ranks of a tp group are on several nodes: each layer waits for them."""
+    if num_nodes > 1 and ranks_per_node % layout.tp:
+        fitting = [degree for degree in range(1, ranks_per_node + 1) if ranks_per_node % degree == 0]
+        rank_zero_warn(
+            f"tp={layout.tp} on nodes of {ranks_per_node} ranks: every layer's collectives go between nodes, which is "
+            f"slow. Degrees that stay inside a node: {', '.join(map(str, fitting))}"
         )

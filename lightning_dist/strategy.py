@@ -48,7 +48,7 @@ from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions
 from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.processes import LayoutRanks
-from lightning_dist.refusals import refuse
+from lightning_dist.refusals import refuse, warn_of_axes_across_nodes
 from lightning_dist.report import LayoutReport
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
@@ -153,6 +153,8 @@ class HybridStrategy(LayoutRanks):
         assert self.lightning_module is not None
         refuse(self.lightning_module.trainer, self.layout, self.root_device)
         self._refuse_what_cannot_split(self.lightning_module)
+        if self.layout is not None:
+            warn_of_axes_across_nodes(self.layout, self.num_processes, self.num_nodes)
         super().setup_environment()
 
     def _refuse_what_cannot_split(self, module: pl.LightningModule) -> None:

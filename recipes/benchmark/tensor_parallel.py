@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -189,6 +189,7 @@ class ByHand:
         llama: what is trained.
         divide: makes the network, over a mesh with the axis ``tp``.
         loss: of the network and a batch.
+        around_loss: makes a context manager for the loss and its backward pass.
         around_step: is called with the step, to count say.
     """
 
@@ -197,10 +198,11 @@ class ByHand:
         llama: Llama,
         divide: Callable[[Llama, Any], nn.Module],
         loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        around_loss: Callable[[], Any] = nullcontext,
         around_step: Callable[[Callable[[], Tensor]], Tensor] = lambda step: step(),
     ) -> None:
         self.llama, self.divide, self.around_step = llama, divide, around_step
-        self.loss = loss or llama.loss
+        self.loss, self.around_loss = loss or llama.loss, around_loss
         self.last_loss = float("nan")
 
     def __call__(self, pace: Pace, num_steps: int) -> None:
@@ -217,9 +219,10 @@ class ByHand:
             pace()
 
     def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
-        loss = self.loss(network, batch)
-        optimizer.zero_grad()
-        loss.backward()
+        with self.around_loss():  # torch's loss_parallel wants backward inside too
+            loss = self.loss(network, batch)
+            optimizer.zero_grad()
+            loss.backward()
         optimizer.step()
         loss = loss.detach()
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
@@ -280,18 +283,20 @@ def tutorial_sequence_plan(llama: Llama, mesh: Any) -> nn.Module:
 
 
 def own_plan(llama: Llama, mesh: Any) -> nn.Module:
-    """transformers' own: a checkpoint that is loaded with a degree of tensor parallelism."""
-    from transformers import LlamaForCausalLM
+    """transformers' own, by what ``from_pretrained(distributed_config=...)`` calls, which wants ``accelerate`` too."""
     from transformers.distributed import DistributedConfig
+    from transformers.distributed.utils import initialize_distributed_mesh
 
-    with tempfile.TemporaryDirectory() as folder:
-        llama.network().save_pretrained(folder)
-        return LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=mesh.size()))
+    config = DistributedConfig(tp_size=mesh.size())
+    network = llama.network()
+    return network.maybe_distribute_model(network, config, initialize_distributed_mesh(config)[1])
 
 
 def _loss_of_divided_logits(llama: Llama, network: nn.Module, ids: Tensor) -> Tensor:
-    with loss_parallel():
-        return llama.loss(network, ids)
+    """The last logit of a sample has no target: dropped by its label, as a slice of a DTensor costs more."""
+    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+    logits = network(input_ids=ids).logits
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> list[Line]:
@@ -300,6 +305,9 @@ def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> list[Line
         "ours, loss_parallel": Ours(llama, loss_parallel=True),
         "ours, sequence_parallel": Ours(llama, sequence_parallel=True, loss_parallel=True),
         "torch's tutorial": ByHand(llama, tutorial_plan),
+        "torch's tutorial, sequence": ByHand(
+            llama, tutorial_sequence_plan, partial(_loss_of_divided_logits, llama), loss_parallel
+        ),
         "transformers": ByHand(llama, own_plan),
     }
     seconds = take_turns(f"tp={options.ranks}", competitors, options, progress)
@@ -309,7 +317,7 @@ def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> list[Line
         if not abs(loss - first) <= SAME_LOSS * first:
             raise ValueError(f"{name} ended with a loss of {loss}, ours with {first}: they do not train the same")
     group = f"step, tp={options.ranks} ({options.clock} clock, minimum / median)"
-    peers = ("torch's tutorial", "transformers")
+    peers = ("torch's tutorial", "torch's tutorial, sequence", "transformers")
     mine = ("ours", "ours, loss_parallel", "ours, sequence_parallel")
     return [
         timed(group, f"{name} against {peer}", seconds[name], seconds[peer], STEP_MUST if name == mine[0] else None)

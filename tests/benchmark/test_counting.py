@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from recipes.benchmark.collectives import Collectives
 from recipes.benchmark.data_parallel import _collectives
 from recipes.benchmark.memory import storage_bytes
+from recipes.benchmark.tensor_parallel import Llama
+from recipes.benchmark.tensor_parallel import _collectives as _collectives_of_llama
 from recipes.benchmark.workloads import WORKLOADS
 from tests.ranks import run_on_ranks
 
@@ -67,3 +69,15 @@ def test_clip_norm_costs_one_collective_and_accumulation_none() -> None:
     asked = {what: verdict for what, verdict in verdicts.items() if "clip norm" in what or "micro-steps" in what}
     assert len(asked) == 4
     assert set(asked.values()) == {"reached"}
+
+
+def _of_the_tensor_axis() -> tuple[int, int]:
+    with_must = _collectives_of_llama(Llama(width=128, depth=2, vocabulary=48, batch=2, length=8))
+    return with_must[0].data["ours"], with_must[0].data["peer"]
+
+
+def test_a_step_of_llama_takes_the_fewest_collectives() -> None:
+    """Two each way and block, one for the embedding, two for the loss, one for the head; torch's plan: 7 a block."""
+    for ours, peer in run_on_ranks(2, _of_the_tensor_axis):
+        assert ours == 2 * 4 + 4
+        assert peer == 2 * 7 + 3

@@ -12,8 +12,9 @@ import transformers as hf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_dist import HybridStrategy
+from lightning_dist import HybridStrategy, Layout
 from lightning_dist.plans.tensor import Part, Split, check, find_tensor_plan
+from lightning_dist.refusals import warn_of_axes_across_nodes
 from tests.models import samples
 from tests.parity import QUIET
 from tests.tensor.families import FAMILIES
@@ -124,3 +125,11 @@ def test_the_trainer_refuses_before_a_process_group_forms() -> None:
     with pytest.raises(ValueError, match="tp=3 does not divide the 4 heads"):
         trainer.fit(Wrapped(FAMILIES["timm vit"].network()), DataLoader(samples(), batch_size=4))
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("tp", "warns"), [(8, False), (4, False), (16, True), (3, True)])
+def test_groups_across_nodes_are_warned_of(tp: int, warns: bool, recwarn: pytest.WarningsRecorder) -> None:
+    warn_of_axes_across_nodes(Layout(tp=tp), ranks_per_node=8, num_nodes=6)
+    told = [str(warning.message) for warning in recwarn]
+    assert bool(told) == warns
+    assert all("inside a node: 1, 2, 4, 8" in message for message in told)
