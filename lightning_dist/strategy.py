@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins import CheckpointIO, Precision, TorchCheckpointIO
+from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -27,9 +26,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_dist import checkpoint as checkpoints
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
+from lightning_dist.checkpoint.hooks import CheckpointHooks
 from lightning_dist.data import DealtBatches, deal, dealt_batches, refuse_different_batches, seed_loader
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
@@ -39,7 +38,6 @@ from lightning_dist.parallel import (
     Alone,
     Checkpointing,
     Sharded,
-    average_buffers,
     flat_broadcast,
     parallelize,
     refuse_no_blocks,
@@ -47,14 +45,13 @@ from lightning_dist.parallel import (
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions
 from lightning_dist.precision import make_agreeing, shard_policy
-from lightning_dist.processes import LayoutRanks
 from lightning_dist.refusals import refuse, warn_of_axes_across_nodes
 from lightning_dist.report import LayoutReport
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 
-class HybridStrategy(LayoutRanks):
+class HybridStrategy(CheckpointHooks):
     """Trains any LightningModule, unchanged, over a layout of data and model parallelism.
 
     Args:
@@ -141,7 +138,6 @@ class HybridStrategy(LayoutRanks):
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
-        self._checkpoint_path: _PATH | None = None
         self._num_evaluated = 0
         self._compared: set[str] = set()
         """Steps whose first batch was seen to be the same on the ranks that share samples."""
@@ -284,6 +280,11 @@ class HybridStrategy(LayoutRanks):
             attach_metrics(self.lightning_module, self.data_group)
         self._part_random_streams()
         LayoutReport.of(self).show(trainer)
+
+    @property
+    def sharded_units(self) -> list[str]:
+        """Names of the modules that are sharded one by one."""
+        return list(self._parallel.units) if isinstance(self._parallel, Sharded) else []
 
     def _own_dataloaders(self, trainer: pl.Trainer) -> None:
         connector: Any = trainer._data_connector
@@ -451,74 +452,7 @@ class HybridStrategy(LayoutRanks):
     def _clip_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         gradients.clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
 
-    # ------------------------------------------------------------------ checkpoints
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @property
-    def sharded_units(self) -> list[str]:
-        """Names of the modules that are sharded one by one."""
-        return list(self._parallel.units) if isinstance(self._parallel, Sharded) else []
-
-    @property
-    def saves_shards(self) -> bool:
-        """Whether a checkpoint is a directory to which every rank writes what it holds."""
-        return self.checkpoint_format == "sharded" or (self.checkpoint_format == "auto" and self._holds_shards)
-
-    @property
-    def _holds_shards(self) -> bool:
-        return self.world_size > 1 and self.layout is not None and self.layout.holds_shards
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        self._settle()
-        return checkpoints.model_state(self.lightning_module)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return checkpoints.optimizer_state_by_name(self.lightning_module, optimizer)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated."""
-        write = None
-        if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
-            write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
-        checkpoints.save(checkpoint, filepath, sharded=self.saves_shards, write=write)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        self._checkpoint_path = checkpoint_path
-        return checkpoints.load(
-            checkpoint_path,
-            self.lightning_module,
-            optimizers=self.lightning_module.trainer.state.fn == TrainerFn.FITTING,
-            weights_only=weights_only,
-        )
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        state = checkpoint["state_dict"]
-        checkpoints.load_model_state(self.lightning_module, state, strict, self._checkpoint_path)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self.lightning_module is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            checkpoints.load_optimizer_state(self.lightning_module, optimizer, state, self._checkpoint_path)
-            optimizers.settle(optimizer)
-
-    @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        if self.is_global_zero:
-            checkpoints.remove(filepath)
+    # ------------------------------------------------------------------ between the phases
 
     @override
     def on_validation_start(self) -> None:
@@ -532,11 +466,6 @@ class HybridStrategy(LayoutRanks):
 
     on_train_end = on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
-
-    def _settle(self) -> None:
-        """Makes buffers equal on all data ranks before they are used or saved."""
-        if self.data_group is not None and self.lightning_module is not None:
-            average_buffers(self.lightning_module, self.data_group)
 
     @override
     def teardown(self) -> None:
