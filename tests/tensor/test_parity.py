@@ -15,7 +15,7 @@ from recipes.image_classification import ImageClassifier
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
-from tests.parity import Run, assert_parity
+from tests.parity import Run, assert_parity, on_layout, train
 from tests.recipes.test_parity import RUNS, VOCABULARY
 
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
@@ -124,3 +124,34 @@ def test_uneven_positions_and_recomputed_blocks_equal_one_process(mode: str) -> 
 def test_divided_positions_of_four_ranks_equal_one_process() -> None:
     """17 positions: 5, 5, 5 and 2."""
     assert_parity(replace(NORMS, strategy={"sequence_parallel": True}), "tp=4", 4)
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize("loss_parallel", [False, True])
+def test_double_precision_equals_one_process_to_double_rounding(
+    layout: str, num_ranks: int, loss_parallel: bool
+) -> None:
+    """Where float32 would hide a small error behind its rounding. (Logged values are float32 all the same.)"""
+    strategy = {"sequence_parallel": True, "loss_parallel": loss_parallel}
+    run = RUNS["language_model"]
+    run = replace(run, trainer={**run.trainer, "precision": "64-true"}, strategy=strategy, val_data=None)
+    one = train(run, None)
+    for record in on_layout(run, layout, num_ranks):
+        torch.testing.assert_close(record.norms, one.norms, rtol=1e-10, atol=0)
+        for name, weight in one.weights.items():
+            assert weight.dtype == torch.float64
+            difference = (record.weights[name] - weight).norm() / weight.norm()
+            assert difference <= 1e-10, f"{name}: {difference:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout", "num_ranks"),
+    [("bf16-mixed", "tp=2", 2), ("bf16-mixed", "dp_shard=2,tp=2", 4), ("bf16-true", "tp=2", 2)],
+)
+def test_sixteen_bits_train_as_in_one_process(precision: str, layout: str, num_ranks: int) -> None:
+    """Within one unit in the last place of bfloat16: sums are taken in another order."""
+    run = RUNS["language_model"]
+    run = replace(run, trainer={**run.trainer, "precision": precision}, strategy={"sequence_parallel": True})
+    one = train(run, None)
+    for record in on_layout(run, layout, num_ranks):
+        torch.testing.assert_close(record.losses, one.losses, rtol=2**-7, atol=0)

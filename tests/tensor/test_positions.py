@@ -17,7 +17,7 @@ from lightning_dist.parallel.tensor.split import split
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
 from tests.ranks import RankError, run_on_ranks
-from tests.tensor.test_families import whole
+from tests.tensor.test_families import Counted, whole
 
 WIDTH, POSITIONS = 16, 7
 
@@ -84,7 +84,9 @@ def _conditioned() -> None:
     axis = _divide(divided)
     for network in (plain, divided):
         F.mse_loss(network(*_inputs()), torch.ones(3, POSITIONS, WIDTH)).backward()
-    axis.after_backward()
+    with Counted() as counted:
+        axis.after_backward()
+    assert counted.counts == {"allreduce": 1}
     for (name, expected), parameter in zip(plain.named_parameters(), divided.parameters(), strict=True):
         torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -127,6 +129,13 @@ def test_what_changes_nothing_between_blocks_runs() -> None:
 def test_a_network_that_leaves_out_its_last_block_is_refused() -> None:
     with pytest.raises(RankError, match="after the last block, which the network did not run"):
         run_on_ranks(2, _run, _add_one_in_place, 1)
+
+
+def test_norms_over_positions_are_refused() -> None:
+    network = Network()
+    network.blocks[0].norm = nn.BatchNorm1d(POSITIONS)
+    with pytest.raises(ValueError, match=r"blocks\.0\.norm takes statistics over the positions"):
+        TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
 
 
 class MixingPositions(Conditioned):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_dist.plans.blocks import CONTAINERS, class_name
 from lightning_dist.plans.tensor import layers
@@ -21,7 +22,7 @@ def sequence_chains(module: nn.Module, plan: TensorPlan, blocks: dict[str, nn.Mo
         blocks: its repeated parts, by name.
 
     Raises:
-        ValueError: there is none, or one whose divided layers read more than positions' features.
+        ValueError: there is none, or one that works across positions, as far as its layers tell.
     """
     by_container: dict[str, list[str]] = {}
     for name in blocks:
@@ -55,7 +56,10 @@ def _has_parts(block: str, plan: TensorPlan) -> bool:
 
 
 def _refuse_other_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
-    """Divided layers that read something else than the features of a position."""
+    """Divided layers that read something else than the features of a position, and norms over positions."""
+    norm = next((n for n, child in module.get_submodule(block).named_modules() if isinstance(child, _NormBase)), None)
+    if norm is not None:
+        _refuse(f"{block}.{norm}", "takes statistics over the positions that would be divided")
     widths = set()
     for name, part in plan.items():
         if not name.startswith(f"{block}."):
