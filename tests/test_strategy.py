@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -485,3 +487,19 @@ def _odd_parts() -> tuple[bool, float, list[int]]:
 
 def test_auto_averages_weights_where_it_replicates() -> None:
     assert all(run_on_ranks(2, _average, "auto"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_of_a_fit_stays_alive(layout: str) -> None:
+    assert run_on_ranks(2, _left_over, layout) == [[], []]
+
+
+def _left_over(layout: str) -> list[str]:
+    """Kinds of what is still there of a fit that nobody refers to any more."""
+    runner = trainer(layout)
+    module = models.Classifier()
+    runner.fit(module, DataLoader(samples(), batch_size=8))
+    watched = [weakref.ref(thing) for thing in (runner, runner.strategy, module, next(module.parameters()))]
+    del runner, module
+    gc.collect()
+    return [type(thing()).__name__ for thing in watched if thing() is not None]

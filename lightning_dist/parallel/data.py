@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -145,7 +146,8 @@ class Replicated(Alone):
                 **_NO_BUFFER_BROADCAST,
                 gradient_as_bucket_view=True,
             )
-        self.wrapper.register_comm_hook(None, self._reduce_bucket)
+        # the reducer is C++: a hook that held this would keep it, and the model, alive for good
+        self.wrapper.register_comm_hook(weakref.ref(self), _reduce_bucket)
 
     def run(self, step: str, *args: Any) -> Any:
         if [p.requires_grad for p in self._parameters] != self._requires_grad:
@@ -164,7 +166,7 @@ class Replicated(Alone):
         token = self._token if self._token is not None else _first_node(self._flags)
         return _Tied.apply(loss, token, *self._trained)
 
-    def _reduce_bucket(self, _, bucket):  # DDP refuses annotations that are strings
+    def reduce_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Called by the reducer for each bucket, in order, once all gradients of it are there."""
         if bucket.is_last():  # so all gradients are there
             used = [p.grad is not None for p in self._trained]
@@ -187,6 +189,10 @@ class Replicated(Alone):
             for index, on_ranks in zip(self._unused, flags[self._unused].tolist(), strict=True):
                 if not on_ranks:
                     self._trained[index].grad = None
+
+
+def _reduce_bucket(replicated, bucket):  # DDP refuses annotations that are strings
+    return replicated().reduce_bucket(bucket)
 
 
 class _WithFlags(nn.Module):
