@@ -64,7 +64,8 @@ class HybridStrategy(CheckpointHooks):
             transformers model declares.
         sequence_parallel: under ``tp``, between the blocks of a network each rank holds its part of the positions: the
             same bytes are communicated, and what norms, dropout and residuals keep for backward is divided too. Hooks
-            on blocks, and what a network collects between them, see the part.
+            on blocks, and what a network collects between them, see the part. A loss that uses the blocks' undivided
+            weights themselves (a penalty on norms' scales) would count that once per rank: leave it off for such.
         loss_parallel: under ``tp``, logits stay divided by vocabulary: ``cross_entropy`` never gathers them, anything
             else that looks at them does. Default: they are gathered at once.
         activation_checkpointing: ``"full"``, the repeated blocks keep only their inputs and outputs for backward, and

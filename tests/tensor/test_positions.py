@@ -96,8 +96,19 @@ def test_what_a_block_is_given_besides_gets_the_whole_gradient() -> None:
     run_on_ranks(2, _conditioned)
 
 
-def _add_one_in_place(x: Tensor) -> Tensor:
-    return x.add_(0)
+def _as_it_is(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _centred_in_place(x: Tensor) -> Tensor:
+    return x.sub_(x.mean(1, keepdim=True))
+
+
+def _centred_where_it_was(x: Tensor) -> Tensor:
+    """Its result may lie in the memory that the block's output had."""
+    centred = x - x.mean(1, keepdim=True)
+    del x
+    return centred * 2
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -116,25 +127,51 @@ def _run(between: Callable[[Tensor], Tensor], last: int = 2) -> None:
     axis.after_step()
 
 
-@pytest.mark.parametrize("between", [_centred, _with_a_token])
+@pytest.mark.parametrize("between", [_centred, _centred_in_place, _centred_where_it_was, _with_a_token])
 def test_a_network_that_works_between_its_blocks_is_refused(between: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(RankError, match="is given another activation than the block before it returned"):
         run_on_ranks(2, _run, between)
 
 
 def test_what_changes_nothing_between_blocks_runs() -> None:
-    run_on_ranks(2, _run, _add_one_in_place)
+    run_on_ranks(2, _run, _as_it_is)
 
 
 def test_a_network_that_leaves_out_its_last_block_is_refused() -> None:
     with pytest.raises(RankError, match="after the last block, which the network did not run"):
-        run_on_ranks(2, _run, _add_one_in_place, 1)
+        run_on_ranks(2, _run, _as_it_is, 1)
 
 
 def test_norms_over_positions_are_refused() -> None:
     network = Network()
     network.blocks[0].norm = nn.BatchNorm1d(POSITIONS)
     with pytest.raises(ValueError, match=r"blocks\.0\.norm takes statistics over the positions"):
+        TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
+
+
+class OtherKind(Conditioned):
+    """A block of another kind, which is compared by itself."""
+
+
+def _two_kinds() -> None:
+    network = Network()
+    network.blocks.extend(OtherKind() for _ in range(2))
+    axis = _divide(network)
+    network.last = 4
+    network(*_inputs())
+    axis.after_step()
+
+
+def test_blocks_of_several_kinds_follow_each_other() -> None:
+    run_on_ranks(2, _two_kinds)
+
+
+def test_a_weight_shared_with_what_lies_outside_the_blocks_is_refused() -> None:
+    network = Network()
+    network.embed.weight = network.stem.weight
+    network.blocks[0].extra = nn.Linear(WIDTH, WIDTH, bias=False)
+    network.blocks[0].extra.weight = network.stem.weight
+    with pytest.raises(ValueError, match=r"are one parameter, .* leave sequence_parallel off"):
         TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
 
 

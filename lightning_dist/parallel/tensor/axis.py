@@ -45,8 +45,8 @@ class TensorAxis:
             positions.refuse_open()
 
     def _gradients(self) -> list[Tensor]:
-        gradients = (self.module.get_parameter(name).grad for name in self.partial)
-        return [g for g in gradients if g is not None]
+        parameters = dict.fromkeys(self.module.get_parameter(name) for name in self.partial)  # tied ones once
+        return [p.grad for p in parameters if p.grad is not None]
 
     @torch.no_grad()
     def before_backward(self) -> None:

@@ -61,7 +61,7 @@ class Positions:
     shape: tuple[int, ...] = ()
     is_open: bool = False
     is_inside: bool = False
-    _last: int = 0
+    _last: tuple[Tensor, int] | None = None
     _whole: set[int] = field(default_factory=set)
 
     def begin(self, whole: Tensor, name: str) -> Tensor:
@@ -79,8 +79,9 @@ class Positions:
     def go_on(self, part: Tensor, name: str) -> Tensor:
         """What another block is given, which has to be what the one before returned."""
         same = tuple(part.shape) == self.shape
-        if same and self._last and not torch.compiler.is_compiling():
-            same = part.data_ptr() == self._last or not part.numel()
+        if same and self._last is not None and not torch.compiler.is_compiling():
+            last, version = self._last
+            same = part.data_ptr() == last.data_ptr() and _version(part) == version
         if not (same and self.length):
             raise ValueError(
                 f"sequence_parallel runs one block right after the other, and {name} is given another activation than "
@@ -91,9 +92,10 @@ class Positions:
     def end(self, part: Tensor, is_last: bool) -> Tensor:
         """What a block returns. Communication: of the last one, forward one all-gather."""
         if not is_last:
-            self._last = 0 if torch.compiler.is_compiling() else part.data_ptr()
+            # kept alive, so that no other tensor comes to lie where it lay
+            self._last = None if torch.compiler.is_compiling() else (part.detach(), _version(part))
             return part
-        self.is_open = False
+        self.is_open, self._last = False, None
         return gather(part, self.mesh, DIM, self.length)
 
     def refuse_open(self) -> None:
@@ -136,12 +138,15 @@ class Positions:
         return leave_positions(partial, self.mesh, dim)
 
 
+_State = tuple[int, tuple[int, ...], tuple[Tensor, int] | None, bool]
+
+
 class _Again(AbstractContextManager[None]):
     """While it lasts, a chain is where it was when this was made. May be entered again."""
 
     def __init__(self, positions: Positions) -> None:
         self._positions = positions
-        self._then = positions.length, positions.shape, 0, positions.is_open
+        self._then: _State = positions.length, positions.shape, None, positions.is_open
 
     def __enter__(self) -> None:
         self._now = self._set(self._then)
@@ -149,7 +154,7 @@ class _Again(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         self._set(self._now)
 
-    def _set(self, state: tuple[int, tuple[int, ...], int, bool]) -> tuple[int, tuple[int, ...], int, bool]:
+    def _set(self, state: _State) -> _State:
         p = self._positions
         before = p.length, p.shape, p._last, p.is_open
         p.length, p.shape, p._last, p.is_open = state
@@ -173,7 +178,9 @@ class SequenceBlock(Region):
         """The block's own forward, on this rank's positions."""
         assert self.positions is not None
         if self.proof is not None and self.proof.is_due(module):
+            last = self.positions._last
             self.proof.run(module, args, kwargs)
+            self.positions._last = last  # the comparison's own output went nowhere
         begin = self.positions.begin if self.is_first else self.positions.go_on
         args, kwargs, others = self._prepare(args, kwargs, begin)
         dropout = OwnDropout(self.mesh) if self.draws and module.training else nullcontext()
@@ -242,6 +249,10 @@ class OwnDropout(TorchFunctionMode):
 
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _first(output: Any) -> Tensor:

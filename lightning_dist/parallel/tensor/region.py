@@ -118,13 +118,13 @@ class Region:
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         entered: dict[int, tuple[Any, Any]] = {}
-        divided = self.positions is not None and self.positions.is_inside
+        positions = self.positions if self.positions is not None and self.positions.is_inside else None
 
         def once(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not (value.requires_grad or divided):
+            if not isinstance(value, Tensor) or not (value.requires_grad or positions is not None):
                 return value
             if id(value) not in entered:  # the same object stays the same: modules ask whether query is key
-                inner = self.positions.enter(value) if divided else enter(value, self.mesh)  # type: ignore[union-attr]
+                inner = enter(value, self.mesh) if positions is None else positions.enter(value)
                 entered[id(value)] = (inner, value)
             return entered[id(value)][0]
 

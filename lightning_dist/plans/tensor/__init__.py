@@ -98,7 +98,23 @@ class TensorOptions:
         plan = find_tensor_plan(module, self.styles)
         check(plan, tp)
         chains = sequence_chains(module, plan, blocks) if self.sequence_parallel else []
-        return Division(plan, chains, self.loss_parallel)
+        division = Division(plan, chains, self.loss_parallel)
+        _refuse_shared(module, division)
+        return division
+
+
+def _refuse_shared(module: nn.Module, division: Division) -> None:
+    """A parameter that one place uses on a rank's part and another on the whole has no one way to be summed."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    partial = set(partial_parameters(module, division))
+    for same in names.values():
+        if partial & set(same) and not partial.issuperset(same):
+            raise ValueError(
+                f"tp: {' and '.join(same)} are one parameter, which is used on each rank's part of an activation in "
+                "one place and on the whole in another; untie them, or leave sequence_parallel off"
+            )
 
 
 def check(plan: TensorPlan, tp: int) -> None:

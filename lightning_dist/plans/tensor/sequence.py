@@ -48,7 +48,11 @@ def chain_parameters(module: nn.Module, plan: TensorPlan, chains: Chains) -> lis
     divided = {join_names(name, below) for name, part in plan.items() for below in part.parameters}
     divided |= {join_names(name, row, "weight") for name, part in plan.items() for row in part.rows}
     in_chains = tuple(f"{name}." for chain in chains for name in chain)
-    return [name for name, _ in module.named_parameters() if name.startswith(in_chains) and name not in divided]
+    return [
+        name
+        for name, _ in module.named_parameters(remove_duplicate=False)
+        if name.startswith(in_chains) and name not in divided
+    ]
 
 
 def _has_parts(block: str, plan: TensorPlan) -> bool:
