@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder
+
 
 def num_pieces(tensor: Tensor) -> int:
     """How many different pieces of this tensor the ranks of its mesh hold; 1 for a plain one."""
@@ -44,8 +46,11 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
 
     Communication: one all-reduce of one float64 over the world, none when nothing is sharded.
     """
+    parameters = list(parameters)
+    in_stages = any(is_placeholder(p) or hasattr(p, PIPELINE_SHARE) for p in parameters)
+    parameters = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    pieces = [num_pieces(g) for g in gradients]
+    pieces = [num_pieces(g) * getattr(p, PIPELINE_SHARE, 1) for p, g in zip(parameters, gradients, strict=True)]
     shards = [local(g) for g in gradients]
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     device = shards[0].device if shards else torch.device("cpu")
@@ -62,7 +67,7 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
             share = torch.tensor([n / ranks for _, n in filled], dtype=wide, device=device)
             total = (norms**norm_type * share).sum()
     # Whether to communicate must not depend on what this rank happens to hold: every rank has the same pieces.
-    if any(n > 1 for n in pieces):
+    if in_stages or any(n > 1 for n in pieces):
         dist.all_reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM)
     elif not math.isinf(norm_type):
         total = total * ranks

@@ -26,12 +26,14 @@ class ParallelMesh:
         data: the ranks with different samples (``dp_replicate`` x ``dp_shard``), as one axis.
         shard: the ranks that share one copy of the parameters (``dp_shard`` x ``cp``), as one axis.
         loss: the ranks whose losses average to the loss of the batch (``data`` x ``cp``), as one axis.
+        logs: the ranks that log different values: of different samples, or in different stages (``pp`` x ``data``).
     """
 
     root: DeviceMesh
     data: DeviceMesh
     shard: DeviceMesh
     loss: DeviceMesh
+    logs: DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,16 @@ class Layout:
     @property
     def holds_shards(self) -> bool:
         """Whether a rank holds less than the whole of some parameters."""
+        return self.dp_shard > 1 or self.tp > 1 or self.pp > 1
+
+    @property
+    def defers(self) -> bool:
+        """Whether what ``configure_model`` builds is deferred until a rank's part of it is known."""
+        return self.dp_shard > 1 and self.tp == 1 and self.pp == 1
+
+    @property
+    def holds_parts_of_blocks(self) -> bool:
+        """Whether a rank holds less than the whole of a block."""
         return self.dp_shard > 1 or self.tp > 1
 
     def build_mesh(self, device_type: str) -> ParallelMesh:
@@ -164,6 +176,7 @@ class Layout:
             data=root["dp_replicate", "dp_shard"]._flatten("data"),
             shard=root["dp_shard", "cp"]._flatten("shard"),
             loss=root["dp_replicate", "dp_shard", "cp"]._flatten("loss"),
+            logs=root["pp", "dp_replicate", "dp_shard"]._flatten("logs"),
         )
 
     def _misfit(self, world_size: int, known: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch.distributed.tensor import DTensor
 from torch.optim import Adafactor, Optimizer, Rprop
 
+from lightning_dist.placeholder import held
+
 UNSHARDABLE = (Adafactor, Rprop)
 """Steps that torch can't take on sharded parameters (seen in 2.14 and 2.15)."""
 
@@ -31,7 +33,7 @@ def settle(optimizer: Optimizer) -> None:
             "dp_replicate, or an optimizer that works element by element, such as AdamW"
         )
     for group in optimizer.param_groups:
-        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}
+        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in held(group["params"])}
         if len(meshes) > 1:
             group.update({name: False for name in ("foreach", "fused") if name in group})
         elif None not in meshes and _leaves_foreach_open(optimizer, group):

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dist.checkpoint import gather_state, model_state
+from lightning_dist.checkpoint import StageRanks, gather_state, model_state
 from lightning_dist.layout import Layout, ParallelMesh
 
 
@@ -171,6 +171,20 @@ class LayoutRanks(ParallelStrategy):
         return None if self.mesh is None else self.mesh.data.get_group()
 
     @property
+    def logs_group(self) -> dist.ProcessGroup | None:
+        """The ranks that log different values: of other samples or other stages; None for one process."""
+        return None if self.mesh is None else self.mesh.logs.get_group()
+
+    @property
+    def stage_ranks(self) -> StageRanks | None:
+        """The ranks that hold the stages of a pipeline, from this rank's view; None without one."""
+        if self.mesh is None or self.layout is None or self.layout.pp == 1:
+            return None
+        place = self.layout.coordinates(self.global_rank)
+        writes = not any(index for axis, index in place.items() if axis != "pp")
+        return StageRanks(self.mesh.root["pp"].get_group(), writes, self.root_device)
+
+    @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.num_data_ranks, "rank": self.data_rank}
@@ -251,7 +265,8 @@ class _GatheringLauncher(_MultiProcessingLauncher):
     @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
         module: Any = trainer.lightning_module
-        state = gather_state(model_state(module))
+        strategy: Any = trainer.strategy
+        state = gather_state(model_state(module), strategy.stage_ranks)
         module.state_dict = lambda: state
         try:
             return super()._collect_rank_zero_results(trainer, results)
@@ -260,7 +275,7 @@ class _GatheringLauncher(_MultiProcessingLauncher):
 
 
 def _refuse_other_axes(layout: Layout) -> None:
-    ready = ("dp_replicate", "dp_shard", "tp")
+    ready = ("pp", "dp_replicate", "dp_shard", "tp")
     asked = [f"{axis}={degree}" for axis, degree in layout.items() if degree > 1 and axis not in ready]
     if asked:
         raise ValueError(

@@ -42,6 +42,7 @@ from lightning_dist.parallel import (
     parallelize,
     refuse_no_blocks,
 )
+from lightning_dist.parallel.pipeline import Cut, PipelineOptions, cut_module
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions
 from lightning_dist.precision import make_agreeing, shard_policy
@@ -68,6 +69,15 @@ class HybridStrategy(CheckpointHooks):
             weights themselves (a penalty on norms' scales) would count that once per rank: leave it off for such.
         loss_parallel: under ``tp``, logits stay divided by vocabulary: ``cross_entropy`` never gathers them, anything
             else that looks at them does. Default: they are gathered at once.
+        pipeline_schedule: under ``pp``: ``"GPipe"``, ``"1F1B"``, ``"Interleaved1F1B"``, ``"LoopedBFS"``,
+            ``"InterleavedZeroBubble"``, ``"ZBVZeroBubble"`` or ``"DualPipeV"``, of torch.distributed.pipelining. The
+            first two have one stage a rank, the others two.
+        num_microbatches: into how many a batch is split under ``pp``. Default: four per rank of the axis, or as many
+            as the batch has samples.
+        pipeline_cuts: the modules after which the network is cut under ``pp``, by name. Default: those that balance
+            the cost of the stages.
+        pipeline_reshard: under ``pp`` with ``dp_shard``, free sharded parameters after each microbatch and gather them
+            again, which saves memory. Default: they are gathered once a step.
         activation_checkpointing: ``"full"``, the repeated blocks keep only their inputs and outputs for backward, and
             compute the rest again; ``"selective"``, they also keep the results of matrix products, convolutions and
             attention, and compute the rest again; ``"none"``, nothing is computed twice.
@@ -100,6 +110,10 @@ class HybridStrategy(CheckpointHooks):
         tensor_plan: Styles | None = None,
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
+        pipeline_schedule: str = "1F1B",
+        num_microbatches: int | None = None,
+        pipeline_cuts: Iterable[str] | None = None,
+        pipeline_reshard: bool = False,
         activation_checkpointing: Checkpointing = "none",
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
@@ -137,6 +151,8 @@ class HybridStrategy(CheckpointHooks):
         self.division: Division | None = None
         """What ``tp`` divides, once the strategy has been set up."""
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
+        cuts: Any = pipeline_cuts if pipeline_cuts is None or isinstance(pipeline_cuts, str) else list(pipeline_cuts)
+        self._pipeline_options = PipelineOptions(pipeline_schedule, num_microbatches, cuts, pipeline_reshard)
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
         self._num_evaluated = 0
@@ -151,6 +167,7 @@ class HybridStrategy(CheckpointHooks):
         refuse(self.lightning_module.trainer, self.layout, self.root_device)
         self._refuse_what_cannot_split(self.lightning_module)
         if self.layout is not None:
+            self._pipeline_options.refuse(self.layout.pp)
             warn_of_axes_across_nodes(self.layout, self.num_processes, self.num_nodes)
         super().setup_environment()
 
@@ -241,7 +258,7 @@ class HybridStrategy(CheckpointHooks):
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """``configure_model`` runs here: what it builds is deferred where the layout shards, see ``initialization``."""
         with self.precision_plugin.tensor_init_context(), self.root_device:
-            if self.world_size == 1 or (self.layout is not None and (self.layout.dp_shard == 1 or self.layout.tp > 1)):
+            if self.world_size == 1 or (self.layout is not None and not self.layout.defers):
                 yield
                 return
             assert self.lightning_module is not None
@@ -275,10 +292,11 @@ class HybridStrategy(CheckpointHooks):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        self._logs = StepLogs(trainer, self._monitored(trainer), self.data_group, self._dealt)
+        in_stages = self.layout is not None and self.layout.pp > 1
+        self._logs = StepLogs(trainer, self._monitored(trainer), self.logs_group, self._dealt, in_stages)
         self._logs.attach()
-        if self.data_group is not None:
-            attach_metrics(self.lightning_module, self.data_group)
+        if self.logs_group is not None:
+            attach_metrics(self.lightning_module, self.logs_group)
         self._part_random_streams()
         LayoutReport.of(self).show(trainer)
 
@@ -325,6 +343,7 @@ class HybridStrategy(CheckpointHooks):
             self._materialize(module)
         self.division = self._divide(module)
         blocks = self._blocks(module)
+        cut = self._cut(module, list(blocks)) if self.layout.pp > 1 else None
         self.recomputed_blocks = list(blocks) if training and self.activation_checkpointing != "none" else []
         self._parallel = parallelize(
             module,
@@ -337,10 +356,33 @@ class HybridStrategy(CheckpointHooks):
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_options,
             training=training,
+            cut=cut,
+            pipeline_options=self._pipeline_options,
         )
         self._parallel.reshard()
         self._materialize(module)
         self.model = module
+
+    def _cut(self, module: pl.LightningModule, blocks: list[str]) -> Cut:
+        """Leaves this rank the stages of the pipeline that are its own."""
+        assert self.mesh is not None
+        assert self.layout is not None
+        whole = (
+            self.layout.holds_parts_of_blocks
+            or self._compile_options is not None
+            or self.activation_checkpointing != "none"
+        )
+        policy = shard_policy(self.precision_plugin)
+        return cut_module(
+            module,
+            module.trainer,
+            self._pipeline_options,
+            self.mesh.root["pp"].get_group(),
+            blocks,
+            keep_whole=whole,
+            device=self.root_device,
+            dtype=policy.param_dtype if self.layout.dp_shard > 1 else None,
+        )
 
     def _sync_batchnorm(self, training: bool) -> None:
         if self._layer_sync is not None and training and self.world_size > 1:
@@ -386,7 +428,8 @@ class HybridStrategy(CheckpointHooks):
         assert self._parallel is not None
         if self.mesh is not None and step not in self._compared:
             self._compared.add(step)
-            refuse_different_batches(step, args, self.mesh.root["tp"].get_group())
+            for axis in ("pp", "tp"):
+                refuse_different_batches(step, args, self.mesh.root[axis].get_group())
         return self._parallel.run(step, *args, **kwargs)
 
     @override

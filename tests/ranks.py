@@ -103,6 +103,7 @@ class RankPool:
 
 def _serve(pipe: Connection, rank: int) -> None:
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of loaders' workers: a spawned rank would spawn them, with all imports
     while True:
         try:
             function, args, num_ranks, store = pickle.loads(pipe.recv_bytes())
@@ -129,6 +130,7 @@ def _serve(pipe: Connection, rank: int) -> None:
             for name in (*environment, "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
                 os.environ.pop(name, None)
             gc.collect()
+            gc.freeze()  # what is left is what was imported: not looked through after each job
         try:
             answer = pickle.dumps((error, value))
         except Exception:

@@ -15,6 +15,7 @@ from lightning_dist.checkpoint.convert import convert
 from lightning_dist.checkpoint.disk import is_sharded, load, remove, save
 from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.single import gather_state
+from lightning_dist.checkpoint.stages import StageRanks
 from lightning_dist.checkpoint.state import (
     load_model_state,
     load_optimizer_state,
@@ -23,6 +24,7 @@ from lightning_dist.checkpoint.state import (
 )
 
 __all__ = [
+    "StageRanks",
     "convert",
     "full",
     "gather_state",

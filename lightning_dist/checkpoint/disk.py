@@ -9,10 +9,11 @@ from typing import Any
 
 from torch.nn import Module
 
-from lightning_dist.checkpoint.agreement import from_rank_zero, together
+from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, together
 from lightning_dist.checkpoint.files import METADATA, REST, remove_any
 from lightning_dist.checkpoint.sharded import read_sharded, save_sharded
 from lightning_dist.checkpoint.single import read_single, save_single
+from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
 
 
 def save(
@@ -21,6 +22,7 @@ def save(
     *,
     sharded: bool,
     write: Callable[[dict[str, Any], Path], None] | None = None,
+    stages: StageRanks | None = None,
 ) -> None:
     """Writes Lightning's checkpoint dictionary. Every rank calls this; the path is rank 0's.
 
@@ -34,15 +36,18 @@ def save(
         path: a local path.
         sharded: a directory to which every rank writes its part, else the single file of plain Lightning.
         write: for the single file, what writes it on rank 0 (a ``CheckpointIO`` of the user's).
+        stages: the ranks that hold the stages of the module; None without a pipeline.
 
     Raises:
         OSError, RuntimeError: on every rank, if any can't write.
     """
     path = Path(from_rank_zero(os.fspath(path)))
+    if stages is not None:
+        checkpoint = with_other_stages(checkpoint, stages)
     if sharded:
-        save_sharded(checkpoint, path)
+        save_sharded(checkpoint, path, global_rank() == 0 if stages is None else stages.writes)
     else:
-        save_single(checkpoint, path, write)
+        save_single(checkpoint, path, write, stages)
 
 
 def load(

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
-from lightning_dist.parallel import average_buffers
+from lightning_dist.parallel import Alone, average_buffers
 from lightning_dist.processes import LayoutRanks
 
 
@@ -23,6 +23,7 @@ class CheckpointHooks(LayoutRanks):
 
     checkpoint_format: Literal["auto", "single", "sharded"] = "auto"
     _checkpoint_path: _PATH | None = None
+    _parallel: Alone | None = None
 
     @property
     @override
@@ -55,7 +56,7 @@ class CheckpointHooks(LayoutRanks):
         write = None
         if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
             write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
-        checkpoints.save(checkpoint, filepath, sharded=self.saves_shards, write=write)
+        checkpoints.save(checkpoint, filepath, sharded=self.saves_shards, write=write, stages=self.stage_ranks)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -90,3 +91,5 @@ class CheckpointHooks(LayoutRanks):
         """Makes buffers equal on all data ranks before they are used or saved."""
         if self.data_group is not None and self.lightning_module is not None:
             average_buffers(self.lightning_module, self.data_group)
+            if self._parallel is not None:
+                self._parallel.share_buffers()

@@ -38,6 +38,7 @@ from lightning_dist.checkpoint.single import load_pickled
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
 from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.placeholder import is_placeholder, placeholder
 
 MARKER = "lightning_dist"
 """The entry of ``meta.pt`` that says whose the directory is."""
@@ -45,11 +46,12 @@ MARKER = "lightning_dist"
 FORMAT = 1
 
 
-def save_sharded(checkpoint: Mapping[str, Any], path: Path) -> None:
+def save_sharded(checkpoint: Mapping[str, Any], path: Path, writes_plain: bool) -> None:
     """Writes the checkpoint as a directory; nothing is gathered.
 
     A part that several ranks hold is written by one of them; plain tensors are written by rank 0, whose
-    buffers are the ones that count, as under Lightning's ddp. The directory appears under its name when all
+    buffers are the ones that count, as under Lightning's ddp, or by the first rank of each stage
+    (``writes_plain``). The directory appears under its name when all
     ranks have finished and what they wrote is on the disk.
 
     Communication: the plan of torch.distributed.checkpoint (a gather and a scatter of pickled descriptions
@@ -59,7 +61,7 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path) -> None:
         OSError, RuntimeError: on every rank, if a rank can't write; what had the name before is left whole.
     """
     temporary = temporary_sibling(path)
-    rest, tensors, places = _split(checkpoint)
+    rest, tensors, places = _split(checkpoint, writes_plain)
     with together(f"write checkpoint {path}"):
         if global_rank() == 0:
             remove_any(temporary)
@@ -119,13 +121,13 @@ def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_on
 
 
 def _split(
-    checkpoint: Mapping[str, Any],
+    checkpoint: Mapping[str, Any], writes_plain: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor], list[tuple[str, TreePath]]]:
     """The checkpoint without its large tensors, those by their key, and where in the checkpoint each key
     belongs.
 
     Large are all tensors of the state dict, those of optimizer states that are no scalars, and every DTensor.
-    Plain ones are taken on rank 0 only.
+    Plain ones are taken where ``writes_plain``; of what another stage holds, only the place.
     """
     tensors: dict[str, Tensor] = {}
     places: list[tuple[str, TreePath]] = []
@@ -136,7 +138,7 @@ def _split(
             return value
         if id(value) not in key_of:  # a tied parameter is one object under two names
             key_of[id(value)] = ".".join(map(str, _dcp_path(path)))
-            if isinstance(value, DTensor) or global_rank() == 0:
+            if not is_placeholder(value) and (isinstance(value, DTensor) or writes_plain):
                 tensors[key_of[id(value)]] = boxes(value) if on_tensor_axis(value) else value.detach()
         places.append((key_of[id(value)], path))
         return None
@@ -224,6 +226,10 @@ def _targets(index: Metadata, places: Mapping[str, TreePath], module: Module | N
         like = layouts.get(place[1]) if place[0] == "state_dict" else None
         if place[0] == "optimizer_states" and len(place) > 3:
             like = parameters.get(place[3])
+        if is_placeholder(like):  # another stage reads it
+            size, dtype = stored.size, stored.properties.dtype
+            targets[key] = placeholder(torch.empty(size, dtype=dtype, device="meta"), torch.device("cpu"))
+            continue
         targets[key] = empty_like_layout(
             stored.size, stored.properties.dtype, like if isinstance(like, Tensor) else None
         )
@@ -231,7 +237,8 @@ def _targets(index: Metadata, places: Mapping[str, TreePath], module: Module | N
 
 
 def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_only: bool | None) -> None:
-    memory = {key: boxes(target) if on_tensor_axis(target) else target for key, target in targets.items()}
+    held = {key: target for key, target in targets.items() if not is_placeholder(target)}
+    memory = {key: boxes(target) if on_tensor_axis(target) else target for key, target in held.items()}
     with _quiet():
         try:
             dcp.load(

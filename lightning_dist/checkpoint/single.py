@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from lightning_dist.checkpoint.agreement import global_rank, together
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
 from lightning_dist.checkpoint.placement import full
+from lightning_dist.checkpoint.stages import StageRanks, from_stages
 from lightning_dist.checkpoint.state import with_indices
 from lightning_dist.checkpoint.tree import Path as TreePath
 from lightning_dist.checkpoint.tree import map_leaves
@@ -25,17 +26,22 @@ from lightning_dist.checkpoint.tree import map_leaves
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
-def gather_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None) -> dict[str, Any]:
     """The checkpoint as plain Lightning in one process would hold it: full CPU tensors, optimizer states by
     index.
 
     Every rank calls this. Each DTensor costs the all-gather of :func:`full`, one after the other, so that a
-    rank holds one full tensor at a time; rank 0 keeps them all, in host memory.
+    rank holds one full tensor at a time; rank 0 keeps them all, in host memory. Under ``pp`` one rank of each stage
+    keeps its own, and sends them: see :func:`~lightning_dist.checkpoint.stages.from_stages`.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        stages: the ranks that hold the stages; None without a pipeline.
 
     Returns:
         The checkpoint on rank 0, an empty dictionary on the others.
     """
-    keeps = global_rank() == 0
+    keeps = global_rank() == 0 or (stages is not None and stages.writes)
     gathered: dict[int, Tensor] = {}
 
     def gather(_: TreePath, value: Any) -> Any:
@@ -49,6 +55,10 @@ def gather_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     whole_checkpoint = map_leaves(dict(checkpoint), gather)
     if not keeps:
         return {}
+    if stages is not None:
+        whole_checkpoint = from_stages(whole_checkpoint, stages)
+        if global_rank() != 0:
+            return {}
     if "optimizer_states" in whole_checkpoint:
         states = [with_indices(state) for state in whole_checkpoint["optimizer_states"]]
         return {**whole_checkpoint, "optimizer_states": states}
@@ -56,7 +66,10 @@ def gather_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_single(
-    checkpoint: Mapping[str, Any], path: Path, write: Callable[[dict[str, Any], Path], None] | None = None
+    checkpoint: Mapping[str, Any],
+    path: Path,
+    write: Callable[[dict[str, Any], Path], None] | None = None,
+    stages: StageRanks | None = None,
 ) -> None:
     """Gathers the checkpoint (see :func:`gather_state`) and writes it to one file, in which plain Lightning
     resumes.
@@ -67,8 +80,9 @@ def save_single(
         checkpoint: Lightning's dictionary.
         path: the file.
         write: writes the gathered checkpoint in place of ``torch.save``, on rank 0.
+        stages: the ranks that hold the stages; None without a pipeline.
     """
-    whole = gather_state(checkpoint)
+    whole = gather_state(checkpoint, stages)
     with together(f"write checkpoint {path}"):
         if global_rank() == 0:
             (write or write_atomically)(whole, path)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_dist.checkpoint.placement import is_split, place_like, replicate_like
 from lightning_dist.checkpoint.tree import Path, map_leaves
+from lightning_dist.placeholder import is_placeholder
 
 _COMPILED = "_orig_mod."
 """What ``torch.compile`` puts into the names of a module it wraps."""
@@ -139,6 +140,8 @@ def load_optimizer_state(
     states = {}
     for saved, value in state["state"].items():
         index = index_of.get(saved)
+        if index is not None and is_placeholder(parameters[index]):
+            continue  # another stage's
         if index is None:  # not of a parameter: an optimizer's own entry
             states[saved] = map_leaves(value, _copy_of)
         else:
@@ -275,6 +278,8 @@ def _tie(module: Module, state: dict[str, Any]) -> None:
 
 
 def _is_alias(value: Any, parameter: Tensor) -> bool:
+    if is_placeholder(value) or is_placeholder(parameter):
+        return is_placeholder(value) and is_placeholder(parameter)
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return False
     return _local(value).data_ptr() == _local(parameter).data_ptr()

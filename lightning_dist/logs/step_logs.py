@@ -59,6 +59,8 @@ class StepLogs:
         monitored: names by which schedulers and callbacks decide.
         group: the ranks that hold different samples; None for one process.
         dealt: the batches that an evaluation loader was dealt, by its index; None for one that was not.
+        in_stages: whether ranks run different stages of a step: then each step's values are reduced, since a rank may
+            have none of its own.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class StepLogs:
         monitored: set[str],
         group: dist.ProcessGroup | None,
         dealt: Callable[[int], DealtBatches | None] = lambda _: None,
+        in_stages: bool = False,
     ) -> None:
         self.trainer, self.monitored, self.group, self._dealt_by_loader = trainer, monitored, group, dealt
+        self._in_stages = in_stages
         self._shadows: list[tuple[Any, str, Any]] = []
         self._batch_idx = -1
         self._dealt: DealtBatches | None = None
@@ -170,7 +174,13 @@ class StepLogs:
             accumulates = trainer.fit_loop._should_accumulate() and module.automatic_optimization
             written = not accumulates and (connector.should_update_logs or bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
             # after the last step hooks and callbacks read its values
-            if written or self._decides or self._unknown or trainer.fit_loop.epoch_loop._is_training_done:
+            if (
+                self._in_stages
+                or written
+                or self._decides
+                or self._unknown
+                or trainer.fit_loop.epoch_loop._is_training_done
+            ):
                 self._look(self._reduce_step())
         own()
         self._kept = None

@@ -13,7 +13,9 @@ from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.checkpointing import Checkpointing, checkpoint_activations, refuse_no_blocks
 from lightning_dist.parallel.data import Alone, Replicated, Sharded, average_buffers
 from lightning_dist.parallel.flat import flat_broadcast
+from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions
 from lightning_dist.parallel.tensor import TensorAxis, split
+from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import Division, partial_parameters
 
 __all__ = [
@@ -40,6 +42,8 @@ def parallelize(
     activation_checkpointing: Checkpointing,
     compile_options: dict[str, Any] | None,
     training: bool,
+    cut: Cut | None = None,
+    pipeline_options: PipelineOptions | None = None,
 ) -> Alone:
     """Applies the layout to a module, in place.
 
@@ -58,6 +62,8 @@ def parallelize(
         activation_checkpointing: what the blocks recompute in backward, see :func:`checkpoint_activations`.
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
+        cut: the stages of the module, of which it holds this rank's; None without that axis.
+        pipeline_options: the user's.
 
     Returns:
         What runs the module's steps under the layout.
@@ -66,16 +72,42 @@ def parallelize(
     :class:`Sharded` for what a step costs.
     """
     tensor: TensorAxis | None = None
+    blocks = {name: block for name, block in blocks.items() if _is_held(block)}
     if division is not None:
         assert mesh is not None
+        division = _held_division(module, division)
         split(module, division.plan, mesh.root["tp"], division.loss_parallel, division.chains)
         tensor = TensorAxis(module, partial_parameters(module, division), mesh.root["tp"])
     checkpoint_activations(module, blocks, activation_checkpointing if training else "none")
     if compile_options is not None:
         _compile(module, blocks, compile_options)
-    parallel = _over_data(module, layout, mesh, blocks, policy, device, training)
-    parallel.tensor = tensor
-    return parallel
+    if cut is None:
+        parallel = _over_data(module, layout, mesh, blocks, policy, device, training)
+        parallel.tensor = tensor
+        return parallel
+    assert mesh is not None
+    assert pipeline_options is not None
+    pipelined = Pipelined(module, cut, pipeline_options, mesh.root["pp"].get_group(), device)
+    if layout.dp_shard > 1:
+        inner = _over_data(module, layout, mesh, blocks, policy, device, training)
+        pipelined.run_in(inner)
+    else:
+        inner = Alone(module)
+        pipelined.run_in(inner, mesh.data.get_group() if layout.num_data_ranks > 1 else None)
+    inner.tensor = tensor
+    return pipelined
+
+
+def _is_held(module: nn.Module) -> bool:
+    """Whether this rank's stages have it; no stage has a part of a block."""
+    return not any(is_placeholder(p) for p in module.parameters())
+
+
+def _held_division(module: nn.Module, division: Division) -> Division:
+    """What this rank's stages have of it."""
+    plan = {name: part for name, part in division.plan.items() if _is_held(module.get_submodule(name))}
+    chains = [[name for name in chain if _is_held(module.get_submodule(name))] for chain in division.chains]
+    return Division(plan, [chain for chain in chains if chain], division.loss_parallel)
 
 
 def _over_data(

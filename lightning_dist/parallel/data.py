@@ -31,6 +31,7 @@ from torchmetrics import Metric
 from lightning_dist.parallel.flat import buckets, flat_broadcast, unflatten
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.usage import Usage, filled
+from lightning_dist.placeholder import is_placeholder
 
 # renamed in torch 2.15
 _BUFFERS = "forward_sync_buffers"
@@ -99,6 +100,9 @@ class Alone:
 
     def reshard(self) -> None:
         """Frees what was gathered for a forward pass that no backward followed. Communication: none."""
+
+    def share_buffers(self) -> None:
+        """Makes buffers equal on all stages of a pipeline; called after :func:`average_buffers`."""
 
 
 class Replicated(Alone):
@@ -275,7 +279,7 @@ class Sharded(Alone):
         for unit in units.values():
             if not isinstance(unit, FSDPModule):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
-        left = [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
+        left = [n for n, p in module.named_parameters() if not isinstance(p, DTensor) and not is_placeholder(p)]
         self.usage = Usage(module, units, set(self.roots), left, group)
         if "" in self.roots and "_root_gathering" not in vars(module):
             vars(module)["_root_gathering"] = _RootGathering(module)
@@ -302,6 +306,47 @@ class Sharded(Alone):
     def run(self, step: str, *args: Any) -> Any:
         with _told_of_shards():
             return super().run(step, *args)
+
+    @contextmanager
+    def over_microbatches(self, reshard: bool) -> Iterator[None]:
+        """While it lasts, backward passes add to whole gradients, and nothing is reduced: see :meth:`reduce_held`.
+
+        Args:
+            reshard: free what was gathered after each pass, and gather it again for the next. Else it stays gathered.
+        """
+        for unit in self.units.values():
+            assert isinstance(unit, FSDPModule)
+            unit.set_reshard_after_forward(reshard, recurse=False)
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
+            root.set_reshard_after_backward(reshard)
+            root.set_is_last_backward(False)
+        self._reduce_gradients(False)
+        try:
+            yield
+        finally:
+            for unit in self.units.values():
+                assert isinstance(unit, FSDPModule)
+                unit.set_reshard_after_forward(True, recurse=False)
+
+    def reduce_held(self) -> None:
+        """Reduces the gradients that backward passes over microbatches added up.
+
+        As torch's pipeline schedules do for a stage (``perform_reduce_grad``; private, seen in torch 2.14).
+
+        Communication: one reduce-scatter a unit, as one backward pass has.
+        """
+        self.usage.before_backward()
+        self._reduce_gradients(True)
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
+            root.set_is_last_backward(True)
+            root.set_reshard_after_backward(True)
+            state = root._get_fsdp_state()
+            for inner in state._state_ctx.all_states:
+                for group in inner._fsdp_param_groups:
+                    group.post_backward()
+            state._root_post_backward_final_callback()
 
     def before_backward(self, loss: Tensor) -> Tensor:
         if isinstance(loss, DTensor):
@@ -377,7 +422,8 @@ class _RootGathering:
 def unsharded_parameters(module: pl.LightningModule) -> set[nn.Parameter]:
     """What ``fully_shard`` leaves alone: parameters of metrics' own networks, and scalars, which it can't split."""
     metrics = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
-    return metrics | {p for p in module.parameters() if p.ndim == 0}
+    other_stages = {p for p in module.parameters() if is_placeholder(p)}
+    return metrics | other_stages | {p for p in module.parameters() if p.ndim == 0}
 
 
 def shard_roots(module: pl.LightningModule) -> dict[str, nn.Module]:

@@ -1,0 +1,53 @@
+"""Nested values: the tensors in what modules pass to each other and in batches, and the same with others in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+def leaves(value: Any) -> list[Any]:
+    """What is in lists, tuples, mappings and dataclasses, at any depth, in a fixed order."""
+    found: list[Any] = []
+    mapped(value, lambda leaf: found.append(leaf))
+    return found
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors among the leaves."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The same structure, of the same classes, with the function's result for each leaf."""
+    if isinstance(value, (list, tuple)):
+        items = [mapped(item, function) for item in value]
+        if isinstance(value, list):
+            return items if type(value) is list else _rebuilt(value, items)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):  # transformers' outputs are dataclasses too, and keep both in step
+        new = {key: mapped(item, function) for key, item in value.items()}
+        return new if type(value) is dict else _rebuilt(value, new)
+    if is_dataclass(value) and not isinstance(value, type):
+        replaced = copy.copy(value)
+        for field in fields(value):
+            if hasattr(value, field.name):
+                object.__setattr__(replaced, field.name, mapped(getattr(value, field.name), function))
+        return replaced
+    return function(value)
+
+
+def _rebuilt(value: Any, new: Any) -> Any:
+    replaced = copy.copy(value)
+    if isinstance(value, list):
+        replaced[:] = new
+        return replaced
+    for key, item in new.items():
+        replaced[key] = item
+    return replaced

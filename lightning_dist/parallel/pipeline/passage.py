@@ -1,0 +1,171 @@
+"""A stage: the user's own step, entered at one cut and left at the next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_dist.parallel.pipeline.cuts import Crossing, CutPoint, skipped_calls
+from lightning_dist.parallel.pipeline.nested import mapped, tensors
+from lightning_dist.parallel.pipeline.trace import Trace
+
+
+class Leave(BaseException):
+    """Passes through the user's step once the stage has its output; no ``except Exception`` catches it."""
+
+
+class Passage:
+    """How one stage runs a step on batches of the shape that was traced.
+
+    The step is called on every stage. Before the entry, modules return what the trace recorded, tensors without memory,
+    and the step's Python between them runs on those, which costs almost nothing. The module at the entry returns what
+    was received, and from there everything is real. A call of the module at the exit raises, through the step.
+
+    Hooks of modules that are skipped or entered don't run: they ran on the stage that owns them.
+
+    Args:
+        trace: of the step.
+        enter: the cut at which the stage begins; None for the first.
+        leave: the cut at which it ends; None for the last.
+    """
+
+    def __init__(self, trace: Trace, enter: CutPoint | None, leave: CutPoint | None) -> None:
+        self.enter, self.leave = enter, leave
+        self._skipped = skipped_calls(trace, enter) if enter is not None else {}
+        self._inside = _calls_inside(trace, self._skipped)
+        self._captured: dict[str, dict[int, list[Crossing]]] = {}
+        self.entered_output: Any = None if enter is None else trace.calls[enter.call].output
+        begin = -1 if enter is None else enter.call
+        for crossing in leave.crossing if leave is not None else ():
+            call = trace.calls[crossing.call]
+            if enter is None or (crossing.call != begin and call.last > enter.after):
+                self._captured.setdefault(call.name, {}).setdefault(call.ordinal, []).append(crossing)
+        self.sees_metrics = enter is not None and any(op <= enter.after for op in trace.metrics)
+        """Whether the step uses metrics before the entry."""
+        watched = {*self._skipped, *self._captured}
+        self.watched = watched | {point.name for point in (enter, leave) if point is not None}
+        """Names of the modules whose calls the stage has to see."""
+
+    def run(
+        self, module: nn.Module, step: Callable[[], Any], received: list[Tensor], on_enter: Callable[[], None]
+    ) -> tuple[list[Tensor], Any]:
+        """Runs the step from the entry to the exit.
+
+        Args:
+            module: whose step it is.
+            step: the user's, with a batch of the traced shape.
+            received: the tensors of the entry's cut, in its order.
+            on_enter: called when everything before the entry has run.
+
+        Returns:
+            The tensors of the exit's cut and None; or, on the last stage, nothing and what the step returned.
+
+        Raises:
+            RuntimeError: the step did not pass the entry or the exit as it did when it was traced.
+        """
+        run = _Run(self, received, on_enter)
+        with run.watching(module):
+            try:
+                output = step()
+            except Leave:
+                return run.sent(), None
+        if not run.entered or self.leave is not None:
+            missed = self.leave if run.entered else self.enter
+            assert missed is not None
+            raise RuntimeError(
+                f"pp: this step did not call {missed.label!r}, where the network is cut; it did on the first batch of "
+                "this shape. A step whose path depends on values can't be cut there: name other pipeline_cuts"
+            )
+        return [], output
+
+
+class _Run:
+    """One microbatch on its way through a stage."""
+
+    def __init__(self, passage: Passage, received: list[Tensor], on_enter: Callable[[], None]) -> None:
+        self._passage, self._on_enter = passage, on_enter
+        self.entered = passage.enter is None
+        self._counts: Counter[str] = Counter()
+        crossing = passage.enter.crossing if passage.enter is not None else ()
+        self._known: dict[int, Tensor] = {id(c.tensor): t for c, t in zip(crossing, received, strict=True)}
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Stands before the calls of the modules at hand.
+
+        torch calls ``_compiled_call_impl`` in place of a module's hooks and forward where there is one (private; seen
+        in 2.14); copies and pickles leave it out.
+        """
+        before = []
+        for name in self._passage.watched:
+            child = module.get_submodule(name)
+            own = vars(child).get("_compiled_call_impl")
+            before.append((child, own))
+            vars(child)["_compiled_call_impl"] = partial(self._call, name, own or child._call_impl)
+        try:
+            yield
+        finally:
+            for child, own in before:
+                if own is None:
+                    del vars(child)["_compiled_call_impl"]
+                else:
+                    vars(child)["_compiled_call_impl"] = own
+
+    def _call(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        passage, ordinal = self._passage, self._counts[name]
+        self._counts[name] += 1
+        if not self.entered:
+            enter = passage.enter
+            assert enter is not None
+            if (name, ordinal) == (enter.name, enter.ordinal):
+                self._counts.update(passage._inside.get((name, ordinal), {}))
+                self.entered = True
+                self._on_enter()
+                return self._received(passage.entered_output)
+            if ordinal in passage._skipped.get(name, {}):
+                self._counts.update(passage._inside.get((name, ordinal), {}))
+                return self._received(passage._skipped[name][ordinal])
+        output = original(*args, **kwargs)
+        for crossing in passage._captured.get(name, {}).get(ordinal, ()):
+            self._known[id(crossing.tensor)] = tensors(output)[crossing.place]
+        leave = passage.leave
+        if leave is not None and (name, ordinal) == (leave.name, leave.ordinal):
+            raise Leave
+        return output
+
+    def _received(self, output: Any) -> Any:
+        """What was recorded, with what was received in place."""
+        return mapped(output, lambda leaf: self._known.get(id(leaf), leaf))
+
+    def sent(self) -> list[Tensor]:
+        """The tensors of the exit's cut, as they are now."""
+        assert self._passage.leave is not None
+        found = []
+        for crossing in self._passage.leave.crossing:
+            tensor = self._known.get(id(crossing.tensor))
+            expected = crossing.tensor
+            if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+                kind = "nothing" if tensor is None else f"{tensor.dtype} of {list(tensor.shape)}"
+                raise RuntimeError(
+                    f"pp: at {self._passage.leave.label!r} this batch gave {kind} where the first batch of this shape "
+                    f"gave {expected.dtype} of {list(expected.shape)}: shapes that depend on values can't cross a cut"
+                )
+            found.append(tensor)
+        return found
+
+
+def _calls_inside(trace: Trace, skipped: dict[str, dict[int, Any]]) -> dict[tuple[str, int], Counter[str]]:
+    """How often the modules inside of a call were called in it, which a stage that skips it does not see."""
+    inside: dict[tuple[str, int], Counter[str]] = {}
+    for call in trace.calls:
+        parent = call.parent
+        while parent >= 0:
+            around = trace.calls[parent]
+            inside.setdefault((around.name, around.ordinal), Counter())[call.name] += 1
+            parent = around.parent
+    return inside

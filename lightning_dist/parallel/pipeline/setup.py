@@ -1,0 +1,156 @@
+"""Cutting a module before it is divided, sharded or given optimizers: on a first batch of its own loader."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from lightning_dist.parallel.pipeline import batches
+from lightning_dist.parallel.pipeline.axis import kept_random_states
+from lightning_dist.parallel.pipeline.skeleton import Skeleton
+from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, find_stages, hide_parameters
+from lightning_dist.parallel.pipeline.trace import trace_step
+
+STEP_OF = {
+    TrainerFn.FITTING: "training_step",
+    TrainerFn.VALIDATING: "validation_step",
+    TrainerFn.TESTING: "test_step",
+    TrainerFn.PREDICTING: "predict_step",
+}
+
+
+_CUT: WeakKeyDictionary[pl.LightningModule, Cut] = WeakKeyDictionary()
+
+
+def cut_of(module: pl.LightningModule) -> Cut | None:
+    """What a module has been cut into; None for a whole one."""
+    return _CUT.get(module)
+
+
+def cut_module(
+    module: pl.LightningModule,
+    trainer: pl.Trainer,
+    options: PipelineOptions,
+    group: dist.ProcessGroup,
+    blocks: list[str],
+    keep_whole: bool,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Cut:
+    """Cuts a module, in place: what other ranks hold becomes placeholders. One that has been cut stays.
+
+    The batch is the first of the loader of the run that begins, made once more and in this process; random states are
+    left as they were.
+
+    Args:
+        module: whole and equal on every rank, or on meta but for its buffers.
+        trainer: about to run.
+        options: the user's.
+        group: the ranks of the pipeline.
+        blocks: names of the repeated parts.
+        keep_whole: never cut inside of a block.
+        device: of this rank.
+        dtype: in which floating-point parameters are computed, where it is not their own.
+
+    Raises:
+        ValueError: it can't be cut so, or was cut for another layout.
+
+    Communication: the first rank's choice is broadcast over the world, as an object of a few kB.
+    """
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    there = cut_of(module)
+    if there is not None:
+        if (there.rank, there.stages.num_ranks) != (rank, num_ranks):
+            raise ValueError(
+                f"this module holds the stages of rank {there.rank} of pp={there.stages.num_ranks} from an earlier "
+                f"run, and this is rank {rank} of pp={num_ranks}; build the module anew and pass ckpt_path= to go on "
+                "from its checkpoint"
+            )
+        return there
+    assert trainer.state.fn is not None
+    step = STEP_OF[trainer.state.fn]
+    skeleton = Skeleton(module, device, dtype)
+    with kept_random_states(device):
+        batch = _first_batch(trainer)
+        part = batches.split(batch, options.microbatches(batches.batch_size(batch), num_ranks) or 1)[0][0]
+        was_training = module.training
+        module.train(step == "training_step")
+        try:
+            context = {
+                "training_step": trainer.precision_plugin.train_step_context,
+                "validation_step": trainer.precision_plugin.val_step_context,
+                "test_step": trainer.precision_plugin.test_step_context,
+                "predict_step": trainer.precision_plugin.predict_step_context,
+            }[step]
+            with context():
+                trace = trace_step(skeleton, module, step, part, () if not _takes_index(module, step) else (0,))
+        finally:
+            module.train(was_training)
+    stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole)
+    box: list[Any] = [stages]
+    dist.broadcast_object_list(box, 0, device=device)
+    cut = Cut(skeleton, box[0], rank)
+    hide_parameters(module, cut.stages.placeholders(module, rank), device)
+    _CUT[module] = cut
+    return cut
+
+
+def _takes_index(module: pl.LightningModule, step: str) -> bool:
+    return is_param_in_hook_signature(getattr(module, step), "batch_idx", min_args=2)
+
+
+def _first_batch(trainer: pl.Trainer) -> Any:
+    """As the first step of the run will get it, but for what hooks before it change."""
+    fn = trainer.state.fn
+    loops: dict[Any, tuple[Any, RunningStage]] = {
+        TrainerFn.FITTING: (trainer.fit_loop, RunningStage.TRAINING),
+        TrainerFn.VALIDATING: (trainer.validate_loop, RunningStage.VALIDATING),
+        TrainerFn.TESTING: (trainer.test_loop, RunningStage.TESTING),
+        TrainerFn.PREDICTING: (trainer.predict_loop, RunningStage.PREDICTING),
+    }
+    loop, stage = loops[fn]
+    loaders: Any = _request_dataloader(loop._data_source)
+    if not isinstance(loaders, CombinedLoader):
+        loaders = CombinedLoader(loaders, "max_size_cycle" if fn == TrainerFn.FITTING else "sequential")
+    prepare: Any = trainer._data_connector._prepare_dataloader
+    firsts = [
+        _first_of(prepare(loader, shuffle=stage == RunningStage.TRAINING, mode=stage)) for loader in loaders.flattened
+    ]
+    if loaders._mode == "sequential":
+        batch = firsts[0]
+    else:
+        numbered = iter(firsts)
+        batch = tree_map(lambda _: next(numbered), loaders.iterables, is_leaf=lambda v: not _is_container(v))
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in (list, tuple, dict)
+
+
+def _first_of(loader: Any) -> Any:
+    """The first batch of a loader, without its workers."""
+    if not isinstance(loader, DataLoader):
+        return next(iter(loader))
+    dataset: Any = loader.dataset
+    if loader.batch_sampler is not None:
+        indices = next(iter(loader.batch_sampler))
+        many = getattr(dataset, "__getitems__", None)
+        return loader.collate_fn(many(indices) if many is not None else [dataset[index] for index in indices])
+    try:
+        samples: Any = dataset[next(iter(loader.sampler))]
+    except (TypeError, NotImplementedError):  # an iterable data set
+        rows = iter(dataset)
+        samples = next(rows) if loader.batch_size is None else list(islice(rows, loader.batch_size))
+    return loader.collate_fn(samples)

@@ -1,0 +1,135 @@
+"""A module to trace: its own Python over parameters without memory."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_dist.placeholder import is_placeholder, placeholder
+
+
+class Skeleton:
+    """A copy of a module whose parameters are placeholders.
+
+    Modules are copied one by one and share what is not a module, parameter or buffer, as torch's ``replicate`` does;
+    plain lists, sets and dictionaries are copied once over, so that a step which appends to one leaves the user's
+    alone. Buffers are copied, since a step may change them. Metrics keep no state and answer with a number that is a
+    placeholder.
+
+    Args:
+        module: not yet divided, sharded or compiled; on any device, or on meta.
+        device: on which the step will run.
+        dtype: of floating-point parameters, where they are computed in another than their own.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.names: dict[int, str] = {}
+        """Of each placeholder, by its id: the parameter's first name."""
+        self.on_metric: Callable[[], None] = lambda: None
+        """Called when the step uses a metric."""
+        self.logged: dict[str, Any] = {}
+        """What the step logged the last time, by name."""
+        self._device, self._dtype = device, dtype
+        self._parameters: dict[int, nn.Parameter] = {}
+        self._modules: dict[int, nn.Module] = {}
+        names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+        self.module = self._copied(module)
+        for original, standin in self._parameters.items():
+            self.names[id(standin)] = names[original]
+        self._rebind()
+
+    def follow(self, module: pl.LightningModule) -> None:
+        """Takes over what the module's steps may ask for: its Trainer, and which parts train."""
+        self.logged = {}
+        vars(self.module)["_trainer"] = getattr(module, "_trainer", None)
+        training = {name: child.training for name, child in module.named_modules()}
+        for name, child in self.module.named_modules():
+            child.training = training.get(name, child.training)
+
+    def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        self.logged[name] = value
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        if id(module) in self._modules:
+            return self._modules[id(module)]
+        new: nn.Module = object.__new__(type(module))
+        self._modules[id(module)] = new
+        state = {key: _loose(value) for key, value in vars(module).items()}
+        state["_parameters"] = {name: self._standin(p) for name, p in module._parameters.items()}
+        state["_buffers"] = {name: None if b is None else self._buffer(b) for name, b in module._buffers.items()}
+        state["_modules"] = {
+            name: None if child is None else self._copied(child) for name, child in module._modules.items()
+        }
+        new.__dict__.update(state)
+        if isinstance(module, (Metric, MetricCollection)):
+            _silence(new, module, self)
+        if isinstance(module, pl.LightningModule):
+            vars(new).update(log=self._log, print=_nothing)
+        return new
+
+    def _standin(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None:
+            return None
+        if id(parameter) not in self._parameters:
+            fake = placeholder(parameter.detach(), self._device, self._dtype)
+            self._parameters[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            self._parameters[id(parameter)].__dict__.update(vars(parameter))
+        return self._parameters[id(parameter)]
+
+    def _buffer(self, buffer: Tensor) -> Tensor:
+        if buffer.is_meta or is_placeholder(buffer):
+            raise ValueError("a buffer has no values yet; buffers are materialised before a module is traced")
+        return buffer.detach().clone().to(self._device)
+
+    def _rebind(self) -> None:
+        """Methods kept as attributes, and modules outside of the tree, belong to the copies."""
+        for original in list(self._modules.values()):
+            for key, value in list(vars(original).items()):
+                if isinstance(value, MethodType) and id(value.__self__) in self._modules:
+                    vars(original)[key] = MethodType(value.__func__, self._modules[id(value.__self__)])
+                elif isinstance(value, nn.Module) and id(value) in self._modules:
+                    vars(original)[key] = self._modules[id(value)]
+                elif type(value) in (list, tuple, dict):
+                    vars(original)[key] = self._renamed(value)
+
+    def _renamed(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return self._modules.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self._renamed(item) for item in value)
+        if type(value) is dict:
+            return {key: self._renamed(item) for key, item in value.items()}
+        return value
+
+
+def _loose(value: Any) -> Any:
+    # among them those of hooks: what is hooked to the module later, by fully_shard say, is not the skeleton's
+    return copy.copy(value) if type(value) in (list, dict, set, OrderedDict, defaultdict) else value
+
+
+def _silence(metric: Any, original: Metric | MetricCollection, skeleton: Skeleton) -> None:
+    """What a metric computes matters to no stage, and most look at values."""
+    keys = list(original.keys()) if isinstance(original, MetricCollection) else None
+
+    def number(*args: Any, **kwargs: Any) -> Any:
+        skeleton.on_metric()
+        value = placeholder(torch.zeros(()))
+        return value if keys is None else dict.fromkeys(keys, value)
+
+    def updated(*args: Any, **kwargs: Any) -> None:
+        skeleton.on_metric()
+
+    silent: dict[str, Callable[..., Any]] = {"forward": number, "compute": number, "update": updated}
+    vars(metric).update(silent)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None

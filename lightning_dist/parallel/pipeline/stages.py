@@ -1,0 +1,238 @@
+"""Which stages a module is cut into, what each owns, and what of the module a rank keeps."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_dist.parallel.pipeline.balance import balanced, stage_costs
+from lightning_dist.parallel.pipeline.cuts import CutPoint, cut_points, named_cuts, obstacles
+from lightning_dist.parallel.pipeline.schedule import Schedule, schedule_named
+from lightning_dist.parallel.pipeline.skeleton import Skeleton
+from lightning_dist.parallel.pipeline.trace import Trace
+from lightning_dist.placeholder import is_placeholder, placeholder_parameter
+
+EVEN_ENOUGH = 1.1
+"""Largest cost of a stage over the mean, above which the network is also cut inside of its blocks."""
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What a user asks of the pipeline axis; see :class:`~lightning_dist.HybridStrategy`."""
+
+    schedule: str = "1F1B"
+    num_microbatches: int | None = None
+    cuts: list[str] | None = None
+    reshard: bool = False
+
+    def __post_init__(self) -> None:
+        schedule_named(self.schedule)
+        number: Any = self.num_microbatches
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"num_microbatches is {number!r}; it must be a number of at least 1, or None")
+        if isinstance(self.cuts, str):
+            raise ValueError(f"pipeline_cuts is {self.cuts!r}; it must be a list of names of modules")
+
+    def refuse(self, num_ranks: int) -> None:
+        """Raises a ValueError where the schedule can't run on so many ranks."""
+        schedule = schedule_named(self.schedule)
+        if self.num_microbatches is not None and not schedule.takes(self.num_microbatches, num_ranks):
+            fits = [m for m in range(1, 8 * num_ranks + 1) if schedule.takes(m, num_ranks)]
+            near = sorted(fits, key=lambda m: abs(m - (self.num_microbatches or 0)))[:3]
+            raise ValueError(
+                f"{schedule.name} on pp={num_ranks} can't run num_microbatches={self.num_microbatches}; "
+                f"{', '.join(map(str, near))} would do, or another pipeline_schedule (GPipe takes any)"
+            )
+        if self.cuts is not None and len(self.cuts) != schedule.num_stages(num_ranks) - 1:
+            raise ValueError(
+                f"{schedule.name} on pp={num_ranks} has {schedule.num_stages(num_ranks)} stages, and pipeline_cuts "
+                f"names {len(self.cuts)} of the {schedule.num_stages(num_ranks) - 1} cuts between them"
+            )
+
+    def microbatches(self, size: int, num_ranks: int) -> int | None:
+        """How many microbatches a batch is split into; None if the schedule can't run so few.
+
+        By default four per rank, which leaves a bubble of a fifth at most; fewer if the batch has fewer samples.
+        """
+        schedule = schedule_named(self.schedule)
+        wanted = min(self.num_microbatches or 4 * num_ranks, size)
+        return next((m for m in range(wanted, 0, -1) if schedule.takes(m, num_ranks)), None)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a module, the same on every rank.
+
+    Args:
+        schedule: which runs them.
+        num_ranks: of the pipeline.
+        cuts: labels of the cut points between them.
+        owners: stages that use a parameter, by its name; more than one where it is tied over a cut.
+        buffers: stages that use a buffer, by its name.
+        costs: of each stage and microbatch, forward and backward, in floating-point operations.
+        equal_costs: of the stages if the cut points were dealt by their number instead.
+        sent: bytes over each cut and microbatch, one way.
+    """
+
+    schedule: Schedule
+    num_ranks: int
+    cuts: tuple[str, ...]
+    owners: dict[str, tuple[int, ...]]
+    buffers: dict[str, tuple[int, ...]]
+    costs: tuple[float, ...] = field(compare=False, default=())
+    equal_costs: tuple[float, ...] = field(compare=False, default=())
+    sent: tuple[int, ...] = field(compare=False, default=())
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages of all ranks."""
+        return len(self.cuts) + 1
+
+    def of_rank(self, rank: int) -> list[int]:
+        """The stages that a rank of the pipeline runs."""
+        return self.schedule.stages_of(rank, self.num_ranks)
+
+    def holders(self, name: str) -> tuple[int, ...]:
+        """The ranks of the pipeline that hold a parameter."""
+        return tuple(sorted({self.schedule.rank_of(stage, self.num_ranks) for stage in self.owners[name]}))
+
+    def placeholders(self, module: nn.Module, rank: int) -> list[str]:
+        """Names of the parameters that a rank does not hold."""
+        return [name for name, _ in module.named_parameters() if rank not in self.holders(name)]
+
+    @property
+    def last_rank(self) -> int:
+        """The rank of the pipeline that runs the last stage."""
+        return self.schedule.rank_of(self.num_stages - 1, self.num_ranks)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module that has been cut: what later runs of it need.
+
+    Args:
+        skeleton: of the whole module.
+        stages: which it was cut into.
+        rank: of the pipeline, whose stages the module holds.
+    """
+
+    skeleton: Skeleton
+    stages: Stages
+    rank: int
+
+
+def find_stages(
+    module: nn.Module,
+    trace: Trace,
+    options: PipelineOptions,
+    num_ranks: int,
+    blocks: list[str],
+    keep_whole: bool,
+) -> Stages:
+    """Cuts a module into the stages of a schedule.
+
+    Args:
+        module: whole.
+        trace: of its step.
+        options: the user's.
+        num_ranks: of the pipeline.
+        blocks: names of its repeated parts; cuts lie between them if that balances.
+        keep_whole: never cut inside of a block, since it is sharded, divided, recomputed or compiled.
+
+    Raises:
+        ValueError: there are fewer cut points than needed, or none where the user wants one.
+    """
+    schedule = schedule_named(options.schedule)
+    num_stages = schedule.num_stages(num_ranks)
+    between = cut_points(trace, blocks)
+    anywhere = between if keep_whole or not blocks else cut_points(trace)
+    if options.cuts is not None:
+        chosen = sorted(named_cuts(anywhere, options.cuts, trace), key=lambda point: point.after)
+    else:
+        if len(anywhere) < num_stages - 1:
+            raise ValueError(_too_few(module, trace, anywhere, num_stages, schedule, keep_whole and bool(blocks)))
+        chosen = balanced(between, trace.costs, num_stages) if len(between) >= num_stages - 1 else []
+        costs = stage_costs(chosen, trace.costs)
+        if not chosen or max(costs) > EVEN_ENOUGH * sum(costs) / num_stages:
+            chosen = balanced(anywhere, trace.costs, num_stages)
+    bounds = [point.after for point in chosen]
+    used = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.parameters.items()}
+    owners = {name: used.get(name) or _near(name, used, num_stages) for name, _ in module.named_parameters()}
+    buffers = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.buffers.items()}
+    equal = [between[(i + 1) * len(between) // num_stages] for i in range(num_stages - 1)] if between else []
+    return Stages(
+        schedule,
+        num_ranks,
+        tuple(point.label for point in chosen),
+        owners,
+        buffers,
+        tuple(stage_costs(chosen, trace.costs)),
+        tuple(stage_costs(equal, trace.costs)),
+        tuple(point.num_bytes for point in chosen),
+    )
+
+
+def _near(name: str, used: dict[str, tuple[int, ...]], num_stages: int) -> tuple[int, ...]:
+    """The stage of a parameter that the step does not use: that of its nearest relatives, else the last."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        prefix = ".".join(parts[:depth]) + "."
+        stages = {stages[0] for other, stages in used.items() if other.startswith(prefix)}
+        if stages:
+            return (min(stages),)
+    return (num_stages - 1,)
+
+
+def _too_few(
+    module: nn.Module, trace: Trace, points: list[CutPoint], num_stages: int, schedule: Schedule, whole: bool
+) -> str:
+    stage_word = f"{schedule.name} needs {num_stages} stages"
+    have = ", ".join(point.label for point in points) or "none"
+    why = f"The network ({type(module).__name__}) can be cut after: {have}. "
+    if trace.open_end:
+        why += f"The step asks for the value of a tensor ({trace.open_end}), and what comes after can't be cut. "
+    inside = "Blocks are not cut inside while they are sharded, divided, recomputed or compiled. " if whole else ""
+    return (
+        f"pp: {stage_word}, so {num_stages - 1} cuts, and there are {len(points)}. {why}{inside}"
+        f"In the way elsewhere: {obstacles(trace)}. Use fewer ranks of pp, one stage a rank (1F1B), or dp_shard"
+    )
+
+
+def points_in(trace: Trace, stages: Stages) -> list[CutPoint]:
+    """The cuts of the stages in another step, or in the same one on a batch of another shape.
+
+    Raises:
+        ValueError: the step can't be cut there, or uses parameters in a stage that does not hold them.
+    """
+    points = named_cuts(cut_points(trace), list(stages.cuts), trace)
+    if any(point.after >= later.after for point, later in pairwise(points)):
+        raise ValueError(f"pp: this step runs the network in another order than it is cut: {', '.join(stages.cuts)}")
+    bounds = [point.after for point in points]
+    for name, ops in trace.parameters.items():
+        for op in ops:
+            stage = bisect_left(bounds, op)
+            rank = stages.schedule.rank_of(stage, stages.num_ranks)
+            if rank not in stages.holders(name):
+                raise ValueError(
+                    f"pp: this step uses {name} in stage {stage}, and the training step, by which parameters were "
+                    f"dealt, uses it in stage {stages.owners[name][0]}; name pipeline_cuts that fit both"
+                )
+    return points
+
+
+def hide_parameters(module: nn.Module, names: list[str], device: torch.device) -> None:
+    """Puts placeholders in place of parameters that other ranks hold; tied ones stay tied. In place."""
+    hidden = {id(module.get_parameter(name)) for name in names}
+    standins: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is None or id(parameter) not in hidden or is_placeholder(parameter):
+                continue
+            if id(parameter) not in standins:
+                standins[id(parameter)] = placeholder_parameter(parameter, device)
+            child._parameters[name] = standins[id(parameter)]

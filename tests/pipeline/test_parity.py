@@ -1,0 +1,287 @@
+"""Pipelines train as one process does: losses, norms, logged values and weights on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from lightning_dist.parallel.pipeline.schedule import SCHEDULES
+from tests import models
+from tests.models import few_samples, samples
+from tests.parity import QUIET, Record, Run, Watch, assert_equal, assert_parity, on_layout, train
+from tests.ranks import RankError, run_on_ranks
+from tests.recipes.test_parity import RUNS
+
+ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+
+
+class Normalised(models.Classifier):
+    """BatchNorm: its statistics are those of a microbatch, so the tests run one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(models.WIDTH, 32), nn.BatchNorm1d(32), nn.ReLU(inplace=True), nn.Linear(32, 32),
+            nn.BatchNorm1d(32), nn.ReLU(inplace=True), nn.Linear(32, models.CLASSES),
+        )  # fmt: skip
+
+
+class Answering(models.Classifier):
+    """Returns more than its loss, logs in several ways, and measures before the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        (x, y), names = batch["pair"], batch["names"]
+        self.log("train/calls", 1, reduce_fx="sum")
+        hidden = self.net.stem(x)
+        for block in self.net.blocks:
+            hidden = block(hidden)
+        logits = self.net.head(self.net.norm(hidden))
+        loss = F.cross_entropy(logits, y)
+        self.log("train/samples", float(len(y)), reduce_fx="sum")
+        self.log_dict({"train/loss": loss, "train/mean": logits.mean()}, on_step=True, on_epoch=True, prog_bar=True)
+        self.accuracy(logits, y)
+        self.log("train/accuracy", self.accuracy, on_step=True, on_epoch=True)
+        assert len(names) == len(y)
+        return {"loss": loss, "classes": logits.argmax(-1), "names": names}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if "classes" in outputs:
+            assert outputs["names"] == batch["names"]
+            self.seen.append(outputs["classes"].tolist())
+
+
+def nested(samples: list[Any]) -> dict[str, Any]:
+    x, y = (torch.stack(column) for column in zip(*samples, strict=True))
+    return {"pair": (x, y), "names": [f"sample {int(label)}" for label in y]}
+
+
+CASES: dict[str, tuple[Run, str, int]] = {
+    "plain": (Run(models.Classifier, samples, few_samples), "pp=2", 2),
+    "four-stages": (Run(models.Classifier, samples, few_samples), "pp=4", 4),
+    "small-batches": (Run(models.Classifier, few_samples, few_samples, batch_size=6), "pp=2", 2),
+    "tied": (Run(models.Tied, samples, few_samples, trainer=ACCUMULATE), "pp=2", 2),
+    "frozen": (Run(models.Frozen, samples, few_samples), "pp=4", 4),
+    "unused": (Run(models.Unused, samples, few_samples), "pp=2", 2),
+    "plateau": (Run(models.Plateau, samples, few_samples, trainer={"max_epochs": 3}), "pp=2", 2),
+    "accumulate-and-clip": (Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE), "pp=2", 2),
+    "double": (Run(models.Grouped, models.wide_samples, trainer={"precision": "64-true"}), "pp=2", 2),
+    "replicate": (Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE), "pp=2,dp_replicate=2", 4),
+    "shard": (Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE), "pp=2,dp_shard=2", 4),
+    "shard-tied": (Run(models.Tied, samples, few_samples, trainer=ACCUMULATE), "pp=2,dp_shard=2", 4),
+    "shard-gathered-often": (
+        Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE, strategy={"pipeline_reshard": True}),
+        "pp=2,dp_shard=2",
+        4,
+    ),
+    "recomputed": (
+        Run(models.Grouped, samples, few_samples, strategy={"activation_checkpointing": "full"}),
+        "pp=2",
+        2,
+    ),
+    "batchnorm": (
+        Run(Normalised, samples, few_samples, strategy={"num_microbatches": 1, "pipeline_schedule": "GPipe"}),
+        "pp=2",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_equals_one_process(name: str) -> None:
+    run, layout, num_ranks = CASES[name]
+    assert_parity(run, layout, num_ranks)
+
+
+def deep() -> L.LightningModule:
+    module = models.Grouped()
+    module.net = models.Net(6)
+    return module
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_equals_one_process(schedule: str) -> None:
+    run = Run(deep, samples, few_samples, trainer=ACCUMULATE, strategy={"pipeline_schedule": schedule})
+    assert_parity(run, "pp=2", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp=2", "pp=2,dp_shard=2"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("recipe", RUNS)
+def test_twenty_steps_of_the_recipes_equal_one_process(recipe: str, schedule: str, layout: str) -> None:
+    run = replace(RUNS[recipe], strategy={"pipeline_schedule": schedule})
+    assert_parity(run, layout, 4 if "," in layout else 2)
+
+
+@pytest.mark.parametrize("layout", ["pp=2,tp=2", "pp=2,dp_replicate=2"])
+def test_twenty_steps_of_a_language_model_equal_one_process(layout: str) -> None:
+    run = replace(RUNS["language_model"], strategy={"sequence_parallel": "tp" in layout})
+    assert_parity(run, layout, 4)
+
+
+def test_batches_outputs_and_logs_of_any_form_equal_one_process() -> None:
+    one, first = _answers(None), run_on_ranks(2, _answers, "pp=2")
+    for record, seen in first:
+        assert_equal(one[0], record)
+        assert seen in ([], one[1])
+    assert first[1][1] == one[1]
+
+
+def _answers(layout: str | None) -> tuple[Record, list[Any]]:
+    L.seed_everything(1, verbose=False)
+    module, watch = Answering(), Watch()
+    strategy: Any = "auto" if layout is None else HybridStrategy(layout)
+    world = 1 if layout is None else 2
+    trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1, callbacks=[watch], log_every_n_steps=1)
+    trainer.fit(module, DataLoader(few_samples(), batch_size=5, collate_fn=nested))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return Record(watch.losses, watch.norms, logged, {}), module.seen
+
+
+def test_half_precision_stays_within_its_rounding() -> None:
+    run = Run(models.Grouped, samples, few_samples, trainer={"precision": "16-mixed", "gradient_clip_val": 0.1})
+    one = train(run, None)
+    for record in on_layout(run, "pp=2", 2):
+        torch.testing.assert_close(record.losses, one.losses, rtol=2e-3, atol=2e-3)
+
+
+def test_a_rank_holds_its_stages_only() -> None:
+    for held, states in run_on_ranks(2, _held):
+        assert held <= 0.7
+        assert states <= 0.7
+
+
+def _held() -> tuple[float, float]:
+    module = deep()
+    whole = sum(p.numel() for p in module.parameters())
+    trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2"), max_epochs=1)
+    trainer.fit(module, DataLoader(samples(), batch_size=8))
+    (optimizer,) = trainer.optimizers
+    states = sum(s["exp_avg"].numel() for s in optimizer.state.values())
+    assert len(list(module.parameters())) == sum(len(group["params"]) for group in optimizer.param_groups)
+    return sum(p.numel() for p in module.state_dict().values() if type(p) is Tensor) / whole, states / whole
+
+
+def test_predictions_come_whole_and_in_order() -> None:
+    one = _predict("dp_shard=1")
+    for predicted in run_on_ranks(2, _predict, "pp=2"):
+        assert torch.equal(one, predicted)
+
+
+def _predict(layout: str) -> Tensor:
+    L.seed_everything(1, verbose=False)
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    trainer = L.Trainer(**QUIET, devices=world, strategy=HybridStrategy(layout))
+    return torch.cat(trainer.predict(models.Classifier(), DataLoader(few_samples(), batch_size=4)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("saving", "saved_as", "loading"),
+    [
+        ("pp=2", "sharded", "pp=4"),
+        ("pp=2", "single", "pp=4"),
+        ("pp=2,dp_shard=2", "sharded", "dp_shard=2"),
+        ("pp=2,dp_shard=2", "single", None),
+        (None, "single", "pp=2,dp_shard=2"),
+        ("dp_shard=2", "sharded", "pp=2"),
+    ],
+)
+def test_a_run_goes_on_under_another_layout(
+    saving: str | None, saved_as: str, loading: str | None, tmp_path: Path
+) -> None:
+    whole = _fit(tmp_path / "whole", None, 2, None)
+    first = _on(saving, tmp_path, 1, None, saved_as)
+    second = _on(loading, tmp_path / "second", 2, tmp_path / "last.ckpt")
+    torch.testing.assert_close([*first, *second], whole, rtol=1e-5, atol=1e-6)
+
+
+def _on(layout: str | None, folder: Path, epochs: int, resume: Path | None, saved_as: str = "auto") -> list[float]:
+    if layout is None:
+        return _fit(folder, None, epochs, resume)
+    num_ranks = {"pp=2": 2, "dp_shard=2": 2}.get(layout, 4)
+    first, *others = run_on_ranks(num_ranks, _fit, folder, layout, epochs, resume, saved_as)
+    assert all(losses == pytest.approx(first, rel=1e-6) for losses in others)
+    return first
+
+
+def _fit(folder: Path, layout: str | None, epochs: int, resume: Path | None, saved_as: Any = "auto") -> list[float]:
+    L.seed_everything(1, verbose=False)
+    world = torch.distributed.get_world_size() if layout is not None else 1
+    strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format=saved_as)
+    watch = Watch()
+    trainer = L.Trainer(
+        **{**QUIET, "enable_checkpointing": True},
+        devices=world,
+        strategy=strategy,
+        max_epochs=epochs,
+        callbacks=[watch, ModelCheckpoint(folder, save_last=True, save_top_k=0)],
+    )
+    ranks = strategy.num_data_ranks if layout is not None else 1
+    trainer.fit(models.Tied(), DataLoader(samples(), batch_size=8 // ranks), ckpt_path=resume)
+    return watch.losses
+
+
+class Functional(models.Classifier):
+    """No module returns what the next one takes: nothing to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(models.WIDTH, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.net.weight, self.net.bias)
+
+
+class Manual(models.Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (Functional, {}, r"1F1B needs 2 stages, so 1 cuts, and there are 0"),
+        (models.Classifier, {"pipeline_cuts": ["net.blocks.7"]}, r"names 'net.blocks.7', which the step does not call"),
+        (Manual, {}, "optimises manually"),
+        (models.Classifier, {"pipeline_cuts": ["net.blocks.0", "net.blocks.1"]}, "names 2 of the 1 cuts"),
+        (models.Classifier, {"num_microbatches": 1}, "can't run num_microbatches=1; 2, 3, 4 would do"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_on_every_rank(module: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RankError, match=message) as error:
+        run_on_ranks(2, _refused, module, options)
+    assert "rank 0" in str(error.value)
+    assert "rank 1" in str(error.value)
+
+
+def _refused(module: Any, options: dict[str, Any]) -> None:
+    trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2", **options), max_epochs=1)
+    trainer.fit(module(), DataLoader(samples(), batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline_schedule": "1f1c"}, "did you mean '1F1B'"),
+        ({"num_microbatches": 0}, "must be a number of at least 1"),
+        ({"pipeline_cuts": "net"}, "must be a list of names"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HybridStrategy("pp=2", **options)
