@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_dist.layout import Layout
-from lightning_dist.report import Throughput
+from lightning_dist.report import PipelineTimeline, Throughput
 from lightning_dist.strategy import HybridStrategy
 
-__all__ = ["HybridStrategy", "Layout", "Throughput"]
+__all__ = ["HybridStrategy", "Layout", "PipelineTimeline", "Throughput"]
 __version__ = "0.1.0"
 
 _DESCRIPTION = "any layout of data and model parallelism of an unmodified LightningModule"

@@ -83,6 +83,7 @@ def _explain(options: argparse.Namespace) -> None:
 
     sys.path.insert(0, os.getcwd())  # as for python -m
     strategy: Any
+    first_batch: Any = None
     if options.what and ":" in options.what[0] and "=" not in options.what[0]:
         make = imported(options.what[0], parsed(options.what[1:]))
         if not options.layout:
@@ -102,11 +103,13 @@ def _explain(options: argparse.Namespace) -> None:
                 "the recipes are not on the import path: run this in a clone of the repository, or name a "
                 "LightningModule as package.module:Class"
             ) from None
-        make, strategy, ranks = from_overrides(options.what)
+        make, strategy, ranks, first_batch = from_overrides(options.what)
         ranks = options.ranks or ranks
     if not isinstance(strategy, HybridStrategy):
         raise ValueError(f"{type(strategy).__name__} has no layout to explain; choose strategy=hybrid")
-    strategy.explain(built(make), ranks).print()
+    module = built(make)
+    batch = first_batch() if first_batch is not None and strategy.cuts(ranks) else None
+    strategy.explain(module, ranks, batch).print()
 
 
 def _fewest_ranks(layout: str) -> int:

@@ -28,8 +28,12 @@ def built(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:
         return module
 
     try:
-        with record_initialization():
-            return build()
+        with record_initialization() as recorded:
+            module = build()
+        if any(buffer.is_meta for buffer in module.buffers()):
+            recorded.bind(module)
+            recorded.materialize(module, parameters=False)  # a pipeline is cut by running it, with buffers for real
+        return module
     except CannotDefer:
         return build()
 

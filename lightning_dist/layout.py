@@ -158,7 +158,7 @@ class Layout:
     @property
     def defers(self) -> bool:
         """Whether what ``configure_model`` builds is deferred until a rank's part of it is known."""
-        return self.dp_shard > 1 and self.tp == 1 and self.pp == 1
+        return self.holds_shards
 
     @property
     def holds_parts_of_blocks(self) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch.distributed.tensor import DTensor
-from torch.optim import Adafactor, Optimizer, Rprop
+from torch.optim import LBFGS, Adafactor, Optimizer, Rprop
 
-from lightning_dist.placeholder import held
+from lightning_dist.placeholder import held, is_placeholder
 
 UNSHARDABLE = (Adafactor, Rprop)
 """Steps that torch can't take on sharded parameters (seen in 2.14 and 2.15)."""
@@ -26,6 +26,11 @@ def settle(optimizer: Optimizer) -> None:
     Raises:
         ValueError: the optimizer can't step over sharded parameters.
     """
+    if isinstance(optimizer, LBFGS) and any(is_placeholder(p) for g in optimizer.param_groups for p in g["params"]):
+        raise ValueError(
+            "LBFGS works on all parameters as one vector, and under pp a rank holds those of its stages; use another "
+            "optimizer, or another axis"
+        )
     sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     if sharded and isinstance(optimizer, UNSHARDABLE):
         raise ValueError(

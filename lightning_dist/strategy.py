@@ -42,12 +42,12 @@ from lightning_dist.parallel import (
     parallelize,
     refuse_no_blocks,
 )
-from lightning_dist.parallel.pipeline import Cut, PipelineOptions, cut_module
+from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, plan_stages
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions
 from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.refusals import refuse, warn_of_axes_across_nodes
-from lightning_dist.report import LayoutReport
+from lightning_dist.report import LayoutReport, PipelineReport
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
@@ -179,12 +179,14 @@ class HybridStrategy(CheckpointHooks):
         if module.trainer.state.fn == TrainerFn.FITTING and self.activation_checkpointing != "none":
             refuse_no_blocks(module, self._blocks(module), self.activation_checkpointing)
 
-    def explain(self, module: pl.LightningModule, num_ranks: int) -> LayoutReport:
+    def explain(self, module: pl.LightningModule, num_ranks: int, batch: Any = None) -> LayoutReport:
         """What this strategy would do to a module on so many ranks, without processes or training.
 
         Args:
             module: with its network, on any device or on meta; it stays as it is.
             num_ranks: of the whole run.
+            batch: for its training step; a pipeline is cut by running it. Default: the module's
+                ``example_input_array``, for its forward.
 
         Raises:
             ValueError: as a fit would.
@@ -196,15 +198,27 @@ class HybridStrategy(CheckpointHooks):
             layout = self._resolve(self.requested, num_ranks)
         blocks = self._blocks(module)
         refuse_no_blocks(module, blocks, self.activation_checkpointing)
+        stages = None
+        if layout.pp > 1:
+            self._pipeline_options.refuse(layout.pp)
+            stages = plan_stages(
+                module, self._pipeline_options, layout.pp, list(blocks), self._keeps_blocks_whole(layout), batch
+            )
         return LayoutReport.planned(
             module,
             layout,
             self._tensor_options.divide(module, layout.tp, blocks),
             list(blocks),
+            stages,
+            pipeline=None if stages is None else PipelineReport.of(module, stages, self._pipeline_options),
             reason=reason,
             recomputed=list(blocks) if self.activation_checkpointing != "none" else [],
             checkpointing=self.activation_checkpointing,
         )
+
+    def cuts(self, num_ranks: int) -> bool:
+        """Whether the layout has a pipeline on so many ranks."""
+        return self.requested is not None and self._resolve(self.requested, num_ranks).pp > 1
 
     def _divide(self, module: pl.LightningModule) -> Division | None:
         if self.layout is None:
@@ -292,8 +306,8 @@ class HybridStrategy(CheckpointHooks):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        in_stages = self.layout is not None and self.layout.pp > 1
-        self._logs = StepLogs(trainer, self._monitored(trainer), self.logs_group, self._dealt, in_stages)
+        stage = self._parallel.place if isinstance(self._parallel, Pipelined) else None
+        self._logs = StepLogs(trainer, self._monitored(trainer), self.logs_group, self._dealt, stage)
         self._logs.attach()
         if self.logs_group is not None:
             attach_metrics(self.lightning_module, self.logs_group)
@@ -303,7 +317,8 @@ class HybridStrategy(CheckpointHooks):
     @property
     def sharded_units(self) -> list[str]:
         """Names of the modules that are sharded one by one."""
-        return list(self._parallel.units) if isinstance(self._parallel, Sharded) else []
+        parallel = self._parallel.inner if isinstance(self._parallel, Pipelined) else self._parallel
+        return list(parallel.units) if isinstance(parallel, Sharded) else []
 
     def _own_dataloaders(self, trainer: pl.Trainer) -> None:
         connector: Any = trainer._data_connector
@@ -339,7 +354,7 @@ class HybridStrategy(CheckpointHooks):
                 flat_broadcast(
                     [t for t in _tensors(module) if not t.is_meta], dist.distributed_c10d._get_default_group()
                 )
-        if self.layout.dp_shard == 1:
+        if not self.layout.defers:
             self._materialize(module)
         self.division = self._divide(module)
         blocks = self._blocks(module)
@@ -367,22 +382,31 @@ class HybridStrategy(CheckpointHooks):
         """Leaves this rank the stages of the pipeline that are its own."""
         assert self.mesh is not None
         assert self.layout is not None
-        whole = (
-            self.layout.holds_parts_of_blocks
-            or self._compile_options is not None
-            or self.activation_checkpointing != "none"
-        )
         policy = shard_policy(self.precision_plugin)
+        if self._recorded is not None and any(buffer.is_meta for buffer in module.buffers()):
+            # what depends on no parameter is traced for real
+            self._recorded.materialize(module, device=self.root_device, parameters=False)
         return cut_module(
             module,
             module.trainer,
             self._pipeline_options,
             self.mesh.root["pp"].get_group(),
             blocks,
-            keep_whole=whole,
+            keep_whole=self._keeps_blocks_whole(self.layout),
             device=self.root_device,
             dtype=policy.param_dtype if self.layout.dp_shard > 1 else None,
         )
+
+    def _keeps_blocks_whole(self, layout: Layout) -> bool:
+        """Whether something is done to blocks that a cut inside of them would break."""
+        recomputes = self.activation_checkpointing != "none"
+        return layout.holds_parts_of_blocks or self._compile_options is not None or recomputes
+
+    def pipeline_report(self) -> PipelineReport | None:
+        """Of the stages, once the strategy has been set up; None without a pipeline."""
+        if not isinstance(self._parallel, Pipelined):
+            return None
+        return PipelineReport.of(self._parallel.module, self._parallel.stages, self._pipeline_options)
 
     def _sync_batchnorm(self, training: bool) -> None:
         if self._layer_sync is not None and training and self.world_size > 1:
@@ -430,7 +454,8 @@ class HybridStrategy(CheckpointHooks):
             self._compared.add(step)
             for axis in ("pp", "tp"):
                 refuse_different_batches(step, args, self.mesh.root[axis].get_group())
-        return self._parallel.run(step, *args, **kwargs)
+        with nullcontext() if self._logs is None else self._logs.of_step():
+            return self._parallel.run(step, *args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 from hydra import compose, initialize_config_dir
@@ -17,11 +18,13 @@ from recipes.config_errors import explain
 from recipes.train import ROOT, count_devices
 
 
-def from_overrides(overrides: list[str]) -> tuple[Callable[[], pl.LightningModule], Strategy, int]:
+def from_overrides(
+    overrides: list[str],
+) -> tuple[Callable[[], pl.LightningModule], Strategy, int, Callable[[], Any]]:
     """What ``python -m recipes.train`` would train with these overrides.
 
     Returns:
-        what makes the module, the strategy, and the number of ranks.
+        what makes the module, the strategy, the number of ranks, and what gives a first batch of training data.
 
     Raises:
         ValueError: the config can't be composed or built.
@@ -33,4 +36,4 @@ def from_overrides(overrides: list[str]) -> tuple[Callable[[], pl.LightningModul
         strategy = instantiate(OmegaConf.to_container(cfg.strategy, resolve=True))
     except (CompactHydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from None
-    return lambda: job.build_module(cfg), strategy, num_ranks
+    return lambda: job.build_module(cfg), strategy, num_ranks, lambda: job.first_batch(cfg)

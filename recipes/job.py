@@ -67,6 +67,14 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     return _build("recipe", cfg.recipe, **parts)
 
 
+def first_batch(cfg: DictConfig) -> Any:
+    """The first batch of a config's training data."""
+    data = _build("data", cfg.data)
+    data.prepare_data()
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
 def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     loggers = _build_all("logger", cfg.logger)
     callbacks = _build_all("callbacks", cfg.callbacks)

@@ -130,7 +130,6 @@ def _serve(pipe: Connection, rank: int) -> None:
             for name in (*environment, "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
                 os.environ.pop(name, None)
             gc.collect()
-            gc.freeze()  # what is left is what was imported: not looked through after each job
         try:
             answer = pickle.dumps((error, value))
         except Exception:

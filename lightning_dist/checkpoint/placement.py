@@ -32,9 +32,9 @@ def full(tensor: Tensor) -> Tensor:
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
-def place_like(tensor: Tensor, like: Tensor) -> Tensor:
+def place_like(tensor: Tensor, like: Tensor, device: torch.device | str | None = None) -> Tensor:
     """``tensor``, a plain tensor of the plain model, laid out as ``like``: this rank's part of it on its
-    device.
+    device, or on another.
 
     The dtype stays. Nothing is communicated: every rank has ``tensor``, or maps it from the same file.
     A tensor that is a ``DTensor`` already, or of another shape than ``like``, is returned as it is.
@@ -45,7 +45,7 @@ def place_like(tensor: Tensor, like: Tensor) -> Tensor:
         held = tensor.detach()
         for dim, index in enumerate(held_indices(like)):
             held = held if len(index) == held.shape[dim] else held.index_select(dim, index)
-        part = held.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
+        part = held.to(device or like.to_local().device, copy=True, memory_format=torch.contiguous_format)
         return _as_dtensor(part, like, tensor.shape)
     sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     local = tensor

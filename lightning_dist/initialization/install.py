@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_dist.checkpoint.placement import on_tensor_axis, place_like
 from lightning_dist.initialization.randomness import restore_host_random_state
 from lightning_dist.initialization.replay import ReplayPlan, replay
 from lightning_dist.initialization.tape import CannotDefer, Slot, Tape
@@ -71,7 +72,11 @@ class RecordedInit:
         return list(self._slots)
 
     def materialize(
-        self, module: nn.Module, take: Take | None = None, device: torch.device | str | None = None
+        self,
+        module: nn.Module,
+        take: Take | None = None,
+        device: torch.device | str | None = None,
+        parameters: bool = True,
     ) -> None:
         """Replays the initialisation and gives each meta tensor of the module its values.
 
@@ -88,13 +93,14 @@ class RecordedInit:
                 installed one itself. Tensors that the module holds under many names are taken once and stay
                 tied. Default: :func:`keep_shard`.
             device: where :func:`keep_shard` puts tensors that are no DTensor; default: where they were built.
+            parameters: False to leave parameters deferred, and give values to buffers and other tensors only.
 
         Communication: none; every rank draws all values.
 
         Raises:
             RuntimeError: a parameter, buffer or attribute is still on the meta device; the message has the names.
         """
-        places = {name: place for name, place in _places(module).items() if _is_meta(place.tensor)}
+        places = _deferred(module, parameters)
         users: dict[int, list[str]] = {}
         for name in places:
             if name in self._slots:
@@ -110,7 +116,7 @@ class RecordedInit:
 
         replay(self._tape, ReplayPlan.of(self._tape, users), hand_over)
         _refresh_fsdp(module)
-        left = [name for name, place in _places(module).items() if _is_meta(place.tensor)]
+        left = list(_deferred(module, parameters))
         if left:
             raise RuntimeError(
                 f"still on the meta device after materialize: {', '.join(left)}. They were not in the module when "
@@ -152,6 +158,8 @@ def keep_shard(full: Tensor, name: str, current: Tensor, device: torch.device | 
     """
     if not isinstance(current, DTensor):
         return full if device is None else full.to(device)
+    if on_tensor_axis(current):
+        return place_like(full, current, device)
     shard = distribute_tensor(full, current.device_mesh, current.placements, src_data_rank=None)
     local = shard.to_local()
     if local.untyped_storage().nbytes() > local.numel() * local.element_size():
@@ -164,6 +172,15 @@ def keep_shard(full: Tensor, name: str, current: Tensor, device: torch.device | 
         shape=current.shape,
         stride=current.stride(),
     )
+
+
+def _deferred(module: nn.Module, parameters: bool) -> dict[str, Place]:
+    """The places on the meta device."""
+    return {
+        name: place
+        for name, place in _places(module).items()
+        if _is_meta(place.tensor) and (parameters or not isinstance(place.tensor, nn.Parameter))
+    }
 
 
 def _install(kept: Tensor, current: Tensor, places: list[Place]) -> None:
@@ -186,11 +203,14 @@ def _tied(names: list[str], places: dict[str, Place]) -> list[list[str]]:
 
 
 def _refresh_fsdp(module: nn.Module) -> None:
-    """FSDP keeps references to its parameters (torch 2.15) and takes new ones up in ``_apply``, as ``to_empty`` and
-    ``load_state_dict(assign=True)`` do."""
-    fsdp = [child for child in module.modules() if isinstance(child, FSDPModule)]
-    if fsdp:
-        module._apply(lambda tensor: tensor)
+    """FSDP keeps references to its parameters (torch 2.15), and takes new ones up as its ``_apply`` does, which also
+    ``to_empty`` and ``load_state_dict(assign=True)`` call; private, seen in torch 2.14 and 2.15."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
+            for group in child._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.reset_sharded_param()
 
 
 def _places(module: nn.Module) -> dict[str, Place]:

@@ -31,6 +31,12 @@ class Part(NamedTuple):
         value = value.detach() if value.is_floating_point() else value.double()
         return cls(meta, kind, value * batch_size if kind == "mean" else value, batch_size)
 
+    def neutral(self) -> Part:
+        """What a rank adds that has nothing of it."""
+        value = {"min": float("inf"), "max": float("-inf")}.get(self.kind, 0.0)
+        dtype = self.value.dtype if isinstance(self.value, Tensor) else torch.float64
+        return Part(self.meta, self.kind, torch.tensor(value, dtype=dtype), 0)
+
     @property
     def _summed(self) -> list[Any]:
         if self.kind in ("min", "max"):  # whose all-reduce may lose a nan
@@ -49,7 +55,12 @@ class Part(NamedTuple):
 Reduced = dict[str, tuple[_Metadata, Tensor | None]]
 
 
-def jointly(parts: dict[str, Part], group: dist.ProcessGroup, device: torch.device) -> Reduced:
+def jointly(
+    parts: dict[str, Part],
+    group: dist.ProcessGroup,
+    device: torch.device,
+    expected: dict[str, Part] | None = None,
+) -> Reduced:
     """The reduced values by key, in order of the keys, of all keys that any rank has; None for a metric.
 
     Whether the names are the same everywhere is seen in the all-reduce that carries the values: it starts with hashes
@@ -60,10 +71,14 @@ def jointly(parts: dict[str, Part], group: dist.ProcessGroup, device: torch.devi
         parts: what this rank adds, by key.
         group: the ranks that hold different samples; all of them call it.
         device: of the collectives.
+        expected: what other ranks are likely to have of which this one has none, as neutral parts: with them the names
+            are the same everywhere. They count for nothing.
 
     Communication over the group: one all-reduce of 0.5 kB; one more for more than 64 numbers (a mean is two), for
     minima, for maxima; where the names differ, an all-gather of the values by name instead of those.
     """
+    own = {key: parts[key] for key in sorted(parts)}
+    parts = {**(expected or {}), **parts}
     parts = {key: parts[key] for key in sorted(parts)}
     sums = [number for part in parts.values() for number in part._summed]
     names = hashlib.sha256(repr([(key, part.kind) for key, part in parts.items()]).encode()).digest()
@@ -78,7 +93,7 @@ def jointly(parts: dict[str, Part], group: dist.ProcessGroup, device: torch.devi
     found = [int(number) for number in total[: 2 * _CHECKS].tolist()]
     num_ranks = dist.get_world_size(group)
     if any(num_ranks * found[_CHECKS + i] != found[i] ** 2 for i in range(_CHECKS)):
-        return _by_name(parts, group, device)
+        return _by_name(own, group, device)
     if fits:
         flat = total[2 * _CHECKS :]
     else:

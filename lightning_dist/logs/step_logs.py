@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -59,8 +60,9 @@ class StepLogs:
         monitored: names by which schedulers and callbacks decide.
         group: the ranks that hold different samples; None for one process.
         dealt: the batches that an evaluation loader was dealt, by its index; None for one that was not.
-        in_stages: whether ranks run different stages of a step: then each step's values are reduced, since a rank may
-            have none of its own.
+        stage: where ranks run different stages of a step: this rank's place, and that of the last stage. Then each
+            step's values are reduced, since a rank may have none of its own; and of a sum that every stage's hooks log
+            alike, the last stage's counts.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class StepLogs:
         monitored: set[str],
         group: dist.ProcessGroup | None,
         dealt: Callable[[int], DealtBatches | None] = lambda _: None,
-        in_stages: bool = False,
+        stage: tuple[int, int] | None = None,
     ) -> None:
         self.trainer, self.monitored, self.group, self._dealt_by_loader = trainer, monitored, group, dealt
-        self._in_stages = in_stages
+        self._in_stages = stage is not None
+        self._repeats = stage is not None and stage[0] != stage[1]
+        self._of_step_now = False
         self._shadows: list[tuple[Any, str, Any]] = []
         self._batch_idx = -1
         self._dealt: DealtBatches | None = None
@@ -88,6 +92,10 @@ class StepLogs:
         self._of_step: dict[int, dict[str, int]] = {}
         """What was logged since the last reduction, by collection: keys with batch sizes."""
         self._of_epoch: dict[int, set[str]] = {}
+        self._logs_steps: set[int] = set()
+        """Collections to which this rank logged values of steps."""
+        self._expected: dict[int, dict[str, Part]] = {}
+        """What the last reduction of a step gave, by collection."""
 
     # ------------------------------------------------------------------ between Lightning and its results
 
@@ -125,6 +133,15 @@ class StepLogs:
             vars(owner).pop(name) if before is None else vars(owner).update({name: before})
         self._shadows.clear()
 
+    @contextmanager
+    def of_step(self) -> Iterator[None]:
+        """While it lasts, a step logs; outside of it, hooks do."""
+        self._of_step_now = True
+        try:
+            yield
+        finally:
+            self._of_step_now = False
+
     def _shadow(self, owner: Any, name: str, method: Any) -> None:
         self._shadows.append((owner, name, vars(owner).get(name)))
         vars(owner)[name] = method
@@ -141,7 +158,9 @@ class StepLogs:
             metric.meta.sync._fn = _Sync.no_op
         # a rank's part of a batch may have none of what a mean is of, and the mean of nothing is nan
         nothing = self.trainer.training and metric.meta.is_mean_reduction and not batch_size
-        if self._kept or nothing:
+        is_sum = metric.is_tensor and metric.meta.reduce_fx.__name__ == "sum"
+        repeats = self._repeats and not self._of_step_now and is_sum
+        if self._kept or nothing or repeats:
             batch_size = 0
             if metric.is_tensor:
                 dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
@@ -228,7 +247,16 @@ class StepLogs:
                 parts[key] = Part.of(results[key].meta, value.squeeze(), batch_size)
         self._of_step[id(results)].clear()
         metas = []
-        for key, (meta, value) in self._jointly(parts).items():
+        if parts:
+            self._logs_steps.add(id(results))
+        # a stage that never logs knows from the last time what the others will
+        expected = {} if id(results) in self._logs_steps else self._expected.get(id(results), {})
+        reduced = self._jointly(parts, expected)
+        if self._in_stages:
+            self._expected[id(results)] = {
+                key: Part.of(meta, value, 1).neutral() for key, (meta, value) in reduced.items() if value is not None
+            }
+        for key, (meta, value) in reduced.items():
             metric = self._entry(results, key, meta)
             metric._forward_cache = value
             if metric.is_tensor and not meta.on_epoch:
@@ -279,6 +307,6 @@ class StepLogs:
         metric._update_count = max(metric._update_count, 1)
         return metric
 
-    def _jointly(self, parts: dict[str, Part]) -> Reduced:
+    def _jointly(self, parts: dict[str, Part], expected: dict[str, Part] | None = None) -> Reduced:
         assert self.group is not None
-        return jointly(parts, self.group, self.trainer.strategy.root_device)
+        return jointly(parts, self.group, self.trainer.strategy.root_device, expected)

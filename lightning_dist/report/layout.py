@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.layout import MESH_AXES, Layout
+from lightning_dist.parallel.pipeline import Stages
+from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import Division, parameter_splits
 from lightning_dist.report.division import DivisionReport, rank_bytes, size_in_words
+from lightning_dist.report.pipeline import PipelineReport
 
 if TYPE_CHECKING:
     from lightning_dist.strategy import HybridStrategy
@@ -41,6 +44,7 @@ class LayoutReport:
         whole_bytes: of the whole module's parameters.
         rank_bytes: of what this rank keeps of them between steps.
         division: what the tensor axis divides; None without it.
+        pipeline: the stages; None without that axis.
     """
 
     layout: Layout
@@ -52,6 +56,7 @@ class LayoutReport:
     whole_bytes: int
     rank_bytes: int
     division: DivisionReport | None = None
+    pipeline: PipelineReport | None = None
 
     @classmethod
     def of(cls, strategy: HybridStrategy) -> LayoutReport:
@@ -70,11 +75,18 @@ class LayoutReport:
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters),
             rank_bytes=sum(_local_bytes(p) for p in parameters),
             division=None if strategy.division is None else DivisionReport.of(module, strategy.division, layout),
+            pipeline=strategy.pipeline_report(),
         )
 
     @classmethod
     def planned(
-        cls, module: nn.Module, layout: Layout, division: Division | None, units: list[str], **more: Any
+        cls,
+        module: nn.Module,
+        layout: Layout,
+        division: Division | None,
+        units: list[str],
+        stages: Stages | None = None,
+        **more: Any,
     ) -> LayoutReport:
         """The report of a module that was not set up: on any device or on meta. Of the rank that holds most.
 
@@ -83,17 +95,21 @@ class LayoutReport:
             layout: resolved.
             division: what the tensor axis will do to it.
             units: names of the modules that will be sharded one by one.
+            stages: into which it will be cut; None without a pipeline.
             more: of the report's other arguments.
         """
         parameters = dict(module.named_parameters())
         splits = {} if division is None else parameter_splits(division.plan)
         held = {n: rank_bytes(p, splits.get(n), layout) for n, p in parameters.items()}
+        most = sum(held.values())
+        if stages is not None:
+            most = max(sum(b for n, b in held.items() if rank in stages.holders(n)) for rank in range(layout.pp))
         return cls(
             layout=layout,
-            units=units if layout.holds_shards and layout.num_data_ranks > 1 else [],
+            units=units if layout.holds_parts_of_blocks and layout.num_data_ranks > 1 else [],
             num_parameters=sum(p.numel() for p in parameters.values()),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
-            rank_bytes=sum(held.values()),
+            rank_bytes=most,
             division=None if division is None else DivisionReport.of(module, division, layout),
             **{"reason": "", "recomputed": [], "checkpointing": "none", **more},
         )
@@ -132,11 +148,15 @@ class LayoutReport:
         """Prints the tables."""
         console = Console()
         console.print(self.table())
+        if self.pipeline is not None:
+            console.print(self.pipeline.table())
         if self.division is not None:
             console.print(self.division.table())
 
 
 def _local_bytes(parameter: Tensor) -> int:
+    if is_placeholder(parameter):
+        return 0
     own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return own.numel() * own.element_size()
 

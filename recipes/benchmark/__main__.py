@@ -10,6 +10,7 @@ from recipes.benchmark import results
 
 BENCHMARKS = {
     "data_parallel": "replicate and shard against Lightning's ddp and fully_shard by hand",
+    "pipeline": "transformers' Llama against a pipeline of torch's stages by hand",
     "tensor_parallel": "transformers' Llama against the plan of torch's tutorial and transformers' own",
 }
 """Modules of this package with ``add_arguments`` and ``measure``, and what they compare."""

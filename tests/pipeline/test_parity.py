@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.schedule import SCHEDULES
+from recipes.benchmark.collectives import StepCollectives
 from tests import models
 from tests.models import few_samples, samples
 from tests.parity import QUIET, Record, Run, Watch, assert_equal, assert_parity, on_layout, train
-from tests.ranks import RankError, run_on_ranks
+from tests.ranks import RankError, RankPool, run_on_ranks
 from tests.recipes.test_parity import RUNS
 
 ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
@@ -57,6 +58,10 @@ class Answering(models.Classifier):
         self.log("train/accuracy", self.accuracy, on_step=True, on_epoch=True)
         assert len(names) == len(y)
         return {"loss": loss, "classes": logits.argmax(-1), "names": names}
+
+    def on_train_epoch_end(self) -> None:
+        self.log("hook/sum", 2.0, reduce_fx="sum")
+        self.log("hook/mean", 3.0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "classes" in outputs:
@@ -285,3 +290,38 @@ def _refused(module: Any, options: dict[str, Any]) -> None:
 def test_wrong_settings_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HybridStrategy("pp=2", **options)
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_three_axes_equal_one_process() -> None:
+    pool = RankPool(8)
+    run = RUNS["language_model"]
+    try:
+        one, records = train(run, None), pool.run(8, train, run, "pp=2,dp_shard=2,tp=2", timeout=900)
+    finally:
+        pool.close()
+    for record in records:
+        assert_equal(one, record)
+
+
+@pytest.mark.parametrize(
+    ("module", "own"),
+    [(models.Classifier, {}), (models.Tied, {"all-reduce": 1})],
+)
+def test_a_step_sends_what_crosses_and_no_more(module: Any, own: dict[str, int]) -> None:
+    """For each microbatch an activation on and a gradient back; the loss; the norm to clip by."""
+    (first, first_bytes), (last, last_bytes) = run_on_ranks(2, _counted, module)
+    fixed = {"broadcast": 1, "all-reduce": 1 + own.get("all-reduce", 0)}
+    assert first == last == {**fixed, "send": 4, "receive": 4}
+    activation = 2 * models.WIDTH * 4
+    assert first_bytes["send"] == last_bytes["send"] == 4 * activation
+
+
+def _counted(module: Any) -> tuple[dict[str, int], dict[str, int]]:
+    seen = StepCollectives()
+    strategy = HybridStrategy("pp=2", num_microbatches=4, pipeline_cuts=["net.blocks.1"])
+    trainer = L.Trainer(
+        **QUIET, devices=2, strategy=strategy, max_steps=4, gradient_clip_val=0.1, callbacks=[seen], log_every_n_steps=1
+    )
+    trainer.fit(module(), DataLoader(samples(), batch_size=8))
+    return dict(seen.batches[-2].count), dict(seen.batches[-2].num_bytes)

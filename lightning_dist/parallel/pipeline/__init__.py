@@ -6,7 +6,7 @@ crosses; ``schedule`` orders the microbatches and ``axis`` is what Lightning's h
 """
 
 from lightning_dist.parallel.pipeline.axis import Pipelined
-from lightning_dist.parallel.pipeline.setup import cut_module, cut_of
+from lightning_dist.parallel.pipeline.setup import cut_module, cut_of, plan_stages
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "Stages",
     "cut_module",
     "cut_of",
+    "plan_stages",
 ]

@@ -24,6 +24,7 @@ from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.passage import Passage
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, points_in
+from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, first_link
 from lightning_dist.parallel.usage import filled
@@ -69,24 +70,29 @@ class Pipelined(Alone):
         super().__init__(module)
         self.stages, self.skeleton = cut.stages, cut.skeleton
         stages = cut.stages
-        self._options, self._group, self._device = options, group, device
+        self._options, self.group, self._device = options, group, device
         self._data_group: dist.ProcessGroup | None = None
         self._rank = dist.get_rank(group)
         self._own = stages.of_rank(self._rank)
         self._has_last = stages.num_stages - 1 in self._own
         self._rank_of = [stages.schedule.rank_of(stage, stages.num_ranks) for stage in range(stages.num_stages)]
+        self.timeline = Timeline(device)
+        """Of the steps that torch's schedules run."""
         self._tied = _tied_groups(self.module, stages, group)
         self._routes: dict[Any, Route] = {}
         self._schedules: dict[Any, Any] = {}
         self._constants: dict[tuple[str, str], bool] = {}
         self._step = _Step()
-        self._plain: list[nn.Parameter] = []
-        """Parameters whose gradients autograd itself puts in place."""
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._applied = 1.0
         """What the losses of the last schedule were multiplied with."""
         for name in STEPS:
             _stage_step(self.module, name)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The rank in the pipeline, and that of the last stage."""
+        return self._rank, self.stages.last_rank
 
     def run_in(self, inner: Alone, data_group: dist.ProcessGroup | None = None) -> None:
         """What runs a step on this rank.
@@ -96,7 +102,6 @@ class Pipelined(Alone):
             data_group: the ranks with other samples, whose gradients are averaged here; None where ``inner`` does it.
         """
         self.inner, self._data_group = inner, data_group
-        self._plain = inner.usage.whole if isinstance(inner, Sharded) else held(self.module.parameters())
         for name, parameter in self.module.named_parameters():
             if not is_placeholder(parameter):
                 setattr(parameter, PIPELINE_SHARE, self.stages.num_ranks / len(self.stages.holders(name)))
@@ -147,7 +152,7 @@ class Pipelined(Alone):
         if step != "predict_step":
             return output
         box = [output]
-        dist.broadcast_object_list(box, group=self._group, group_src=self.stages.last_rank, device=self._device)
+        dist.broadcast_object_list(box, group=self.group, group_src=self.stages.last_rank, device=self._device)
         return box[0]
 
     def _scale(self) -> float:
@@ -171,6 +176,11 @@ class Pipelined(Alone):
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
 
+    @property
+    def _plain(self) -> list[nn.Parameter]:
+        """Parameters whose gradients autograd itself puts in place; fully_shard puts the others."""
+        return self.inner.usage.whole if isinstance(self.inner, Sharded) else held(self.module.parameters())
+
     def _holding(self) -> AbstractContextManager[None]:
         """Sharded parameters are gathered once for all microbatches, unless the user wants the memory."""
         if isinstance(self.inner, Sharded):
@@ -182,7 +192,7 @@ class Pipelined(Alone):
         if key not in self._schedules:
             stages = {stage: StageModule(self._microbatch, stage, partial(self._trained, stage)) for stage in self._own}
             self._schedules[key] = torch_schedule(
-                self.stages.schedule, stages, self._step.wires, num_parts, self._group, self._device
+                self.stages.schedule, stages, self._step.wires, num_parts, self.group, self._device, self.timeline
             )
         return self._schedules[key]
 
@@ -191,7 +201,7 @@ class Pipelined(Alone):
         return [p for name, p in named if stage in self.stages.owners[name] and p.requires_grad]
 
     def _in_order(self) -> InOrder:
-        return InOrder(self._microbatch, self._own, self._rank_of, self._step.wires, self._group, self._device)
+        return InOrder(self._microbatch, self._own, self._rank_of, self._step.wires, self.group, self._device)
 
     # ------------------------------------------------------------------ a microbatch in a stage
 
@@ -277,7 +287,7 @@ class Pipelined(Alone):
         loss = loss_of(output) if self._has_last else torch.zeros((), device=self._device)
         value = loss.detach().reshape(()).to(self._device, torch.float32 if loss.dtype.itemsize < 4 else loss.dtype)
         value = value.double()  # ranks may not know in which dtype the last stage computes it
-        dist.broadcast(value, group=self._group, group_src=self.stages.last_rank)
+        dist.broadcast(value, group=self.group, group_src=self.stages.last_rank)
         value = value.to(loss.dtype if self._has_last else torch.get_default_dtype())
         handed = _HandOver.apply(torch.zeros((), device=self._device, requires_grad=True), self, value)
         if self._has_last and isinstance(output, dict):
@@ -362,7 +372,7 @@ class Pipelined(Alone):
         for rank, owned in sorted(by_rank.items()):
             for same in buckets(owned):
                 flat = torch.cat([b.detach().reshape(-1) for b in same])
-                dist.broadcast(flat, group=self._group, group_src=rank)
+                dist.broadcast(flat, group=self.group, group_src=rank)
                 unflatten(flat, same)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
+from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.wire import Wire
 
 
@@ -118,6 +119,10 @@ class StageModule(nn.Module):
         return iter(self._trained())
 
 
+_PARTS = {"forward": "forward_one_chunk", "backward": "backward_one_chunk", "weights": "backward_weight_one_chunk"}
+"""Methods of torch's stages that a schedule calls, by what they do."""
+
+
 def torch_schedule(
     schedule: Schedule,
     stages: dict[int, StageModule],
@@ -125,6 +130,7 @@ def torch_schedule(
     num_microbatches: int,
     group: dist.ProcessGroup,
     device: torch.device,
+    timeline: Timeline,
 ) -> Any:
     """A schedule of torch for batches of one shape; ``step(num_microbatches)`` runs it.
 
@@ -135,6 +141,7 @@ def torch_schedule(
         num_microbatches: of a batch.
         group: the ranks of the pipeline.
         device: of this rank.
+        timeline: notes when its parts run.
     """
     num_stages = len(wires) + 1
     made = [
@@ -151,6 +158,9 @@ def torch_schedule(
         )
         for stage, module in sorted(stages.items())
     ]
+    for stage in made:
+        for part, name in _PARTS.items():
+            setattr(stage, name, timeline.timed(part, stage.stage_index, getattr(stage, name)))
     kind: Any = get_schedule_class(schedule.name)
     # a microbatch's weight is in its loss
     return kind(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_dist.parallel.pipeline import batches
 from lightning_dist.parallel.pipeline.axis import kept_random_states
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
-from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, find_stages, hide_parameters
+from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, find_stages, hide_parameters
 from lightning_dist.parallel.pipeline.trace import trace_step
 
 STEP_OF = {
@@ -102,8 +102,50 @@ def cut_module(
     dist.broadcast_object_list(box, 0, device=device)
     cut = Cut(skeleton, box[0], rank)
     hide_parameters(module, cut.stages.placeholders(module, rank), device)
+    module.example_input_array = None  # on which summaries and loggers would run the whole network
     _CUT[module] = cut
     return cut
+
+
+def plan_stages(
+    module: pl.LightningModule,
+    options: PipelineOptions,
+    num_ranks: int,
+    blocks: list[str],
+    keep_whole: bool,
+    batch: Any = None,
+) -> Stages:
+    """The stages that a module would be cut into, without cutting it.
+
+    Args:
+        module: whole; on any device, or on meta but for its buffers.
+        options: the user's.
+        num_ranks: of the pipeline.
+        blocks: names of the repeated parts.
+        keep_whole: never cut inside of a block.
+        batch: for its training step; None to run its forward on ``example_input_array``.
+
+    Raises:
+        ValueError: it can't be cut so, or there is nothing to run it on.
+    """
+    device = torch.device("cpu")
+    rest: tuple[Any, ...]
+    if batch is not None:
+        step, rest = "training_step", (0,) if _takes_index(module, "training_step") else ()
+        part = batches.split(batch, options.microbatches(batches.batch_size(batch), num_ranks) or 1)[0][0]
+    else:
+        example: Any = module.example_input_array
+        if example is None:
+            raise ValueError(
+                "pp is explained by running the network on a batch, and there is none; give the module an "
+                "example_input_array, or explain a recipe, which has data"
+            )
+        step = "forward"
+        part, *others = example if isinstance(example, tuple) else (example,)
+        rest = tuple(others)
+    with kept_random_states(device):
+        trace = trace_step(Skeleton(module, device), module, step, part, rest)
+    return find_stages(module, trace, options, num_ranks, blocks, keep_whole)
 
 
 def _takes_index(module: pl.LightningModule, step: str) -> bool:

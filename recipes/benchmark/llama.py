@@ -1,0 +1,124 @@
+"""transformers' Llama in a plain LightningModule, and ``Trainer.fit`` of it: what several benchmarks measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from recipes.benchmark.interleaving import Pace
+
+
+@dataclass(frozen=True)
+class Llama:
+    """transformers' Llama of some size, and the batches that it trains on.
+
+    Args:
+        width: features of a token.
+        depth: blocks.
+        vocabulary: tokens to choose from.
+        batch: samples of a batch.
+        length: tokens of a sample.
+    """
+
+    width: int
+    depth: int
+    vocabulary: int
+    batch: int
+    length: int
+
+    def network(self) -> Any:
+        """With the same weights on every rank, for every competitor."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        heads = self.width // 32
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.vocabulary,
+                hidden_size=self.width,
+                intermediate_size=32 * round(self.width * 8 / 3 / 32),
+                num_hidden_layers=self.depth,
+                num_attention_heads=heads,
+                num_key_value_heads=heads // 2,
+                max_position_embeddings=self.length,
+                tie_word_embeddings=False,
+                use_cache=False,
+            )
+        )
+
+    def loader(self, num_batches: int) -> DataLoader:
+        """Batches of token ids (batch, length), the same on every rank."""
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(self.vocabulary, (8 * self.batch, self.length), generator=generator)
+        repeats = -(-num_batches // 8)
+        return DataLoader(tokens.repeat(repeats, 1)[: num_batches * self.batch], batch_size=self.batch)  # type: ignore[arg-type]
+
+    def loss(self, network: nn.Module, ids: Tensor) -> Tensor:
+        """Of the next token, as a user writes it."""
+        logits = network(input_ids=ids).logits
+        return F.cross_entropy(logits[:, :-1].reshape(-1, self.vocabulary), ids[:, 1:].reshape(-1))
+
+
+class Module(pl.LightningModule):
+    """A user's module, which knows nothing of the axis."""
+
+    def __init__(self, llama: Llama) -> None:
+        super().__init__()
+        self.llama, self.network = llama, llama.network()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        return self.llama.loss(self.network, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, as everywhere here."""
+        return torch.optim.AdamW(self.network.parameters(), 1e-3)
+
+
+class Ours:
+    """``Trainer.fit`` of a plain LightningModule.
+
+    Args:
+        llama: what is trained.
+        callbacks: that look on.
+        axis: over which all ranks are laid.
+        options: of HybridStrategy.
+    """
+
+    def __init__(self, llama: Llama, callbacks: tuple[Callback, ...] = (), axis: str = "tp", **options: Any) -> None:
+        self.llama, self.callbacks, self.axis, self.options = llama, callbacks, axis, options
+        self.last_loss = float("nan")
+
+    def __call__(self, pace: Pace, num_steps: int) -> None:
+        """Trains for so many steps."""
+        ranks = dist.get_world_size()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy=HybridStrategy({self.axis: ranks}, **self.options),
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*self.callbacks, _AfterStep(pace, self)],
+        )
+        trainer.fit(Module(self.llama), self.llama.loader(num_steps))
+
+
+class _AfterStep(Callback):
+    def __init__(self, pace: Pace, competitor: Ours) -> None:
+        self._pace, self._competitor = pace, competitor
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._competitor.last_loss = float(outputs["loss"])
+        self._pace()

@@ -1,0 +1,66 @@
+"""What ``configure_model`` builds is deferred where a rank holds a part of it, and has the values of plain building."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from lightning_dist.initialization.install import RecordedInit
+from tests import models
+from tests.models import few_samples, samples
+from tests.parity import QUIET, Run, assert_parity
+from tests.ranks import run_on_ranks
+
+PLAN = {"*.up": "colwise", "*.down": "rowwise"}
+
+
+class Buffered(models.Deferred):
+    """With a buffer that has values, and BatchNorm's."""
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = models.Net(4)
+            self.net.register_buffer("scale", torch.rand(models.WIDTH) + 0.5)
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x * self.net.scale)  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_ranks"), [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("pp=2", 2), ("pp=2,dp_shard=2", 4)]
+)
+def test_a_deferred_model_trains_as_one_process(layout: str, num_ranks: int) -> None:
+    strategy = {"tensor_plan": PLAN} if "tp" in layout else {}
+    assert_parity(Run(Buffered, samples, few_samples, strategy=strategy), layout, num_ranks)
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
+def test_it_is_deferred(layout: str) -> None:
+    for deferred, whole in run_on_ranks(2, _deferred, layout):
+        assert deferred == whole
+
+
+def _deferred(layout: str) -> tuple[set[str], set[str]]:
+    """Names that were deferred, and those of all parameters and buffers of the network."""
+    bind, bound = RecordedInit.bind, set()
+
+    def noting(self: RecordedInit, module: nn.Module) -> None:
+        bind(self, module)
+        bound.update(name for name in self.names if name.startswith("net."))
+
+    RecordedInit.bind = noting  # type: ignore[method-assign]
+    try:
+        module = Buffered()
+        strategy = HybridStrategy(layout, tensor_plan=PLAN if "tp" in layout else None)
+        trainer = L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=1)
+        trainer.fit(module, DataLoader(samples(), batch_size=8))
+    finally:
+        RecordedInit.bind = bind  # type: ignore[method-assign]
+    assert not any(p.is_meta for p in module.parameters())
+    return bound, {name for name in module.state_dict() if name.startswith("net.")}
