@@ -489,7 +489,7 @@ def test_auto_averages_weights_where_it_replicates() -> None:
     assert all(run_on_ranks(2, _average, "auto"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "pp=2"])
 def test_nothing_of_a_fit_stays_alive(layout: str) -> None:
     assert run_on_ranks(2, _left_over, layout) == [[], []]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -30,12 +29,13 @@ STEP_OF = {
 }
 
 
-_CUT: WeakKeyDictionary[pl.LightningModule, Cut] = WeakKeyDictionary()
+_CUT = "_pipeline_cut"
+"""Attribute of a module that has been cut. A table beside the modules would keep them alive: a cut refers to them."""
 
 
 def cut_of(module: pl.LightningModule) -> Cut | None:
     """What a module has been cut into; None for a whole one."""
-    return _CUT.get(module)
+    return vars(module).get(_CUT)
 
 
 def cut_module(
@@ -103,7 +103,7 @@ def cut_module(
     cut = Cut(skeleton, box[0], rank)
     hide_parameters(module, cut.stages.placeholders(module, rank), device)
     module.example_input_array = None  # on which summaries and loggers would run the whole network
-    _CUT[module] = cut
+    vars(module)[_CUT] = cut
     return cut
 
 

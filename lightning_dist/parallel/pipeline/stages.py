@@ -125,6 +125,10 @@ class Cut:
     stages: Stages
     rank: int
 
+    def __deepcopy__(self, _: Any) -> Cut:
+        """Itself: a copy of a module is cut alike."""
+        return self
+
 
 def find_stages(
     module: nn.Module,

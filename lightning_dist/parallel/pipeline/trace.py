@@ -137,6 +137,7 @@ def trace_step(
     finally:
         errors.disabled = was_disabled
         recorder.put_back()
+        vars(skeleton.module)["_trainer"] = None
     _settle_end(recorder.trace)
     return recorder.trace
 
