@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 MAX_RANKS = 4
+MAX_THREADS = 200
 
 
 class RankError(AssertionError):
@@ -61,7 +62,10 @@ class RankPool:
             job = pickle.dumps((function, args, num_ranks, str(Path(folder) / "store")))
             for pipe in self._pipes[:num_ranks]:
                 pipe.send_bytes(job)
-            return self._collect(num_ranks, timeout)
+            try:
+                return self._collect(num_ranks, timeout)
+            finally:
+                self._renew()
 
     def _collect(self, num_ranks: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -89,6 +93,16 @@ class RankPool:
                 self.close()
             raise RankError("\n".join(errors))
         return [results[rank] for rank in range(num_ranks)]
+
+    def _renew(self) -> None:
+        """Ends ranks in which threads of many groups are left, which slow each other down.
+
+        Every new network leaves the world's group of its job behind, and its three threads (something in torch keeps
+        it; not found yet). Starting anew costs seconds.
+        """
+        tasks = [Path(f"/proc/{process.pid}/task") for process in self._processes]
+        if any(folder.is_dir() and len(list(folder.iterdir())) > MAX_THREADS for folder in tasks):
+            self.close()
 
     def close(self) -> None:
         """Ends the processes; the next ``run`` starts new ones."""
