@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.plugins import CheckpointIO, Precision
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
 from lightning_dist.checkpoint.hooks import CheckpointHooks
-from lightning_dist.data import DealtBatches, deal, dealt_batches, refuse_different_batches, seed_loader
+from lightning_dist.data import refuse_different_batches
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
+from lightning_dist.loaders import LoaderHooks
 from lightning_dist.logs import StepLogs, attach_metrics
 from lightning_dist.parallel import (
     Alone,
@@ -42,7 +42,7 @@ from lightning_dist.parallel import (
     parallelize,
     refuse_no_blocks,
 )
-from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, plan_stages
+from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, cut_of, plan_stages
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions
 from lightning_dist.precision import make_agreeing, shard_policy
@@ -52,7 +52,7 @@ from lightning_dist.report import LayoutReport, PipelineReport
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 
-class HybridStrategy(CheckpointHooks):
+class HybridStrategy(CheckpointHooks, LoaderHooks):
     """Trains any LightningModule, unchanged, over a layout of data and model parallelism.
 
     Args:
@@ -155,7 +155,6 @@ class HybridStrategy(CheckpointHooks):
         self._pipeline_options = PipelineOptions(pipeline_schedule, num_microbatches, cuts, pipeline_reshard)
         self._logs: StepLogs | None = None
         self._recorded: RecordedInit | None = None
-        self._num_evaluated = 0
         self._compared: set[str] = set()
         """Steps whose first batch was seen to be the same on the ranks that share samples."""
         self.sharding_reason = ""
@@ -228,43 +227,6 @@ class HybridStrategy(CheckpointHooks):
     def _blocks(self, module: pl.LightningModule) -> dict[str, nn.Module]:
         return find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
 
-    # ------------------------------------------------------------------ data
-
-    def _prepare_dataloader(
-        self, original: Callable[..., object], dataloader: object, shuffle: bool, mode: RunningStage
-    ) -> object:
-        """Stands before Lightning's method of this name, which would make a sampler of its own (seen in 2.6.6)."""
-        assert self.lightning_module is not None
-        connector = self.lightning_module.trainer._accelerator_connector
-        wanted, connector.use_distributed_sampler = connector.use_distributed_sampler, False
-        try:
-            dataloader = original(dataloader, shuffle=shuffle, mode=mode)
-        finally:
-            connector.use_distributed_sampler = wanted
-        if wanted and isinstance(dataloader, DataLoader):
-            dataloader = deal(dataloader, self.num_data_ranks, self.data_rank, mode)
-        if isinstance(dataloader, DataLoader):
-            seed_loader(dataloader, self.data_rank)
-        return dataloader
-
-    def _batch_index(self, args: tuple[Any, ...]) -> tuple[int, ...]:
-        """Index of the batch, and of its loader; a step that takes no index is counted here."""
-        self._num_evaluated += 1
-        return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
-
-    def _dealt(self, dataloader_idx: int) -> DealtBatches | None:
-        """The batches of an evaluation loader that are this rank's; None where the user deals them."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        loop = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
-        loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
-        return dealt_batches(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
-
-    def _counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
-        """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""
-        dealt = self._dealt(dataloader_idx)
-        return dealt is None or dealt.counts(batch_idx)
-
     # ------------------------------------------------------------------ model
 
     @contextmanager
@@ -320,11 +282,6 @@ class HybridStrategy(CheckpointHooks):
         parallel = self._parallel.inner if isinstance(self._parallel, Pipelined) else self._parallel
         return list(parallel.units) if isinstance(parallel, Sharded) else []
 
-    def _own_dataloaders(self, trainer: pl.Trainer) -> None:
-        connector: Any = trainer._data_connector
-        if "_prepare_dataloader" not in vars(connector):
-            connector._prepare_dataloader = partial(self._prepare_dataloader, connector._prepare_dataloader)
-
     def _own_clipping(self) -> None:
         """Lightning clips through the precision plugin, over what one rank holds."""
         plugin: Any = self.precision_plugin
@@ -339,7 +296,9 @@ class HybridStrategy(CheckpointHooks):
         module = self.lightning_module
         assert module is not None
         self._sync_batchnorm(training)
-        self.precision_plugin.convert_module(module)
+        was_cut = cut_of(module) is not None  # its ranks hold different parameters by now, and placeholders for others
+        if not was_cut:
+            self.precision_plugin.convert_module(module)
         if self.layout is None:
             self.layout, self.sharding_reason = choose_layout(
                 module, self.world_size, self.root_device, self.num_processes
@@ -347,7 +306,7 @@ class HybridStrategy(CheckpointHooks):
             self._build_mesh()
             refuse(module.trainer, self.layout, self.root_device)
         self._refuse_other_mesh(module)
-        fresh = not any(isinstance(p, DTensor) for p in module.parameters())
+        fresh = not was_cut and not any(isinstance(p, DTensor) for p in module.parameters())
         if fresh:
             self.model_to_device()
             if self.world_size > 1 and not (training and not self.layout.holds_shards):
@@ -414,6 +373,10 @@ class HybridStrategy(CheckpointHooks):
             self._layer_sync.apply(self.model)
 
     def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
+        cut = cut_of(module)
+        if cut is not None:
+            assert self.layout is not None
+            cut.refuse_other(0 if self.mesh is None else self.mesh.root["pp"].get_local_rank(), self.layout.pp)
         for parameter in module.parameters():
             if isinstance(parameter, DTensor):
                 mesh = parameter.device_mesh
@@ -479,15 +442,6 @@ class HybridStrategy(CheckpointHooks):
             prediction = self._run("predict_step", args, kwargs)
         index = self._batch_index(args)
         return prediction if self._counts(*index) else self._drop_prediction(*index)
-
-    def _drop_prediction(self, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """A repeated batch is the last of its loader: the loop ends there, or goes on to the next with None."""
-        assert self.lightning_module is not None
-        loop = self.lightning_module.trainer.predict_loop
-        if loop.epoch_batch_indices[dataloader_idx]:
-            loop.epoch_batch_indices[dataloader_idx].pop()
-        if dataloader_idx == loop.num_dataloaders - 1:
-            raise StopIteration
 
     # ------------------------------------------------------------------ gradients
 

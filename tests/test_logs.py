@@ -153,11 +153,11 @@ def _collectives_by_step(folder: Any) -> list[int]:
     mode = Collectives()
 
     class Counting(StepLogs):
-        def _jointly(self, parts: Any) -> Any:
+        def _jointly(self, *parts: Any) -> Any:
             if self.trainer._logger_connector._first_loop_iter is not None:
                 with mode:
-                    return super()._jointly(parts)
-            return super()._jointly(parts)
+                    return super()._jointly(*parts)
+            return super()._jointly(*parts)
 
         def _on_batch_end(self, own: Any) -> None:
             super()._on_batch_end(own)

@@ -427,8 +427,8 @@ def test_a_layout_that_does_not_fit_is_refused_when_the_trainer_is_made() -> Non
 
 
 def test_axes_of_later_versions_are_refused() -> None:
-    with pytest.raises(ValueError, match="asks for pp=2"):
-        L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2"))
+    with pytest.raises(ValueError, match="asks for cp=2"):
+        L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("cp=2"))
 
 
 def test_shard_units_that_match_nothing_are_refused_with_the_closest_names() -> None:

@@ -11,9 +11,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.checkpointing import Checkpointing, checkpoint_activations, refuse_no_blocks
-from lightning_dist.parallel.data import Alone, Replicated, Sharded, average_buffers
+from lightning_dist.parallel.data import Alone, average_buffers
 from lightning_dist.parallel.flat import flat_broadcast
 from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions
+from lightning_dist.parallel.replicated import Replicated
+from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.parallel.tensor import TensorAxis, split
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import Division, partial_parameters

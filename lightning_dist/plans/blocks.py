@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -67,17 +68,17 @@ def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
     found = {name: child for name, child in module.named_modules() if class_name(child) in classes}
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     # embeddings and heads are declared too; one alone is no repeated block
-    count = Counter(type(found[name]) for name in outermost)
-    return {name: found[name] for name in outermost if count[type(found[name])] > 1}
+    count = Counter(_kind(found[name]) for name in outermost)
+    return {name: found[name] for name in outermost if count[_kind(found[name])] > 1}
 
 
 def _repeated(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
     children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
-    kinds = Counter(type(child) for _, child in children)
+    kinds = Counter(_kind(child) for _, child in children)
     for name, child in children:
         if isinstance(child, Metric):
             continue
-        is_repeated = isinstance(module, CONTAINERS) and kinds[type(child)] > 1 and not isinstance(child, CONTAINERS)
+        is_repeated = isinstance(module, CONTAINERS) and kinds[_kind(child)] > 1 and not isinstance(child, CONTAINERS)
         is_composed = any(True for _ in child.children()) and any(True for _ in child.parameters())
         if is_repeated and is_composed:
             yield name, child
@@ -87,7 +88,12 @@ def _repeated(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]
 
 def class_name(module: nn.Module) -> str:
     """Name of a module's class; of a sharded one, the name it had before fully_shard made a class of its own."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule)).__name__
+    return _kind(module).__name__
+
+
+def _kind(module: nn.Module) -> type[Any]:
+    """Its class; a rank of a pipeline has sharded some of the blocks only, which are all of one kind still."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def _matches(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:

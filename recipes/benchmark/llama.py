@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,16 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from recipes.benchmark.interleaving import Pace
+
+
+def add_llama_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of what is trained, and on how many processes."""
+    parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--width", type=int, default=256, help="features of a token (default: 256)")
+    parser.add_argument("--depth", type=int, default=6, help="blocks (default: 6)")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="tokens to choose from (default: 2048)")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a batch (default: 8)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample (default: 128)")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lightning_dist import HybridStrategy, PipelineTimeline
 from lightning_dist.elastic import launch
 from recipes.benchmark.competitors import free_of_noise
 from recipes.benchmark.interleaving import Pace
-from recipes.benchmark.llama import Llama, Module, Ours
+from recipes.benchmark.llama import Llama, Module, Ours, add_llama_arguments
 from recipes.benchmark.results import Line, counted, timed
 from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
 
@@ -29,13 +29,8 @@ SAME_LOSS = 1e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    add_llama_arguments(parser)
     add_timing_arguments(parser)
-    parser.add_argument("--width", type=int, default=256, help="features of a token (default: 256)")
-    parser.add_argument("--depth", type=int, default=6, help="blocks (default: 6)")
-    parser.add_argument("--vocabulary", type=int, default=2048, help="tokens to choose from (default: 2048)")
-    parser.add_argument("--batch", type=int, default=8, help="samples of a batch (default: 8)")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sample (default: 128)")
     parser.add_argument("--microbatches", type=int, default=4, help="of a batch (default: 4)")
     parser.add_argument("--schedule", choices=("GPipe", "1F1B"), default="1F1B", help="(default: 1F1B)")
 

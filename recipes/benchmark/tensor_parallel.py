@@ -28,7 +28,7 @@ from lightning_dist.elastic import launch
 from recipes.benchmark.collectives import Collectives
 from recipes.benchmark.competitors import free_of_noise
 from recipes.benchmark.interleaving import Pace
-from recipes.benchmark.llama import Llama, Ours
+from recipes.benchmark.llama import Llama, Ours, add_llama_arguments
 from recipes.benchmark.memory import HeldBytes
 from recipes.benchmark.results import Line, counted, timed
 from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
@@ -41,13 +41,8 @@ PARTS = ("step", "bytes", "collectives")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    add_llama_arguments(parser)
     add_timing_arguments(parser)
-    parser.add_argument("--width", type=int, default=256, help="features of a token (default: 256)")
-    parser.add_argument("--depth", type=int, default=6, help="blocks (default: 6)")
-    parser.add_argument("--vocabulary", type=int, default=2048, help="tokens to choose from (default: 2048)")
-    parser.add_argument("--batch", type=int, default=8, help="samples of a batch (default: 8)")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sample (default: 128)")
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Subset
 
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.schedule import SCHEDULES
+from lightning_dist.placeholder import is_placeholder
 from recipes.benchmark.collectives import StepCollectives
 from tests import models
 from tests.models import few_samples, samples
@@ -325,3 +328,199 @@ def _counted(module: Any) -> tuple[dict[str, int], dict[str, int]]:
     )
     trainer.fit(module(), DataLoader(samples(), batch_size=8))
     return dict(seen.batches[-2].count), dict(seen.batches[-2].num_bytes)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("layout", ["pp=2", "pp=2,dp_shard=2"])
+def test_a_module_that_was_cut_goes_on_in_later_runs(layout: str, precision: str) -> None:
+    one = _one_run_after_another(None, precision)
+    for values in run_on_ranks(4 if "," in layout else 2, _one_run_after_another, layout, precision):
+        assert values == pytest.approx(one, rel=1e-5)
+
+
+def _one_run_after_another(layout: str | None, precision: Any) -> list[float]:
+    """What is logged when a module is trained, validated, trained by another Trainer and tested."""
+    L.seed_everything(1, verbose=False)
+    world = torch.distributed.get_world_size() if layout is not None else 1
+    module, logged = models.Grouped(), []
+    data = models.wide_samples() if precision == "64-true" else samples()
+    few = DataLoader(Subset(data, range(13)), batch_size=4)
+    for evaluate in ("validate", "test"):
+        strategy: Any = "auto" if layout is None else HybridStrategy(layout)
+        trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1, precision=precision)
+        ranks = 1 if layout is None else strategy.num_data_ranks
+        trainer.fit(module, DataLoader(data, batch_size=8 // ranks))
+        values = getattr(trainer, evaluate)(module, few, verbose=False)[0]
+        logged += [values[name] for name in sorted(values)]
+    return logged
+
+
+def test_a_module_that_was_cut_is_refused_elsewhere() -> None:
+    with pytest.raises(RankError, match="holds the stages of rank 0 of pp=2"):
+        run_on_ranks(2, _elsewhere, "dp_replicate=2", {})
+    with pytest.raises(RankError, match="would cut it elsewhere"):
+        run_on_ranks(2, _elsewhere, "pp=2", {"pipeline_schedule": "ZBVZeroBubble"})
+    run_on_ranks(2, _elsewhere, "pp=2", {"pipeline_schedule": "GPipe"})
+
+
+def _elsewhere(layout: str, options: dict[str, Any]) -> None:
+    module = deep()
+    for strategy in (HybridStrategy("pp=2"), HybridStrategy(layout, **options)):
+        L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=1).fit(module, DataLoader(samples(), batch_size=8))
+
+
+class Recomputing(models.Block):
+    """By itself, in the old way of torch: activations inside have no graph."""
+
+    use_reentrant = True
+
+    def __call__(self, *args: Any) -> Tensor:
+        return checkpoint(super().__call__, *args, use_reentrant=self.use_reentrant)
+
+
+class RecomputingLater(Recomputing):
+    use_reentrant = False
+
+
+def recomputing(block: type[nn.Module]) -> L.LightningModule:
+    module = models.Momentum()
+    module.net.blocks = nn.ModuleList(block() for _ in range(4))  # type: ignore[union-attr]
+    return module
+
+
+def test_blocks_that_recompute_by_themselves_equal_one_process() -> None:
+    assert_parity(Run(partial(recomputing, RecomputingLater), samples, few_samples), "pp=2", 2)
+
+
+def test_cuts_inside_of_reentrant_recomputation_are_refused() -> None:
+    options = {"pipeline_cuts": ["net.blocks.1"]}
+    with pytest.raises(RankError, match="use_reentrant=False"):
+        run_on_ranks(2, _refused, partial(recomputing, Recomputing), options)
+    assert_parity(Run(partial(recomputing, Recomputing), samples, few_samples), "pp=2", 2)
+
+
+class Copy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+class Changing(models.Momentum):
+    """A view of what a module returned is changed in place between the blocks, and the whole is used at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net.stem(x)
+        kept = self.net.copy(x)
+        for block in self.net.blocks:
+            x = block(x)
+            kept[:, :4].mul_(0.9)
+        return self.net.head(self.net.norm(x + kept))
+
+
+def changing() -> L.LightningModule:
+    module = Changing()
+    module.net = models.Net(5)
+    module.net.copy = Copy()
+    return module
+
+
+def test_a_view_that_is_changed_between_blocks_is_changed_once() -> None:
+    """Cuts between the changes would send the changed tensor, and the later stage would change it again."""
+    assert_parity(Run(changing, samples, few_samples), "pp=2", 2)
+    with pytest.raises(RankError, match="can't be cut"):
+        run_on_ranks(2, _refused, changing, {"pipeline_cuts": ["net.blocks.1"]})
+
+
+class Summing(models.Tied):
+    """Zeroes its gradients every second step only, and steps on what has been added up."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("layout", ["pp=2", "pp=2,dp_replicate=2", "pp=2,dp_shard=2"])
+def test_gradients_that_are_kept_over_steps_count_once(layout: str) -> None:
+    assert_parity(Run(Summing, samples), layout, 4 if "," in layout else 2)
+
+
+class UnusedTie(models.Classifier):
+    """A tied weight that the loss does not depend on: weight decay must leave it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(models.WIDTH, 4), nn.Linear(models.WIDTH, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0 * self.first(x).detach().sum()
+        x = self.net(x)
+        return x + 0 * self.second(x.repeat(1, 4)).detach()
+
+
+def test_a_tied_weight_without_gradient_stays_without() -> None:
+    assert_parity(Run(UnusedTie, samples), "pp=2", 2)
+
+
+class TwoLoaders(models.Classifier):
+    """Takes another way through the network for each validation loader; their batches have the same shape."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        x = self.net.stem(batch[0])
+        blocks = list(self.net.blocks)
+        for block in blocks if dataloader_idx == 0 else [blocks[0], *blocks]:
+            x = block(x)
+        self.log("val/loss", F.cross_entropy(self.net.head(self.net.norm(x)), batch[1]))
+
+
+def test_each_loader_takes_its_own_way() -> None:
+    one = _of_two_loaders(None)
+    for values in run_on_ranks(2, _of_two_loaders, "pp=2"):
+        assert values == pytest.approx(one, rel=1e-5)
+
+
+def _of_two_loaders(layout: str | None) -> list[float]:
+    L.seed_everything(1, verbose=False)
+    strategy: Any = "auto" if layout is None else HybridStrategy(layout, pipeline_cuts=["net.blocks.1"])
+    trainer = L.Trainer(**QUIET, devices=1 if layout is None else 2, strategy=strategy, max_epochs=1)
+    loaders = [DataLoader(samples(16, seed), batch_size=8) for seed in (3, 4)]
+    trainer.fit(TwoLoaders(), DataLoader(samples(), batch_size=8), loaders)
+    return [float(v) for name, v in sorted(trainer.callback_metrics.items()) if name.startswith("val")]
+
+
+class Dropping(models.Classifier):
+    """Mixes its samples by random numbers of its own, and drops in every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Sequential(models.Block(), nn.Dropout(0.5)) for _ in range(4)), nn.Linear(16, 4))
+        self.masks: list[Tensor] = []
+        for name, dropout in self.named_modules():
+            if isinstance(dropout, nn.Dropout):
+                dropout.register_forward_hook(partial(self._note, name))
+
+    def _note(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not is_placeholder(output):
+            self.masks.append((output == 0).detach())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        order = torch.randperm(len(batch[0]))
+        return F.cross_entropy(self(batch[0][order]), batch[1][order])
+
+
+def test_stages_mix_samples_alike_and_drop_apart() -> None:
+    """With labels mixed otherwise than images, the loss of a separable task could not fall."""
+    (first, one), (second, other) = run_on_ranks(2, _dropped)
+    assert one
+    assert other
+    assert not any(torch.equal(a, b) for a in one for b in other)
+    assert not any(torch.equal(a, b) for i, a in enumerate(one) for b in one[:i])
+    assert torch.equal(first, second)
+
+
+def _dropped() -> tuple[Tensor, list[Tensor]]:
+    L.seed_everything(1, verbose=False)
+    module = Dropping()
+    strategy = HybridStrategy("pp=2", num_microbatches=2, pipeline_schedule="GPipe")
+    trainer = L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=2)
+    trainer.fit(module, DataLoader(samples(), batch_size=16))
+    return torch.rand(3), module.masks

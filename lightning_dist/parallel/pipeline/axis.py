@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_dist.logs.microbatches import RecordedLogs
-from lightning_dist.parallel.data import STEPS, Alone, Sharded
+from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline import batches
 from lightning_dist.parallel.pipeline.cuts import CutPoint
+from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.passage import Passage
+from lightning_dist.parallel.pipeline.randomness import kept_random_states, seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
-from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, points_in
+from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
 from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
-from lightning_dist.parallel.pipeline.wire import Wire, first_link
-from lightning_dist.parallel.usage import filled
+from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
+from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder
 
 
@@ -45,11 +44,6 @@ class Pipelined(Alone):
     training, one back with their gradients; one broadcast of the loss. Per backward pass that reduces: one all-reduce
     of the gradients of parameters that are tied over a cut, among the ranks that hold them. Over the data ranks, where
     nothing is sharded: one all-reduce of the gradients, flat, and a small one of which were used.
-
-    [Note: gradients of a schedule]
-    A schedule computes gradients while Lightning runs ``training_step``; Lightning then zeroes them, and asks for the
-    backward of a loss. So they are set aside, and the loss that is returned puts them in place in its backward, scaled
-    by what Lightning scaled it with. A sharded parameter's gradient stays where fully_shard gathers it until then.
 
     Args:
         module: cut; :meth:`run_in` says what runs it on this rank.
@@ -78,12 +72,11 @@ class Pipelined(Alone):
         self._rank_of = [stages.schedule.rank_of(stage, stages.num_ranks) for stage in range(stages.num_stages)]
         self.timeline = Timeline(device)
         """Of the steps that torch's schedules run."""
-        self._tied = _tied_groups(self.module, stages, group)
+        self._gradients = StageGradients(module, stages, group, device)
         self._routes: dict[Any, Route] = {}
         self._schedules: dict[Any, Any] = {}
         self._constants: dict[tuple[str, str], bool] = {}
         self._step = _Step()
-        self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._applied = 1.0
         """What the losses of the last schedule were multiplied with."""
         for name in STEPS:
@@ -122,7 +115,7 @@ class Pipelined(Alone):
         wires = [Wire.of([route.points[cut] for route in routes]) for cut in range(self.stages.num_stages - 1)]
         logs = RecordedLogs(self.module, sizes, self._is_constant)
         self._step = _Step(step, parts, args[1:], sizes, routes, wires, logs, args[0])
-        with self._step.logs.recording(), _own_random_streams(self._step, self._device):
+        with self._step.logs.recording(), self._own_random_streams():
             if not training:
                 with self._holding():
                     self._in_order().forward(num_parts)
@@ -135,6 +128,13 @@ class Pipelined(Alone):
         result = self._with_loss(output) if training else self._shared(step, output)
         self._step = _Step()
         return result
+
+    @contextmanager
+    def _own_random_streams(self) -> Iterator[None]:
+        """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike."""
+        self._step.seed = int(torch.randint(2**31, ()))
+        with kept_random_states(self._device):
+            yield
 
     def _num_microbatches(self, size: int) -> tuple[int, bool]:
         """Of a batch of so many samples, and whether it runs in plain order, as too small for the schedule."""
@@ -163,18 +163,11 @@ class Pipelined(Alone):
         return float(scale) / trainer.accumulate_grad_batches
 
     def _run_schedule(self, num_parts: int, in_order: bool) -> None:
-        parameters = self._plain
-        before = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        with self._holding():
+        with self._gradients.aside(self._plain), self._holding():
             if in_order:
                 self._in_order().forward_and_backward(num_parts)
             else:
                 run_torch_schedule(self._schedule(num_parts), num_parts, self._has_last)
-        self._aside = [(p, p.grad) for p in parameters if p.grad is not None]
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
 
     @property
     def _plain(self) -> list[nn.Parameter]:
@@ -197,8 +190,11 @@ class Pipelined(Alone):
         return self._schedules[key]
 
     def _trained(self, stage: int) -> list[nn.Parameter]:
-        named = self.module.named_parameters()
-        return [p for name, p in named if stage in self.stages.owners[name] and p.requires_grad]
+        trained = self._step.trained
+        if stage not in trained:  # once a step: what is gathered stays the same while it lasts
+            named = self.module.named_parameters()
+            trained[stage] = [p for name, p in named if stage in self.stages.owners[name] and p.requires_grad]
+        return trained[stage]
 
     def _in_order(self) -> InOrder:
         return InOrder(self._microbatch, self._own, self._rank_of, self._step.wires, self.group, self._device)
@@ -212,11 +208,11 @@ class Pipelined(Alone):
             found, link = step.wires[stage - 1].unpack(step.routes[index].points[stage - 1], received)
         else:
             found, link = [], first_link(self._device)
-        _seed(step.seed, index)
+        seed_microbatch(step.seed, index)
         step.logs.begin(index, stage == 0, passage.sees_metrics)
 
         def enter() -> None:
-            _seed(step.seed, index, stage)
+            seed_microbatch(step.seed, index, stage)
             step.logs.enter()
 
         def passing(plain: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
@@ -250,12 +246,12 @@ class Pipelined(Alone):
                 f"asked for there. Cuts: {', '.join(self.stages.cuts)}; name pipeline_cuts before that part"
             )
         share = step.sizes[index] / sum(step.sizes) * self._applied
-        return _Ended.apply(link, loss.reshape(()) * share)
+        return ended(link, loss.reshape(()) * share)
 
     # ------------------------------------------------------------------ shapes
 
     def _route(self, step: str, part: Any, rest: tuple[Any, ...]) -> Route:
-        key = step, self.module.training, _signature(part)
+        key = step, self.module.training, _signature(part), rest[1:]  # the loader's index, not the batch's
         if key not in self._routes:
             self._routes[key] = self._traced(step, part, rest)
         return self._routes[key]
@@ -289,31 +285,10 @@ class Pipelined(Alone):
         value = value.double()  # ranks may not know in which dtype the last stage computes it
         dist.broadcast(value, group=self.group, group_src=self.stages.last_rank)
         value = value.to(loss.dtype if self._has_last else torch.get_default_dtype())
-        handed = _HandOver.apply(torch.zeros((), device=self._device, requires_grad=True), self, value)
+        handed = HandOver.apply(torch.zeros((), device=self._device, requires_grad=True), self, value)
         if self._has_last and isinstance(output, dict):
             return {**{k: v for k, v in output.items() if not _holds_placeholder(v)}, "loss": handed}
         return handed
-
-    @torch.no_grad()
-    def hand_over(self, scale: Tensor) -> None:
-        """Puts the gradients of the last schedule in place; called by the loss's backward."""
-        ratio = float(scale) / self._applied
-        for parameter, gradient in self._aside:
-            if ratio != 1:
-                gradient.mul_(ratio)
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad.add_(gradient)
-        self._aside = []
-        if isinstance(self.inner, Sharded):
-            if abs(ratio - 1) > 1e-6:
-                raise ValueError(
-                    "pp with dp_shard: the loss was scaled between training_step and its backward, by "
-                    f"{ratio:.6g}; scale it inside of training_step"
-                )
-            if self.reduces:
-                self.inner.reduce_held()
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -323,39 +298,26 @@ class Pipelined(Alone):
     def before_backward(self, loss: Tensor) -> Tensor:
         return loss
 
+    def hand_over(self, scale: Tensor) -> None:
+        """Puts the gradients of the last schedule in place; called by the loss's backward."""
+        if self.inner.tensor is not None:
+            self.inner.tensor.before_backward()
+        ratio = float(scale) / self._applied
+        self._gradients.hand_over(ratio)
+        if isinstance(self.inner, Sharded):
+            if abs(ratio - 1) > 1e-6:
+                raise ValueError(
+                    "pp with dp_shard: the loss was scaled between training_step and its backward, by "
+                    f"{ratio:.6g}; scale it inside of training_step"
+                )
+            if self.reduces:
+                self.inner.reduce_held()
+
     @torch.no_grad()
     def after_backward(self) -> None:
-        if not self.reduces:
-            return
-        self.inner.after_backward()
-        self._sum_tied()
-        if self._data_group is not None:
-            self._average()
-
-    def _sum_tied(self) -> None:
-        for names, group in self._tied:
-            parameters = [p for name in names if (p := self.module.get_parameter(name)).requires_grad]
-            if not parameters:
-                continue
-            gradients = [_local(filled(p)) for p in parameters]
-            for same in buckets(gradients):
-                flat = torch.cat([g.reshape(-1) for g in same])
-                dist.all_reduce(flat, group=group)
-                unflatten(flat, same)
-
-    def _average(self) -> None:
-        """Over the data ranks, of what any of them used; see [Note: a gradient that only some ranks have]."""
-        assert self._data_group is not None
-        parameters = [p for p in held(self.module.parameters()) if p.requires_grad]
-        if not parameters:
-            return
-        used = torch.tensor([int(p.grad is not None) for p in parameters], device=self._device)
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._data_group)
-        gradients = [_local(filled(p)) for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
-        for same in buckets(gradients):
-            flat = torch.cat([g.reshape(-1) for g in same])
-            dist.all_reduce(flat, group=self._data_group)
-            unflatten(flat / dist.get_world_size(self._data_group), same)
+        if self.reduces:
+            self.inner.after_backward()
+            self._gradients.reduce(self._data_group)
 
     def reshard(self) -> None:
         self.inner.reshard()
@@ -395,32 +357,8 @@ class _Step:
         self.sizes, self.routes, self.wires = sizes or [], routes or [], wires or []
         self.outputs: list[Any] = [None] * len(self.parts)
         self.seed = 0
-
-
-class _HandOver(torch.autograd.Function):
-    """The loss of a finished schedule; see [Note: gradients of a schedule]."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, pipelined: Pipelined, loss: Tensor) -> Tensor:
-        ctx.pipelined = pipelined
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        ctx.pipelined.hand_over(scale)
-        return torch.zeros_like(scale), None, None
-
-
-class _Ended(torch.autograd.Function):
-    """The loss of a microbatch, which asks for gradients of what was received also where it does not depend on it."""
-
-    @staticmethod
-    def forward(ctx: Any, link: Tensor, loss: Tensor) -> Tensor:
-        return loss.reshape(1).clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return torch.zeros((), dtype=torch.float32, device=gradient.device), gradient.reshape(())
+        self.trained: dict[int, list[nn.Parameter]] = {}
+        """Parameters of each stage of this rank, once a schedule asked."""
 
 
 def _stage_step(module: pl.LightningModule, name: str) -> None:
@@ -436,61 +374,6 @@ def _stage_step(module: pl.LightningModule, name: str) -> None:
 
     staged.passes = True  # type: ignore[attr-defined]
     vars(module)[name] = staged
-
-
-def _tied_groups(
-    module: nn.Module, stages: Stages, group: dist.ProcessGroup
-) -> list[tuple[list[str], dist.ProcessGroup]]:
-    """Parameters that several ranks of the pipeline hold, by those ranks."""
-    names: dict[tuple[int, ...], list[str]] = {}
-    for name, _ in module.named_parameters():
-        holders = stages.holders(name)
-        if len(holders) > 1:
-            names.setdefault(holders, []).append(name)
-    ranks = dist.get_process_group_ranks(group)
-    found = []
-    for holders, tied in sorted(names.items()):
-        if dist.get_rank(group) in holders:
-            of_holders: Any = dist.new_group([ranks[holder] for holder in holders], use_local_synchronization=True)
-            found.append((tied, of_holders))
-    return found
-
-
-# ---------------------------------------------------------------------- random numbers
-
-
-def _seed(seed: int, index: int, stage: int | None = None) -> None:
-    """Random numbers of a microbatch: up to a stage's entry the same on all stages, then the stage's own."""
-    number = (seed * 1_000_003 + index * 1_009 + (0 if not stage else stage * 7_919 + 1)) % 2**31
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number)
-
-
-@contextmanager
-def _own_random_streams(step: _Step, device: torch.device) -> Iterator[None]:
-    """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike."""
-    step.seed = int(torch.randint(2**31, ()))
-    with kept_random_states(device):
-        yield
-
-
-@contextmanager
-def kept_random_states(device: torch.device) -> Iterator[None]:
-    """Leaves the generators of torch, Python and numpy as they were."""
-    state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        if on_device is not None:
-            torch.get_device_module(device).set_rng_state(on_device)
-
-
-# ---------------------------------------------------------------------- values
 
 
 def _signature(part: Any) -> Any:
@@ -511,7 +394,3 @@ def _detached(output: Any) -> Any:
 
 def _holds_placeholder(value: Any) -> bool:
     return any(is_placeholder(leaf) for leaf in leaves(value))
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -64,8 +64,9 @@ def cut_points(trace: Trace, whole: Iterable[str] = ()) -> list[CutPoint]:
 
     A cut point is the end of a module's call after which, of all tensors that depend on a parameter, only those are
     used that this call or earlier ones returned. Not one, though: where a tensor of an earlier call was changed in
-    place since; where two share memory and one is changed later; and where a number drawn after the network began is
-    used later, since a later stage skips what was drawn before it.
+    place since; where two share memory and one is changed later; inside of a reentrant ``torch.utils.checkpoint``,
+    where activations have no graph; and where a number drawn after the network began is used later, since a later
+    stage skips what was drawn before it.
 
     Args:
         trace: of the step.
@@ -76,7 +77,12 @@ def cut_points(trace: Trace, whole: Iterable[str] = ()) -> list[CutPoint]:
     ends = _crossing_at(trace, {call.last for call in trace.calls})
     returned = _returned(trace)
     for index, call in enumerate(trace.calls):
-        if call.last < 0 or not ends[call.last] or any(call.name.startswith(f"{name}.") for name in whole):
+        if (
+            call.last < 0
+            or call.recomputed
+            or not ends[call.last]
+            or any(call.name.startswith(f"{name}.") for name in whole)
+        ):
             continue
         crossing = _crossing(trace, returned, index, ends[call.last])
         if crossing is None or _uses_draws(trace, call.last):
@@ -111,7 +117,7 @@ def _crossing(
         places = returned.get(id(value.tensor), [])
         at = next((place for place in places if place[0] == index), None)
         if at is None:
-            at = next((place for place in places if place[0] in skipped), None)
+            at = next((p for p in places if p[0] in skipped and not trace.calls[p[0]].recomputed), None)
             if at is None or value.mutated > trace.calls[at[0]].last:
                 return None
         crossing.append(Crossing(value.tensor, *at, changed=value.mutated > after))
@@ -176,6 +182,11 @@ def label(call: Call) -> str:
 def obstacle(trace: Trace, call: Call) -> str:
     """Why a step can't be cut after a call, with the tensors that stand in the way."""
     crossing = _crossing_at(trace, {call.last})[call.last]
+    if call.recomputed:
+        return (
+            "it runs inside of torch.utils.checkpoint(use_reentrant=True), which gives activations no graph: use "
+            "use_reentrant=False, or activation_checkpointing= of the strategy"
+        )
     if not crossing:
         return "nothing that depends on a parameter is used after it"
     index = next(i for i, other in enumerate(trace.calls) if other is call)
@@ -206,7 +217,7 @@ def obstacles(trace: Trace) -> str:
     near = [
         call
         for index, call in enumerate(trace.calls)
-        if call.last >= 0 and index not in num_parts and ends[call.last] and missing(call)
+        if call.last >= 0 and index not in num_parts and ends[call.last] and (missing(call) or call.recomputed)
     ]
     near = sorted(near, key=missing)[:3]
     if not near:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_dist.parallel.pipeline.cuts import Crossing, CutPoint, skipped_calls
 from lightning_dist.parallel.pipeline.nested import mapped, tensors
 from lightning_dist.parallel.pipeline.trace import Trace
+from lightning_dist.placeholder import is_placeholder
 
 
 class Leave(BaseException):
@@ -149,6 +150,12 @@ class _Run:
         for crossing in self._passage.leave.crossing:
             tensor = self._known.get(id(crossing.tensor))
             expected = crossing.tensor
+            if is_placeholder(tensor):
+                raise RuntimeError(
+                    f"pp: at {self._passage.leave.label!r} what is sent on depends on parameters of another stage, "
+                    "which the first batch of this shape did not use there. A step whose path changes (by epoch, by "
+                    "values) can't be cut here: name other pipeline_cuts"
+                )
             if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
                 kind = "nothing" if tensor is None else f"{tensor.dtype} of {list(tensor.shape)}"
                 raise RuntimeError(

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_dist.parallel.pipeline import batches
-from lightning_dist.parallel.pipeline.axis import kept_random_states
+from lightning_dist.parallel.pipeline.randomness import kept_random_states
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, find_stages, hide_parameters
 from lightning_dist.parallel.pipeline.trace import trace_step
@@ -71,13 +71,8 @@ def cut_module(
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     there = cut_of(module)
     if there is not None:
-        if (there.rank, there.stages.num_ranks) != (rank, num_ranks):
-            raise ValueError(
-                f"this module holds the stages of rank {there.rank} of pp={there.stages.num_ranks} from an earlier "
-                f"run, and this is rank {rank} of pp={num_ranks}; build the module anew and pass ckpt_path= to go on "
-                "from its checkpoint"
-            )
-        return there
+        there.refuse_other(rank, num_ranks)
+        return there.run_by(options)
     assert trainer.state.fn is not None
     step = STEP_OF[trainer.state.fn]
     skeleton = Skeleton(module, device, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -124,6 +124,31 @@ class Cut:
     skeleton: Skeleton
     stages: Stages
     rank: int
+
+    def refuse_other(self, rank: int, num_ranks: int) -> None:
+        """Raises a ValueError where a module that has been cut so is to run elsewhere in a pipeline, or without one."""
+        if (self.rank, self.stages.num_ranks) != (rank, num_ranks):
+            raise ValueError(
+                f"this module holds the stages of rank {self.rank} of pp={self.stages.num_ranks} from an earlier run, "
+                f"and this is rank {rank} of pp={num_ranks}; build the module anew and pass ckpt_path= to go on from "
+                "its checkpoint"
+            )
+
+    def run_by(self, options: PipelineOptions) -> Cut:
+        """The same cut, run by another schedule.
+
+        Raises:
+            ValueError: the schedule has other stages, or the user names other cuts.
+        """
+        wanted, there = schedule_named(options.schedule), self.stages.schedule
+        other_cuts = options.cuts is not None and set(options.cuts) != set(self.stages.cuts)
+        if (wanted.stages_per_rank, wanted.style) != (there.stages_per_rank, there.style) or other_cuts:
+            raise ValueError(
+                f"this module was cut for {there.name} after {', '.join(self.stages.cuts)} in an earlier run, and "
+                f"{wanted.name}{' after ' + ', '.join(options.cuts or []) if other_cuts else ''} would cut it "
+                "elsewhere; build the module anew and pass ckpt_path= to go on from its checkpoint"
+            )
+        return replace(self, stages=replace(self.stages, schedule=wanted))
 
     def __deepcopy__(self, _: Any) -> Cut:
         """Itself: a copy of a module is cut alike."""

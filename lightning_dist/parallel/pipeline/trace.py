@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
 from lightning_dist.parallel.pipeline.nested import leaves, mapped, tensors
@@ -40,6 +42,7 @@ class Call:
         last: number of the last op when it returned.
         parent: index of the call inside of which it ran; -1 for the step itself.
         output: what it returned.
+        recomputed: whether it ran inside of a reentrant ``torch.utils.checkpoint``, where activations have no graph.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Call:
     parent: int
     last: int = -1
     output: Any = None
+    recomputed: bool = False
 
     @cached_property
     def returns_placeholders(self) -> bool:
@@ -169,6 +173,7 @@ class _Recorder(TorchDispatchMode):
         self._stack = [-1]
         self._count: dict[str, int] = {}
         self._written: set[int] = set()
+        self._values_by_memory: dict[int, list[Value]] = {}
         self._buffer_names = {id(b): name for name, b in skeleton.module.named_buffers()}
         self._names: dict[int, str] = {}
         self._alive: list[Any] = []
@@ -186,7 +191,7 @@ class _Recorder(TorchDispatchMode):
 
     def call(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         trace = self.trace
-        call = Call(name, self._count.get(name, 0), trace.num_ops, self._stack[-1])
+        call = Call(name, self._count.get(name, 0), trace.num_ops, self._stack[-1], recomputed=_is_recomputed())
         self._count[name] = call.ordinal + 1
         self._stack.append(len(trace.calls))
         trace.calls.append(call)
@@ -236,6 +241,13 @@ class _Recorder(TorchDispatchMode):
                     self.trace.drawn[id(tensor)] = Value(tensor, self.trace.num_ops - 1)
         return output
 
+    def _value(self, tensor: Tensor, number: int) -> Value:
+        value = self.trace.values.get(id(tensor))
+        if value is None:
+            value = self.trace.values[id(tensor)] = Value(tensor, number)
+            self._values_by_memory.setdefault(_memory(tensor), []).append(value)
+        return value
+
     def _note(self, inputs: list[Tensor], made: list[Tensor], cost: float) -> None:
         trace, number = self.trace, self.trace.num_ops
         self._alive += inputs
@@ -249,7 +261,7 @@ class _Recorder(TorchDispatchMode):
                 trace.buffers.setdefault(self._buffer_names[id(tensor)], set()).add(number)
             value = trace.values.get(id(tensor))
             if value is None and name is None and self._depends(tensor):
-                value = trace.values.setdefault(id(tensor), Value(tensor, number))
+                value = self._value(tensor, number)
             if value is not None:
                 value.used = number
             if id(tensor) in trace.drawn:
@@ -262,7 +274,7 @@ class _Recorder(TorchDispatchMode):
             if depends or is_placeholder(tensor):
                 if not is_placeholder(tensor):
                     self._written.add(_memory(tensor))
-                trace.values.setdefault(id(tensor), Value(tensor, number))
+                self._value(tensor, number)
             elif drawn:
                 trace.drawn.setdefault(id(tensor), Value(tensor, number))
         trace.costs.append(cost)
@@ -280,9 +292,9 @@ class _Recorder(TorchDispatchMode):
             for tensor in tensors(given.get(argument.name)):
                 if depends and not is_placeholder(tensor):
                     self._written.add(_memory(tensor))
-                    self.trace.values.setdefault(id(tensor), Value(tensor, number)).used = number
-                if id(tensor) in self.trace.values:
-                    self.trace.values[id(tensor)].mutated = number
+                    self._value(tensor, number).used = number
+                for value in self._values_by_memory.get(_memory(tensor), ()):  # a change of a view is one of its base
+                    value.mutated = number
 
     def _depends(self, tensor: Tensor) -> bool:
         return is_placeholder(tensor) or (bool(self._written) and _memory(tensor) in self._written)
@@ -296,6 +308,15 @@ class _Traced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._recorder.call(self._name, self._module, args, kwargs)
+
+
+def _is_recomputed() -> bool:
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _memory(tensor: Tensor) -> int:

@@ -64,6 +64,11 @@ def first_link(device: torch.device) -> Tensor:
     return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
 
 
+def ended(link: Tensor, loss: Tensor) -> Tensor:
+    """The loss of a microbatch, of one element, tied to what its stage received."""
+    return _Ended.apply(link, loss)
+
+
 class _Received(torch.autograd.Function):
     """From flat tensors to those of a microbatch, without a copy where nothing is changed in place later."""
 
@@ -107,6 +112,18 @@ class _Sent(torch.autograd.Function):
         ]
         dtype, device = ctx.link
         return None, torch.zeros((), dtype=dtype, device=device), *gradients
+
+
+class _Ended(torch.autograd.Function):
+    """The loss of a microbatch, which asks for gradients of what was received also where it does not depend on it."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, loss: Tensor) -> Tensor:
+        return loss.reshape(1).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return torch.zeros((), dtype=torch.float32, device=gradient.device), gradient.reshape(())
 
 
 def _flat_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,0 +1,70 @@
+"""Lightning's hooks of a strategy that deal loaders to the data ranks, and count what was dealt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import RunningStage
+from torch.utils.data import DataLoader
+
+from lightning_dist.data import DealtBatches, deal, dealt_batches, seed_loader
+from lightning_dist.processes import LayoutRanks
+
+
+class LoaderHooks(LayoutRanks):
+    """The part of a strategy that knows loaders."""
+
+    _num_evaluated = 0
+    """Batches of an evaluation so far, for steps that are not told."""
+
+    def _own_dataloaders(self, trainer: pl.Trainer) -> None:
+        connector: Any = trainer._data_connector
+        if "_prepare_dataloader" not in vars(connector):
+            connector._prepare_dataloader = partial(self._prepare_dataloader, connector._prepare_dataloader)
+
+    def _prepare_dataloader(
+        self, original: Callable[..., object], dataloader: object, shuffle: bool, mode: RunningStage
+    ) -> object:
+        """Stands before Lightning's method of this name, which would make a sampler of its own (seen in 2.6.6)."""
+        assert self.lightning_module is not None
+        connector = self.lightning_module.trainer._accelerator_connector
+        wanted, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+        try:
+            dataloader = original(dataloader, shuffle=shuffle, mode=mode)
+        finally:
+            connector.use_distributed_sampler = wanted
+        if wanted and isinstance(dataloader, DataLoader):
+            dataloader = deal(dataloader, self.num_data_ranks, self.data_rank, mode)
+        if isinstance(dataloader, DataLoader):
+            seed_loader(dataloader, self.data_rank)
+        return dataloader
+
+    def _batch_index(self, args: tuple[Any, ...]) -> tuple[int, ...]:
+        """Index of the batch, and of its loader; a step that takes no index is counted here."""
+        self._num_evaluated += 1
+        return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
+
+    def _dealt(self, dataloader_idx: int) -> DealtBatches | None:
+        """The batches of an evaluation loader that are this rank's; None where the user deals them."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        loop = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
+        loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+        return dealt_batches(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
+
+    def _counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
+        """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""
+        dealt = self._dealt(dataloader_idx)
+        return dealt is None or dealt.counts(batch_idx)
+
+    def _drop_prediction(self, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """A repeated batch is the last of its loader: the loop ends there, or goes on to the next with None."""
+        assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.predict_loop
+        if loop.epoch_batch_indices[dataloader_idx]:
+            loop.epoch_batch_indices[dataloader_idx].pop()
+        if dataloader_idx == loop.num_dataloaders - 1:
+            raise StopIteration

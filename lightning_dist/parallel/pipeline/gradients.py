@@ -1,0 +1,158 @@
+"""Gradients that a schedule computed: put where autograd would have put them, and reduced over stages and data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_dist.parallel.flat import buckets, unflatten
+from lightning_dist.parallel.pipeline.stages import Stages
+from lightning_dist.parallel.usage import filled
+from lightning_dist.placeholder import held
+
+
+class StageGradients:
+    """The gradients of the parameters that a rank of a pipeline holds.
+
+    [Note: gradients of a schedule]
+    A schedule computes gradients while Lightning runs ``training_step``; Lightning then zeroes them, and asks for the
+    backward of a loss. So they are set aside, and the loss that is returned puts them in place in its backward, scaled
+    by what Lightning scaled it with. A sharded parameter's gradient stays where fully_shard gathers it until then.
+
+    Args:
+        module: cut.
+        stages: of it.
+        group: the ranks of the axis.
+        device: of this rank.
+    """
+
+    def __init__(self, module: nn.Module, stages: Stages, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._module, self._device = module, device
+        self._tied = _tied_groups(module, stages, group)
+        self._aside: list[tuple[nn.Parameter, Tensor]] = []
+        self._summed: list[tuple[nn.Parameter, Tensor, int]] = []
+        """Tied parameters whose gradients hold the sum already, those, and the number of ranks that hold them."""
+
+    @contextmanager
+    def aside(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """While it lasts, backward passes give the parameters gradients of their own, which are kept for
+        :meth:`hand_over`.
+        """
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+        self._aside = [(p, p.grad) for p in parameters if p.grad is not None]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def hand_over(self, ratio: float) -> None:
+        """Adds what is aside, times a number, to the parameters' gradients."""
+        for parameter, gradient, num_ranks in self._summed:
+            # what is summed already must count once when it is summed again with what is added to it
+            if parameter.grad is gradient:
+                _local(gradient).div_(num_ranks)
+        self._summed = []
+        for parameter, gradient in self._aside:
+            if ratio != 1:
+                gradient.mul_(ratio)
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+        self._aside = []
+
+    @torch.no_grad()
+    def reduce(self, data_group: dist.ProcessGroup | None) -> None:
+        """Sums what is tied over a cut, and averages over the data ranks.
+
+        Args:
+            data_group: the ranks with other samples; None where they are averaged already.
+        """
+        self._sum_tied()
+        if data_group is not None:
+            self._average(data_group)
+
+    def _sum_tied(self) -> None:
+        """A tied parameter that no rank used has no gradient; flags of which were used travel with the sums."""
+        for names, group in self._tied:
+            parameters = [p for name in names if (p := self._module.get_parameter(name)).requires_grad]
+            if not parameters:
+                continue
+            used = [float(p.grad is not None) for p in parameters]
+            gradients = [_local(filled(p)) for p in parameters]
+            flags = torch.zeros(0)
+            for number, same in enumerate(buckets(gradients)):
+                told = same[0].new_tensor(used) if number == 0 else same[0].new_zeros(0)
+                flat = torch.cat([*(g.reshape(-1) for g in same), told])
+                dist.all_reduce(flat, group=group)
+                unflatten(flat[: flat.numel() - told.numel()], same)
+                flags = flat[flat.numel() - told.numel() :] if number == 0 else flags
+            for parameter, is_used in zip(parameters, flags.tolist(), strict=True):
+                if not is_used:
+                    parameter.grad = None
+            num_ranks = dist.get_world_size(group)
+            self._summed += [(p, p.grad, num_ranks) for p in parameters if p.grad is not None]
+
+    def _average(self, group: dist.ProcessGroup) -> None:
+        """Of what any data rank used; see [Note: a gradient that only some ranks have]."""
+        parameters = [p for p in held(self._module.parameters()) if p.requires_grad]
+        if not parameters:
+            return
+        used = torch.tensor([int(p.grad is not None) for p in parameters], device=self._device)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
+        gradients = [_local(filled(p)) for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+        for same in buckets(gradients):
+            flat = torch.cat([g.reshape(-1) for g in same])
+            dist.all_reduce(flat, group=group)
+            unflatten(flat / dist.get_world_size(group), same)
+
+
+class HandsOver(Protocol):
+    """What the loss of a finished schedule calls."""
+
+    def hand_over(self, scale: Tensor) -> None:
+        """With the gradient of the loss."""
+
+
+class HandOver(torch.autograd.Function):
+    """The loss of a finished schedule; see [Note: gradients of a schedule]."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, pipelined: HandsOver, loss: Tensor) -> Tensor:
+        ctx.pipelined = pipelined
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        ctx.pipelined.hand_over(scale)
+        return torch.zeros_like(scale), None, None
+
+
+def _tied_groups(
+    module: nn.Module, stages: Stages, group: dist.ProcessGroup
+) -> list[tuple[list[str], dist.ProcessGroup]]:
+    """Parameters that several ranks of the pipeline hold, by those ranks."""
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, _ in module.named_parameters():
+        holders = stages.holders(name)
+        if len(holders) > 1:
+            names.setdefault(holders, []).append(name)
+    ranks = dist.get_process_group_ranks(group)
+    found = []
+    for holders, tied in sorted(names.items()):
+        if dist.get_rank(group) in holders:
+            of_holders: Any = dist.new_group([ranks[holder] for holder in holders], use_local_synchronization=True)
+            found.append((tied, of_holders))
+    return found
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

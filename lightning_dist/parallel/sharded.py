@@ -1,0 +1,269 @@
+"""The shard axis: parameters, gradients and optimizer states are split; perhaps copied over the replicate axis."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torchmetrics import Metric
+
+from lightning_dist.parallel.data import STEPS, Alone
+from lightning_dist.parallel.flat import buckets, unflatten
+from lightning_dist.parallel.usage import Usage, filled
+from lightning_dist.placeholder import is_placeholder
+
+
+class Sharded(Alone):
+    """Parameters, gradients and optimizer states are split over ``dp_shard``, and copied over ``dp_replicate``.
+
+    Units are sharded by ``fully_shard`` (FSDP2): each is gathered before its forward and its backward and freed after.
+
+    [Note: the roots of sharding]
+    What is in no block belongs to a root. The LightningModule is the root of its steps: what they call, be it the
+    network, a method or a layer of it, finds its parameters gathered. In hooks between the steps, calling the module or
+    a network of it gathers too. Under manual optimisation a root must not span the step, in which optimizers change
+    what was gathered: there each network of the module is a root of its own, gathered when it is called. Scalars,
+    which can't be split, and under manual optimisation parameters of the LightningModule itself, stay whole on every
+    rank; their gradients are averaged after each backward pass.
+
+    Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
+    (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
+    ``dp_replicate`` if that axis is there. Per backward pass that reduces: one small all-reduce over the data ranks,
+    see :meth:`~lightning_dist.parallel.usage.Usage.agree`, and one of the gradients of what is whole, if anything is.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        mesh: DeviceMesh,
+        blocks: dict[str, nn.Module],
+        policy: MixedPrecisionPolicy,
+        group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(module)
+        self.group = group
+        self.roots = shard_roots(module)
+        self.units = shard_units(module, blocks)
+        units = {**self.units, **self.roots}
+        whole = unsharded_parameters(module)
+        for unit in units.values():
+            if not isinstance(unit, FSDPModule):
+                fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        left = [n for n, p in module.named_parameters() if not isinstance(p, DTensor) and not is_placeholder(p)]
+        self.usage = Usage(module, units, set(self.roots), left, group)
+        if "" in self.roots and "_root_gathering" not in vars(module):
+            vars(module)["_root_gathering"] = _RootGathering(module)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self._reduce_gradients(False)
+        try:
+            with super().accumulating():
+                yield
+        finally:
+            self._reduce_gradients(True)
+
+    def _reduce_gradients(self, reduces: bool) -> None:
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
+            root.set_requires_gradient_sync(reduces)
+
+    def reshard(self) -> None:
+        for unit in [*self.units.values(), *self.roots.values()]:
+            assert isinstance(unit, FSDPModule)
+            unit.reshard()
+
+    def run(self, step: str, *args: Any) -> Any:
+        with _told_of_shards():
+            return super().run(step, *args)
+
+    @contextmanager
+    def over_microbatches(self, reshard: bool) -> Iterator[None]:
+        """While it lasts, backward passes add to whole gradients, and nothing is reduced: see :meth:`reduce_held`.
+
+        Args:
+            reshard: free what was gathered after each pass, and gather it again for the next. Else it stays gathered.
+        """
+        for unit in self.units.values():
+            assert isinstance(unit, FSDPModule)
+            unit.set_reshard_after_forward(reshard, recurse=False)
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
+            root.set_reshard_after_backward(reshard)
+            root.set_is_last_backward(False)
+        self._reduce_gradients(False)
+        try:
+            yield
+        finally:
+            for unit in self.units.values():
+                assert isinstance(unit, FSDPModule)
+                unit.set_reshard_after_forward(True, recurse=False)
+
+    def reduce_held(self) -> None:
+        """Reduces the gradients that backward passes over microbatches added up.
+
+        As torch's pipeline schedules do for a stage (``perform_reduce_grad``; private, seen in torch 2.14).
+
+        Communication: one reduce-scatter a unit, as one backward pass has.
+        """
+        self.usage.before_backward()
+        self._reduce_gradients(True)
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
+            root.set_is_last_backward(True)
+            root.set_reshard_after_backward(True)
+            state = root._get_fsdp_state()
+            for inner in state._state_ctx.all_states:
+                for group in inner._fsdp_param_groups:
+                    group.post_backward()
+            state._root_post_backward_final_callback()
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        if isinstance(loss, DTensor):
+            raise ValueError(_SHARDS_IN_LOSS)
+        self.usage.before_backward()
+        return super().before_backward(loss)
+
+    def after_backward(self) -> None:
+        if not self.reduces:
+            return
+        gradients = [filled(p) for p in self.usage.agree()]
+        for same in buckets(gradients):
+            flat = torch.cat([g.reshape(-1) for g in same])
+            dist.all_reduce(flat, group=self.group)
+            unflatten(flat / dist.get_world_size(self.group), same)
+        super().after_backward()
+
+
+_SHARDS_IN_LOSS = (
+    "a step used parameters of a block outside of the block's forward (in a penalty over self.parameters(), say); "
+    "under dp_shard they are split over the ranks there. Use the optimizer's weight_decay, compute the penalty in the "
+    "forward of the block, or use dp_replicate"
+)
+
+
+@contextmanager
+def _told_of_shards() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            error.add_note(_SHARDS_IN_LOSS)
+        raise
+
+
+class _RootGathering:
+    """Gathers a LightningModule around the outermost call of its steps and its forward, and of a child between them.
+
+    fully_shard's own hooks of the forward would free the root at the end of ``self(x)`` in a step, for the step's end
+    to gather it once more (seen in torch 2.14 and 2.15). See [Note: the roots of sharding].
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._inside = False
+        state = module._get_fsdp_state()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        module._gather_root = lambda: None
+        for name in ("forward", *STEPS, "_gather_root"):
+            if name in vars(module) or is_overridden(name, module):
+                self._gather_around(module, name)
+        for child in module.children():
+            child.register_forward_pre_hook(lambda *_: module._gather_root())
+
+    def _gather_around(self, module: Any, name: str) -> None:
+        plain = getattr(module, name)
+        register_fsdp_forward_method(module, name)
+        gathering = getattr(module, name)
+
+        @functools.wraps(plain)
+        def outermost(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return plain(*args, **kwargs)
+            self._inside = True
+            try:
+                return gathering(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        setattr(module, name, outermost)
+
+
+def unsharded_parameters(module: pl.LightningModule) -> set[nn.Parameter]:
+    """What ``fully_shard`` leaves alone: parameters of metrics' own networks, and scalars, which it can't split."""
+    metrics = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
+    other_stages = {p for p in module.parameters() if is_placeholder(p)}
+    return metrics | other_stages | {p for p in module.parameters() if p.ndim == 0}
+
+
+def shard_roots(module: pl.LightningModule) -> dict[str, nn.Module]:
+    """The modules that own what is in no block, by name; ``""`` is the LightningModule itself.
+
+    See [Note: the roots of sharding].
+
+    Raises:
+        ValueError: two networks share a parameter under manual optimisation.
+    """
+    if module.automatic_optimization:
+        return {"": module}
+    roots: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if not isinstance(child, Metric) and any(True for _ in child.parameters()):
+            roots.update(_callable_modules(name, child))
+    if shared := _shared_between(roots):
+        raise ValueError(
+            f"{' and '.join(shared)} share a parameter, and this module optimises manually: dp_shard can't keep it "
+            "in one place while several backward passes run in a step; use dp_replicate, or put both networks "
+            "into one module with a forward"
+        )
+    return roots
+
+
+def _callable_modules(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """The module, or what a list or a dictionary of modules (which have no forward) holds."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return {name: module}
+    found: dict[str, nn.Module] = {}
+    for key, child in module.named_children():
+        if any(True for _ in child.parameters()):
+            found.update(_callable_modules(f"{name}.{key}", child))
+    return found
+
+
+def _shared_between(modules: dict[str, nn.Module]) -> list[str]:
+    owner: dict[nn.Parameter, str] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters():
+            if owner.setdefault(parameter, name) != name:
+                return [owner[parameter], name]
+    return []
+
+
+def shard_units(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks that can be sharded on their own: those that share no parameter with the rest of the module."""
+    users: dict[nn.Parameter, int] = {}
+    for _, parameter in module.named_parameters(remove_duplicate=False):
+        users[parameter] = users.get(parameter, 0) + 1
+    alone = {}
+    for name, block in blocks.items():
+        inside: dict[nn.Parameter, int] = {}
+        for _, parameter in block.named_parameters(remove_duplicate=False):
+            inside[parameter] = inside.get(parameter, 0) + 1
+        if all(users[parameter] == count for parameter, count in inside.items()):
+            alone[name] = block
+    return alone
