@@ -6,12 +6,10 @@ import copy
 import hashlib
 import math
 import os
-import random
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -21,10 +19,50 @@ from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_da
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, get_worker_info
+
+from lightning_dist.randomness import seed_generators
 
 
-class DealtSampler(Sampler[Any]):
+class Dealt(Sampler[Any]):
+    """What the user's own sampler yields, dealt to the data ranks in its order.
+
+    Args:
+        source: the user's, of samples or of whole batches.
+        num_replicas: number of data ranks.
+        rank: this data rank.
+        seed: of the order; the same on all ranks.
+    """
+
+    def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
+        self.source, self.num_replicas, self.rank, self.seed = source, num_replicas, rank, seed
+        self.epoch = 0
+        self.taken = 0
+        """What all ranks together took of the epoch before; the next iteration deals the rest."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order the next iteration takes; passed on to samplers that know epochs."""
+        if epoch != self.epoch:
+            self.taken = 0
+        self.epoch = epoch
+        for sampler in (self.source, getattr(self.source, "sampler", None)):
+            if callable(inner := getattr(sampler, "set_epoch", None)):
+                inner(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = _drawn(self.source, self.seed + self.epoch)
+        rest, self.taken = order[self.taken :], 0
+        return iter(self._mine(order, rest))
+
+    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Of a whole epoch."""
+        return math.ceil(len(self.source) / self.num_replicas)
+
+
+class DealtSampler(Dealt):
     """The order of the user's own sampler, dealt to the data ranks one sample after the other.
 
     Rank r takes the samples r, r + n, r + 2n, ...; the order is filled up from its start so that every rank has the
@@ -34,92 +72,94 @@ class DealtSampler(Sampler[Any]):
     Every rank draws the same order: the sampler runs under a random state made of ``seed`` and the epoch (which
     Lightning sets), so one process and many ranks see the same epochs. A sampler with a ``generator`` of its own
     draws from that.
-
-    Args:
-        sampler: the sampler of the user's loader.
-        num_replicas: number of data ranks.
-        rank: this data rank.
-        seed: of the order; the same on all ranks.
     """
 
-    def __init__(self, sampler: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
-        self.sampler, self.num_replicas, self.rank, self.seed = sampler, num_replicas, rank, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order the next iteration takes; passed on to the sampler if it knows epochs."""
-        self.epoch = epoch
-        if callable(inner := getattr(self.sampler, "set_epoch", None)):
-            inner(epoch)
-
-    def __iter__(self) -> Iterator[Any]:
-        order = _drawn(self.sampler, self.seed + self.epoch)
-        total = len(self) * self.num_replicas
+    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+        total = math.ceil(len(rest) / self.num_replicas) * self.num_replicas
         if order:
-            order += (order * math.ceil(total / len(order)))[: total - len(order)]
-        return iter(order[self.rank :: self.num_replicas])
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.sampler) / self.num_replicas)
+            rest = rest + (order * math.ceil(total / len(order)))[: total - len(rest)]
+        return rest[self.rank :: self.num_replicas]
 
 
-class DealtBatches(Sampler[list[Any]]):
+class DealtBatches(Dealt):
     """The user's own batches, dealt whole to the data ranks; every rank yields the same number.
 
     Rank r takes the batches r, r + n, ... A rank that has none left repeats batch 0: in evaluation that step runs
     along, for the sake of the collectives inside the model, and is not counted (see :meth:`counts`); in training it
     is used, as Lightning's ddp repeats samples.
-
-    Args:
-        batches: the user's batch sampler.
-        num_replicas: number of data ranks.
-        rank: this data rank.
-        seed: of the order; the same on all ranks.
     """
-
-    def __init__(self, batches: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
-        self.batches, self.num_replicas, self.rank, self.seed = batches, num_replicas, rank, seed
-        self.epoch = 0
 
     def counts(self, batch_idx: int) -> bool:
         """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
-        return batch_idx * self.num_replicas + self.rank < len(self.batches)
+        return batch_idx * self.num_replicas + self.rank < len(self.source)
 
     @property
     def sampler(self) -> DealtBatches:
         """Itself: Lightning tells the epoch to the batch sampler's ``sampler``."""
         return self
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order the next iteration takes; passed on to samplers that know epochs."""
-        self.epoch = epoch
-        for sampler in (self.batches, getattr(self.batches, "sampler", None)):
-            if callable(inner := getattr(sampler, "set_epoch", None)):
-                inner(epoch)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        batches = _drawn(self.batches, self.seed + self.epoch)
-        mine = batches[self.rank :: self.num_replicas]
-        if len(mine) < len(self):
-            mine.append(batches[0])
-        return iter(mine)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.batches) / self.num_replicas)
+    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+        mine = rest[self.rank :: self.num_replicas]
+        if len(mine) < math.ceil(len(rest) / self.num_replicas):
+            mine.append(order[0])
+        return mine
 
     def __getattr__(self, name: str) -> Any:
         # what Lightning and users ask of a batch sampler: batch_size, drop_last
+        if name == "source":
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+class SeededBatches(Sampler[list[Any]]):
+    """Batches that bring the seed under which a loader's worker makes them.
+
+    A worker's generators otherwise depend on all that it made since it started, so that a run which is resumed within
+    an epoch would augment otherwise.
+
+    Args:
+        batches: of indices.
+        dealt: the part of them that deals; gives the epoch and what was taken of it.
+        items: how many of what is dealt make a batch.
+    """
+
+    def __init__(self, batches: Any, dealt: Dealt, items: int) -> None:
+        self.batches, self.dealt, self._items = batches, dealt, items
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        dealt = self.dealt
+        position = dealt.taken + dealt.rank
+        for batch in self.batches:
+            number = (dealt.seed * 1_000_003 + dealt.epoch) * 1_000_003 + position
+            yield SeededBatch(batch, number % 2**31)
+            position += self._items * dealt.num_replicas
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
         if name == "batches":
             raise AttributeError(name)
         return getattr(self.batches, name)
 
 
+class SeededBatch(list[Any]):
+    """Indices of a batch; a worker that goes through them seeds its generators first."""
+
+    def __init__(self, indices: Any = (), seed: int | None = None) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.seed is not None and get_worker_info() is not None:
+            seed_generators(self.seed)
+        return super().__iter__()
+
+
 def _drawn(sampler: Any, seed: int) -> list[Any]:
     """Everything that the sampler yields, drawn under a seed that leaves the process's own streams untouched."""
     with isolate_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_generators(seed)
         return list(sampler)
 
 
@@ -159,10 +199,20 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
             loader, _IndexBatchSamplerWrapper(DealtBatches(tracked._batch_sampler, num_replicas, rank, seed))
         )
     if stage == RunningStage.TRAINING:
-        return _deal_training(loader, num_replicas, rank, seed)
-    if loader.batch_sampler is None:  # automatic batching is off: the sampler yields whole batches or single samples
-        return _update_dataloader(loader, DealtBatches(loader.sampler, num_replicas, rank, seed), mode=stage)
-    return _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
+        loader = _deal_training(loader, num_replicas, rank, seed)
+    elif loader.batch_sampler is None:  # automatic batching is off: the sampler yields whole batches or single samples
+        loader = _update_dataloader(loader, DealtBatches(loader.sampler, num_replicas, rank, seed), mode=stage)
+    else:
+        loader = _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
+    return _with_seeds(loader)
+
+
+def _with_seeds(loader: DataLoader) -> DataLoader:
+    dealt = dealt_by(loader)
+    own = loader.worker_init_fn is not None or "PL_GLOBAL_SEED" not in os.environ
+    if own or dealt is None or not loader.num_workers or loader.batch_sampler is None:
+        return loader
+    return _with_batch_sampler(loader, SeededBatches(loader.batch_sampler, dealt, items_of_batch(loader)))
 
 
 def _deal_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) -> DataLoader:
@@ -189,13 +239,31 @@ def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
     return loader
 
 
-def dealt_batches(loader: object) -> DealtBatches | None:
-    """The dealt batch sampler of a loader that went through :func:`deal` for evaluation."""
+def dealt_by(loader: object) -> Dealt | None:
+    """What deals the samples or the batches of a loader; None for one that :func:`deal` left as it is."""
     sampler = getattr(loader, "batch_sampler", None)
     if sampler is None:
         sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, SeededBatches):
+        return sampler.dealt
     sampler = getattr(sampler, "_batch_sampler", sampler)
-    return sampler if isinstance(sampler, DealtBatches) else None
+    if not isinstance(sampler, Dealt):
+        sampler = getattr(sampler, "sampler", None)
+    return sampler if isinstance(sampler, Dealt) else None
+
+
+def items_of_batch(loader: DataLoader) -> int:
+    """How many of the items that :func:`dealt_by` deals make a batch of a rank."""
+    dealt = dealt_by(loader)
+    if isinstance(dealt, DealtBatches) or loader.batch_sampler is None:
+        return 1
+    return int(loader.batch_sampler.batch_size)  # type: ignore[attr-defined]
+
+
+def dealt_batches(loader: object) -> DealtBatches | None:
+    """The dealt batch sampler of a loader that went through :func:`deal` for evaluation."""
+    dealt = dealt_by(loader)
+    return dealt if isinstance(dealt, DealtBatches) else None
 
 
 def refuse_different_batches(step: str, args: tuple[Any, ...], group: dist.ProcessGroup) -> None:
@@ -246,4 +314,11 @@ def seed_loader(loader: DataLoader, data_rank: int) -> None:
     if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
         loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)
     if loader.generator is None and "PL_GLOBAL_SEED" in os.environ:
-        loader.generator = torch.Generator().manual_seed(int(os.environ["PL_GLOBAL_SEED"]) + 7919 * data_rank)
+        seed = loader_seed(data_rank)
+        assert seed is not None
+        loader.generator = torch.Generator().manual_seed(seed)
+
+
+def loader_seed(data_rank: int) -> int | None:
+    """Of what a loader of a data rank draws itself; None where the user seeded nothing."""
+    return int(os.environ["PL_GLOBAL_SEED"]) + 7919 * data_rank if "PL_GLOBAL_SEED" in os.environ else None

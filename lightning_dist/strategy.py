@@ -32,7 +32,6 @@ from lightning_dist.data import refuse_different_batches
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
-from lightning_dist.loaders import LoaderHooks
 from lightning_dist.logs import StepLogs, attach_metrics
 from lightning_dist.parallel import (
     Alone,
@@ -52,7 +51,7 @@ from lightning_dist.report import LayoutReport, PipelineReport
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 
-class HybridStrategy(CheckpointHooks, LoaderHooks):
+class HybridStrategy(CheckpointHooks):
     """Trains any LightningModule, unchanged, over a layout of data and model parallelism.
 
     Args:

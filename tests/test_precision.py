@@ -31,10 +31,10 @@ class Overflowing(models.Momentum):
         return loss
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_overflow_on_one_rank_skips_the_step_on_all(layout: str) -> None:
+@pytest.mark.parametrize(("layout", "num_ranks"), [*((layout, 2) for layout in LAYOUTS), ("pp=2", 2), ("pp=4", 4)])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(layout: str, num_ranks: int) -> None:
     one = _scaled("dp_shard=1")
-    for scale, weights in run_on_ranks(2, _scaled, layout):
+    for scale, weights in run_on_ranks(num_ranks, _scaled, layout):
         assert scale == one[0] == 2.0**15  # halved once
         for name, weight in one[1].items():
             assert weights[name].isfinite().all()
@@ -47,16 +47,16 @@ def _scaled(layout: str) -> tuple[float, dict[str, torch.Tensor]]:
     L.seed_everything(1, verbose=False)
     world = dist.get_world_size() if dist.is_initialized() else 1
     plugin = MixedPrecision("16-mixed", "cpu")
-    module = Overflowing()
+    module, strategy = Overflowing(), HybridStrategy(layout)
     trainer = L.Trainer(
         **QUIET,
         devices=world,
-        strategy=HybridStrategy(layout),
+        strategy=strategy,
         plugins=[plugin],
         max_steps=6,
         gradient_clip_val=0.5,
     )
-    trainer.fit(module, DataLoader(samples(), batch_size=8 // world))
+    trainer.fit(module, DataLoader(samples(), batch_size=8 // strategy.num_data_ranks))
     assert plugin.scaler is not None
     return plugin.scaler.get_scale(), whole_weights(module)
 

@@ -14,16 +14,14 @@ from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
-from lightning_dist.parallel import Alone, average_buffers
-from lightning_dist.processes import LayoutRanks
+from lightning_dist.resume import ResumeHooks
 
 
-class CheckpointHooks(LayoutRanks):
+class CheckpointHooks(ResumeHooks):
     """The part of a strategy that knows checkpoints."""
 
     checkpoint_format: Literal["auto", "single", "sharded"] = "auto"
     _checkpoint_path: _PATH | None = None
-    _parallel: Alone | None = None
 
     @property
     @override
@@ -43,7 +41,7 @@ class CheckpointHooks(LayoutRanks):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         self._settle()
-        return checkpoints.model_state(self.lightning_module)
+        return self._buffers_at_step(checkpoints.model_state(self.lightning_module))
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -53,6 +51,7 @@ class CheckpointHooks(LayoutRanks):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated."""
+        checkpoint = self._with_resume(checkpoint)
         write = None
         if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
             write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
@@ -62,12 +61,14 @@ class CheckpointHooks(LayoutRanks):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
         self._checkpoint_path = checkpoint_path
-        return checkpoints.load(
+        checkpoint = checkpoints.load(
             checkpoint_path,
             self.lightning_module,
             optimizers=self.lightning_module.trainer.state.fn == TrainerFn.FITTING,
             weights_only=weights_only,
         )
+        self._resume_from(checkpoint)
+        return checkpoint
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -86,10 +87,3 @@ class CheckpointHooks(LayoutRanks):
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.is_global_zero:
             checkpoints.remove(filepath)
-
-    def _settle(self) -> None:
-        """Makes buffers equal on all data ranks before they are used or saved."""
-        if self.data_group is not None and self.lightning_module is not None:
-            average_buffers(self.lightning_module, self.data_group)
-            if self._parallel is not None:
-                self._parallel.share_buffers()

@@ -100,6 +100,17 @@ CASES: dict[str, tuple[Run, str, int]] = {
         "pp=2",
         2,
     ),
+    "shard-recomputed-in-part": (
+        Run(models.Grouped, samples, few_samples, strategy={"activation_checkpointing": "selective"}),
+        "pp=2,dp_shard=2",
+        4,
+    ),
+    "compiled": (Run(models.Grouped, samples, strategy={"compile": {"backend": "aot_eager"}}), "pp=2", 2),
+    "shard-compiled": (
+        Run(models.Grouped, samples, strategy={"compile": {"backend": "aot_eager"}}),
+        "pp=2,dp_shard=2",
+        4,
+    ),
     "batchnorm": (
         Run(Normalised, samples, few_samples, strategy={"num_microbatches": 1, "pipeline_schedule": "GPipe"}),
         "pp=2",

@@ -20,7 +20,7 @@ from lightning_dist.parallel.pipeline.cuts import CutPoint
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.passage import Passage
-from lightning_dist.parallel.pipeline.randomness import kept_random_states, seed_microbatch
+from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
 from lightning_dist.parallel.pipeline.timeline import Timeline
@@ -28,6 +28,7 @@ from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
 from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder
+from lightning_dist.randomness import kept_random_states
 
 
 class Route:
@@ -76,6 +77,7 @@ class Pipelined(Alone):
         self._routes: dict[Any, Route] = {}
         self._schedules: dict[Any, Any] = {}
         self._constants: dict[tuple[str, str], bool] = {}
+        self._num_evaluated = 0
         self._step = _Step()
         self._applied = 1.0
         """What the losses of the last schedule were multiplied with."""
@@ -115,7 +117,7 @@ class Pipelined(Alone):
         wires = [Wire.of([route.points[cut] for route in routes]) for cut in range(self.stages.num_stages - 1)]
         logs = RecordedLogs(self.module, sizes, self._is_constant)
         self._step = _Step(step, parts, args[1:], sizes, routes, wires, logs, args[0])
-        with self._step.logs.recording(), self._own_random_streams():
+        with self._step.logs.recording(), self._own_random_streams(training):
             if not training:
                 with self._holding():
                     self._in_order().forward(num_parts)
@@ -130,10 +132,17 @@ class Pipelined(Alone):
         return result
 
     @contextmanager
-    def _own_random_streams(self) -> Iterator[None]:
-        """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike."""
-        self._step.seed = int(torch.randint(2**31, ()))
+    def _own_random_streams(self, training: bool) -> Iterator[None]:
+        """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike.
+
+        Steps that evaluate leave the stream where it was, as they would in one process without random numbers.
+        """
+        if training:
+            self._step.seed = int(torch.randint(2**31, ()))
         with kept_random_states(self._device):
+            if not training:
+                self._num_evaluated += 1
+                self._step.seed = int(torch.randint(2**31, ())) + self._num_evaluated
             yield
 
     def _num_microbatches(self, size: int) -> tuple[int, bool]:

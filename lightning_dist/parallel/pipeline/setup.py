@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_dist.parallel.pipeline import batches
-from lightning_dist.parallel.pipeline.randomness import kept_random_states
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, find_stages, hide_parameters
 from lightning_dist.parallel.pipeline.trace import trace_step
+from lightning_dist.randomness import kept_random_states
 
 STEP_OF = {
     TrainerFn.FITTING: "training_step",

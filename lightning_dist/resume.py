@@ -1,0 +1,480 @@
+"""Where a training stands between two steps, so that one that goes on from a checkpoint does so as if never stopped.
+
+[Note: what a checkpoint is the state of]
+The last optimizer step. Between two of them gradients add up, which no checkpoint holds: one that is written there
+says how things stood at the step before, in random states, buffers and progress, and a resumed run takes those
+microsteps again.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dist.data import dealt_by, items_of_batch, loader_seed
+from lightning_dist.loaders import LoaderHooks
+from lightning_dist.parallel import Alone, average_buffers
+from lightning_dist.randomness import RandomStates, kept_random_states, seed_generators
+
+RESUME = "lightning_dist_resume"
+"""The entry of a checkpoint that says where the data and the random generators stood."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """How things stood when the batch after an optimizer step was asked for, or when the run began."""
+
+    random: RandomStates
+    batches: int
+    """That were done by then, of all epochs."""
+    buffers: dict[str, Tensor]
+    """Copies; only where gradients of several batches add up."""
+
+
+class ResumeHooks(LoaderHooks):
+    """The part of a strategy that knows where in its data and its random streams a training is."""
+
+    _last_step: _Step | None = None
+    _epoch = 0
+    """Of the last batch."""
+    _to_resume: dict[str, Any] | None = None
+    _random_at_start: RandomStates | None = None
+    """Of the first batch of a run that goes on."""
+    _begun: list[TrainingData]
+    """Where each training loader began its current epoch."""
+    _parallel: Alone | None = None
+
+    # ------------------------------------------------------------------ while training
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._random_at_start is not None:
+            self._random_at_start.restore(self.root_device)
+        self._to_resume = self._random_at_start = None
+        self._note_step()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        epoch = self._epochs.processed
+        if epoch != self._epoch:
+            self._epoch = epoch
+            for begun in self._begun:
+                begun.next_epoch()
+
+    def _before_fetch(self, original: Callable[[], None]) -> None:
+        """Stands before Lightning's method of this name, which is called before each training batch (seen in 2.6.6)."""
+        if not self._trainer.fit_loop.epoch_loop._should_accumulate():
+            self._note_step()
+        original()
+
+    def _note_step(self) -> None:
+        """Notes how things stand now."""
+        module, trainer = self.lightning_module, self._trainer
+        assert module is not None
+        buffers = {}
+        if trainer.accumulate_grad_batches > 1:
+            buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        self._last_step = _Step(RandomStates.now(self.root_device), self._batches.total.processed, buffers)
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # ------------------------------------------------------------------ saving
+
+    @property
+    def _since_step(self) -> int:
+        """Batches that were done since the last optimizer step, whose gradients are not in a checkpoint."""
+        if self._last_step is None or not self._saves_training:
+            return 0
+        if self._between_batches and not self._trainer.fit_loop.epoch_loop._should_accumulate():
+            return 0
+        return max(0, self._batches.total.processed - self._last_step.batches)
+
+    @property
+    def _between_batches(self) -> bool:
+        return bool(self._batches.current.ready == self._batches.current.processed)
+
+    @property
+    def _batches(self) -> Any:
+        return self._trainer.fit_loop.epoch_loop.batch_progress
+
+    @property
+    def _epochs(self) -> Any:
+        return self._trainer.fit_loop.epoch_progress.current
+
+    @property
+    def _saves_training(self) -> bool:
+        return self._trainer.state.fn == TrainerFn.FITTING and self._last_step is not None
+
+    def _with_resume(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint with the state of data and random generators, taken back to the last optimizer step.
+
+        Communication over the data ranks: one all-gather of their random states and of the loaders' own, as objects of
+        about 10 kB.
+        """
+        if not self._saves_training or "optimizer_states" not in checkpoint:
+            return checkpoint
+        assert self._last_step is not None
+        batches, since = self._batches, self._since_step
+        at_step = since == 0 and self._between_batches
+        states = RandomStates.now(self.root_device) if at_step else self._last_step.random
+        own = states.to_state(), [data.state(batches.current.processed - since) for data in self._begun]
+        every: list[Any] = [own]
+        if self.num_data_ranks > 1:
+            every = [None] * self.num_data_ranks
+            dist.all_gather_object(every, own, self.data_group)
+        loops = copy.deepcopy(checkpoint["loops"])
+        if since:
+            _take_back(loops, since)
+        if self._ended_early:
+            _reopen_epoch(loops)
+        random, loaders = (list(part) for part in zip(*every, strict=True))
+        resume = {"random": random, "loaders": loaders, **self._position(since)}
+        return {**checkpoint, "loops": loops, RESUME: resume}
+
+    def _position(self, since: int) -> dict[str, Any]:
+        """The epoch, and what was taken of it from each loader."""
+        loop, batches = self._trainer.fit_loop, self._batches
+        done = batches.current.processed - since
+        here = {
+            "num_data_ranks": self.num_data_ranks,
+            "batches": done,
+            "batch_sizes": [begun.batch_size for begun in self._begun],
+        }
+        if done >= loop.max_batches or batches.is_last_batch:
+            return {**here, "epoch": self._epoch + 1, "taken": [0 for _ in self._begun], "batches": 0}
+        return {**here, "epoch": self._epoch, "taken": [begun.taken(done) for begun in self._begun]}
+
+    @property
+    def _ended_early(self) -> bool:
+        """Whether Lightning ended an epoch within, at ``max_steps``, say; a run that goes on finishes it first."""
+        loop, batches = self._trainer.fit_loop, self._batches
+        is_within = batches.current.processed < loop.max_batches and not batches.is_last_batch
+        return is_within and self._epochs.processed > self._epoch
+
+    def _buffers_at_step(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A module's state dict, with the buffers of the last optimizer step.
+
+        Communication: none, or what :func:`average_buffers` does.
+        """
+        step, module = self._last_step, self.lightning_module
+        assert module is not None
+        if step is None or not step.buffers or not self._since_step:
+            return state
+        buffers = dict(module.named_buffers())
+        now = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(step.buffers[name])
+            self._settle()
+            then = {name: buffer.detach().clone() for name, buffer in buffers.items() if name in state}
+            for name, buffer in buffers.items():
+                buffer.copy_(now[name])
+        return {**state, **then}
+
+    def _settle(self) -> None:
+        """Makes buffers equal on all data ranks before they are used or saved."""
+        if self.data_group is not None and self.lightning_module is not None:
+            average_buffers(self.lightning_module, self.data_group)
+            if self._parallel is not None:
+                self._parallel.share_buffers()
+
+    # ------------------------------------------------------------------ resuming
+
+    def _resume_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Notes what a checkpoint says, for the loaders and the generators of the run that begins."""
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._to_resume = checkpoint.get(RESUME)
+
+    @override
+    def _own_dataloaders(self, trainer: pl.Trainer) -> None:
+        super()._own_dataloaders(trainer)
+        self._begun, self._last_step, self._to_resume, self._epoch = [], None, None, 0
+        loop: Any = trainer.fit_loop
+        if "_load_combined_loader_states" not in vars(loop):
+            loop._load_combined_loader_states = partial(self._begin_loaders, loop._load_combined_loader_states)
+            loop.setup_data = partial(self._set_up_data, loop.setup_data)
+            loop.epoch_loop._on_before_fetch = partial(self._before_fetch, loop.epoch_loop._on_before_fetch)
+
+    def _set_up_data(self, original: Callable[[], None]) -> None:
+        """Stands before Lightning's method of this name, which fetches a first batch of loaders without a length."""
+        original()
+        saved = self._to_resume
+        if saved is not None and self._random_at_start is None:
+            # within an epoch that batch was there already when the run was saved
+            self._random_at_start = (
+                self._saved_random(saved) if saved["batches"] else RandomStates.now(self.root_device)
+            )
+
+    def _begin_loaders(self, original: Callable[[], None]) -> None:
+        """Stands before Lightning's method of this name: loaders are there, and not yet asked (seen in 2.6.6)."""
+        loop = self._trainer.fit_loop
+        combined, saved = loop._combined_loader, self._to_resume
+        assert combined is not None
+        if saved is None:
+            original()
+        self._epoch = self._epochs.processed if saved is None else saved["epoch"]
+        self._begun = [TrainingData(loader, self.num_data_ranks, self.data_rank) for loader in combined.flattened]
+        for data in self._begun:
+            data.begin(self._epoch)
+        if saved is not None:
+            self._begin_where(saved)
+            self._saved_random(saved).restore(self.root_device)
+        limits = combined.limits
+        combined.flattened = [data.loader for data in self._begun]
+        combined.limits = limits
+
+    def _begin_where(self, saved: dict[str, Any]) -> None:
+        if len(saved["taken"]) != len(self._begun):
+            raise ValueError(
+                f"the checkpoint was written within a training on {len(saved['taken'])} loaders, and this run has "
+                f"{len(self._begun)}; train on as many, or load the weights alone"
+            )
+        alike = saved["num_data_ranks"] == self.num_data_ranks
+        for number, data in enumerate(self._begun):
+            states = [of_rank[number] for of_rank in saved["loaders"]]
+            data.begin(self._epoch, saved["taken"][number], states if alike else None)
+            alike = alike and saved["batch_sizes"][number] == data.batch_size
+        if saved["batches"] and not alike:
+            self._count_from(max(self._begun, key=lambda data: data.left))
+        for data in self._begun:
+            data.done = self._batches.current.processed if saved["batches"] else 0
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    def _count_from(self, longest: TrainingData) -> None:
+        """Lets Lightning's count of batches end with what is left of the epoch, under other ranks or batch sizes."""
+        combined, current = self._trainer.fit_loop._combined_loader, self._batches.current
+        assert combined is not None
+        size = max(combined.limits or [math.inf])
+        if not math.isfinite(size):
+            return
+        is_limited = size < len(longest.loader)  # limit_train_batches
+        done = min(int(size), longest.before) if is_limited else max(0, int(size - longest.left))
+        unfinished = current.processed - current.completed
+        current.ready = current.started = current.processed = done
+        current.completed = max(0, done - unfinished)
+
+    def _saved_random(self, saved: dict[str, Any]) -> RandomStates:
+        """Of this data rank; one that the saved run did not have draws on from another one's, apart."""
+        states = saved["random"]
+        random = RandomStates.from_state(states[self.data_rank % len(states)])
+        if self.data_rank < len(states):
+            return random
+        with kept_random_states(self.root_device):
+            random.restore(self.root_device)
+            seed_generators(int(torch.randint(2**31, ())) + self.data_rank)
+            return RandomStates.now(self.root_device)
+
+
+class TrainingData:
+    """A training loader: what was taken of it in this epoch, and where it begins.
+
+    Args:
+        loader: as Lightning prepared it.
+        num_data_ranks: that take from it.
+        data_rank: this one.
+    """
+
+    def __init__(self, loader: Any, num_data_ranks: int, data_rank: int) -> None:
+        self.dealt = dealt_by(loader)
+        self.loader = loader if self.dealt is not None else Resumable(loader)
+        self.batch_size = items_of_batch(loader) if self.dealt is not None else 1
+        self.done = 0
+        """Lightning's count of batches when the run began this epoch."""
+        self._num_data_ranks, self._data_rank, self._start = num_data_ranks, data_rank, 0
+
+    def begin(self, epoch: int, taken: int = 0, states: list[Any] | None = None) -> None:
+        """The next iteration is that of an epoch, of which all ranks together took some already.
+
+        Args:
+            epoch: counted from 0.
+            taken: samples, or batches where those are dealt.
+            states: of the loader on each data rank, if it has one.
+
+        Raises:
+            ValueError: the loader's place can't be found for this number of data ranks.
+        """
+        self._start = taken
+        if self.dealt is not None:
+            self.dealt.set_epoch(epoch)
+            self.dealt.taken = taken
+            return
+        self.loader.begin(epoch, self._data_rank)
+        if taken:
+            self.loader.skip(taken // self._num_data_ranks, None if states is None else states[self._data_rank])
+
+    def next_epoch(self) -> None:
+        """Another epoch has begun, from its start."""
+        self._start = self.done = 0
+
+    @property
+    def _step(self) -> int:
+        return self.batch_size * self._num_data_ranks
+
+    @property
+    def _size(self) -> float:
+        """Of an epoch, in what is dealt."""
+        if self.dealt is not None:
+            return len(self.dealt.source)
+        size = sized_len(self.loader)
+        return math.inf if size is None else size * self._num_data_ranks
+
+    @property
+    def left(self) -> float:
+        """Batches of this rank that were left of the epoch when it began here."""
+        return self._batches_of(self._size - self._start)
+
+    @property
+    def before(self) -> int:
+        """Batches of this rank that were taken of the epoch when it began here, as they are now."""
+        return math.ceil(self._start / self._step)
+
+    def _batches_of(self, items: float) -> float:
+        batches = items / self._num_data_ranks / self.batch_size
+        if not math.isfinite(batches):
+            return batches
+        drops = getattr(getattr(self.loader, "batch_sampler", None), "drop_last", False)
+        each = math.ceil(items / self._num_data_ranks)
+        return each // self.batch_size if drops else math.ceil(each / self.batch_size)
+
+    def taken(self, done: int) -> int:
+        """By all ranks of the epoch, at a count of batches; a loader that is shorter than others starts over."""
+        given, start = done - self.done, self._start
+        if given > self.left:
+            given, start = int((given - self.left) % self._batches_of(self._size)), 0
+        return int(min(start + given * self._step, self._size))
+
+    def state(self, done: int) -> Any:
+        """Of the loader itself after so many batches; None for one without."""
+        return None if self.dealt is not None else self.loader.state_after(done - self.done)
+
+
+class Resumable:
+    """A loader whose samples its owner deals: iterable data, a ``DistributedSampler``, or no ``DataLoader`` at all.
+
+    It goes on by its own state where it, or an iterable data set without workers, has ``state_dict`` and
+    ``load_state_dict``; else by leaving out batches, which reads them once more.
+
+    Args:
+        loader: the user's.
+    """
+
+    _KEPT = 64
+    """States of the last batches: Lightning fetches one ahead, and gradients of some may add up."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader, self._skip = loader, 0
+        self._states: dict[int, Any] = {}
+        """Of the owner, after a number of batches."""
+        self._before_next: dict[int, RandomStates] = {}
+        """Of the generators, when the batch after a number of them was asked for."""
+        self._random: dict[str, Any] | None = None
+        dataset = getattr(loader, "dataset", None)
+        owners = [loader] if getattr(loader, "num_workers", 0) else [loader, dataset]
+        self._owner: Any = next((o for o in owners if hasattr(o, "state_dict") and hasattr(o, "load_state_dict")), None)
+
+    def begin(self, epoch: int, data_rank: int) -> None:
+        """The next iteration is that of an epoch: its order, and the seed of its workers."""
+        self._skip = 0
+        for sampler in (getattr(self._loader, "sampler", None), getattr(self._loader, "batch_sampler", None)):
+            if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                set_epoch(epoch)
+        generator = getattr(self._loader, "generator", None)
+        if isinstance(generator, torch.Generator) and generator.initial_seed() == loader_seed(data_rank):
+            generator.manual_seed(generator.initial_seed())
+            for _ in range(epoch):  # each iteration draws one
+                torch.empty((), dtype=torch.int64).random_(generator=generator)
+
+    def skip(self, batches: int, state: Any) -> None:
+        """The next iteration goes on after so many batches, by the state if there is one.
+
+        Raises:
+            ValueError: the loader has states, and this rank has none.
+        """
+        if self._owner is None:
+            self._skip = batches
+        elif state is None:
+            raise ValueError(
+                f"the {type(self._owner).__name__} has a state for each data rank, and the checkpoint was written "
+                "within an epoch under another number of them; resume with as many, or from the end of an epoch"
+            )
+        else:
+            self._owner.load_state_dict(state["owner"])
+        self._random = None if state is None else state["random"]
+
+    def state_after(self, batches: int) -> Any:
+        """Where the loader stood after so many batches of this iteration, and the generators if it has read on."""
+        random = self._before_next.get(batches)
+        return {"owner": self._states.get(batches), "random": None if random is None else random.to_state()}
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self._skip = self._skip, 0
+        batches = iter(self._loader)
+        with kept_random_states(_CPU):
+            for _ in range(skip):
+                next(batches, None)
+        self._states.clear()
+        self._before_next.clear()
+        for number in itertools.count():
+            random, self._random = self._random, None
+            self._before_next[number] = RandomStates.now(_CPU) if random is None else RandomStates.from_state(random)
+            try:
+                batch = next(batches) if random is None else _drawn_from(random, batches)
+            except StopIteration:
+                return
+            if self._owner is not None:
+                self._states[number + 1] = self._owner.state_dict()
+            for states in (self._states, self._before_next):
+                states.pop(number - self._KEPT, None)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_loader", "state_dict", "load_state_dict"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+
+_CPU = torch.device("cpu")
+
+
+def _drawn_from(random: dict[str, Any], batches: Iterator[Any]) -> Any:
+    """The next batch, as made from these states of the generators, which are then as they were before."""
+    with kept_random_states(_CPU):
+        RandomStates.from_state(random).restore(_CPU)
+        return next(batches)
+
+
+def _take_back(loops: dict[str, Any], batches: int) -> None:
+    """Sets Lightning's states of the loops to what they were so many batches before, when the last one had ended."""
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    for part in ("total", "current"):
+        before = progress[part]["processed"] - batches
+        progress[part] = dict.fromkeys(progress[part], before)
+
+
+def _reopen_epoch(loops: dict[str, Any]) -> None:
+    """Sets Lightning's states of the loops to an epoch that goes on."""
+    progress = loops["fit_loop"]["epoch_progress"]
+    for part in ("total", "current"):
+        progress[part]["processed"] = progress[part]["completed"] = progress[part]["started"] - 1

@@ -1,0 +1,299 @@
+"""A run that goes on from a checkpoint within an epoch goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+
+from lightning_dist import HybridStrategy
+from tests import models
+from tests.parity import QUIET
+from tests.ranks import run_on_ranks
+
+SIZE = 44
+
+
+class Augmented(Dataset):
+    """Samples with their number; drawn with torch, numpy and Python alike."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(models.WIDTH, generator=generator)
+        x = x + 0.1 * torch.randn(models.WIDTH) + 0.1 * float(np.random.rand()) + 0.1 * random.random()
+        return x, torch.tensor(index % models.CLASSES), index
+
+
+class Stream(IterableDataset):
+    """Deals its samples itself, and may know where it is."""
+
+    def __init__(self, data_rank: int, num_data_ranks: int) -> None:
+        self.data_rank, self.num_data_ranks, self.data = data_rank, num_data_ranks, Augmented()
+
+    def __iter__(self) -> Any:
+        for index in self.indices:
+            yield self.data[index]
+
+    @property
+    def indices(self) -> range:
+        return range(self.data_rank, SIZE - SIZE % self.num_data_ranks, self.num_data_ranks)
+
+
+class Stateful(Stream):
+    position = 0
+
+    def __iter__(self) -> Any:
+        start, self.position = self.position, 0
+        for position, index in enumerate(self.indices[start:], start + 1):
+            self.position = position
+            yield self.data[index]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Dropping(models.Classifier):
+    """With dropout and BatchNorm, or another norm."""
+
+    def __init__(self, norm: type[nn.Module] = nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(models.WIDTH, 32), norm(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, models.CLASSES)
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+class Watch(Callback):
+    """Notes the samples and the loss of every batch; saves after so many, of all epochs."""
+
+    def __init__(self, path: Path | None = None, batches: int = 0) -> None:
+        self.path, self.batches = path, batches
+        self.seen: list[tuple[int, list[int]]] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append((trainer.current_epoch, batch[2].tolist()))
+        self.losses.append(float(outputs["loss"]))
+        if self.path is not None and len(self.seen) == self.batches:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.path is not None and not self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def shuffled(workers: int = 0, batch_size: int = 2) -> DataLoader:
+    return DataLoader(Augmented(), batch_size=batch_size, shuffle=True, num_workers=workers)
+
+
+def sorted_batches(workers: int = 0, batch_size: int = 2) -> DataLoader:
+    batches = BatchSampler(RandomSampler(Augmented()), batch_size, drop_last=False)
+    return DataLoader(Augmented(), batch_sampler=batches, num_workers=workers)
+
+
+def streamed(workers: int = 0, batch_size: int = 2, kind: type[Stream] = Stream) -> DataLoader:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return DataLoader(kind(rank, world), batch_size=batch_size, num_workers=workers)
+
+
+def stateful(workers: int = 0, batch_size: int = 2) -> DataLoader:
+    return streamed(workers, batch_size, Stateful)
+
+
+def train(
+    layout: str,
+    loader: Any,
+    saves: tuple[Path, int] | None = None,
+    resumes: Path | None = None,
+    options: dict[str, Any] | None = None,
+) -> tuple[list[Any], list[float], dict[str, Tensor], int]:
+    """What was seen, the losses, the final buffers, and Lightning's count of steps."""
+    L.seed_everything(1, verbose=False)
+    options = dict(options or {})
+    module = Dropping(options.pop("norm", nn.BatchNorm1d))
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    settings: dict[str, Any] = {"max_epochs": 3, **options}
+    watch = Watch(*saves) if saves else Watch()
+    whole: Any = {"pipeline_schedule": "GPipe", "num_microbatches": 1} if "pp" in layout else {}  # for BatchNorm
+    strategy = HybridStrategy(layout, **whole)
+    trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, callbacks=[watch], **settings)
+    trainer.fit(module, loader(), DataLoader(models.few_samples(), batch_size=4), ckpt_path=resumes)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return watch.seen, watch.losses, buffers, trainer.global_step
+
+
+def on(layout: str, *args: Any) -> list[Any]:
+    if "=2" not in layout:
+        return [train(layout, *args)]
+    return run_on_ranks(4 if "," in layout else 2, train, layout, *args)
+
+
+def workers_shuffled() -> DataLoader:
+    return shuffled(2)
+
+
+def workers_sorted() -> DataLoader:
+    return sorted_batches(2)
+
+
+def workers_streamed() -> DataLoader:
+    return streamed(1)
+
+
+LOADERS = [shuffled, workers_shuffled, sorted_batches, workers_sorted, streamed, workers_streamed, stateful]
+
+
+def few_and_many(cases: list[tuple[Any, ...]], often: set[tuple[Any, ...]]) -> list[Any]:
+    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("layout", "loader", "batches"),
+    few_and_many(
+        list(itertools.product(["dp_shard=1", "dp_replicate=2"], LOADERS, [14, 22])),
+        {*(("dp_replicate=2", loader, 14) for loader in LOADERS), ("dp_replicate=2", stateful, 22)},
+    ),
+)
+def test_a_run_that_goes_on_within_an_epoch_is_the_same_to_the_bit(
+    layout: str, loader: Any, batches: int, tmp_path: Path
+) -> None:
+    check(layout, loader, batches, tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("layout", "batches"),
+    few_and_many(
+        list(itertools.product(["dp_shard=1", "dp_shard=2", "pp=2,dp_replicate=2"], [13, 14, 15, 22])),
+        {("dp_shard=1", 15), ("dp_shard=2", 13), ("dp_shard=2", 14), ("pp=2,dp_replicate=2", 13)},
+    ),
+)
+def test_it_goes_on_from_the_last_step_where_gradients_add_up(layout: str, batches: int, tmp_path: Path) -> None:
+    check(layout, shuffled, batches, tmp_path, {"accumulate_grad_batches": 3})
+
+
+@pytest.mark.parametrize(
+    ("saving", "loading", "batch_size", "accumulate"),
+    [
+        ("dp_replicate=2", "dp_shard=1", 4, 1),
+        ("dp_shard=1", "dp_shard=2", 2, 1),
+        ("dp_shard=2", "dp_replicate=2,dp_shard=2", 1, 1),
+        ("dp_replicate=2", "dp_shard=1", 2, 2),
+        ("dp_replicate=2", "dp_replicate=2", 3, 1),
+    ],
+)
+@pytest.mark.parametrize("loader", [shuffled, sorted_batches])
+def test_other_ranks_take_the_rest_of_the_epoch_once(
+    saving: str, loading: str, batch_size: int, accumulate: int, loader: Any, tmp_path: Path
+) -> None:
+    saves = tmp_path / "a.ckpt", 5
+    first = on(saving, loader, saves, None, {"max_epochs": 1, "norm": nn.LayerNorm})
+    world = len(first)
+    if loader is sorted_batches:
+        batch_size = 2  # whole batches are dealt, so only their size is the same for any ranks
+    options = {"accumulate_grad_batches": accumulate, "norm": nn.LayerNorm}
+    second = on(loading, partial(loader, batch_size=batch_size), None, saves[0], options)
+    by_epoch: dict[int, list[int]] = {}
+    for seen, *_ in second:
+        for epoch, samples in seen:
+            by_epoch.setdefault(epoch, []).extend(samples)
+    before = [sample for seen, *_ in first for _, samples in seen[:5] for sample in samples]
+    assert len(before) == 10 * world
+    rest = set(range(SIZE)) - set(before)
+    ranks = len(second)
+    assert sorted(by_epoch) == [0, 1, 2]
+    fill = batch_size * ranks if loader is sorted_batches else ranks
+    for epoch, wanted in ((0, rest), (1, set(range(SIZE))), (2, set(range(SIZE)))):
+        taken = Counter(by_epoch[epoch])
+        assert set(taken) >= wanted
+        assert len(by_epoch[epoch]) - len(wanted) < fill  # as in any epoch, ranks are filled up to the same number
+
+
+@pytest.mark.parametrize("loading", ["dp_shard=2", "dp_shard=1"])
+def test_the_losses_go_on_under_other_ranks(loading: str, tmp_path: Path) -> None:
+    one = plain("dp_shard=1", 8, None, None)
+    first = plain_on("dp_replicate=2", 4, (tmp_path / "a.ckpt", 5), None)
+    rest = plain_on(loading, 4 if "=2" in loading else 8, None, tmp_path / "a.ckpt")
+    torch.testing.assert_close([*first[:5], *rest], one, rtol=1e-5, atol=1e-6)
+
+
+def plain_on(layout: str, *args: Any) -> list[float]:
+    return plain(layout, *args) if "=2" not in layout else run_on_ranks(2, plain, layout, *args)[0]
+
+
+def plain(layout: str, batch_size: int, saves: Any, resumes: Path | None) -> list[float]:
+    """The losses of a training without random numbers but the order."""
+    L.seed_everything(1, verbose=False)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    losses = Losses(*saves) if saves else Losses()
+    strategy = HybridStrategy(layout)
+    trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, callbacks=[losses], max_epochs=2)
+    loader = DataLoader(models.samples(), batch_size=batch_size, shuffle=True)
+    trainer.fit(models.Grouped(), loader, ckpt_path=resumes)
+    return losses.losses
+
+
+class Losses(Watch):
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        outputs = {"loss": trainer.strategy.reduce(outputs["loss"].detach().clone())}
+        super().on_train_batch_end(trainer, pl_module, outputs, [*batch, torch.zeros(0)], batch_idx)
+
+
+def test_max_steps_within_an_epoch_can_be_raised(tmp_path: Path) -> None:
+    whole = train("dp_shard=1", shuffled, None, None, {"max_epochs": -1, "max_steps": 60})
+    train("dp_shard=1", shuffled, (tmp_path / "a.ckpt", 0), None, {"max_epochs": -1, "max_steps": 30})
+    rest = train("dp_shard=1", shuffled, None, tmp_path / "a.ckpt", {"max_epochs": -1, "max_steps": 60})
+    assert rest[0] == whole[0][30:]
+    assert rest[1] == whole[1][30:]
+
+
+def test_a_loader_with_a_state_is_refused_within_an_epoch_of_other_ranks(tmp_path: Path) -> None:
+    on("dp_replicate=2", stateful, (tmp_path / "a.ckpt", 5))
+    with pytest.raises(ValueError, match="the Stateful has a state for each data rank"):
+        train("dp_shard=1", stateful, None, tmp_path / "a.ckpt")
+
+
+def check(layout: str, loader: Any, batches: int, folder: Path, options: dict[str, Any]) -> None:
+    whole = on(layout, loader, (folder / "a.ckpt", batches), None, options)
+    again = on(layout, loader, None, folder / "a.ckpt", options)
+    for (seen, losses, buffers, steps), (seen_again, losses_again, buffers_again, steps_again) in zip(
+        whole, again, strict=True
+    ):
+        count = options.get("accumulate_grad_batches", 1)
+        first = len(seen) - len(seen_again)
+        assert batches - count < first <= batches
+        assert seen_again == seen[first:]
+        assert losses_again == losses[first:]
+        assert steps_again == steps
+        # a save averages the ranks' statistics, which is a rounding if the other run does so at another time
+        rounding = 1e-6 if count > 1 else 0
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(buffers_again[name], buffer, rtol=rounding, atol=rounding, msg=name)
