@@ -248,12 +248,12 @@ class ResumeHooks(LoaderHooks):
                 f"the checkpoint was written within a training on {len(saved['taken'])} loaders, and this run has "
                 f"{len(self._begun)}; train on as many, or load the weights alone"
             )
-        alike = saved["num_data_ranks"] == self.num_data_ranks
+        same_ranks = saved["num_data_ranks"] == self.num_data_ranks
         for number, data in enumerate(self._begun):
             states = [of_rank[number] for of_rank in saved["loaders"]]
-            data.begin(self._epoch, saved["taken"][number], states if alike else None)
-            alike = alike and saved["batch_sizes"][number] == data.batch_size
-        if saved["batches"] and not alike:
+            data.begin(self._epoch, saved["taken"][number], states if same_ranks else None)
+        same_batches = saved["batch_sizes"] == [data.batch_size for data in self._begun]
+        if saved["batches"] and not (same_ranks and same_batches):
             self._count_from(max(self._begun, key=lambda data: data.left))
         for data in self._begun:
             data.done = self._batches.current.processed if saved["batches"] else 0
@@ -448,6 +448,16 @@ class Resumable:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    @property
+    def _iterator(self) -> Any:
+        """A DataLoader's own, by which Lightning shuts its workers down."""
+        return getattr(self._loader, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        if hasattr(self._loader, "_iterator"):
+            self._loader._iterator = value
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_loader", "state_dict", "load_state_dict"):

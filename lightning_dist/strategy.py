@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
+from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.hooks import CheckpointHooks
 from lightning_dist.data import refuse_different_batches
 from lightning_dist.elastic.guard import end_children
@@ -83,6 +84,8 @@ class HybridStrategy(CheckpointHooks):
         compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
         checkpoint_format: ``"single"``, one file as Lightning writes it; ``"sharded"``, a directory to which every rank
             writes what it holds; ``"auto"``, sharded where parameters are.
+        async_save: write checkpoints while the training goes on; it stops for the copy to host memory only, which takes
+            as much of that as the rank's part of the checkpoint (of a single file, rank 0 takes the whole).
         start_method: how Lightning starts the other processes of a script: ``"popen"``, ``"spawn"``, ``"fork"`` or
             ``"forkserver"``. Under torchrun, SLURM and the like they are there already.
         process_group_backend: of torch.distributed; by default that of the device.
@@ -116,6 +119,7 @@ class HybridStrategy(CheckpointHooks):
         activation_checkpointing: Checkpointing = "none",
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
+        async_save: bool = False,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
@@ -139,6 +143,8 @@ class HybridStrategy(CheckpointHooks):
         self.gradient_norm: Tensor | None = None
         """Norm of the gradients before the last clipping by norm; the same on every rank."""
         self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
+        self.async_save = async_save
+        self._saves = BackgroundSaves()
         self.activation_checkpointing: Checkpointing = _one_of(
             "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
         )
@@ -486,11 +492,22 @@ class HybridStrategy(CheckpointHooks):
         assert self._parallel is not None
         self._parallel.reshard()
 
-    on_train_end = on_test_start = on_predict_start = on_validation_start
+    @override
+    def on_train_end(self) -> None:
+        self.on_validation_start()
+        self._saves.wait()
+
+    on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
     @override
     def teardown(self) -> None:
+        try:
+            self._saves.end()
+        finally:
+            self._teardown()
+
+    def _teardown(self) -> None:
         if self._logs is not None:
             self._logs.detach()
         if self._parallel is not None:
@@ -505,6 +522,7 @@ class HybridStrategy(CheckpointHooks):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        self._end_saves(exception)
         end_children(self.launcher)
 
 

@@ -11,6 +11,8 @@ what the layout made of it, a plain tensor or a ``DTensor``, and optimizer state
 Errors that one rank meets are raised on all of them.
 """
 
+from lightning_dist.checkpoint.background import BackgroundSaves
+from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.convert import convert
 from lightning_dist.checkpoint.disk import is_sharded, load, remove, save
 from lightning_dist.checkpoint.placement import full
@@ -24,6 +26,8 @@ from lightning_dist.checkpoint.state import (
 )
 
 __all__ = [
+    "BackgroundSaves",
+    "DamagedCheckpoint",
     "StageRanks",
     "convert",
     "full",

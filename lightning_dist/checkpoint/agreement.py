@@ -8,12 +8,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-_SHARED_TYPES: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, PermissionError, OSError)
+from lightning_dist.checkpoint.checksums import DamagedCheckpoint
+
+_SHARED_TYPES: tuple[type[Exception], ...] = (
+    DamagedCheckpoint,
+    ValueError,
+    FileNotFoundError,
+    PermissionError,
+    OSError,
+)
 
 
 def global_rank() -> int:
     """The rank in the world; 0 where there is no process group."""
     return dist.get_rank() if _is_distributed() else 0
+
+
+def num_ranks() -> int:
+    """Size of the world; 1 where there is no process group."""
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 def from_rank_zero(value: Any) -> Any:
@@ -26,7 +39,7 @@ def from_rank_zero(value: Any) -> Any:
 
 
 @contextmanager
-def together(purpose: str) -> Iterator[None]:
+def together(purpose: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """An error that any rank meets inside is raised on every rank, so that none waits for another.
 
     Nothing inside may communicate. One all-gather of a short string per rank over the world at the end.
@@ -34,6 +47,7 @@ def together(purpose: str) -> Iterator[None]:
     Args:
         purpose: completes "could not ..." where the error is none that a user can act on by its message
             alone.
+        group: of all ranks, for a thread that communicates beside others. Default: the world.
 
     Raises:
         ValueError, OSError, RuntimeError: that of the lowest rank that failed.
@@ -48,7 +62,7 @@ def together(purpose: str) -> Iterator[None]:
             raise error
         return
     verdicts: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(verdicts, None if error is None else _describe(error))
+    dist.all_gather_object(verdicts, None if error is None else _describe(error), group)
     failed = [rank for rank, verdict in enumerate(verdicts) if verdict is not None]
     if failed:
         if error is not None and failed[0] == dist.get_rank():

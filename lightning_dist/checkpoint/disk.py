@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
 
 from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, together
+from lightning_dist.checkpoint.background import BackgroundSaves
+from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.files import METADATA, REST, remove_any
-from lightning_dist.checkpoint.sharded import read_sharded, save_sharded
-from lightning_dist.checkpoint.single import read_single, save_single
+from lightning_dist.checkpoint.placement import host_copy
+from lightning_dist.checkpoint.sharded import Shards, read_sharded, save_sharded
+from lightning_dist.checkpoint.single import gather_state, read_single, save_single
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
+from lightning_dist.checkpoint.tree import map_leaves
 
 
 def save(
@@ -23,6 +28,7 @@ def save(
     sharded: bool,
     write: Callable[[dict[str, Any], Path], None] | None = None,
     stages: StageRanks | None = None,
+    background: BackgroundSaves | None = None,
 ) -> None:
     """Writes Lightning's checkpoint dictionary. Every rank calls this; the path is rank 0's.
 
@@ -37,17 +43,30 @@ def save(
         sharded: a directory to which every rank writes its part, else the single file of plain Lightning.
         write: for the single file, what writes it on rank 0 (a ``CheckpointIO`` of the user's).
         stages: the ranks that hold the stages of the module; None without a pipeline.
+        background: writes while the training goes on, once the checkpoint has been copied to host memory. Default:
+            this returns when the checkpoint is written.
 
     Raises:
-        OSError, RuntimeError: on every rank, if any can't write.
+        OSError, RuntimeError: on every rank, if any can't write, or could not write the last one in the background.
     """
     path = Path(from_rank_zero(os.fspath(path)))
+    if background is not None:
+        background.wait()
     if stages is not None:
         checkpoint = with_other_stages(checkpoint, stages)
     if sharded:
-        save_sharded(checkpoint, path, global_rank() == 0 if stages is None else stages.writes)
+        shards = Shards.of(checkpoint, global_rank() == 0 if stages is None else stages.writes)
+        if background is None:
+            save_sharded(shards, path)
+        else:
+            background.start(path, partial(save_sharded, shards.copied(), path))
+        return
+    whole = gather_state(checkpoint, stages)
+    if background is None:
+        save_single(whole, path, write)
     else:
-        save_single(checkpoint, path, write, stages)
+        whole = map_leaves(whole, lambda _, value: host_copy(value))
+        background.start(path, partial(save_single, whole, path, write))
 
 
 def load(
@@ -111,7 +130,7 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
         )
     if not has_rest or not has_index:
         lost = METADATA if has_rest else REST
-        raise ValueError(f"checkpoint {path} is incomplete: it has no {lost}; its save did not finish")
+        raise DamagedCheckpoint(f"checkpoint {path} is incomplete: it has no {lost}; its save did not finish")
     return True
 
 

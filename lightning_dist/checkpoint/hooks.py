@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
+from lightning_dist.checkpoint.agreement import from_rank_zero
+from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.resume import ResumeHooks
 
 
@@ -21,6 +27,8 @@ class CheckpointHooks(ResumeHooks):
     """The part of a strategy that knows checkpoints."""
 
     checkpoint_format: Literal["auto", "single", "sharded"] = "auto"
+    async_save = False
+    _saves: BackgroundSaves
     _checkpoint_path: _PATH | None = None
 
     @property
@@ -50,25 +58,55 @@ class CheckpointHooks(ResumeHooks):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated."""
+        """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated.
+
+        With ``async_save`` it returns when the state has been copied to host memory; the next save, the end of the
+        run, an exception and a signal wait for the one in flight, and raise what it met.
+        """
         checkpoint = self._with_resume(checkpoint)
         write = None
         if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
             write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
-        checkpoints.save(checkpoint, filepath, sharded=self.saves_shards, write=write, stages=self.stage_ranks)
+        checkpoints.save(
+            checkpoint,
+            filepath,
+            sharded=self.saves_shards,
+            write=write,
+            stages=self.stage_ranks,
+            background=self._saves if self.async_save else None,
+        )
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
         self._checkpoint_path = checkpoint_path
-        checkpoint = checkpoints.load(
-            checkpoint_path,
-            self.lightning_module,
-            optimizers=self.lightning_module.trainer.state.fn == TrainerFn.FITTING,
-            weights_only=weights_only,
-        )
-        self._resume_from(checkpoint)
-        return checkpoint
+        self._saves.wait()
+        training = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        paths = [checkpoint_path, *self._older_than_last(checkpoint_path)]
+        while True:
+            self._checkpoint_path = path = paths.pop(0)
+            try:
+                checkpoint = checkpoints.load(
+                    path, self.lightning_module, optimizers=training, weights_only=weights_only
+                )
+            except checkpoints.DamagedCheckpoint as error:
+                if not paths:
+                    raise
+                rank_zero_warn(f"{error}. This run goes on from the newest before it, {paths[0]}")
+            else:
+                self._resume_from(checkpoint)
+                return checkpoint
+
+    def _older_than_last(self, path: _PATH) -> list[Path]:
+        """Other checkpoints beside the one that ``ckpt_path="last"`` chose, newest first; none for another one."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        found: list[Path] = []
+        last = set[Path]().union(*(_last_checkpoints(callback, trainer) for callback in trainer.checkpoint_callbacks))
+        if self.is_global_zero and Path(path).resolve() in last:
+            beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
+            found = sorted(beside, key=lambda p: p.stat().st_mtime, reverse=True)
+        return list(from_rank_zero(found))
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -86,4 +124,18 @@ class CheckpointHooks(ResumeHooks):
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.is_global_zero:
-            checkpoints.remove(filepath)
+            self._saves.afterwards(partial(checkpoints.remove, filepath))
+
+    def _end_saves(self, exception: BaseException) -> None:
+        """Waits for the save in flight where an exception ends the run; what that met is told beside it."""
+        try:
+            self._saves.wait()
+        except Exception as error:
+            exception.add_note(f"beside that, a checkpoint could not be written: {error}")
+
+
+def _last_checkpoints(callback: Any, trainer: pl.Trainer) -> set[Path]:
+    """That Lightning chooses from for ``ckpt_path="last"``."""
+    if not isinstance(callback, ModelCheckpoint):
+        return set()
+    return {Path(path).resolve() for path in callback._find_last_checkpoints(trainer)}

@@ -73,6 +73,11 @@ def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def host_copy(value: Any) -> Any:
+    """A copy of a tensor, in host memory; anything else as it is."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
 def is_split(tensor: Tensor) -> bool:
     """Whether ranks hold different parts of the tensor."""
     return isinstance(tensor, DTensor) and any(

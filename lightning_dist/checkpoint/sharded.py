@@ -4,7 +4,8 @@
         meta.pt         all but the large tensors, one small file (rank 0), with the format's version and
                         which tensor of the directory goes where
         *.distcp        the tensors, by torch.distributed.checkpoint
-        .metadata       its index, written last
+        .metadata       its index
+        checksums.json  size and CRC-32 of each of these
 
 Tensors are named ``state_dict.<name>`` and ``optimizer_<i>.state.<name>.<key>``, as in the directories that
 Lightning's strategies write.
@@ -17,11 +18,13 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,9 +34,16 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from lightning_dist.checkpoint.agreement import global_rank, together
+from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
+from lightning_dist.checkpoint.checksums import (
+    DamagedCheckpoint,
+    SummingFileSystem,
+    of_file,
+    verify_directory,
+    write_checksums,
+)
 from lightning_dist.checkpoint.files import METADATA, REST, put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.placement import boxes, empty_like_layout, on_tensor_axis
+from lightning_dist.checkpoint.placement import boxes, empty_like_layout, host_copy, on_tensor_axis
 from lightning_dist.checkpoint.single import load_pickled
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -46,42 +56,95 @@ MARKER = "lightning_dist"
 FORMAT = 1
 
 
-def save_sharded(checkpoint: Mapping[str, Any], path: Path, writes_plain: bool) -> None:
-    """Writes the checkpoint as a directory; nothing is gathered.
+@dataclass(frozen=True)
+class Shards:
+    """What a rank writes of a checkpoint.
 
-    A part that several ranks hold is written by one of them; plain tensors are written by rank 0, whose
-    buffers are the ones that count, as under Lightning's ddp, or by the first rank of each stage
-    (``writes_plain``). The directory appears under its name when all
-    ranks have finished and what they wrote is on the disk.
+    Args:
+        rest: all but the large tensors; what rank 0 has counts.
+        tensors: what this rank holds of the large ones, by their key in the directory.
+        places: where in the checkpoint each key belongs.
+    """
+
+    rest: dict[str, Any]
+    tensors: dict[str, Tensor]
+    places: list[tuple[str, TreePath]]
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any], writes_plain: bool) -> Shards:
+        """The part of this rank; nothing is gathered or copied.
+
+        A part that several ranks hold is written by one of them; plain tensors are written by rank 0, whose
+        buffers are the ones that count, as under Lightning's ddp, or by the first rank of each stage
+        (``writes_plain``).
+        """
+        return cls(*_split(checkpoint, writes_plain))
+
+    def copied(self) -> Shards:
+        """In host memory that the training does not write to."""
+        return Shards(
+            map_leaves(self.rest, lambda _, value: host_copy(value)),
+            {key: _copied_part(tensor) for key, tensor in self.tensors.items()},
+            self.places,
+        )
+
+
+def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Writes a checkpoint as a directory, which appears under its name when all ranks have finished and what they
+    wrote is on the disk.
+
+    Args:
+        shards: of this rank.
+        path: of the directory.
+        group: of all ranks, for a thread that communicates beside others. Default: the world.
 
     Communication: the plan of torch.distributed.checkpoint (a gather and a scatter of pickled descriptions
-    over the world) and three verdicts.
+    over the world), the checksums of files (a gather of as many bytes as their names have) and three verdicts.
 
     Raises:
         OSError, RuntimeError: on every rank, if a rank can't write; what had the name before is left whole.
     """
     temporary = temporary_sibling(path)
-    rest, tensors, places = _split(checkpoint, writes_plain)
-    with together(f"write checkpoint {path}"):
+    sums: dict[str, tuple[int, int]] = {}
+    writer = dcp.FileSystemWriter(temporary)
+    writer.fs = SummingFileSystem(sums)
+    with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
             remove_any(temporary)
             temporary.mkdir(parents=True)
-            _write_rest(rest, places, temporary / REST)
+            _write_rest(shards.rest, shards.places, temporary / REST)
+            sums[REST] = of_file(temporary / REST)
     try:
         with _quiet():
             dcp.save(
-                _nested(tensors),
-                storage_writer=dcp.FileSystemWriter(temporary),
+                _nested(shards.tensors),
+                storage_writer=writer,
                 planner=DefaultSavePlanner(),
-                no_dist=not torch.distributed.is_initialized(),
+                process_group=group,
+                no_dist=not dist.is_initialized(),
             )
     except (CheckpointException, OSError) as error:
         if global_rank() == 0:
             remove_any(temporary)
         raise RuntimeError(f"could not write checkpoint {path}: {_first_failure(error)}") from error
-    with together(f"write checkpoint {path}"):
+    every = [sums]
+    if dist.is_initialized():
+        every = [{} for _ in range(num_ranks())]
+        dist.all_gather_object(every, sums, group)
+    with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
+            write_checksums({name: found for of_rank in every for name, found in of_rank.items()}, temporary)
             put_in_place(temporary, path)
+
+
+def _copied_part(tensor: Tensor) -> Tensor:
+    """A copy in host memory; of a DTensor, the boxes that this rank holds."""
+    told: Any = boxes(tensor) if isinstance(tensor, DTensor) else tensor
+    copy: Any = told.detach().to("cpu", copy=True)
+    for name in ("global_shape", "local_offsets", "global_offsets", "local_sizes"):
+        if hasattr(told, name):
+            setattr(copy, name, getattr(told, name))
+    return copy
 
 
 def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_only: bool | None) -> dict[str, Any]:
@@ -107,6 +170,8 @@ def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_on
         index = _read_index(path)
         _check_parts(path, index)
         places = _places(path, rest, index)
+        parts = {info.relative_path for info in index.storage_data.values()}
+        verify_directory(path, {REST, METADATA, *parts}, global_rank(), num_ranks())
     wanted = [(key, place) for key, place in places if optimizers or place[0] != "optimizer_states"]
     targets = _targets(index, {key: place for key, place in wanted}, module)
     with together(f"read checkpoint {path}"):
@@ -207,7 +272,7 @@ def _places(path: Path, rest: Any, index: Metadata) -> list[tuple[str, TreePath]
     places = [(key, tuple(place)) for key, place in marker["tensors"]]
     lost = [key for key, _ in places if key not in stored]
     if lost:
-        raise ValueError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: {REST} names {len(lost)} tensors that {METADATA} lacks, as {lost[0]!r}"
         )
     return places
@@ -248,7 +313,7 @@ def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_on
                 no_dist=True,  # each rank reads for itself; the verdict is ours
             )
         except CheckpointException as error:
-            raise ValueError(f"checkpoint {path} is damaged: {_first_failure(error)}") from error
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_first_failure(error)}") from error
     # the planner puts what is no tensor in place of None
     targets.update({key: memory[key] for key, target in targets.items() if target is None})
 
@@ -285,9 +350,9 @@ def _read_index(path: Path) -> Metadata:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"checkpoint {path} is damaged: {METADATA} can't be read ({error})") from error
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {METADATA} can't be read ({error})") from error
     if not isinstance(index, Metadata) or index.storage_data is None:
-        raise ValueError(f"checkpoint {path} is damaged: {METADATA} is no index of torch.distributed.checkpoint")
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {METADATA} is no index of torch.distributed.checkpoint")
     return index
 
 
@@ -301,10 +366,10 @@ def _check_parts(path: Path, index: Metadata) -> None:
         if part.resolve().parent != path.resolve():
             raise ValueError(f"checkpoint {path} refers to {name!r}, outside its directory; it is refused")
         if not part.is_file():
-            raise ValueError(f"checkpoint {path} is incomplete: its part {name} is missing")
+            raise DamagedCheckpoint(f"checkpoint {path} is incomplete: its part {name} is missing")
         size = part.stat().st_size
         if size < end:
-            raise ValueError(f"checkpoint {path} is damaged: its part {name} has {size} bytes of at least {end}")
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: its part {name} has {size} bytes of at least {end}")
 
 
 class _IndexUnpickler(pickle.Unpickler):

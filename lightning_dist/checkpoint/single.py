@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.checkpoint.agreement import global_rank, together
+from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
+from lightning_dist.checkpoint.checksums import DamagedCheckpoint, verify_file
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
 from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.stages import StageRanks, from_stages
@@ -66,24 +68,22 @@ def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None
 
 
 def save_single(
-    checkpoint: Mapping[str, Any],
+    whole: dict[str, Any],
     path: Path,
     write: Callable[[dict[str, Any], Path], None] | None = None,
-    stages: StageRanks | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Gathers the checkpoint (see :func:`gather_state`) and writes it to one file, in which plain Lightning
-    resumes.
+    """Writes a checkpoint to one file, in which plain Lightning resumes.
 
     The file appears under its name when it is complete.
 
     Args:
-        checkpoint: Lightning's dictionary.
+        whole: the checkpoint on rank 0, as :func:`gather_state` gives it.
         path: the file.
         write: writes the gathered checkpoint in place of ``torch.save``, on rank 0.
-        stages: the ranks that hold the stages; None without a pipeline.
+        group: of all ranks, for a thread that communicates beside others. Default: the world.
     """
-    whole = gather_state(checkpoint, stages)
-    with together(f"write checkpoint {path}"):
+    with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
             (write or write_atomically)(whole, path)
 
@@ -110,6 +110,7 @@ def read_single(path: Path, weights_only: bool | None) -> dict[str, Any]:
     Raises:
         ValueError: no checkpoint file, a damaged one, or one without a ``state_dict``.
     """
+    verify_file(path, global_rank(), num_ranks())
     checkpoint = load_pickled(path, weights_only, mmap=True)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(
@@ -146,7 +147,7 @@ def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> A
                 f"checkpoint {path} holds a {refused[1]}, and loading one executes code from the file; "
                 "if you trust the file, pass weights_only=False (to Trainer.fit, validate, test or predict)"
             ) from error
-        raise ValueError(f"{path} is no checkpoint, or a damaged one: {_first_line(error)}") from error
+        raise DamagedCheckpoint(f"{path} is no checkpoint, or a damaged one: {_first_line(error)}") from error
 
 
 def _safe_containers() -> AbstractContextManager[Any]:

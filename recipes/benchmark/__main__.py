@@ -9,6 +9,7 @@ from pathlib import Path
 from recipes.benchmark import results
 
 BENCHMARKS = {
+    "checkpoint": "saves against torch.distributed.checkpoint alone, and in the background",
     "data_parallel": "replicate and shard against Lightning's ddp and fully_shard by hand",
     "pipeline": "transformers' Llama against a pipeline of torch's stages by hand",
     "tensor_parallel": "transformers' Llama against the plan of torch's tutorial and transformers' own",

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from lightning_dist import checkpoint
 from lightning_dist.checkpoint import sharded as sharded_form
-from tests.checkpoint.training import build, make_optimizer, restore, snapshot
+from tests.checkpoint.training import build, damage, make_optimizer, restore, snapshot
 from tests.ranks import run_on_ranks
 
 
@@ -87,6 +87,22 @@ def _damaged_tensors(path: Path) -> None:
     part.write_bytes(bytes(part.stat().st_size))
 
 
+def _damaged_rest(path: Path) -> None:
+    _directory(path)
+    with (path / "meta.pt").open("ab") as file:
+        file.write(b"x")
+
+
+def _damaged_file(path: Path) -> None:
+    _file(path)
+    damage(path)
+
+
+def _damaged_checksums(path: Path) -> None:
+    _directory(path)
+    (path / "checksums.json").write_text("[]")
+
+
 def _newer(path: Path) -> None:
     _directory(path)
     rest = torch.load(path / "meta.pt")
@@ -105,7 +121,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no part": (_without("__0_0.distcp"), "its part __0_0.distcp is missing"),
     "truncated part": (_truncated_part, "is damaged: its part __0_0.distcp has"),
     "damaged index": (_damaged_index, "is damaged: .metadata can't be read"),
-    "damaged tensors": (_damaged_tensors, "is damaged: rank 0 met"),
+    "damaged tensors": (_damaged_tensors, "is damaged: its part __0_0.distcp has"),
+    "damaged rest": (_damaged_rest, "is damaged: its part meta.pt has"),
+    "damaged file": (_damaged_file, "is damaged: its record"),
+    "damaged checksums": (_damaged_checksums, "is damaged: checksums.json can't be read"),
     "newer format": (_newer, "has format 99"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,15 @@ def leg(
     if end is not None:
         checkpoint.save(snapshot(module, optimizer), end, sharded=sharded)
     return losses
+
+
+def damage(path: Path) -> None:
+    """Flips a bit of the largest record of a single file, or in the middle of another."""
+    content = bytearray(path.read_bytes())
+    at = len(content) // 2
+    if zipfile.is_zipfile(path) and path.suffix == ".ckpt":
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+            at = content.index(archive.read(largest)) + largest.file_size // 2
+    content[at] ^= 1
+    path.write_bytes(content)

@@ -19,6 +19,7 @@ from tests.parity import Run, assert_parity, on_layout, train
 from tests.recipes.test_parity import RUNS, VOCABULARY
 
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
@@ -90,7 +91,7 @@ def uneven_decoder() -> L.LightningModule:
 
 @pytest.mark.parametrize(
     ("layout", "num_ranks", "loss_parallel"),
-    [("tp=2", 2, False), ("dp_shard=2,tp=2", 4, True), ("dp_replicate=2,tp=2", 4, True)],
+    [("tp=2", 2, False), ("dp_shard=2,tp=2", 4, True), pytest.param("dp_replicate=2,tp=2", 4, True, marks=SLOW)],
 )
 def test_uneven_widths_equal_one_process(layout: str, num_ranks: int, loss_parallel: bool) -> None:
     run = replace(RUNS["language_model"], module=uneven_decoder, strategy={"loss_parallel": loss_parallel})
@@ -120,7 +121,7 @@ def test_divided_positions_equal_one_process(recipe: str, layout: str, num_ranks
     assert_parity(replace(run, strategy={"sequence_parallel": True}, trainer=trainer), layout, num_ranks)
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=SLOW), "full", pytest.param("selective", marks=SLOW)])
 def test_uneven_positions_and_recomputed_blocks_equal_one_process(mode: str) -> None:
     strategy = {"sequence_parallel": True, "activation_checkpointing": mode}
     assert_parity(replace(NORMS, strategy=strategy), "dp_shard=2,tp=2", 4)

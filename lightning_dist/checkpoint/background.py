@@ -1,0 +1,83 @@
+"""Saves that go on beside the training, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+class BackgroundSaves:
+    """Writes one checkpoint at a time in a thread, whose ranks agree over a process group of their own.
+
+    Every rank calls the same methods in the same order. A checkpoint is there when :meth:`wait` has returned; what was
+    under its name before is left whole until then.
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._thread: threading.Thread | None = None
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+        self._afterwards: list[Callable[[], None]] = []
+
+    def start(self, path: Path, save: Callable[[dist.ProcessGroup | None], None]) -> None:
+        """Begins a save; :meth:`wait` comes before.
+
+        Args:
+            path: of the checkpoint, for messages.
+            save: given the group to communicate over; touches nothing that the training changes.
+        """
+        assert self._thread is None
+        if self._group is None and dist.is_initialized():
+            group: Any = dist.new_group(backend="gloo")
+            self._group = group
+        self._path = path
+        self._thread = threading.Thread(target=self._run, args=(save,), name="save checkpoint")
+        self._thread.start()
+
+    def _run(self, save: Callable[[dist.ProcessGroup | None], None]) -> None:
+        try:
+            save(self._group)
+        except BaseException as error:
+            self._error = error
+
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Runs an action when the save in flight has ended well, or at once if there is none.
+
+        An earlier checkpoint is removed so: never before a later one is there, and not at all if that failed.
+        """
+        if self._thread is None:
+            action()
+        else:
+            self._afterwards.append(action)
+
+    def wait(self) -> None:
+        """Returns when nothing is in flight.
+
+        Raises:
+            OSError, RuntimeError: on every rank, if the save failed on any.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        thread.join()
+        actions, self._afterwards = self._afterwards, []
+        error, self._error = self._error, None
+        if error is not None:
+            error.add_note(f"in the background, while {self._path} was saved; earlier checkpoints are left")
+            raise error
+        for action in actions:
+            action()
+
+    def end(self) -> None:
+        """Waits, and gives the process group back."""
+        try:
+            self.wait()
+        finally:
+            group, self._group = self._group, None
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)

@@ -1,0 +1,129 @@
+"""Checksums of the files of a checkpoint, so that a damaged one is named before any of it is used."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+CHECKSUMS = "checksums.json"
+"""Of a directory: size in bytes and CRC-32 of each file, by name."""
+
+_CHUNK = 1 << 22
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that lacks a part, or whose bytes are not those that were written."""
+
+
+class SummingFileSystem(FileSystem):
+    """Files of torch.distributed.checkpoint, whose checksums are taken while they are written.
+
+    Args:
+        sums: filled with size and CRC-32 of each file, by name.
+    """
+
+    def __init__(self, sums: dict[str, tuple[int, int]]) -> None:
+        self._sums = sums
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        """A stream that adds up what is written to it, in order."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with _Summing(io.FileIO(path, mode)) as stream:
+            yield cast(io.IOBase, stream)
+            self._sums[Path(path).name] = stream.size, stream.sum
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Also of the file's checksum."""
+        super().rename(path, new_path)
+        if Path(path).name in self._sums:
+            self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
+
+
+class _Summing(io.BufferedWriter):
+    size = sum = 0
+
+    def write(self, data: Any) -> int:
+        self.sum = zlib.crc32(data, self.sum)
+        self.size += memoryview(data).nbytes
+        return super().write(data)
+
+
+def of_file(path: Path) -> tuple[int, int]:
+    """Size in bytes, and CRC-32."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return size, crc
+
+
+def write_checksums(sums: Mapping[str, tuple[int, int]], folder: Path) -> None:
+    """Writes them beside the files, flushed to the disk."""
+    with (folder / CHECKSUMS).open("w") as file:
+        json.dump({name: {"bytes": size, "crc32": crc} for name, (size, crc) in sorted(sums.items())}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def verify_directory(folder: Path, names: Iterable[str], rank: int, num_ranks: int) -> None:
+    """Compares this rank's share of a directory's files with their checksums; one without any is taken as it is.
+
+    Args:
+        folder: of the checkpoint.
+        names: of the files that it needs.
+        rank: of those that share the work.
+        num_ranks: how many there are.
+
+    Raises:
+        DamagedCheckpoint: a file is not what was written.
+    """
+    try:
+        recorded = json.loads((folder / CHECKSUMS).read_text())
+        sums = {name: (int(entry["bytes"]), int(entry["crc32"])) for name, entry in recorded.items()}
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {CHECKSUMS} can't be read ({error})") from error
+    needed = sorted(names)
+    if unknown := [name for name in needed if name not in sums]:
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {CHECKSUMS} does not know its part {unknown[0]}")
+    for name in needed[rank::num_ranks]:
+        found = of_file(folder / name)
+        if found != sums[name]:
+            raise DamagedCheckpoint(
+                f"checkpoint {folder} is damaged: its part {name} has {found[0]} bytes with CRC-32 {found[1]:08x}, "
+                f"and {sums[name][0]} bytes with {sums[name][1]:08x} were written"
+            )
+
+
+def verify_file(path: Path, rank: int, num_ranks: int) -> None:
+    """Compares this rank's share of a single file's records with the checksums that ``torch.save`` wrote into it.
+
+    Raises:
+        DamagedCheckpoint: a record is not what was written. Nothing for a file of torch's older format.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist()[rank::num_ranks]:
+            try:
+                with archive.open(record) as file:
+                    while file.read(_CHUNK):
+                        pass
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+                raise DamagedCheckpoint(
+                    f"checkpoint {path} is damaged: its record {record.filename!r} fails its checksum"
+                ) from error

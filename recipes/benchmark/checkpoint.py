@@ -1,0 +1,153 @@
+"""Checkpoints: bytes written, time beside torch.distributed.checkpoint alone, and how long a save in the background
+stops the training."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.callbacks import Callback
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from lightning_dist.elastic import launch
+from recipes.benchmark.competitors import free_of_noise
+from recipes.benchmark.results import Line, counted, timed
+from recipes.benchmark.turns import progress_bar
+
+BYTES_MUST, SAVE_MUST, STOP_MUST = 1.02, 1 / 0.9, 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--ranks", type=int, default=2, help="that share the states (default: 2)")
+    parser.add_argument("--megabytes", type=int, default=200, help="of parameters; AdamW's states are twice as many")
+    parser.add_argument("--rounds", type=int, default=15, help="saves of each kind (default: 15)")
+    parser.add_argument("--folder", type=Path, help="where to save (default: the system's temporary one)")
+
+
+def measure(options: argparse.Namespace) -> list[Line]:
+    """Bytes, time of a save, and time that one in the background takes from the training."""
+    return launch(_measure_on_rank, options, num_processes=options.ranks)[0]
+
+
+def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
+    free_of_noise()
+    dist.init_process_group("gloo")
+    folder = [tempfile.mkdtemp(dir=options.folder)]
+    dist.broadcast_object_list(folder)
+    try:
+        with progress_bar(dist.get_rank() == 0) as progress:
+            saves = Saves(Path(folder[0]), options.rounds, progress)
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=options.ranks,
+                strategy=HybridStrategy({"dp_shard": options.ranks}),
+                max_steps=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[saves],
+            )
+            trainer.fit(Layers(options.megabytes), DataLoader(torch.randn(options.ranks, WIDTH)))  # type: ignore[arg-type]
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder[0])
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, saves.seconds)
+    seconds = {name: [[max(one[name][i] for one in every)] for i in range(options.rounds)] for name in saves.seconds}
+    size = f"{saves.state_bytes / 1e6:,.0f} MB over dp_shard={options.ranks}"
+    return [
+        counted("bytes of a checkpoint", "written, against the state", saves.written, saves.state_bytes, BYTES_MUST),
+        timed(f"save of {size}", "against torch's alone", seconds["save"], seconds["torch"], SAVE_MUST),
+        timed(f"stop of the training, {size}", "in the background", seconds["background"], seconds["save"], STOP_MUST),
+    ]
+
+
+WIDTH = 1024
+
+
+class Layers(pl.LightningModule):
+    """Linear layers of so many megabytes."""
+
+    def __init__(self, megabytes: int) -> None:
+        super().__init__()
+        number = max(2, round(megabytes * 1e6 / (4 * WIDTH * WIDTH)))
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(number)))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Any loss."""
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Two states a parameter."""
+        return torch.optim.AdamW(self.parameters())
+
+
+class Saves(Callback):
+    """Saves the same state in turns of every kind, once it has optimizer states.
+
+    Args:
+        folder: that every rank sees.
+        rounds: of saves.
+        progress: shows them.
+    """
+
+    def __init__(self, folder: Path, rounds: int, progress: Progress) -> None:
+        self._folder, self._rounds, self._progress = folder, rounds, progress
+        self.seconds: dict[str, list[float]] = {}
+        self.written = self.state_bytes = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Runs all saves."""
+        strategy: Any = trainer.strategy
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        leaves, _structure = tree_flatten_with_path([checkpoint["state_dict"], checkpoint["optimizer_states"]])
+        tensors = {str(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+        self.state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+        def save(path: Path, in_background: bool = False) -> None:
+            strategy.async_save = in_background
+            trainer.save_checkpoint(path)
+
+        kinds: dict[str, Callable[[Path], None]] = {
+            "save": save,
+            "torch": lambda path: _torch_alone(tensors, path),
+            "background": lambda path: save(path, True),
+        }
+        task = self._progress.add_task("saves", total=self._rounds * len(kinds))
+        for number in range(-1, self._rounds):
+            for name in list(kinds) if number % 2 == 0 else reversed(kinds):
+                path = self._folder / name
+                dist.barrier()
+                begin = time.perf_counter()
+                kinds[name](path)
+                took = time.perf_counter() - begin
+                strategy._saves.wait()
+                dist.barrier()
+                if name == "save":
+                    self.written = sum(file.stat().st_size for file in path.iterdir())
+                if number >= 0:  # the first of each warms up
+                    self.seconds.setdefault(name, []).append(took)
+                    self._progress.advance(task)
+                dist.barrier()
+                if name == "torch" and dist.get_rank() == 0:
+                    shutil.rmtree(path)
+
+
+def _torch_alone(tensors: dict[str, Tensor], path: Path) -> None:
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path))

@@ -1,0 +1,145 @@
+"""Saves beside the training: what they hold, what they wait for, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy, checkpoint
+from lightning_dist.checkpoint.checksums import SummingFileSystem
+from tests import models
+from tests.checkpoint.training import damage
+from tests.models import samples
+from tests.parity import QUIET
+from tests.ranks import RankError, run_on_ranks
+
+LAYOUTS = [("dp_shard=1", 1), ("dp_shard=2", 2), ("dp_replicate=2", 2), ("pp=2", 2), ("dp_shard=2,tp=2", 4)]
+
+
+class Both(Callback):
+    """Saves the same moment twice, and holds the save in the background until three steps later."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.held, self.while_held = folder, threading.Event(), []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        if trainer.global_step == 3:
+            strategy.async_save = False
+            trainer.save_checkpoint(self.folder / "now.ckpt")
+            strategy.async_save = True
+            start = strategy._saves.start
+
+            def late(path: Path, save: Any) -> None:
+                def waiting(group: Any) -> None:
+                    assert self.held.wait(60)
+                    save(group)
+
+                start(path, waiting)
+
+            strategy._saves.start = late
+            trainer.save_checkpoint(self.folder / "later.ckpt")
+            strategy._saves.start = start
+        if trainer.global_step == 5:
+            self.while_held.append((self.folder / "later.ckpt").exists())
+            self.held.set()
+
+
+def _both(layout: str, folder: Path) -> list[bool]:
+    L.seed_everything(1, verbose=False)
+    both = Both(folder)
+    plan = {"net.blocks.*.up": "colwise", "net.blocks.*.down": "rowwise"} if "tp" in layout else None
+    strategy = HybridStrategy(layout, tensor_plan=plan)
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_steps=6, callbacks=[both])
+    trainer.fit(models.Grouped(), DataLoader(samples(), batch_size=4))
+    return both.while_held
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+def test_what_is_saved_beside_the_training_is_its_state_when_it_was_asked(
+    layout: str, num_ranks: int, tmp_path: Path
+) -> None:
+    seen = [_both(layout, tmp_path)] if num_ranks == 1 else run_on_ranks(num_ranks, _both, layout, tmp_path)
+    assert seen == [[False]] * num_ranks  # the training went on meanwhile
+    now, later = (checkpoint.load(tmp_path / f"{name}.ckpt") for name in ("now", "later"))
+    torch.testing.assert_close(later["state_dict"], now["state_dict"], rtol=0, atol=0)
+    for state, expected in zip(later["optimizer_states"], now["optimizer_states"], strict=True):
+        assert expected["state"]
+        torch.testing.assert_close(state["state"], expected["state"], rtol=0, atol=0)
+    assert later["loops"] == now["loops"]
+
+
+def _failing(rank: int, folder: Path) -> None:
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
+
+    class Break(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 4 and torch.distributed.get_rank() == rank:
+
+                def no_space(*_: Any, **__: Any) -> None:
+                    raise OSError("no space left on device")
+
+                SummingFileSystem.create_stream = no_space  # type: ignore[method-assign, assignment]
+
+    kept = SummingFileSystem.create_stream
+    strategy = HybridStrategy("dp_shard=2", async_save=True)
+    try:
+        trainer = L.Trainer(
+            **{**QUIET, "enable_checkpointing": True},
+            devices=2,
+            strategy=strategy,
+            max_steps=8,
+            callbacks=[Break(), saves],
+        )
+        trainer.fit(models.Grouped(), DataLoader(samples(), batch_size=4))
+    finally:
+        SummingFileSystem.create_stream = kept  # type: ignore[method-assign]
+
+
+def test_an_error_in_the_background_ends_all_ranks_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="no space left on device") as error:
+        run_on_ranks(2, _failing, 1, tmp_path)
+    assert str(error.value).count("while") >= 2  # told on both
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
+    assert checkpoint.load(tmp_path / "step=3.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_the_newest_complete_checkpoint_takes_the_place_of_a_damaged_last(kind: str, tmp_path: Path) -> None:
+    saved_as = "sharded" if kind == "directory" else "single"
+    run_on_ranks(2, _save_some, tmp_path, saved_as, None)
+    last = tmp_path / "last.ckpt"
+    damage(last / "__1_0.distcp" if kind == "directory" else last)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="is damaged: its "):
+        checkpoint.load(last)
+    steps = run_on_ranks(2, _save_some, tmp_path, saved_as, "last")
+    assert steps == [3, 3]
+
+
+def _save_some(folder: Path, saved_as: Any, resume: Any) -> int:
+    """The step from which it goes on."""
+    first: list[int] = []
+
+    class Note(Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            first.append(trainer.global_step)
+
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    last = ModelCheckpoint(folder, filename="unused", every_n_train_steps=4, save_top_k=0, save_last=True)
+    trainer = L.Trainer(
+        **{**QUIET, "enable_checkpointing": True},
+        devices=2,
+        strategy=HybridStrategy("dp_shard=2", checkpoint_format=saved_as),
+        max_steps=5,
+        callbacks=[Note(), saves, last],
+    )
+    trainer.fit(models.Grouped(), DataLoader(samples(), batch_size=4), ckpt_path=resume)
+    return first[0]
