@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class RandomStates:
@@ -68,8 +70,28 @@ def kept_random_states(device: torch.device) -> Iterator[None]:
         states.restore(device)
 
 
-def seed_generators(seed: int) -> None:
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that random operations on ``device`` draw from when none is given."""
+    if device.type == "cpu":
+        return torch.default_generator
+    backend: Any = torch.get_device_module(device)
+    index = backend.current_device() if device.index is None else device.index
+    return backend.default_generators[index]
+
+
+def seed_torch(seed: int, device: torch.device = CPU) -> None:
+    """Seeds torch's generators, the CPU's and a device's.
+
+    ``torch.manual_seed`` seeds every kind of accelerator that torch knows. For one that this process has not started it
+    formats a traceback each time and keeps it: 6 ms for three of them, 50 calls deep (seen in 2.14).
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        default_generator(device).manual_seed(seed)
+
+
+def seed_generators(seed: int, device: torch.device = CPU) -> None:
     """Seeds torch, Python and numpy."""
-    torch.manual_seed(seed)
+    seed_torch(seed, device)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -28,7 +28,7 @@ from typing_extensions import override
 from lightning_dist.data import dealt_by, items_of_batch, loader_seed
 from lightning_dist.loaders import LoaderHooks
 from lightning_dist.parallel import Alone, average_buffers
-from lightning_dist.randomness import RandomStates, kept_random_states, seed_generators
+from lightning_dist.randomness import CPU, RandomStates, kept_random_states, seed_generators
 
 RESUME = "lightning_dist_resume"
 """The entry of a checkpoint that says where the data and the random generators stood."""
@@ -280,7 +280,7 @@ class ResumeHooks(LoaderHooks):
             return random
         with kept_random_states(self.root_device):
             random.restore(self.root_device)
-            seed_generators(int(torch.randint(2**31, ())) + self.data_rank)
+            seed_generators(int(torch.randint(2**31, ())) + self.data_rank, self.root_device)
             return RandomStates.now(self.root_device)
 
 
@@ -428,14 +428,14 @@ class Resumable:
     def __iter__(self) -> Iterator[Any]:
         skip, self._skip = self._skip, 0
         batches = iter(self._loader)
-        with kept_random_states(_CPU):
+        with kept_random_states(CPU):
             for _ in range(skip):
                 next(batches, None)
         self._states.clear()
         self._before_next.clear()
         for number in itertools.count():
             random, self._random = self._random, None
-            self._before_next[number] = RandomStates.now(_CPU) if random is None else RandomStates.from_state(random)
+            self._before_next[number] = RandomStates.now(CPU) if random is None else RandomStates.from_state(random)
             try:
                 batch = next(batches) if random is None else _drawn_from(random, batches)
             except StopIteration:
@@ -465,13 +465,10 @@ class Resumable:
         return getattr(self._loader, name)
 
 
-_CPU = torch.device("cpu")
-
-
 def _drawn_from(random: dict[str, Any], batches: Iterator[Any]) -> Any:
     """The next batch, as made from these states of the generators, which are then as they were before."""
-    with kept_random_states(_CPU):
-        RandomStates.from_state(random).restore(_CPU)
+    with kept_random_states(CPU):
+        RandomStates.from_state(random).restore(CPU)
         return next(batches)
 
 

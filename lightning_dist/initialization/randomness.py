@@ -95,15 +95,6 @@ class StreamPlayer:
         self.jump(self.stream.at_end)
 
 
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that random operations on ``device`` draw from when none is given."""
-    if device.type == "cpu":
-        return torch.default_generator
-    backend: Any = torch.get_device_module(device)
-    index = backend.current_device() if device.index is None else device.index
-    return backend.default_generators[index]
-
-
 def host_random_state() -> tuple[Any, Any]:
     """States of the generators of Python and NumPy, which run for real while a model is recorded."""
     import numpy

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dist.initialization.install import RecordedInit
 from lightning_dist.initialization.randomness import (
-    default_generator,
     host_random_state,
     restore_host_random_state,
 )
 from lightning_dist.initialization.tape import CannotDefer, Constant, Draw, Slot, Step, Tape
+from lightning_dist.randomness import default_generator
 
 _EMPTY = {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided"}
 _FILLED = {"zeros", "ones", "full"}

@@ -217,11 +217,11 @@ class Pipelined(Alone):
             found, link = step.wires[stage - 1].unpack(step.routes[index].points[stage - 1], received)
         else:
             found, link = [], first_link(self._device)
-        seed_microbatch(step.seed, index)
+        seed_microbatch(self._device, step.seed, index)
         step.logs.begin(index, stage == 0, passage.sees_metrics)
 
         def enter() -> None:
-            seed_microbatch(step.seed, index, stage)
+            seed_microbatch(self._device, step.seed, index, stage)
             step.logs.enter()
 
         def passing(plain: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:

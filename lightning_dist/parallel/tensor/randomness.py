@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_dist.randomness import seed_torch
+
 _outer: list[_Stream] = []
 """The streams that were left for one of a rank's own, outermost first."""
 
@@ -39,7 +41,7 @@ def own_stream(mesh: DeviceMesh) -> Iterator[None]:
     """Inside, and until :func:`shared_again`, a stream of this rank's own. Communication: none."""
     seed = int(torch.randint(2**31, (), device="cpu"))
     _outer.append(_Stream(mesh.device_type))
-    torch.manual_seed(seed + mesh.get_local_rank())
+    seed_torch(seed + mesh.get_local_rank(), torch.device(mesh.device_type))
     try:
         yield
     finally:
