@@ -95,7 +95,7 @@ class Normed(models.Momentum):
 
 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS, ids=IDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_training_equals_one_process_without_it(mode: str, layout: str, num_ranks: int) -> None:
     run = Run(Attended, samples, few_samples, trainer=ACCUMULATING, strategy={"activation_checkpointing": mode})
     one = train(run, None)
@@ -155,7 +155,7 @@ def _train_16_bit(layout: str) -> dict[tuple[str, str], dict[str, Tensor]]:
     return weights
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
 def test_compiled_blocks_train_as_plain_ones(layout: str, mode: str) -> None:
     options = {"compile": {"backend": "aot_eager"}, "activation_checkpointing": mode}

@@ -208,7 +208,7 @@ def test_it_goes_on_from_the_last_step_where_gradients_add_up(layout: str, batch
         ("dp_replicate=2", "dp_replicate=2", 3, 1),
     ],
 )
-@pytest.mark.parametrize("loader", [shuffled, sorted_batches])
+@pytest.mark.parametrize("loader", [shuffled, pytest.param(sorted_batches, marks=pytest.mark.slow)])
 def test_other_ranks_take_the_rest_of_the_epoch_once(
     saving: str, loading: str, batch_size: int, accumulate: int, loader: Any, tmp_path: Path
 ) -> None:

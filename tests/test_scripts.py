@@ -116,7 +116,9 @@ def test_a_script_trains(strategy: str, torchrun: bool, tmp_path: Path) -> None:
         assert "│ auto" in output
 
 
-@pytest.mark.parametrize(("where", "rank"), [("step", 1), ("hook", 1), ("loader", 1)])
+@pytest.mark.parametrize(
+    ("where", "rank"), [("step", 1), pytest.param("hook", 1, marks=pytest.mark.slow), ("loader", 1)]
+)
 def test_a_failed_rank_ends_all_with_its_own_traceback(where: str, rank: int, tmp_path: Path) -> None:
     status, output = finish(start(tmp_path, where=where, rank=rank), timeout=60)
     assert status != 0
