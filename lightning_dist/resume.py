@@ -104,7 +104,8 @@ class ResumeHooks(LoaderHooks):
             return 0
         if self._between_batches and not self._trainer.fit_loop.epoch_loop._should_accumulate():
             return 0
-        return max(0, self._batches.total.processed - self._last_step.batches)
+        since = self._batches.total.processed - self._last_step.batches
+        return since if 0 <= since < self._trainer.accumulate_grad_batches else 0
 
     @property
     def _between_batches(self) -> bool:
@@ -206,6 +207,7 @@ class ResumeHooks(LoaderHooks):
     def _own_dataloaders(self, trainer: pl.Trainer) -> None:
         super()._own_dataloaders(trainer)
         self._begun, self._last_step, self._to_resume, self._epoch = [], None, None, 0
+        self._random_at_start = None
         loop: Any = trainer.fit_loop
         if "_load_combined_loader_states" not in vars(loop):
             loop._load_combined_loader_states = partial(self._begin_loaders, loop._load_combined_loader_states)

@@ -14,11 +14,10 @@ from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, tog
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.files import METADATA, REST, remove_any
-from lightning_dist.checkpoint.placement import host_copy
+from lightning_dist.checkpoint.placement import host_snapshot
 from lightning_dist.checkpoint.sharded import Shards, read_sharded, save_sharded
 from lightning_dist.checkpoint.single import gather_state, read_single, save_single
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
-from lightning_dist.checkpoint.tree import map_leaves
 
 
 def save(
@@ -65,8 +64,7 @@ def save(
     if background is None:
         save_single(whole, path, write)
     else:
-        whole = map_leaves(whole, lambda _, value: host_copy(value))
-        background.start(path, partial(save_single, whole, path, write))
+        background.start(path, partial(save_single, host_snapshot(whole), path, write))
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 from typing_extensions import TypeIs
+
+from lightning_dist.checkpoint.tree import map_leaves
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -76,6 +79,19 @@ def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
 def host_copy(value: Any) -> Any:
     """A copy of a tensor, in host memory; anything else as it is."""
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def host_snapshot(tree: Any) -> Any:
+    """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared."""
+    copies: dict[int, Any] = {}
+
+    def note(_: Any, value: Any) -> Any:
+        if isinstance(value, Tensor) and id(value) not in copies:
+            copies[id(value)] = host_copy(value)
+        return value
+
+    map_leaves(tree, note)
+    return copy.deepcopy(tree, copies)
 
 
 def is_split(tensor: Tensor) -> bool:

@@ -43,7 +43,7 @@ from lightning_dist.checkpoint.checksums import (
     write_checksums,
 )
 from lightning_dist.checkpoint.files import METADATA, REST, put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.placement import boxes, empty_like_layout, host_copy, on_tensor_axis
+from lightning_dist.checkpoint.placement import boxes, empty_like_layout, host_snapshot, on_tensor_axis
 from lightning_dist.checkpoint.single import load_pickled
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -83,7 +83,7 @@ class Shards:
     def copied(self) -> Shards:
         """In host memory that the training does not write to."""
         return Shards(
-            map_leaves(self.rest, lambda _, value: host_copy(value)),
+            host_snapshot(self.rest),
             {key: _copied_part(tensor) for key, tensor in self.tensors.items()},
             self.places,
         )
