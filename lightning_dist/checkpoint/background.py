@@ -9,15 +9,21 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_dist.checkpoint.placement import HostMemory
+
 
 class BackgroundSaves:
     """Writes one checkpoint at a time in a thread, whose ranks agree over a process group of their own.
 
     Every rank calls the same methods in the same order. A checkpoint is there when :meth:`wait` has returned; what was
     under its name before is left whole until then.
+
+    Attributes:
+        memory: for the copy of the state that is written; held as long as this is.
     """
 
     def __init__(self) -> None:
+        self.memory = HostMemory()
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
@@ -32,6 +38,7 @@ class BackgroundSaves:
             save: given the group to communicate over; touches nothing that the training changes.
         """
         assert self._thread is None
+        self.memory.settle()
         if self._group is None and dist.is_initialized():
             group: Any = dist.new_group(backend="gloo")
             self._group = group
@@ -65,6 +72,7 @@ class BackgroundSaves:
         if thread is None:
             return
         thread.join()
+        self.memory.reuse()
         actions, self._afterwards = self._afterwards, []
         error, self._error = self._error, None
         if error is not None:
@@ -78,6 +86,6 @@ class BackgroundSaves:
         try:
             self.wait()
         finally:
-            group, self._group = self._group, None
+            group, self._group, self.memory = self._group, None, HostMemory()
             if group is not None and dist.is_initialized():
                 dist.destroy_process_group(group)

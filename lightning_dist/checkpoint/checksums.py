@@ -19,6 +19,9 @@ CHECKSUMS = "checksums.json"
 
 _CHUNK = 1 << 22
 
+_HANDED_OVER = 1 << 24
+"""Bytes after which the system is told to begin to write; else it begins when the file is flushed at its end."""
+
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that lacks a part, or whose bytes are not those that were written."""
@@ -54,11 +57,18 @@ class SummingFileSystem(FileSystem):
 
 class _Summing(io.BufferedWriter):
     size = sum = 0
+    _handed_over = 0
 
     def write(self, data: Any) -> int:
         self.sum = zlib.crc32(data, self.sum)
         self.size += memoryview(data).nbytes
-        return super().write(data)
+        written = super().write(data)
+        if self.size - self._handed_over >= _HANDED_OVER and hasattr(os, "posix_fadvise"):
+            self.flush()
+            # Linux begins to write what it is told to forget
+            os.posix_fadvise(self.fileno(), self._handed_over, self.size - self._handed_over, os.POSIX_FADV_DONTNEED)
+            self._handed_over = self.size
+        return written
 
 
 def of_file(path: Path) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, tog
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.files import METADATA, REST, remove_any
-from lightning_dist.checkpoint.placement import host_snapshot
 from lightning_dist.checkpoint.sharded import Shards, read_sharded, save_sharded
 from lightning_dist.checkpoint.single import gather_state, read_single, save_single
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
@@ -58,13 +57,13 @@ def save(
         if background is None:
             save_sharded(shards, path)
         else:
-            background.start(path, partial(save_sharded, shards.copied(), path))
+            background.start(path, partial(save_sharded, shards.copied(background.memory), path))
         return
     whole = gather_state(checkpoint, stages)
     if background is None:
         save_single(whole, path, write)
     else:
-        background.start(path, partial(save_single, host_snapshot(whole), path, write))
+        background.start(path, partial(save_single, background.memory.snapshot(whole), path, write))
 
 
 def load(

@@ -76,22 +76,53 @@ def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def host_copy(value: Any) -> Any:
-    """A copy of a tensor, in host memory; anything else as it is."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+class HostMemory:
+    """Host memory for copies of a state, kept from one to the next: to get it from the system takes several times as
+    long as to copy into it.
 
+    Where tensors come from an accelerator it is page-locked, and the copies run together.
+    """
 
-def host_snapshot(tree: Any) -> Any:
-    """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared."""
-    copies: dict[int, Any] = {}
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}
+        self._lent: list[tuple[tuple[torch.Size, torch.dtype, bool], Tensor]] = []
 
-    def note(_: Any, value: Any) -> Any:
-        if isinstance(value, Tensor) and id(value) not in copies:
-            copies[id(value)] = host_copy(value)
-        return value
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy, complete after :meth:`settle` and whole until :meth:`reuse`."""
+        tensor = tensor.detach()
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            return tensor.to("cpu", copy=True)
+        locked = tensor.device.type != "cpu" and torch.accelerator.is_available()
+        kind = tensor.shape, tensor.dtype, locked
+        free = self._free.get(kind)
+        memory = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=locked)
+        self._lent.append((kind, memory))
+        # an alias: what is written on the copy, as an attribute, is not there the next time
+        return memory.copy_(tensor, non_blocking=locked).view_as(memory)
 
-    map_leaves(tree, note)
-    return copy.deepcopy(tree, copies)
+    def snapshot(self, tree: Any) -> Any:
+        """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared."""
+        copies: dict[int, Any] = {}
+
+        def note(_: Any, value: Any) -> Any:
+            if isinstance(value, Tensor) and id(value) not in copies:
+                copies[id(value)] = self.copy(value)
+            return value
+
+        map_leaves(tree, note)
+        return copy.deepcopy(tree, copies)
+
+    def settle(self) -> None:
+        """Waits for the copies from an accelerator."""
+        if any(locked for (_, _, locked), _ in self._lent):
+            torch.accelerator.synchronize()
+
+    def reuse(self) -> None:
+        """Takes back all that was lent, to be overwritten; what was not lent this time is let go."""
+        self._free = {}
+        for kind, memory in self._lent:
+            self._free.setdefault(kind, []).append(memory)
+        self._lent = []
 
 
 def is_split(tensor: Tensor) -> bool:
@@ -129,16 +160,31 @@ def held_indices(tensor: DTensor) -> list[Tensor]:
     return indices
 
 
-def boxes(tensor: DTensor) -> Tensor:
-    """What this rank holds, told where in the plain tensor its boxes lie: DCP's ``CheckpointableTensor`` protocol."""
-    local = tensor.to_local().detach()
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; a plain tensor as it is."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def boxes(tensor: DTensor, copy: Tensor | None = None) -> Tensor:
+    """What this rank holds, or a copy of it, told where in the plain tensor its boxes lie: DCP's
+    ``CheckpointableTensor`` protocol.
+    """
+    local = local_part(tensor) if copy is None else copy
     told: Any = local.view_as(local)  # an object of its own, which takes the attributes
-    runs = list(itertools.product(*(_runs(index) for index in held_indices(tensor))))
+    runs = list(itertools.product(*(_runs_held(tensor))))
     told.global_shape = tuple(tensor.shape)
     told.local_offsets = [tuple(start for start, _, _ in box) for box in runs]
     told.global_offsets = [tuple(start for _, start, _ in box) for box in runs]
     told.local_sizes = [tuple(length for *_, length in box) for box in runs]
     return told
+
+
+def _runs_held(tensor: DTensor) -> list[list[tuple[int, int, int]]]:
+    """Of each dim of the plain tensor, the runs that this rank holds."""
+    if on_tensor_axis(tensor):
+        return [_runs(index) for index in held_indices(tensor)]
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return [[(0, offset, size)] if size else [] for size, offset in zip(sizes, offsets, strict=True)]
 
 
 def _runs(index: Tensor) -> list[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
+from torch.utils.serialization import config as serialization_config
 
 from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
 from lightning_dist.checkpoint.checksums import (
@@ -43,7 +44,7 @@ from lightning_dist.checkpoint.checksums import (
     write_checksums,
 )
 from lightning_dist.checkpoint.files import METADATA, REST, put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.placement import boxes, empty_like_layout, host_snapshot, on_tensor_axis
+from lightning_dist.checkpoint.placement import HostMemory, boxes, empty_like_layout, local_part, on_tensor_axis
 from lightning_dist.checkpoint.single import load_pickled
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -62,13 +63,15 @@ class Shards:
 
     Args:
         rest: all but the large tensors; what rank 0 has counts.
-        tensors: what this rank holds of the large ones, by their key in the directory.
+        tensors: the large ones of which this rank writes a part, by their key in the directory.
         places: where in the checkpoint each key belongs.
+        copies: of what this rank holds of the tensors, where the training has gone on.
     """
 
     rest: dict[str, Any]
     tensors: dict[str, Tensor]
     places: list[tuple[str, TreePath]]
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any], writes_plain: bool) -> Shards:
@@ -80,13 +83,21 @@ class Shards:
         """
         return cls(*_split(checkpoint, writes_plain))
 
-    def copied(self) -> Shards:
+    def copied(self, memory: HostMemory) -> Shards:
         """In host memory that the training does not write to."""
-        return Shards(
-            host_snapshot(self.rest),
-            {key: _copied_part(tensor) for key, tensor in self.tensors.items()},
-            self.places,
-        )
+        copies = {key: memory.copy(local_part(tensor)) for key, tensor in self.tensors.items()}
+        return Shards(memory.snapshot(self.rest), self.tensors, self.places, copies)
+
+    def told(self) -> dict[str, Tensor]:
+        """What torch.distributed.checkpoint writes: tensors that tell it which part of the whole they are."""
+        told: dict[str, Tensor] = {}
+        for key, tensor in self.tensors.items():
+            copy = self.copies.get(key)
+            if isinstance(tensor, DTensor) and (copy is not None or on_tensor_axis(tensor)):
+                told[key] = boxes(tensor, copy)
+            else:
+                told[key] = tensor if copy is None else copy
+        return told
 
 
 def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -115,9 +126,10 @@ def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = N
             _write_rest(shards.rest, shards.places, temporary / REST)
             sums[REST] = of_file(temporary / REST)
     try:
-        with _quiet():
+        # The file's checksum stands for those of its records; an option of torch holds for one thread.
+        with _quiet(), serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             dcp.save(
-                _nested(shards.tensors),
+                _nested(shards.told()),
                 storage_writer=writer,
                 planner=DefaultSavePlanner(),
                 process_group=group,
@@ -135,16 +147,6 @@ def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = N
         if global_rank() == 0:
             write_checksums({name: found for of_rank in every for name, found in of_rank.items()}, temporary)
             put_in_place(temporary, path)
-
-
-def _copied_part(tensor: Tensor) -> Tensor:
-    """A copy in host memory; of a DTensor, the boxes that this rank holds."""
-    told: Any = boxes(tensor) if isinstance(tensor, DTensor) else tensor
-    copy: Any = told.detach().to("cpu", copy=True)
-    for name in ("global_shape", "local_offsets", "global_offsets", "local_sizes"):
-        if hasattr(told, name):
-            setattr(copy, name, getattr(told, name))
-    return copy
 
 
 def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_only: bool | None) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def _split(
         if id(value) not in key_of:  # a tied parameter is one object under two names
             key_of[id(value)] = ".".join(map(str, _dcp_path(path)))
             if not is_placeholder(value) and (isinstance(value, DTensor) or writes_plain):
-                tensors[key_of[id(value)]] = boxes(value) if on_tensor_axis(value) else value.detach()
+                tensors[key_of[id(value)]] = value.detach()
         places.append((key_of[id(value)], path))
         return None
 

@@ -145,8 +145,9 @@ class Saves(Callback):
                     self.seconds.setdefault(name, []).append(took)
                     self._progress.advance(task)
                 dist.barrier()
-                if name == "torch" and dist.get_rank() == 0:
-                    shutil.rmtree(path)
+                if dist.get_rank() == 0:
+                    shutil.rmtree(path)  # a first save: to replace one takes the time to remove it
+                dist.barrier()
 
 
 def _torch_alone(tensors: dict[str, Tensor], path: Path) -> None:
