@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from lightning_dist.layout import MESH_AXES, Layout
@@ -50,9 +51,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.set_defaults(run=_explain)
 
-    convert = commands.add_parser("convert", help="turn a sharded checkpoint into Lightning's single file")
-    convert.add_argument("source", metavar="SRC", help="directory of a sharded checkpoint")
-    convert.add_argument("destination", metavar="DST", help="file to write")
+    convert = commands.add_parser("convert", help="write a checkpoint, or weights, in another form")
+    convert.add_argument(
+        "source",
+        metavar="SRC",
+        help="checkpoint of ours or of Lightning, or weights as transformers, timm and torchvision write",
+    )
+    convert.add_argument("destination", metavar="DST", help="file or directory to write")
+    convert.add_argument(
+        "--to",
+        choices=["lightning", "sharded", "safetensors", "transformers"],
+        default="lightning",
+        help="Lightning's single file, a directory of shards, weights alone, or a directory that from_pretrained opens "
+        "(default: lightning)",
+    )
+    convert.add_argument(
+        "--prefix",
+        help="of names in the module, such as model., that published weights do not have (default for transformers: "
+        "where its model is in the module)",
+    )
+    convert.add_argument("--config", help="for transformers: config.json, or a directory that has it")
+    convert.add_argument(
+        "--largest-file", type=float, default=5.0, metavar="GB", help="of safetensors, before another (default: 5)"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     convert.add_argument("--trust", action="store_true", help="load objects that execute code from the checkpoint")
     convert.set_defaults(run=_convert)
@@ -123,10 +144,19 @@ def _fewest_ranks(layout: str) -> int:
 def _convert(options: argparse.Namespace) -> None:
     from lightning_dist.checkpoint import convert  # late: it imports torch's checkpoint machinery
 
-    convert(
-        options.source,
-        options.destination,
-        overwrite=options.overwrite,
-        weights_only=False if options.trust else None,
-    )
+    with Progress(
+        TextColumn("converted"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    ) as progress:
+        task = progress.add_task("converted", total=None)
+        convert(
+            options.source,
+            options.destination,
+            to=options.to,
+            prefix=options.prefix,
+            config=options.config,
+            largest_file=int(options.largest_file * 1e9),
+            overwrite=options.overwrite,
+            weights_only=False if options.trust else None,
+            progress=lambda written, total: progress.update(task, completed=written, total=total),
+        )
     print(f"wrote {options.destination}")

@@ -7,7 +7,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -86,6 +88,10 @@ class HybridStrategy(CheckpointHooks):
             writes what it holds; ``"auto"``, sharded where parameters are.
         async_save: write checkpoints while the training goes on; it stops for the copy to host memory only, which takes
             as much of that as the rank's part of the checkpoint (of a single file, rank 0 takes the whole).
+        pretrained: weights that a fit begins from, unless it goes on from a checkpoint: a file of torch or safetensors,
+            as of torchvision and timm, a directory of transformers, or a checkpoint of ours or of Lightning. Each rank
+            reads what it owns. The names may lack what the module puts before them, as ``"model."``; the module's
+            ``strict_loading = False`` allows missing and unexpected ones.
         start_method: how Lightning starts the other processes of a script: ``"popen"``, ``"spawn"``, ``"fork"`` or
             ``"forkserver"``. Under torchrun, SLURM and the like they are there already.
         process_group_backend: of torch.distributed; by default that of the device.
@@ -120,6 +126,7 @@ class HybridStrategy(CheckpointHooks):
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
         async_save: bool = False,
+        pretrained: str | Path | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
@@ -145,6 +152,8 @@ class HybridStrategy(CheckpointHooks):
         self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
         self.async_save = async_save
         self._saves = BackgroundSaves()
+        self.pretrained = pretrained
+        self._begun_modules = WeakSet[pl.LightningModule]()
         self.activation_checkpointing: Checkpointing = _one_of(
             "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
         )
@@ -268,6 +277,7 @@ class HybridStrategy(CheckpointHooks):
         self._compared.clear()
         self._own_clipping()
         self._parallelize(training=trainer.state.fn == TrainerFn.FITTING)
+        self._begin_from_pretrained()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()

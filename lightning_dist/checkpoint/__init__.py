@@ -14,7 +14,8 @@ Errors that one rank meets are raised on all of them.
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.convert import convert
-from lightning_dist.checkpoint.disk import is_sharded, load, remove, save
+from lightning_dist.checkpoint.disk import holds_no_run, is_sharded, load, remove, save
+from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.single import gather_state
 from lightning_dist.checkpoint.stages import StageRanks
@@ -30,8 +31,10 @@ __all__ = [
     "DamagedCheckpoint",
     "StageRanks",
     "convert",
+    "form_of",
     "full",
     "gather_state",
+    "holds_no_run",
     "is_sharded",
     "load",
     "load_model_state",

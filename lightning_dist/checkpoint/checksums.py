@@ -129,6 +129,8 @@ def verify_file(path: Path, rank: int, num_ranks: int) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist()[rank::num_ranks]:
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise DamagedCheckpoint(f"{path} is refused: its record {record.filename!r} is compressed")
             try:
                 with archive.open(record) as file:
                     while file.read(_CHUNK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch.nn import Module
 
 from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, together
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint
-from lightning_dist.checkpoint.files import METADATA, REST, remove_any
+from lightning_dist.checkpoint.files import METADATA, REMOVED, REST, remove_any
+from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.sharded import Shards, read_sharded, save_sharded
 from lightning_dist.checkpoint.single import gather_state, read_single, save_single
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
+from lightning_dist.checkpoint.state import model_state
+from lightning_dist.checkpoint.weights import SAFETENSORS, for_module, read_safetensors, weight_files
 
 
 def save(
@@ -73,8 +76,8 @@ def load(
     optimizers: bool = True,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Reads a checkpoint of either form, of ours or of plain Lightning. Every rank calls this; the path is
-    rank 0's.
+    """Reads a checkpoint of either form, of ours or of plain Lightning, or bare weights. Every rank calls this; the
+    path is rank 0's.
 
     Each rank reads what it holds of the tensors: a single file is mapped and read where it is used, of a
     directory only the parts that overlap with the rank's shards. What is large stays so until
@@ -82,13 +85,14 @@ def load(
     change entries as in plain Lightning.
 
     Args:
-        path: a file, or a directory of shards.
-        module: the bare LightningModule in its layout; without it, tensors are read whole.
+        path: a file, or a directory of shards; or weights of transformers, timm, torchvision or safetensors.
+        module: the bare LightningModule in its layout; without it, tensors are read whole. Bare weights get the names
+            that it has for them.
         optimizers: read the optimizer states too; evaluation has no use for them.
         weights_only: as in ``torch.load``: ``None`` and ``True`` execute nothing from the file.
 
     Returns:
-        Lightning's dictionary.
+        Lightning's dictionary; of bare weights, one that has a ``state_dict`` only.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -97,42 +101,45 @@ def load(
     """
     path = Path(from_rank_zero(os.fspath(path)))
     with together(f"read checkpoint {path}"):
-        directory = is_sharded(path)
-    if directory:
+        form = form_of(path)
+    if form == "sharded":
         return read_sharded(path, module, optimizers, weights_only)
     with together(f"read checkpoint {path}"):
-        checkpoint = read_single(path, weights_only)
+        checkpoint = read_single(path, weights_only) if form == "single" else {"state_dict": _read_weights(path)}
+        if module is not None and holds_no_run(checkpoint):
+            checkpoint["state_dict"] = for_module(checkpoint["state_dict"], module, model_state(module))
     if not optimizers:
         checkpoint.pop("optimizer_states", None)
     return checkpoint
 
 
+def _read_weights(path: Path) -> dict[str, Any]:
+    """The tensors of a file of safetensors, or of a directory, mapped."""
+    weights: dict[str, Any] = {}
+    for file in [path] if path.is_file() else weight_files(path):
+        weights |= read_safetensors(file) if file.suffix == SAFETENSORS else read_single(file, True)["state_dict"]
+    return weights
+
+
+def holds_no_run(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether what was loaded is bare weights."""
+    return checkpoint.keys() == {"state_dict"}
+
+
 def is_sharded(path: str | os.PathLike[str]) -> bool:
-    """Whether the checkpoint is a directory of shards, rather than a file.
+    """Whether the checkpoint is a directory of shards.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: a directory that is no checkpoint, or an incomplete one.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    if not path.is_dir():
-        return False
-    has_rest, has_index = (path / REST).is_file(), (path / METADATA).is_file()
-    if not has_rest and not has_index:
-        raise ValueError(
-            f"{path} is a directory, but no checkpoint: it has neither {REST} nor {METADATA}; "
-            "pass a .ckpt file, or the directory of a sharded checkpoint itself"
-        )
-    if not has_rest or not has_index:
-        lost = METADATA if has_rest else REST
-        raise DamagedCheckpoint(f"checkpoint {path} is incomplete: it has no {lost}; its save did not finish")
-    return True
+    return form_of(Path(path)) == "sharded"
 
 
 def remove(path: str | os.PathLike[str]) -> None:
     """Removes a checkpoint of either form, if it is there; of a link, only the link. Rank 0 calls this.
+
+    It loses its name first, so that nobody who ends in between leaves a part of it under that.
 
     Raises:
         ValueError: a directory that is no checkpoint: it is left alone.
@@ -140,4 +147,10 @@ def remove(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.is_dir() and not path.is_symlink() and not (path / REST).is_file() and not (path / METADATA).is_file():
         raise ValueError(f"{path} is no checkpoint, so it is not removed")
+    if path.is_dir() and not path.is_symlink():
+        without_name = path.with_name(f".{path.name}{REMOVED}")
+        remove_any(without_name)
+        path = path.rename(without_name)
     remove_any(path)
+    for rest in path.parent.glob(f".*{REMOVED}"):  # of a run that was ended here
+        shutil.rmtree(rest, ignore_errors=True)

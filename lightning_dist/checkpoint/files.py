@@ -13,6 +13,9 @@ REST = "meta.pt"
 METADATA = ".metadata"
 """The index of torch.distributed.checkpoint: which part of which tensor is where. Written last."""
 
+REMOVED = ".removed"
+"""How the name of a checkpoint ends that is being removed."""
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 

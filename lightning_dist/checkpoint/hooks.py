@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
@@ -20,6 +21,7 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
 from lightning_dist.checkpoint.agreement import from_rank_zero
 from lightning_dist.checkpoint.background import BackgroundSaves
+from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.resume import ResumeHooks
 
 
@@ -28,8 +30,16 @@ class CheckpointHooks(ResumeHooks):
 
     checkpoint_format: Literal["auto", "single", "sharded"] = "auto"
     async_save = False
+    pretrained: _PATH | None = None
+    _begun_modules: WeakSet[pl.LightningModule]
     _saves: BackgroundSaves
     _checkpoint_path: _PATH | None = None
+
+    @override
+    def setup_environment(self) -> None:
+        if self.pretrained is not None:
+            checkpoints.form_of(Path(self.pretrained))  # refuses what is not there, before processes talk
+        super().setup_environment()
 
     @property
     @override
@@ -63,7 +73,10 @@ class CheckpointHooks(ResumeHooks):
         With ``async_save`` it returns when the state has been copied to host memory; the next save, the end of the
         run, an exception and a signal wait for the one in flight, and raise what it met.
         """
+        assert self.lightning_module is not None
         checkpoint = self._with_resume(checkpoint)
+        if described := descriptions(self.lightning_module):
+            checkpoint[DESCRIPTIONS] = described
         write = None
         if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
             write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
@@ -94,8 +107,30 @@ class CheckpointHooks(ResumeHooks):
                     raise
                 rank_zero_warn(f"{error}. This run goes on from the newest before it, {paths[0]}")
             else:
+                if checkpoints.holds_no_run(checkpoint):
+                    return self._without_run(checkpoint, path, training)
                 self._resume_from(checkpoint)
                 return checkpoint
+
+    def _without_run(self, weights: dict[str, Any], path: _PATH, training: bool) -> dict[str, Any]:
+        if training:
+            raise ValueError(
+                f"{path} holds weights, but no run to go on with; HybridStrategy(pretrained=...) begins one from them"
+            )
+        return {**weights, "pytorch-lightning_version": pl.__version__}  # which Lightning asks for
+
+    def _begin_from_pretrained(self) -> None:
+        """Weights that a fit begins from, once for a module, unless it goes on from a checkpoint."""
+        module = self.lightning_module
+        assert module is not None
+        trainer = module.trainer
+        if self.pretrained is None or trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is not None:
+            return
+        if module in self._begun_modules:
+            return
+        self._begun_modules.add(module)
+        state = checkpoints.load(self.pretrained, module, optimizers=False)["state_dict"]
+        checkpoints.load_model_state(module, state, module.strict_loading, self.pretrained)
 
     def _older_than_last(self, path: _PATH) -> list[Path]:
         """Other checkpoints beside the one that ``ckpt_path="last"`` chose, newest first; none for another one."""

@@ -14,7 +14,6 @@ Lightning's strategies write.
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,21 +39,16 @@ from lightning_dist.checkpoint.checksums import (
     DamagedCheckpoint,
     SummingFileSystem,
     of_file,
-    verify_directory,
     write_checksums,
 )
-from lightning_dist.checkpoint.files import METADATA, REST, put_in_place, remove_any, temporary_sibling
+from lightning_dist.checkpoint.directory import FORMAT, MARKER, Directory
+from lightning_dist.checkpoint.files import REST, put_in_place, remove_any, temporary_sibling
+from lightning_dist.checkpoint.lazy import LazyTensor
 from lightning_dist.checkpoint.placement import HostMemory, boxes, empty_like_layout, local_part, on_tensor_axis
-from lightning_dist.checkpoint.single import load_pickled
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
 from lightning_dist.checkpoint.tree import map_leaves
 from lightning_dist.placeholder import is_placeholder, placeholder
-
-MARKER = "lightning_dist"
-"""The entry of ``meta.pt`` that says whose the directory is."""
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,9 @@ class Shards:
         return told
 
 
-def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = None) -> None:
+def save_sharded(
+    shards: Shards, path: Path, group: dist.ProcessGroup | None = None, planner: DefaultSavePlanner | None = None
+) -> None:
     """Writes a checkpoint as a directory, which appears under its name when all ranks have finished and what they
     wrote is on the disk.
 
@@ -108,6 +104,7 @@ def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = N
         shards: of this rank.
         path: of the directory.
         group: of all ranks, for a thread that communicates beside others. Default: the world.
+        planner: brings the values, in place of those of the shards. Default: they have them.
 
     Communication: the plan of torch.distributed.checkpoint (a gather and a scatter of pickled descriptions
     over the world), the checksums of files (a gather of as many bytes as their names have) and three verdicts.
@@ -117,7 +114,7 @@ def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = N
     """
     temporary = temporary_sibling(path)
     sums: dict[str, tuple[int, int]] = {}
-    writer = dcp.FileSystemWriter(temporary)
+    writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=10_000_000 if planner is None else 0)
     writer.fs = SummingFileSystem(sums)
     with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
@@ -131,7 +128,7 @@ def save_sharded(shards: Shards, path: Path, group: dist.ProcessGroup | None = N
             dcp.save(
                 _nested(shards.told()),
                 storage_writer=writer,
-                planner=DefaultSavePlanner(),
+                planner=planner or DefaultSavePlanner(),
                 process_group=group,
                 no_dist=not dist.is_initialized(),
             )
@@ -157,31 +154,24 @@ def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_on
         module: its sharded parameters say which part of a tensor this rank reads; without it, or where names
             or shapes differ from it, tensors are read whole, into host memory.
         optimizers: read the optimizer states too.
-        weights_only: as in ``torch.load``, for ``meta.pt``. The index is read by an unpickler that makes
-            nothing but torch's descriptions of tensors, whatever this says.
+        weights_only: as in ``torch.load``, for what is no tensor.
 
     Returns:
         Lightning's dictionary, its tensors DTensors in the layout of ``module`` or plain; optimizer states by
         name.
 
     Raises:
-        ValueError: on every rank, if the directory is incomplete, damaged or of a newer format.
+        ValueError: on every rank, what :meth:`Directory.open` raises on any.
     """
     with together(f"read checkpoint {path}"):
-        rest = load_pickled(path / REST, weights_only)
-        index = _read_index(path)
-        _check_parts(path, index)
-        places = _places(path, rest, index)
-        parts = {info.relative_path for info in index.storage_data.values()}
-        verify_directory(path, {REST, METADATA, *parts}, global_rank(), num_ranks())
-    wanted = [(key, place) for key, place in places if optimizers or place[0] != "optimizer_states"]
-    targets = _targets(index, {key: place for key, place in wanted}, module)
+        directory = Directory.open(path, weights_only)
+    wanted = [(key, place) for key, place in directory.places if optimizers or place[0] != "optimizer_states"]
+    targets = _targets(directory.index, {key: place for key, place in wanted}, module)
     with together(f"read checkpoint {path}"):
-        _read_parts(path, targets, index, weights_only)
-    rest.pop(MARKER, None)
+        _read_parts(path, targets, directory.index, weights_only)
     if not optimizers:
-        rest.pop("optimizer_states", None)
-    return _join(rest, [(place, targets[key]) for key, place in wanted])
+        directory.rest.pop("optimizer_states", None)
+    return directory.joined((place, targets[key]) for key, place in wanted)
 
 
 # Saving
@@ -201,7 +191,7 @@ def _split(
     key_of: dict[int, str] = {}
 
     def take(path: TreePath, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (isinstance(value, DTensor) or _is_large(path, value)):
+        if not isinstance(value, Tensor) or not (isinstance(value, DTensor) or is_large(path, value)):
             return value
         if id(value) not in key_of:  # a tied parameter is one object under two names
             key_of[id(value)] = ".".join(map(str, _dcp_path(path)))
@@ -214,7 +204,8 @@ def _split(
     return rest, tensors, places
 
 
-def _is_large(path: TreePath, value: Tensor) -> bool:
+def is_large(path: TreePath, value: Tensor | LazyTensor) -> bool:
+    """Whether a tensor of a checkpoint goes to the parts of a directory, rather than to the rest."""
     if path[0] == "optimizer_states":
         return len(path) > 2 and path[2] == "state" and value.ndim > 0
     return path[0] == "state_dict"
@@ -222,14 +213,6 @@ def _is_large(path: TreePath, value: Tensor) -> bool:
 
 def _dcp_path(path: TreePath) -> TreePath:
     return (f"optimizer_{path[1]}", *path[2:]) if path[0] == "optimizer_states" else path
-
-
-def _checkpoint_path(path: TreePath) -> TreePath:
-    """The inverse of :func:`_dcp_path`, for the directories of Lightning's strategies too."""
-    root = str(path[0])
-    if root.startswith("optimizer_") and root.removeprefix("optimizer_").isdigit():
-        return ("optimizer_states", int(root.removeprefix("optimizer_")), *path[1:])
-    return ("state_dict", *path[1:]) if root == "model" else path
 
 
 def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -250,34 +233,6 @@ def _write_rest(rest: dict[str, Any], places: list[tuple[str, TreePath]], path: 
 
 
 # Loading
-
-
-def _places(path: Path, rest: Any, index: Metadata) -> list[tuple[str, TreePath]]:
-    """Where in the checkpoint each tensor of the directory belongs."""
-    if not isinstance(rest, dict):
-        raise ValueError(
-            f"{path} is no checkpoint of Lightning: its {REST} holds a {type(rest).__name__}, no dictionary"
-        )
-    stored = index.state_dict_metadata
-    if MARKER not in rest:
-        paths = {key: index.planner_data[key] for key in stored} if index.planner_data else {}
-        places = [(key, _checkpoint_path(tuple(place))) for key, place in paths.items()]
-        if not any(place[0] == "state_dict" for _, place in places):
-            raise ValueError(f"{path} holds no 'state_dict': it is no checkpoint of a LightningModule")
-        return places
-    marker = rest[MARKER]
-    if marker["format"] > FORMAT:
-        raise ValueError(
-            f"checkpoint {path} has format {marker['format']}, this version of lightning_dist reads up to "
-            f"{FORMAT}; upgrade lightning_dist"
-        )
-    places = [(key, tuple(place)) for key, place in marker["tensors"]]
-    lost = [key for key, _ in places if key not in stored]
-    if lost:
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged: {REST} names {len(lost)} tensors that {METADATA} lacks, as {lost[0]!r}"
-        )
-    return places
 
 
 def _targets(index: Metadata, places: Mapping[str, TreePath], module: Module | None) -> dict[str, Any]:
@@ -318,89 +273,6 @@ def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_on
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_first_failure(error)}") from error
     # the planner puts what is no tensor in place of None
     targets.update({key: memory[key] for key, target in targets.items() if target is None})
-
-
-def _join(rest: dict[str, Any], tensors: list[tuple[TreePath, Any]]) -> dict[str, Any]:
-    """Puts tensors back where they were taken out; builds what ``rest`` lacks (Lightning's directories)."""
-    by_place = dict(tensors)
-    joined = map_leaves(rest, lambda path, leaf: by_place.pop(path) if path in by_place else leaf)
-    for path, value in by_place.items():
-        node = joined
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return _with_lists(joined) if by_place else joined
-
-
-def _with_lists(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Dictionaries that stand for the lists of Lightning's directories, as lists."""
-    states = checkpoint.get("optimizer_states")
-    if isinstance(states, dict):
-        checkpoint["optimizer_states"] = [states[number] for number in sorted(states)]
-        for state in checkpoint["optimizer_states"]:
-            state.setdefault("state", {})
-            groups = state["param_groups"]
-            if isinstance(groups, dict):
-                state["param_groups"] = [groups[number] for number in sorted(groups)]
-    return checkpoint
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with (path / METADATA).open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except OSError:
-        raise
-    except Exception as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {METADATA} can't be read ({error})") from error
-    if not isinstance(index, Metadata) or index.storage_data is None:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {METADATA} is no index of torch.distributed.checkpoint")
-    return index
-
-
-def _check_parts(path: Path, index: Metadata) -> None:
-    """Every file of the index is there and long enough, before any rank starts to read."""
-    ends: dict[str, int] = {}
-    for info in index.storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in sorted(ends.items()):
-        part = path / name
-        if part.resolve().parent != path.resolve():
-            raise ValueError(f"checkpoint {path} refers to {name!r}, outside its directory; it is refused")
-        if not part.is_file():
-            raise DamagedCheckpoint(f"checkpoint {path} is incomplete: its part {name} is missing")
-        size = part.stat().st_size
-        if size < end:
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: its part {name} has {size} bytes of at least {end}")
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads DCP's index, which DCP itself would unpickle without restriction."""
-
-    _ALLOWED = {  # noqa: RUF012
-        ("torch.distributed.checkpoint.metadata", "Metadata"),
-        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "WindowsPath"),
-        ("pathlib._local", "PosixPath"),
-        ("pathlib._local", "WindowsPath"),
-        ("collections", "OrderedDict"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
-        return super().find_class(module, name)
 
 
 class _IndexedReader(dcp.FileSystemReader):

@@ -24,8 +24,11 @@ from lightning_dist.checkpoint.stages import StageRanks, from_stages
 from lightning_dist.checkpoint.state import with_indices
 from lightning_dist.checkpoint.tree import Path as TreePath
 from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.checkpoint.weights import bare
 
 _ZIP_MAGIC = b"PK\x03\x04"
+
+_SMALL = 1 << 24
 
 
 def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None) -> dict[str, Any]:
@@ -105,24 +108,57 @@ def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def read_single(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """A checkpoint file of ours or of plain Lightning. Weights and optimizer states are mapped, not read.
+    """A checkpoint file of ours or of plain Lightning, or bare weights. Weights and optimizer states are mapped, not
+    read.
 
     Raises:
-        ValueError: no checkpoint file, a damaged one, or one without a ``state_dict``.
+        ValueError: no checkpoint file, a damaged one, or one without weights.
     """
     verify_file(path, global_rank(), num_ranks())
-    checkpoint = load_pickled(path, weights_only, mmap=True)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise ValueError(
-            f"{path} is no checkpoint of Lightning: it holds {_summary(checkpoint)}, no 'state_dict'; "
-            "load bare weights into the module yourself, with torch.load and load_state_dict"
-        )
+    stored = load_pickled(path, weights_only, mmap=True)
+    check_sizes(stored, path)
+    checkpoint = as_checkpoint(stored, path)
 
     def unmap(path: TreePath, value: Any) -> Any:
         mapped = path and path[0] in ("state_dict", "optimizer_states")
         return value if mapped or not isinstance(value, Tensor) else value.clone()
 
     return map_leaves(checkpoint, unmap)
+
+
+def as_checkpoint(stored: Any, path: Path) -> dict[str, Any]:
+    """What a file holds as Lightning's dictionary: bare weights become one that has a ``state_dict`` only.
+
+    Raises:
+        ValueError: it holds no weights.
+    """
+    if isinstance(stored, dict) and "state_dict" in stored and isinstance(stored["state_dict"], Mapping):
+        return stored
+    weights = bare(stored)
+    if weights is None:
+        raise ValueError(
+            f"{path} is no checkpoint of Lightning: it holds {_summary(stored)}, no 'state_dict' and no bare weights"
+        )
+    return {"state_dict": weights}
+
+
+def check_sizes(stored: Any, path: Path) -> None:
+    """No tensor needs much more memory than the file has bytes, as one may that repeats a value.
+
+    Raises:
+        ValueError: one does.
+    """
+    limit = max(path.stat().st_size, _SMALL)
+
+    def check(place: TreePath, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > limit:
+            raise DamagedCheckpoint(
+                f"{path} is refused: {'.'.join(map(str, place))!r} has shape {tuple(value.shape)}, "
+                f"{value.numel() * value.element_size():,} bytes, in a file of {path.stat().st_size:,}"
+            )
+        return value
+
+    map_leaves(stored, check)
 
 
 def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> Any:

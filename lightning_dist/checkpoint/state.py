@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from lightning_dist.checkpoint.lazy import LazyTensor
 from lightning_dist.checkpoint.placement import is_split, place_like, replicate_like
 from lightning_dist.checkpoint.tree import Path, map_leaves
 from lightning_dist.placeholder import is_placeholder
@@ -79,7 +80,7 @@ def load_model_state(
     Args:
         module: the bare LightningModule, its parameters plain tensors or DTensors.
         state: by the plain model's names; full tensors (mapped from a file, say: each rank reads its part
-            only), or DTensors in the layout of the module.
+            only), lazy ones, read one at a time, or DTensors in the layout of the module.
         strict: every name must be in both.
         source: the path it came from, for messages.
 
@@ -95,6 +96,7 @@ def load_model_state(
     for name, value in state.items():
         name = _plain(name)
         like = current.get(real_name.get(name, name))
+        value = value.read() if isinstance(value, LazyTensor) else value
         both = isinstance(value, Tensor) and isinstance(like, Tensor)
         placed[real_name.get(name, name)] = place_like(value, like) if both else value  # type: ignore[arg-type]
     versions = getattr(state, "_metadata", None)

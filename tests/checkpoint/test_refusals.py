@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from lightning_dist import checkpoint
 from lightning_dist.checkpoint import sharded as sharded_form
@@ -53,8 +56,8 @@ def _truncated_file(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def _bare_weights(path: Path) -> None:
-    torch.save(build("one").state_dict(), path)
+def _no_weights(path: Path) -> None:
+    torch.save({"epoch": 1, "numbers": [1.0, 2.0]}, path)
 
 
 def _foreign_directory(path: Path) -> None:
@@ -110,11 +113,66 @@ def _newer(path: Path) -> None:
     torch.save(rest, path / "meta.pt")
 
 
+def _changed_index(change: Callable[[Any], None]) -> Callable[[Path], None]:
+    """What someone wrote who knows the format, and took the checksums away."""
+
+    def make(path: Path) -> None:
+        _directory(path)
+        index = pickle.loads((path / ".metadata").read_bytes())
+        change(index)
+        (path / ".metadata").write_bytes(pickle.dumps(index))
+        (path / "checksums.json").unlink()
+
+    return make
+
+
+def _huge(index: Any) -> None:
+    stored = index.state_dict_metadata["state_dict.scale"]
+    stored.size = torch.Size([1 << 50])
+
+
+def _huge_part(index: Any) -> None:
+    stored = index.state_dict_metadata["state_dict.scale"]
+    stored.size = torch.Size([1 << 50])
+    stored.chunks = [ChunkStorageMetadata(stored.chunks[0].offsets, stored.size)]
+
+
+def _same_bytes_many_times(index: Any) -> None:
+    embed, hidden = (_place(index, f"state_dict.{name}.weight") for name in ("embed", "hidden"))
+    index.storage_data[hidden] = index.storage_data[embed]
+
+
+def _outside(index: Any) -> None:
+    place = _place(index, "state_dict.scale")
+    index.storage_data[place] = replace(index.storage_data[place], relative_path="../../secret")
+
+
+def _place(index: Any, name: str) -> Any:
+    return next(place for place in index.storage_data if place.fqn == name)
+
+
+def _repeated(path: Path) -> None:
+    torch.save({"state_dict": {}, "callbacks": {"x": torch.zeros(1).expand(1 << 50)}}, path)
+
+
+def _repeated_in_rest(path: Path) -> None:
+    checkpoint.save({**_state(), "callbacks": {"x": torch.zeros(1).expand(1 << 50)}}, path, sharded=True)
+
+
+def _compressed(path: Path) -> None:
+    _file(path)
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "random file": (_random_file, "is no checkpoint, or a damaged one"),
     "empty file": (_empty_file, "is no checkpoint, or a damaged one"),
     "truncated file": (_truncated_file, "is no checkpoint, or a damaged one"),
-    "bare weights": (_bare_weights, "no 'state_dict'"),
+    "no weights": (_no_weights, "no 'state_dict' and no bare weights"),
     "foreign directory": (_foreign_directory, "is a directory, but no checkpoint"),
     "no index": (_without(".metadata"), "is incomplete: it has no .metadata"),
     "no rest": (_without("meta.pt"), "is incomplete: it has no meta.pt"),
@@ -126,6 +184,13 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "damaged file": (_damaged_file, "is damaged: its record"),
     "damaged checksums": (_damaged_checksums, "is damaged: checksums.json can't be read"),
     "newer format": (_newer, "has format 99"),
+    "huge tensor": (_changed_index(_huge), "says that 'state_dict.scale' has shape (1125899906842624,)"),
+    "huge part": (_changed_index(_huge_part), "'state_dict.scale', (1125899906842624,) at (0,), that its files do not"),
+    "same bytes many times": (_changed_index(_same_bytes_many_times), "names bytes of __0_0.distcp twice"),
+    "part outside": (_changed_index(_outside), "refers to '../../secret', outside its directory"),
+    "repeated value": (_repeated, "'callbacks.x' has shape (1125899906842624,)"),
+    "repeated value in the rest": (_repeated_in_rest, "'callbacks.x' has shape (1125899906842624,)"),
+    "compressed": (_compressed, "is compressed"),
 }
 
 
@@ -240,8 +305,6 @@ def test_remove_takes_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
 def test_convert_refuses_what_it_can_not_or_should_not_write(tmp_path: Path) -> None:
     _file(tmp_path / "file.ckpt")
     _directory(tmp_path / "directory.ckpt")
-    with pytest.raises(ValueError, match="is a single file already"):
-        checkpoint.convert(tmp_path / "file.ckpt", tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="exists"):
         checkpoint.convert(tmp_path / "directory.ckpt", tmp_path / "file.ckpt")
     with pytest.raises(FileNotFoundError, match="gone"):

@@ -1,0 +1,93 @@
+"""Tensors of a checkpoint that are read when they are needed, one at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lightning_dist.checkpoint.tree import Path, map_leaves
+
+_PIECE = 1 << 24
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor that lies in a file. One object that is under two names is one tensor, tied.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: makes the plain tensor, in host memory.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def give_back_freed_memory() -> None:
+    """Makes glibc ask the system for each large block anew, and give it back when it is freed.
+
+    By default it keeps what is freed for blocks of up to 32 MB, whose holes then fit no later tensor.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+    except (AttributeError, OSError):
+        return  # another C library
+
+
+def in_memory(tree: Any, unless: Callable[[Path, LazyTensor], bool] = lambda path, lazy: False) -> Any:
+    """The tree with its lazy tensors read.
+
+    Args:
+        tree: nested containers.
+        unless: of a path and what is there: whether that one stays in its file.
+    """
+    read: dict[int, Tensor] = {}
+
+    def load(path: Path, value: Any) -> Any:
+        if not isinstance(value, LazyTensor) or unless(path, value):
+            return value
+        if id(value) not in read:
+            read[id(value)] = value.read()
+        return read[id(value)]
+
+    return map_leaves(tree, load)
+
+
+def read_into(file: BinaryIO, memory: Tensor) -> None:
+    """Fills a contiguous tensor from where the file stands.
+
+    Raises:
+        EOFError: the file has less.
+    """
+    left = memory.reshape(-1).view(torch.uint8).numpy().data if memory.numel() else memoryview(b"")
+    while len(left):
+        count = file.readinto(left[:_PIECE])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError(f"{file.name} ends {len(left)} bytes too early")
+        left = left[count:]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor in row-major order, as they lie in memory."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
