@@ -9,7 +9,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -153,7 +152,6 @@ class HybridStrategy(CheckpointHooks):
         self.async_save = async_save
         self._saves = BackgroundSaves()
         self.pretrained = pretrained
-        self._begun_modules = WeakSet[pl.LightningModule]()
         self.activation_checkpointing: Checkpointing = _one_of(
             "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
         )

@@ -31,7 +31,7 @@ class CheckpointHooks(ResumeHooks):
     checkpoint_format: Literal["auto", "single", "sharded"] = "auto"
     async_save = False
     pretrained: _PATH | None = None
-    _begun_modules: WeakSet[pl.LightningModule]
+    _begun_modules: WeakSet[pl.LightningModule] | None = None  # made in the ranks: it can't be sent to them
     _saves: BackgroundSaves
     _checkpoint_path: _PATH | None = None
 
@@ -126,6 +126,8 @@ class CheckpointHooks(ResumeHooks):
         trainer = module.trainer
         if self.pretrained is None or trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is not None:
             return
+        if self._begun_modules is None:
+            self._begun_modules = WeakSet()
         if module in self._begun_modules:
             return
         self._begun_modules.add(module)

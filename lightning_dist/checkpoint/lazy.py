@@ -79,7 +79,8 @@ def read_into(file: BinaryIO, memory: Tensor) -> None:
     Raises:
         EOFError: the file has less.
     """
-    left = memory.reshape(-1).view(torch.uint8).numpy().data if memory.numel() else memoryview(b"")
+    # not through numpy, which leaves the storage a fixed size that _LazyPlanner of convert could not let go
+    left = memoryview((ctypes.c_char * memory.nbytes).from_address(memory.data_ptr() or 1)).cast("B")
     while len(left):
         count = file.readinto(left[:_PIECE])  # type: ignore[attr-defined]
         if not count:

@@ -4,6 +4,7 @@
 - ``workloads``: what is trained;
 - ``competitors``: ours, Lightning's strategies, and loops written by hand;
 - ``collectives`` and ``memory``: counted, not timed;
+- ``export``: the memory of a converting process;
 - ``start``: whole processes up to their first step;
 - ``turns``: options of the timing, and whose time counts;
 - ``results``: tables, JSON, a picture;

@@ -1,5 +1,5 @@
-"""Checkpoints: bytes written, time beside torch.distributed.checkpoint alone, and how long a save in the background
-stops the training."""
+"""Checkpoints: bytes written, time beside torch.distributed.checkpoint alone, how long a save in the background stops
+the training, and the memory of an export."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.elastic import launch
+from recipes.benchmark import export
 from recipes.benchmark.competitors import free_of_noise
 from recipes.benchmark.results import Line, counted, timed
 from recipes.benchmark.turns import progress_bar
 
 BYTES_MUST, SAVE_MUST, STOP_MUST = 1.02, 1 / 0.9, 0.1
+
+EXPORT_MUST = 300e6
+"""Bytes that an export may take beside its largest tensor and a process that imported torch."""
+
+LARGEST = 200_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="that share the states (default: 2)")
     parser.add_argument("--megabytes", type=int, default=200, help="of parameters; AdamW's states are twice as many")
     parser.add_argument("--rounds", type=int, default=15, help="saves of each kind (default: 15)")
+    parser.add_argument("--export", type=int, default=1000, help="megabytes of the checkpoint that is exported")
     parser.add_argument("--folder", type=Path, help="where to save (default: the system's temporary one)")
 
 
 def measure(options: argparse.Namespace) -> list[Line]:
-    """Bytes, time of a save, and time that one in the background takes from the training."""
-    return launch(_measure_on_rank, options, num_processes=options.ranks)[0]
+    """Bytes, time of a save, time that one in the background takes from the training, and memory of an export."""
+    return [*launch(_measure_on_rank, options, num_processes=options.ranks)[0], *_measure_export(options)]
+
+
+def _measure_export(options: argparse.Namespace) -> list[Line]:
+    lines = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, progress_bar(True) as progress:
+        source = Path(folder) / "source.ckpt"
+        export.write_source(source, options.export * 1_000_000, LARGEST)
+        for form, name in progress.track(export.FORMS.items(), description="exports"):
+            found = export.memory_of_conversion(source, Path(folder) / name, form)
+            took, allowed = found["peak"] - found["idle"], EXPORT_MUST + LARGEST
+            what = f"to {form}, in {found['seconds']:.1f} s, above a process with torch"
+            lines.append(
+                counted(f"memory of an export of {options.export:,} MB", what, took / 1e6, allowed / 1e6, 1.0, " MB")
+            )
+    return lines
 
 
 def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
