@@ -16,6 +16,7 @@ from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.convert import convert
 from lightning_dist.checkpoint.disk import holds_no_run, is_sharded, load, remove, save
 from lightning_dist.checkpoint.forms import form_of
+from lightning_dist.checkpoint.locations import located
 from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.single import gather_state
 from lightning_dist.checkpoint.stages import StageRanks
@@ -37,6 +38,7 @@ __all__ = [
     "holds_no_run",
     "is_sharded",
     "load",
+    "located",
     "load_model_state",
     "load_optimizer_state",
     "model_state",

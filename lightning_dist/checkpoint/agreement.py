@@ -29,12 +29,12 @@ def num_ranks() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
-def from_rank_zero(value: Any) -> Any:
-    """``value`` of rank 0 on every rank. One broadcast of the pickled value over the world."""
+def from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """``value`` of rank 0 on every rank. One broadcast of the pickled value over the world, or a group of all ranks."""
     if not _is_distributed():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

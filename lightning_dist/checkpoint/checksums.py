@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -25,6 +25,16 @@ _HANDED_OVER = 1 << 24
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that lacks a part, or whose bytes are not those that were written."""
+
+
+def flush(file: IO[Any]) -> None:
+    """What was written to a file of the local disk survives a power failure; one at a URL is sent when it is closed."""
+    file.flush()
+    try:
+        descriptor = file.fileno()
+    except (OSError, AttributeError):
+        return
+    os.fsync(descriptor)
 
 
 class SummingFileSystem(FileSystem):
@@ -44,7 +54,7 @@ class SummingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with _Summing(io.FileIO(path, mode)) as stream:
+        with Summing(io.FileIO(path, mode)) as stream:
             yield cast(io.IOBase, stream)
             self._sums[Path(path).name] = stream.size, stream.sum
 
@@ -55,15 +65,24 @@ class SummingFileSystem(FileSystem):
             self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
 
 
-class _Summing(io.BufferedWriter):
+class Summing(io.BufferedWriter):
+    """A stream that adds up what is written to it.
+
+    Attributes:
+        size: in bytes.
+        sum: CRC-32.
+    """
+
     size = sum = 0
     _handed_over = 0
 
     def write(self, data: Any) -> int:
+        """As of a file."""
         self.sum = zlib.crc32(data, self.sum)
         self.size += memoryview(data).nbytes
         written = super().write(data)
-        if self.size - self._handed_over >= _HANDED_OVER and hasattr(os, "posix_fadvise"):
+        on_disk = isinstance(self.raw, io.FileIO) and hasattr(os, "posix_fadvise")
+        if on_disk and self.size - self._handed_over >= _HANDED_OVER:
             self.flush()
             # Linux begins to write what it is told to forget
             os.posix_fadvise(self.fileno(), self._handed_over, self.size - self._handed_over, os.POSIX_FADV_DONTNEED)
@@ -84,8 +103,7 @@ def write_checksums(sums: Mapping[str, tuple[int, int]], folder: Path) -> None:
     """Writes them beside the files, flushed to the disk."""
     with (folder / CHECKSUMS).open("w") as file:
         json.dump({name: {"bytes": size, "crc32": crc} for name, (size, crc) in sorted(sums.items())}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
 
 
 def verify_directory(folder: Path, names: Iterable[str], rank: int, num_ranks: int) -> None:

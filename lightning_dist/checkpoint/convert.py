@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,9 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
 from lightning_dist.checkpoint.filled import write_filled
+from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.lazy import LazyTensor, give_back_freed_memory, in_memory
+from lightning_dist.checkpoint.locations import delivered, fetched, located, settled
 from lightning_dist.checkpoint.opened import open_checkpoint
 from lightning_dist.checkpoint.safetensors import write_file, write_folder
 from lightning_dist.checkpoint.sharded import Shards, is_large, save_sharded
@@ -47,8 +50,8 @@ def convert(
 
     Args:
         source: a file or directory of ours, of plain Lightning or its strategies, of transformers, timm or
-            torchvision.
-        target: what to write; it appears when it is complete.
+            torchvision; local or at a URL, where all but shards is copied to this machine first.
+        target: what to write; it appears when it is complete. To a URL, all but shards is sent when it is written.
         to: ``"lightning"``, the single file that plain Lightning and ``load_from_checkpoint`` open; ``"sharded"``, a
             directory of shards, from which each rank reads its part; ``"safetensors"``, the weights alone, as a file
             if ``target`` ends so, else a directory; ``"transformers"``, a directory that ``from_pretrained`` opens.
@@ -70,19 +73,37 @@ def convert(
         ValueError: ``source`` is no checkpoint, or a damaged one; ``target`` is there; no configuration is known for
             transformers; no weight has the prefix; a type of values that safetensors does not have.
     """
-    source, target = Path(source), Path(target)
+    source, target = located(source), located(target)
     if to not in ("lightning", "sharded", "safetensors", "transformers"):
         raise ValueError(
             f"a checkpoint can't be written as {to!r}; choose lightning, sharded, safetensors or transformers"
         )
-    if target.exists() and target.resolve() == source.resolve():
+    if target == source or (target.exists() and target.resolve() == source.resolve()):
         raise ValueError(f"{target} is the source; pass another name")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists; pass another name, or overwrite it explicitly")
     if to == "lightning" and target.is_dir():
         raise ValueError(f"{target} is a directory; name the file to write")
     give_back_freed_memory()
-    checkpoint = open_checkpoint(source, weights_only)
+    source = settled(source)
+    local_source = nullcontext(source) if form_of(source) == "sharded" else fetched(source)
+    local_target = nullcontext(target) if to == "sharded" else delivered(target)
+    with local_target as place, local_source as opened:
+        checkpoint = open_checkpoint(opened, weights_only)
+        _write(checkpoint, place, to, source, prefix, config, largest_file, progress)
+    return target
+
+
+def _write(
+    checkpoint: dict[str, Any],
+    target: Path,
+    to: Target,
+    source: Path,
+    prefix: str | None,
+    config: str | os.PathLike[str] | None,
+    largest_file: int,
+    progress: Callable[[int, int], None],
+) -> None:
     if to in ("lightning", "sharded"):
         if checkpoint.keys() == {"state_dict"}:
             checkpoint = _as_run(checkpoint["state_dict"], prefix or "")
@@ -91,7 +112,7 @@ def convert(
         write: Any = write_filled if to == "lightning" else _write_sharded
         written: Any = gather_state(checkpoint) if to == "lightning" else checkpoint
         write(written, target, _Counted(written, progress))
-        return target
+        return
     files: Mapping[str, str] = {}
     if to == "transformers":
         found, files = _described(checkpoint, source, config, prefix)
@@ -102,7 +123,6 @@ def convert(
         write_file(weights, target, advance)
     else:
         _write_folder(weights, files, target, advance, largest_file)
-    return target
 
 
 class _Counted:
@@ -147,7 +167,7 @@ def _described(
 ) -> tuple[str, dict[str, str]]:
     """The prefix of a model of transformers, and the files beside its weights."""
     if config is not None or (source.is_dir() and (source / CONFIG).is_file()):
-        place = Path(config) if config is not None else source
+        place = located(config) if config is not None else source
         folder = place if place.is_dir() else place.parent
         texts = {file.name: file.read_text() for file in sorted(folder.glob("*.json")) if "index" not in file.name}
         if not place.is_dir():

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch.nn import Module
 
+from lightning_dist.checkpoint import locations
 from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, together
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.files import METADATA, REMOVED, REST, remove_any
+from lightning_dist.checkpoint.files import METADATA, REMOVED, REST, remove_any, temporary_sibling
 from lightning_dist.checkpoint.forms import form_of
+from lightning_dist.checkpoint.locations import fetched, is_remote, located, settled
 from lightning_dist.checkpoint.sharded import Shards, read_sharded, save_sharded
 from lightning_dist.checkpoint.single import gather_state, read_single, save_single
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
@@ -40,7 +42,7 @@ def save(
         checkpoint: Lightning's dictionary, its ``state_dict`` from :func:`model_state`, its
             ``optimizer_states`` from :func:`optimizer_state_by_name`. DTensors may be anywhere in it, in what
             callbacks add too.
-        path: a local path.
+        path: local, or the URL of a filesystem that fsspec knows.
         sharded: a directory to which every rank writes its part, else the single file of plain Lightning.
         write: for the single file, what writes it on rank 0 (a ``CheckpointIO`` of the user's).
         stages: the ranks that hold the stages of the module; None without a pipeline.
@@ -50,7 +52,7 @@ def save(
     Raises:
         OSError, RuntimeError: on every rank, if any can't write, or could not write the last one in the background.
     """
-    path = Path(from_rank_zero(os.fspath(path)))
+    path = located(from_rank_zero(path))
     if background is not None:
         background.wait()
     if stages is not None:
@@ -99,13 +101,14 @@ def load(
         ValueError: on every rank: no checkpoint, a damaged or incomplete one, or one that needs
             ``weights_only=False``.
     """
-    path = Path(from_rank_zero(os.fspath(path)))
+    path = located(from_rank_zero(path))
     with together(f"read checkpoint {path}"):
+        path = settled(path)
         form = form_of(path)
     if form == "sharded":
         return read_sharded(path, module, optimizers, weights_only)
-    with together(f"read checkpoint {path}"):
-        checkpoint = read_single(path, weights_only) if form == "single" else {"state_dict": _read_weights(path)}
+    with together(f"read checkpoint {path}"), fetched(path) as local:
+        checkpoint = read_single(local, weights_only) if form == "single" else {"state_dict": _read_weights(local)}
         if module is not None and holds_no_run(checkpoint):
             checkpoint["state_dict"] = for_module(checkpoint["state_dict"], module, model_state(module))
     if not optimizers:
@@ -133,20 +136,24 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
         FileNotFoundError: nothing is there.
         ValueError: a directory that is no checkpoint, or an incomplete one.
     """
-    return form_of(Path(path)) == "sharded"
+    return form_of(settled(located(path))) == "sharded"
 
 
 def remove(path: str | os.PathLike[str]) -> None:
     """Removes a checkpoint of either form, if it is there; of a link, only the link. Rank 0 calls this.
 
-    It loses its name first, so that nobody who ends in between leaves a part of it under that.
+    It loses its name first, at a URL its index, so that nobody who ends in between leaves a part of it under that.
 
     Raises:
         ValueError: a directory that is no checkpoint: it is left alone.
     """
-    path = Path(path)
+    path = located(path)
     if path.is_dir() and not path.is_symlink() and not (path / REST).is_file() and not (path / METADATA).is_file():
         raise ValueError(f"{path} is no checkpoint, so it is not removed")
+    if is_remote(path):
+        locations.remove(path)
+        locations.remove(temporary_sibling(path))
+        return
     if path.is_dir() and not path.is_symlink():
         without_name = path.with_name(f".{path.name}{REMOVED}")
         remove_any(without_name)

@@ -38,7 +38,8 @@ class CheckpointHooks(ResumeHooks):
     @override
     def setup_environment(self) -> None:
         if self.pretrained is not None:
-            checkpoints.form_of(Path(self.pretrained))  # refuses what is not there, before processes talk
+            # what is not there is refused before processes talk
+            checkpoints.form_of(checkpoints.located(self.pretrained))
         super().setup_environment()
 
     @property
@@ -120,11 +121,13 @@ class CheckpointHooks(ResumeHooks):
         return {**weights, "pytorch-lightning_version": pl.__version__}  # which Lightning asks for
 
     def _begin_from_pretrained(self) -> None:
-        """Weights that a fit begins from, once for a module, unless it goes on from a checkpoint."""
+        """Weights that a fit begins from, once for a module.
+
+        A checkpoint to go on from is read later, over them: it may hold only what was trained.
+        """
         module = self.lightning_module
         assert module is not None
-        trainer = module.trainer
-        if self.pretrained is None or trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is not None:
+        if self.pretrained is None or module.trainer.state.fn != TrainerFn.FITTING:
             return
         if self._begun_modules is None:
             self._begun_modules = WeakSet()
@@ -144,6 +147,15 @@ class CheckpointHooks(ResumeHooks):
             beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
             found = sorted(beside, key=lambda p: p.stat().st_mtime, reverse=True)
         return list(from_rank_zero(found))
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.is_global_zero and not trainer.ckpt_path:
+            for callback in trainer.checkpoint_callbacks:
+                _warn_of_unseen_last(callback)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -169,6 +181,22 @@ class CheckpointHooks(ResumeHooks):
             self._saves.wait()
         except Exception as error:
             exception.add_note(f"beside that, a checkpoint could not be written: {error}")
+
+
+def _warn_of_unseen_last(callback: Any) -> None:
+    """Lightning (2.6.6) looks for what ``ckpt_path="last"`` means without the protocol of a URL, and finds nothing."""
+    folder = getattr(callback, "dirpath", None)
+    if not isinstance(callback, ModelCheckpoint) or folder is None:
+        return
+    folder = checkpoints.located(folder)
+    if isinstance(folder, Path) or not folder.exists():
+        return
+    found = sorted(str(file) for file in folder.iterdir() if file.name.startswith(callback.CHECKPOINT_NAME_LAST))
+    if found:
+        rank_zero_warn(
+            f"This run begins anew, and {found[-1]} is there. Lightning's ckpt_path='last' sees local directories "
+            "only: pass the URL itself to go on from it"
+        )
 
 
 def _last_checkpoints(callback: Any, trainer: pl.Trainer) -> set[Path]:

@@ -13,7 +13,6 @@ Lightning's strategies write.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,16 +33,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.utils.serialization import config as serialization_config
 
-from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
-from lightning_dist.checkpoint.checksums import (
-    DamagedCheckpoint,
-    SummingFileSystem,
-    of_file,
-    write_checksums,
-)
+from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, num_ranks, together
+from lightning_dist.checkpoint.checksums import DamagedCheckpoint, flush, of_file, write_checksums
 from lightning_dist.checkpoint.directory import FORMAT, MARKER, Directory
-from lightning_dist.checkpoint.files import REST, put_in_place, remove_any, temporary_sibling
+from lightning_dist.checkpoint.files import REST, temporary_sibling
 from lightning_dist.checkpoint.lazy import LazyTensor
+from lightning_dist.checkpoint.locations import file_system, is_remote, new_place, put_in_place, remove
 from lightning_dist.checkpoint.placement import HostMemory, boxes, empty_like_layout, local_part, on_tensor_axis
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -102,26 +97,27 @@ def save_sharded(
 
     Args:
         shards: of this rank.
-        path: of the directory.
+        path: of the directory, local or at a URL.
         group: of all ranks, for a thread that communicates beside others. Default: the world.
         planner: brings the values, in place of those of the shards. Default: they have them.
 
     Communication: the plan of torch.distributed.checkpoint (a gather and a scatter of pickled descriptions
-    over the world), the checksums of files (a gather of as many bytes as their names have) and three verdicts.
+    over the world), the checksums of files (a gather of as many bytes as their names have) and three verdicts; for a
+    URL one broadcast of a name.
 
     Raises:
         OSError, RuntimeError: on every rank, if a rank can't write; what had the name before is left whole.
     """
-    temporary = temporary_sibling(path)
+    place = temporary_sibling(path)
     sums: dict[str, tuple[int, int]] = {}
-    writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=10_000_000 if planner is None else 0)
-    writer.fs = SummingFileSystem(sums)
     with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
-            remove_any(temporary)
-            temporary.mkdir(parents=True)
-            _write_rest(shards.rest, shards.places, temporary / REST)
-            sums[REST] = of_file(temporary / REST)
+            place = new_place(path)
+            _write_rest(shards.rest, shards.places, place / REST)
+            sums[REST] = of_file(place / REST)
+    if is_remote(path):
+        place = path.with_name(from_rank_zero(place.name, group))
+    writer = _Writer(place, sums, copy_ahead=10_000_000 if planner is None else 0)
     try:
         # The file's checksum stands for those of its records; an option of torch holds for one thread.
         with _quiet(), serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
@@ -134,7 +130,7 @@ def save_sharded(
             )
     except (CheckpointException, OSError) as error:
         if global_rank() == 0:
-            remove_any(temporary)
+            remove(place)
         raise RuntimeError(f"could not write checkpoint {path}: {_first_failure(error)}") from error
     every = [sums]
     if dist.is_initialized():
@@ -142,8 +138,8 @@ def save_sharded(
         dist.all_gather_object(every, sums, group)
     with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
-            write_checksums({name: found for of_rank in every for name, found in of_rank.items()}, temporary)
-            put_in_place(temporary, path)
+            write_checksums({name: found for of_rank in every for name, found in of_rank.items()}, place)
+            put_in_place(place, path)
 
 
 def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_only: bool | None) -> dict[str, Any]:
@@ -228,8 +224,19 @@ def _write_rest(rest: dict[str, Any], places: list[tuple[str, TreePath]], path: 
     marker = {"format": FORMAT, "torch": str(torch.__version__), "tensors": places}
     with path.open("wb") as file:
         torch.save({**rest, MARKER: marker}, file)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer to the local disk or to a URL, whose index does not say where it was written."""
+
+    def __init__(self, path: Path, sums: dict[str, tuple[int, int]], copy_ahead: int) -> None:
+        super().__init__("", sync_files=not is_remote(path), per_thread_copy_ahead=copy_ahead)
+        self.fs, self.path = file_system(path, sums), path
+
+    @property
+    def checkpoint_id(self) -> str:
+        return str(self.path)
 
 
 # Loading
@@ -279,7 +286,8 @@ class _IndexedReader(dcp.FileSystemReader):
     """DCP's reader with the index that was read and checked."""
 
     def __init__(self, path: Path, index: Metadata) -> None:
-        super().__init__(path)
+        super().__init__("")
+        self.fs, self.path = file_system(path), path
         self._index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

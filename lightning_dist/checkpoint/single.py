@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import typing
 from collections import defaultdict
@@ -17,8 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint, verify_file
+from lightning_dist.checkpoint.checksums import DamagedCheckpoint, flush, verify_file
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
+from lightning_dist.checkpoint.locations import delivered, is_remote
 from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.stages import StageRanks, from_stages
 from lightning_dist.checkpoint.state import with_indices
@@ -92,15 +92,19 @@ def save_single(
 
 
 def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
-    """``torch.save`` under a temporary name, flushed to the disk, then renamed."""
+    """``torch.save`` under a temporary name, flushed to the disk, then renamed; or then sent to its URL."""
+    with delivered(path) as local:
+        _write_atomically(checkpoint, local)
+
+
+def _write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     remove_any(temporary)
     try:
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         put_in_place(temporary, path)
     except BaseException:
         remove_any(temporary)
@@ -174,8 +178,8 @@ def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> A
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     try:
-        with _safe_containers() if weights_only is not False else nullcontext():
-            return torch.load(path, map_location="cpu", mmap=mmap and is_zip, weights_only=weights_only)
+        with _safe_containers() if weights_only is not False else nullcontext(), _source(path) as source:
+            return torch.load(source, map_location="cpu", mmap=mmap and is_zip, weights_only=weights_only)
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if weights_only is not False and refused is not None:
@@ -184,6 +188,10 @@ def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> A
                 "if you trust the file, pass weights_only=False (to Trainer.fit, validate, test or predict)"
             ) from error
         raise DamagedCheckpoint(f"{path} is no checkpoint, or a damaged one: {_first_line(error)}") from error
+
+
+def _source(path: Path) -> AbstractContextManager[Any]:
+    return path.open("rb") if is_remote(path) else nullcontext(path)
 
 
 def _safe_containers() -> AbstractContextManager[Any]:
