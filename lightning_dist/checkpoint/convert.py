@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
 from lightning_dist.checkpoint.filled import write_filled
@@ -27,6 +29,9 @@ from lightning_dist.checkpoint.tree import Path as TreePath
 from lightning_dist.checkpoint.tree import map_leaves
 from lightning_dist.checkpoint.weights import CONFIG, SAFETENSORS
 from lightning_dist.plans.pretrained import DESCRIPTIONS, model_type
+
+_PART = 1 << 25
+"""Bytes of a part of a sharded checkpoint that is written by rows."""
 
 Target = Literal["lightning", "sharded", "safetensors", "transformers"]
 
@@ -45,8 +50,8 @@ def convert(
 ) -> Path:
     """Writes a checkpoint in another form.
 
-    Runs in one process, without a process group. Tensors are read and written one at a time: beside the largest of
-    them, memory holds what is no tensor.
+    Runs in one process, without a process group. Tensors are read and written one at a time, and where their rows
+    lie in order, by rows: memory holds no more than the largest of them, beside what is no tensor.
 
     Args:
         source: a file or directory of ours, of plain Lightning or its strategies, of transformers, timm or
@@ -233,7 +238,7 @@ def _write_sharded(checkpoint: dict[str, Any], target: Path, advance: Callable[[
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Reads each tensor when it is written, and lets the one before it go.
+    """Reads a tensor when it is written, large ones by rows, and lets what was read before go.
 
     Args:
         sources: by the key of the tensor in the directory.
@@ -245,14 +250,37 @@ class _LazyPlanner(DefaultSavePlanner):
         self._sources, self._advance = sources, advance
         self._last: Tensor | None = None
 
+    def create_local_plan(self) -> SavePlan:
+        """Large tensors as several parts."""
+        plan = super().create_local_plan()
+        parts = [part for item in plan.items for part in _parts(item, self._sources[item.index.fqn])]
+        self.plan = replace(plan, items=parts)
+        return self.plan
+
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """The values of one tensor."""
-        source = self._sources[write_item.index.fqn]
+        """The values of one part."""
+        assert write_item.tensor_data is not None
+        source, chunk = self._sources[write_item.index.fqn], write_item.tensor_data.chunk
         if self._last is not None:
             # torch's writer keeps every tensor of a file until it is complete
             self._last.untyped_storage().resize_(0)
-        self._last = source.read().contiguous()
+        begin = chunk.offsets[0] if chunk.offsets else 0
+        self._last = source.read_some(begin, begin + chunk.sizes[0] if chunk.sizes else 1).contiguous()
         if self._last.untyped_storage().nbytes() != self._last.nbytes or not self._last.untyped_storage().resizable():
             self._last = self._last.clone()
-        self._advance(source.nbytes)
+        self._advance(self._last.nbytes)
         return self._last
+
+
+def _parts(item: WriteItem, source: LazyTensor) -> list[WriteItem]:
+    data = item.tensor_data
+    assert data is not None
+    if source.nbytes <= _PART or not source.ndim:
+        return [item]
+    parts = []
+    for begin, end in source.rows(_PART):
+        offsets, sizes = torch.Size([begin, *[0] * (source.ndim - 1)]), torch.Size([end - begin, *source.shape[1:]])
+        chunk = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
+        index = MetadataIndex(item.index.fqn, offsets)
+        parts.append(replace(item, index=index, type=WriteItemType.SHARD, tensor_data=replace(data, chunk=chunk)))
+    return parts

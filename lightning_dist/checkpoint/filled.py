@@ -50,7 +50,8 @@ def lazily(tree: Any, path: Path) -> Any | None:
             return value
         where = begin, int(value.storage_offset()), tuple(value.shape), value.stride(), value.dtype
         if where not in made:
-            made[where] = LazyTensor(value.shape, value.dtype, partial(_read, path, *where))
+            rows = partial(_read_rows, path, *where) if _has_rows_in_order(value) else None
+            made[where] = LazyTensor(value.shape, value.dtype, partial(_read, path, *where), rows)
         return made[where]
 
     lazy = map_leaves(tree, make)
@@ -121,12 +122,12 @@ def _write(tree: dict[str, Any], path: Path, advance: Callable[[int], None]) -> 
     with path.open("r+b") as filled:
         checksums: dict[int, int] = {}
         for begin, source in sorted(begins.items(), key=lambda item: item[0]):
-            data = bytes_of(source.read() if isinstance(source, LazyTensor) else source)
             filled.seek(begin)
-            filled.write(data)
-            checksums[begin] = zlib.crc32(data)
-            advance(len(data))
-            del data
+            checksums[begin] = 0
+            for data in source.pieces() if isinstance(source, LazyTensor) else [bytes_of(source)]:
+                filled.write(data)
+                checksums[begin] = zlib.crc32(data, checksums[begin])
+                advance(len(data))
         _write_checksums(filled, records, central, checksums)
         filled.flush()
         os.fsync(filled.fileno())
@@ -169,3 +170,24 @@ def _read(
         file.seek(begin + offset * dtype.itemsize)
         read_into(file, memory)
     return memory.as_strided(shape, stride)
+
+
+def _read_rows(
+    path: Path,
+    begin: int,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    first: int,
+    last: int,
+) -> Tensor:
+    return _read(path, begin, offset + first * stride[0], (last - first, *shape[1:]), stride, dtype)
+
+
+def _has_rows_in_order(tensor: Tensor) -> bool:
+    """Whether what lies between two rows in memory is little beside them."""
+    if not tensor.ndim:
+        return False
+    inner = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    return tensor.stride(0) >= 1 + sum((size - 1) * step for size, step in inner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -26,11 +26,14 @@ class LazyTensor:
         shape: of the tensor.
         dtype: of the tensor.
         read: makes the plain tensor, in host memory.
+        read_rows: makes a part of it, from one index of its first dim to another; None where that costs as much as all
+            of it.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor] | None = None
 
     @property
     def ndim(self) -> int:
@@ -41,6 +44,29 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Size of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, largest: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of rows that have at most so many bytes together, if one has no more; of all rows where they
+        can't be read alone, and of no dim one.
+        """
+        count = self.shape[0] if self.ndim else 1
+        if self.read_rows is None or not self.nbytes:
+            yield 0, count
+            return
+        step = max(1, largest * count // self.nbytes)
+        for begin in range(0, count, step):
+            yield begin, min(begin + step, count)
+
+    def read_some(self, begin: int, end: int) -> Tensor:
+        """The plain tensor of rows, of :meth:`rows`."""
+        if self.read_rows is None or (begin, end) == (0, self.shape[0]):
+            return self.read()
+        return self.read_rows(begin, end)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes of the values in row-major order, a few rows at a time."""
+        for begin, end in self.rows(_PIECE):
+            yield bytes_of(self.read_some(begin, end))
 
 
 def give_back_freed_memory() -> None:

@@ -20,7 +20,7 @@ from lightning_dist.checkpoint.filled import lazily, offset_of
 from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.lazy import LazyTensor, read_into
 from lightning_dist.checkpoint.single import as_checkpoint, check_sizes, load_pickled
-from lightning_dist.checkpoint.weights import SAFETENSORS, read_safetensors, weight_files
+from lightning_dist.checkpoint.weights import SAFETENSORS, read_safetensors, rows_of_safetensors, weight_files
 
 _PIECE = 1 << 24
 
@@ -65,7 +65,8 @@ def _open_weights(file: Path, weights_only: bool | None) -> dict[str, Any]:
     made: dict[int, LazyTensor] = {}
     mapped = read_safetensors(file)
     for name, tensor in mapped.items():
-        made.setdefault(id(tensor), LazyTensor(tensor.shape, tensor.dtype, partial(_mapped, file, name)))
+        rows = partial(rows_of_safetensors, file, name) if tensor.ndim else None
+        made.setdefault(id(tensor), LazyTensor(tensor.shape, tensor.dtype, partial(_mapped, file, name), rows))
     return {name: made[id(tensor)] for name, tensor in mapped.items()}
 
 
@@ -83,43 +84,67 @@ def _open_directory(directory: Directory, weights_only: bool | None) -> dict[str
         stored = directory.index.state_dict_metadata[key]
         if isinstance(stored, TensorStorageMetadata):
             read = partial(_read_parts, directory, key, parts.get(key, []))
-            made.setdefault(key, LazyTensor(stored.size, stored.properties.dtype, read))
+            rows = read if stored.size else None
+            made.setdefault(key, LazyTensor(stored.size, stored.properties.dtype, read, rows))
         else:
             made.setdefault(key, _read_object(directory, parts[key][0], weights_only))
     return directory.joined((place, made[key]) for key, place in directory.places)
 
 
-def _read_parts(directory: Directory, key: str, parts: list[MetadataIndex]) -> Tensor:
-    """A tensor from all its parts; beside it there is a small piece of one in memory."""
+def _read_parts(
+    directory: Directory, key: str, parts: list[MetadataIndex], first: int = 0, last: int | None = None
+) -> Tensor:
+    """Rows of a tensor from all its parts; beside them there is a small piece of one in memory."""
     stored: Any = directory.index.state_dict_metadata[key]
-    whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+    shape = list(stored.size)
+    if last is not None:
+        shape[0] = last - first
+    rows = torch.empty(shape, dtype=stored.properties.dtype)
     sizes = {chunk.offsets: chunk.sizes for chunk in stored.chunks}
     for where in parts:
         offsets = where.offset if where.offset is not None else stored.chunks[0].offsets
-        target = whole
-        for dim, (begin, size) in enumerate(zip(offsets, sizes[offsets], strict=True)):
-            target = target.narrow(dim, begin, size)
-        _read_part(directory, where, target)
-    return whole
+        begins, ends = list(offsets), [begin + size for begin, size in zip(offsets, sizes[offsets], strict=True)]
+        skipped = 0
+        if shape:
+            skipped = max(0, first - begins[0])
+            begins[0], ends[0] = max(0, begins[0] - first), min(shape[0], ends[0] - first)
+        target = rows
+        if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+            continue
+        for dim, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            target = target.narrow(dim, begin, end - begin)
+        _read_part(directory, where, sizes[offsets], skipped, target)
+    return rows
 
 
-def _read_part(directory: Directory, where: MetadataIndex, target: Tensor) -> None:
+def _read_part(directory: Directory, where: MetadataIndex, size: torch.Size, skipped: int, target: Tensor) -> None:
+    """Fills the target with a part, or with some of its rows.
+
+    Args:
+        directory: that has it.
+        where: the part is.
+        size: the shape of the part.
+        skipped: rows of it before those of the target.
+        target: to fill.
+    """
     info = directory.index.storage_data[where]
     with (directory.path / info.relative_path).open("rb") as file:
         view: Any = _create_file_view(file, info.offset, info.length)
         with FakeTensorMode(allow_non_fake_inputs=True):
             fake = torch.load(view, weights_only=True)
-        if fake.shape != target.shape or fake.dtype != target.dtype:
+        if fake.shape != size or fake.dtype != target.dtype:
             raise DamagedCheckpoint(
                 f"checkpoint {directory.path} is damaged: its part {info.relative_path} has {tuple(fake.shape)} of "
-                f"{fake.dtype} where {tuple(target.shape)} of {target.dtype} of {where.fqn!r} should be"
+                f"{fake.dtype} where {tuple(size)} of {target.dtype} of {where.fqn!r} should be"
             )
         begin = offset_of(fake)
         if begin is None or not fake.is_contiguous():
             view.seek(0)
-            target.copy_(torch.load(view, weights_only=True))
+            part = torch.load(view, weights_only=True)
+            target.copy_(part.narrow(0, skipped, len(target)) if part.ndim else part)
             return
-        file.seek(info.offset + begin + fake.storage_offset() * fake.dtype.itemsize)
+        before = fake.storage_offset() + (skipped * fake.stride(0) if skipped else 0)
+        file.seek(info.offset + begin + before * fake.dtype.itemsize)
         if target.is_contiguous():
             read_into(file, target)
             return

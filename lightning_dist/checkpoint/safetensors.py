@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.lazy import LazyTensor, bytes_of
+from lightning_dist.checkpoint.lazy import LazyTensor
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -68,8 +68,9 @@ def write_file(
         with temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
-                file.write(bytes_of(weights[name].read()))
-                advance(weights[name].nbytes)
+                for data in weights[name].pieces():
+                    file.write(data)
+                    advance(len(data))
             file.flush()
             os.fsync(file.fileno())
         put_in_place(temporary, path)

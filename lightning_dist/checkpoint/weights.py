@@ -58,6 +58,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors | {name: tensors[kept] for name, kept in tied.items() if kept in tensors and name not in tensors}
 
 
+def rows_of_safetensors(path: Path, name: str, begin: int, end: int) -> Tensor:
+    """Some rows of one tensor of a file that :func:`read_safetensors` has read, mapped anew, so that no pages stay."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        rows: Tensor = file.get_slice((file.metadata() or {}).get(name, name))[begin:end]
+        return rows
+
+
 def bare(stored: Any) -> Mapping[str, Any] | None:
     """The weights in what ``torch.load`` gave; None if it holds none."""
     if not isinstance(stored, Mapping):
