@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
-from lightning_dist.data import DealtBatches, deal, dealt_batches, seed_loader
+from lightning_dist.data import DealtBatches, deal, dealt_batches, seed_loader, share_generator
 from lightning_dist.processes import LayoutRanks
 
 
@@ -38,6 +38,7 @@ class LoaderHooks(LayoutRanks):
             connector.use_distributed_sampler = wanted
         if wanted and isinstance(dataloader, DataLoader):
             dataloader = deal(dataloader, self.num_data_ranks, self.data_rank, mode)
+            share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, self.data_rank)
         return dataloader

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
+import time
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -116,6 +120,7 @@ class LayoutRanks(ParallelStrategy):
                 timeout=self._timeout,
                 device_id=device_id,
             )
+            _let_threads_end_before_forks()
             self._share_random_state()
         if self.layout is not None:
             self._build_mesh()
@@ -257,6 +262,17 @@ def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.Reduce
     op = getattr(dist.ReduceOp, name.upper()) if name else reduce_op or dist.ReduceOp.SUM
     dist.all_reduce(tensor, op, group)
     return tensor
+
+
+@cache
+def _let_threads_end_before_forks() -> None:
+    """Keeps a fork, of a loader's workers say, away from the end of a collective.
+
+    A thread of the backend lets go of what it was given then, for which it asks for Python; a process that is forked in
+    that moment waits for good in CPython before 3.11.10 (python/cpython#112275; seen once in 300 forks).
+    """
+    if sys.version_info < (3, 11, 10) and hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=partial(time.sleep, 2e-3))
 
 
 class _GatheringLauncher(_MultiProcessingLauncher):

@@ -77,8 +77,11 @@ class ResumeHooks(LoaderHooks):
 
     def _before_fetch(self, original: Callable[[], None]) -> None:
         """Stands before Lightning's method of this name, which is called before each training batch (seen in 2.6.6)."""
+        current = self._batches.current
+        ready, current.ready = current.ready, current.processed  # a step with dataloader_iter has counted this batch
         if not self._trainer.fit_loop.epoch_loop._should_accumulate():
             self._note_step()
+        current.ready = ready
         original()
 
     def _note_step(self) -> None:
@@ -251,7 +254,7 @@ class ResumeHooks(LoaderHooks):
         same_ranks = saved["num_data_ranks"] == self.num_data_ranks
         for number, data in enumerate(self._begun):
             states = [of_rank[number] for of_rank in saved["loaders"]]
-            data.begin(self._epoch, saved["taken"][number], states if same_ranks else None)
+            data.begin(self._epoch, saved["taken"][number], states, same_ranks)
         same_batches = saved["batch_sizes"] == [data.batch_size for data in self._begun]
         if saved["batches"] and not (same_ranks and same_batches):
             self._count_from(max(self._begun, key=lambda data: data.left))

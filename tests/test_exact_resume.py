@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections import Counter
 from functools import partial
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_dist import HybridStrategy
 from tests import models
@@ -99,7 +101,8 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seen.append((trainer.current_epoch, batch[2].tolist()))
+        numbers = batch[2].tolist() if isinstance(batch[0], Tensor) else [part[2].tolist() for part in batch]
+        self.seen.append((trainer.current_epoch, numbers))
         self.losses.append(float(outputs["loss"]))
         if self.path is not None and len(self.seen) == self.batches:
             trainer.save_checkpoint(self.path)
@@ -127,6 +130,25 @@ def stateful(workers: int = 0, batch_size: int = 2) -> DataLoader:
     return streamed(workers, batch_size, Stateful)
 
 
+class Pairs(Dropping):
+    """On a batch of each of two loaders."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch[0], batch_idx) + 0.5 * super().training_step(batch[1], batch_idx)
+
+
+class Iterating(Dropping):
+    """Takes its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+def long_and_short() -> list[DataLoader]:
+    return [shuffled(), DataLoader(Subset(Augmented(), range(16)), batch_size=2, shuffle=True)]
+
+
 def train(
     layout: str,
     loader: Any,
@@ -137,7 +159,7 @@ def train(
     """What was seen, the losses, the final buffers, and Lightning's count of steps."""
     L.seed_everything(1, verbose=False)
     options = dict(options or {})
-    module = Dropping(options.pop("norm", nn.BatchNorm1d))
+    module = options.pop("module", Dropping)(options.pop("norm", nn.BatchNorm1d))
     world = dist.get_world_size() if dist.is_initialized() else 1
     settings: dict[str, Any] = {"max_epochs": 3, **options}
     watch = Watch(*saves) if saves else Watch()
@@ -167,7 +189,57 @@ def workers_streamed() -> DataLoader:
     return streamed(1)
 
 
-LOADERS = [shuffled, workers_shuffled, sorted_batches, workers_sorted, streamed, workers_streamed, stateful]
+def torchdata_shuffled(workers: int = 0) -> StatefulDataLoader:
+    return StatefulDataLoader(Augmented(), batch_size=2, shuffle=True, num_workers=workers)
+
+
+def torchdata_workers() -> StatefulDataLoader:
+    return torchdata_shuffled(2)
+
+
+def torchdata_stream(workers: int = 0) -> StatefulDataLoader:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return StatefulDataLoader(Stateful(rank, world), batch_size=2, num_workers=workers)
+
+
+def torchdata_stream_worker() -> StatefulDataLoader:
+    return torchdata_stream(1)
+
+
+class Ordered(Sampler[int]):
+    """Draws from a state that nobody sees, or with an odd seed from another one in each process."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed if seed % 2 == 0 else os.urandom(8))
+
+    def __iter__(self) -> Any:
+        return iter(self.random.sample(range(SIZE), SIZE))
+
+    def __len__(self) -> int:
+        return SIZE
+
+
+def ordered(seed: int = 2) -> DataLoader:
+    return DataLoader(Augmented(), batch_size=2, sampler=Ordered(seed))
+
+
+def with_generator() -> DataLoader:
+    return DataLoader(Augmented(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+
+def with_other_generators() -> DataLoader:
+    """Seeded apart on each rank, as torchdata's are in scripts that seed nothing."""
+    seed = dist.get_rank() if dist.is_initialized() else 0
+    return DataLoader(Augmented(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+TORCHDATA = [torchdata_shuffled, torchdata_workers, torchdata_stream]
+OWN_ORDER = [ordered, with_generator]
+LOADERS = [
+    *(shuffled, workers_shuffled, sorted_batches, workers_sorted, streamed, workers_streamed, stateful),
+    *TORCHDATA,
+    *OWN_ORDER,
+]
 
 
 def few_and_many(cases: list[tuple[Any, ...]], often: set[tuple[Any, ...]]) -> list[Any]:
@@ -196,6 +268,18 @@ def test_a_run_that_goes_on_within_an_epoch_is_the_same_to_the_bit(
 )
 def test_it_goes_on_from_the_last_step_where_gradients_add_up(layout: str, batches: int, tmp_path: Path) -> None:
     check(layout, shuffled, batches, tmp_path, {"accumulate_grad_batches": 3})
+
+
+@pytest.mark.parametrize("layout", ["dp_replicate=2", pytest.param("dp_shard=1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [14, 20])  # where the shorter loader is within its first and its second turn
+def test_several_loaders_go_on_each_where_it_was(layout: str, batches: int, tmp_path: Path) -> None:
+    check(layout, long_and_short, batches, tmp_path, {"module": Pairs})
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_that_takes_its_batches_goes_on(layout: str, accumulate: int, tmp_path: Path) -> None:
+    check(layout, shuffled, 14, tmp_path, {"module": Iterating, "accumulate_grad_batches": accumulate})
 
 
 @pytest.mark.parametrize(
@@ -265,6 +349,39 @@ class Losses(Watch):
     ) -> None:
         outputs = {"loss": trainer.strategy.reduce(outputs["loss"].detach().clone())}
         super().on_train_batch_end(trainer, pl_module, outputs, [*batch, torch.zeros(0)], batch_idx)
+
+
+def test_the_state_of_a_loader_whose_worker_augments_gives_the_same_samples(tmp_path: Path) -> None:
+    whole = on("dp_replicate=2", torchdata_stream_worker, (tmp_path / "a.ckpt", 14))
+    again = on("dp_replicate=2", torchdata_stream_worker, None, tmp_path / "a.ckpt")
+    assert [seen for seen, *_ in again] == [seen[14:] for seen, *_ in whole]
+
+
+@pytest.mark.parametrize("batches", [14, 22])  # within the second epoch, and at its end
+def test_an_order_that_can_not_be_drawn_again_is_told(batches: int, tmp_path: Path) -> None:
+    whole = train("dp_shard=1", partial(ordered, 3), (tmp_path / "a.ckpt", batches), None)
+    with pytest.warns(
+        UserWarning, match="can't be drawn again: other data, or the Ordered draws from a state of its own"
+    ):
+        again = train("dp_shard=1", partial(ordered, 3), None, tmp_path / "a.ckpt")
+    assert len(again[0]) == len(whole[0]) - batches
+
+
+def test_ranks_deal_one_order_whatever_generators_they_bring() -> None:
+    for seen, *_ in (ranks := on("dp_replicate=2", with_other_generators)):
+        assert len(seen) == 3 * SIZE // 4
+    for epoch in range(3):
+        samples = [i for seen, *_ in ranks for number, batch in seen if number == epoch for i in batch]
+        assert sorted(samples) == list(range(SIZE))
+
+
+@pytest.mark.parametrize("loader", [ordered, with_generator])
+def test_other_ranks_draw_the_order_of_the_sampler_itself(loader: Any, tmp_path: Path) -> None:
+    first = on("dp_replicate=2", loader, (tmp_path / "a.ckpt", 14), None, {"norm": nn.LayerNorm})
+    seen, *_ = train("dp_shard=1", loader, None, tmp_path / "a.ckpt", {"norm": nn.LayerNorm})
+    before = [i for seen, *_ in first for epoch, samples in seen[:14] if epoch == 1 for i in samples]
+    after = [i for epoch, samples in seen if epoch == 1 for i in samples]
+    assert sorted(before + after) == list(range(SIZE))
 
 
 def test_max_steps_within_an_epoch_can_be_raised(tmp_path: Path) -> None:

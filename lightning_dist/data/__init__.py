@@ -1,6 +1,13 @@
 """Which data rank reads what, and where in it a training is."""
 
-from lightning_dist.data.dealing import DealtBatches, deal, dealt_batches, refuse_different_batches, seed_loader
+from lightning_dist.data.dealing import (
+    DealtBatches,
+    deal,
+    dealt_batches,
+    refuse_different_batches,
+    seed_loader,
+    share_generator,
+)
 from lightning_dist.data.position import TrainingData
 
 __all__ = [
@@ -10,4 +17,5 @@ __all__ = [
     "dealt_batches",
     "refuse_different_batches",
     "seed_loader",
+    "share_generator",
 ]

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import math
 import os
+import zlib
+from array import array
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,11 +18,13 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, get_worker_info
 
+from lightning_dist.checkpoint.agreement import from_rank_zero
 from lightning_dist.randomness import seed_generators
 
 
@@ -39,6 +43,8 @@ class Dealt(Sampler[Any]):
         self.epoch = 0
         self.taken = 0
         """What all ranks together took of the epoch before; the next iteration deals the rest."""
+        self._drawn: dict[str, Any] | None = None
+        self._to_repeat: dict[str, Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose order the next iteration takes; passed on to samplers that know epochs."""
@@ -50,9 +56,59 @@ class Dealt(Sampler[Any]):
                 inner(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        order = _drawn(self.source, self.seed + self.epoch)
+        order = self._repeat() if self._to_repeat is not None else self._draw(self.epoch)
         rest, self.taken = order[self.taken :], 0
         return iter(self._mine(order, rest))
+
+    def state(self) -> dict[str, Any] | None:
+        """Of the last order: its epoch and digest, and how the sampler's own generator was before it and is now."""
+        if self._drawn is None:
+            return None
+        return {**self._drawn, "now": None if self.generator is None else self.generator.get_state()}
+
+    def go_on(self, state: dict[str, Any] | None) -> None:
+        """The next iteration goes on where an earlier run was, by its :meth:`state`."""
+        self._to_repeat = state
+        if state is None or self.generator is None or state["now"] is None or state["epoch"] == self.epoch:
+            return
+        self.generator.set_state(state["now"])  # from which the loader itself may draw before the sampler
+        self._to_repeat = None
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """That the user's sampler brings."""
+        for sampler in (self.source, getattr(self.source, "sampler", None)):
+            if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+                return generator
+        return None
+
+    def _draw(self, epoch: int) -> list[Any]:
+        before = None if self.generator is None else self.generator.get_state()
+        order = _drawn(self.source, self.seed + epoch)
+        self._drawn = {"epoch": epoch, "digest": _digest(order), "before": before}
+        return order
+
+    def _repeat(self) -> list[Any]:
+        """The order of the epoch, once the sampler has drawn what the earlier run had drawn last.
+
+        A sampler with a state that nobody sees comes to it by drawing as often as it had by then.
+        """
+        wanted, self._to_repeat = self._to_repeat, None
+        assert wanted is not None
+        if self.generator is not None and wanted["before"] is not None:
+            self.generator.set_state(wanted["before"])
+        for _ in range(1 + wanted["epoch"]):
+            order = self._draw(wanted["epoch"])
+            if _digest(order) == wanted["digest"]:
+                break
+        else:
+            kind = type(getattr(self.source, "sampler", self.source)).__name__
+            rank_zero_warn(
+                f"the order of the samples before the checkpoint can't be drawn again: other data, or the {kind} draws "
+                "from a state of its own. The rest of this epoch may repeat samples and leave others out; draw from a "
+                "torch.Generator that is its attribute `generator`, or from torch's, numpy's or Python's own generators"
+            )
+        return order if wanted["epoch"] == self.epoch else self._draw(self.epoch)
 
     def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
         raise NotImplementedError
@@ -71,7 +127,7 @@ class DealtSampler(Dealt):
 
     Every rank draws the same order: the sampler runs under a random state made of ``seed`` and the epoch (which
     Lightning sets), so one process and many ranks see the same epochs. A sampler with a ``generator`` of its own
-    draws from that.
+    draws from that, which :func:`share_generator` makes the same.
     """
 
     def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
@@ -154,6 +210,29 @@ class SeededBatch(list[Any]):
         if self.seed is not None and get_worker_info() is not None:
             seed_generators(self.seed)
         return super().__iter__()
+
+
+_DIGESTED = 1 << 16
+
+
+def _digest(order: list[Any]) -> tuple[int, int]:
+    """The length of an order and a checksum of some of it."""
+    some = order[:: 1 + len(order) // _DIGESTED]
+    try:
+        data = array("q", some).tobytes()
+    except TypeError:
+        data = repr(some).encode()
+    return len(order), zlib.crc32(data)
+
+
+def share_generator(loader: object) -> None:
+    """Makes the generator that a user's sampler brings the same on all ranks: they deal one order.
+
+    Communication: one broadcast of its state, 5 kB, over the world, if there is one.
+    """
+    dealt = dealt_by(loader)
+    if dealt is not None and dealt.generator is not None:
+        dealt.generator.set_state(from_rank_zero(dealt.generator.get_state()))
 
 
 def _drawn(sampler: Any, seed: int) -> list[Any]:

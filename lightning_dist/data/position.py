@@ -31,13 +31,14 @@ class TrainingData:
         """Lightning's count of batches when the run began this epoch."""
         self._num_data_ranks, self._data_rank, self._start = num_data_ranks, data_rank, 0
 
-    def begin(self, epoch: int, taken: int = 0, states: list[Any] | None = None) -> None:
+    def begin(self, epoch: int, taken: int = 0, states: list[Any] | None = None, same_ranks: bool = True) -> None:
         """The next iteration is that of an epoch, of which all ranks together took some already.
 
         Args:
             epoch: counted from 0.
             taken: samples, or batches where those are dealt.
-            states: of the loader on each data rank, if it has one.
+            states: of the loader on each data rank that there was.
+            same_ranks: there are as many now.
 
         Raises:
             ValueError: the loader's place can't be found for this number of data ranks.
@@ -46,10 +47,12 @@ class TrainingData:
         if self.dealt is not None:
             self.dealt.set_epoch(epoch)
             self.dealt.taken = taken
+            self.dealt.go_on(None if states is None else states[0])
             return
         self.loader.begin(epoch, self._data_rank)
         if taken:
-            self.loader.skip(taken // self._num_data_ranks, None if states is None else states[self._data_rank])
+            state = states[self._data_rank] if states is not None and same_ranks else None
+            self.loader.skip(taken // self._num_data_ranks, state)
 
     def next_epoch(self) -> None:
         """Another epoch has begun, from its start."""
@@ -93,8 +96,8 @@ class TrainingData:
         return int(min(start + given * self._step, self._size))
 
     def state(self, done: int) -> Any:
-        """Of the loader itself after so many batches; None for one without."""
-        return None if self.dealt is not None else self.loader.state_after(done - self.done)
+        """Of the loader itself after so many batches; where batches or samples are dealt, of their order."""
+        return self.dealt.state() if self.dealt is not None else self.loader.state_after(done - self.done)
 
 
 class Resumable:
