@@ -5,17 +5,17 @@ what the layout made of it, a plain tensor or a ``DTensor``, and optimizer state
 
 - :func:`model_state` and :func:`optimizer_state_by_name` take it from a module and its optimizers,
 - :func:`save` writes it, as Lightning's single file or as a directory of shards,
-- :func:`load` reads either, under any layout,
-- :func:`load_model_state` and :func:`load_optimizer_state` put it into a module and its optimizers.
+- :func:`load` reads either, under any layout, and the weights of others,
+- :func:`load_model_state` and :func:`load_optimizer_state` put it into a module and its optimizers,
+- :func:`convert` writes one form from another, in one process.
 
-Errors that one rank meets are raised on all of them.
+Paths are local, or URLs that fsspec knows. Errors that one rank meets are raised on all of them.
 """
 
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.convert import convert
 from lightning_dist.checkpoint.disk import holds_no_run, is_sharded, load, remove, save
-from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.locations import located
 from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.single import gather_state
@@ -32,7 +32,6 @@ __all__ = [
     "DamagedCheckpoint",
     "StageRanks",
     "convert",
-    "form_of",
     "full",
     "gather_state",
     "holds_no_run",

@@ -39,7 +39,7 @@ class CheckpointHooks(ResumeHooks):
     def setup_environment(self) -> None:
         if self.pretrained is not None:
             # what is not there is refused before processes talk
-            checkpoints.form_of(checkpoints.located(self.pretrained))
+            checkpoints.is_sharded(self.pretrained)
         super().setup_environment()
 
     @property

@@ -20,8 +20,10 @@ from tests.models import samples
 from tests.parity import QUIET
 from tests.ranks import RankError, run_on_ranks
 
-LAYOUTS = [("dp_shard=1", 1), ("dp_shard=2", 2), ("dp_replicate=2", 2), ("pp=2", 2), ("dp_shard=2,tp=2", 4)]
-ON_DEMAND = [("dp_replicate=2,dp_shard=2", 4)]
+LAYOUTS = [
+    *[("dp_shard=1", 1), ("dp_shard=2", 2), ("dp_replicate=2", 2), ("pp=2", 2), ("dp_shard=2,tp=2", 4)],
+    pytest.param("dp_replicate=2,dp_shard=2", 4, marks=pytest.mark.slow),
+]
 
 
 class Both(Callback):
