@@ -138,7 +138,9 @@ class ResumeHooks(LoaderHooks):
         batches, since = self._batches, self._since_step
         at_step = since == 0 and self._between_batches
         states = RandomStates.now(self.root_device) if at_step else self._last_step.random
-        own = states.to_state(), [data.state(batches.current.processed - since) for data in self._begun]
+        position = self._position(since)
+        done, ended = batches.current.processed - since, position["epoch"] > self._epoch
+        own = states.to_state(), [data.state(done, ended) for data in self._begun]
         every: list[Any] = [own]
         if self.num_data_ranks > 1:
             every = [None] * self.num_data_ranks
@@ -149,7 +151,7 @@ class ResumeHooks(LoaderHooks):
         if self._ended_early:
             _reopen_epoch(loops)
         random, loaders = (list(part) for part in zip(*every, strict=True))
-        resume = {"random": random, "loaders": loaders, **self._position(since)}
+        resume = {"random": random, "loaders": loaders, **position}
         return {**checkpoint, "loops": loops, RESUME: resume}
 
     def _position(self, since: int) -> dict[str, Any]:
@@ -163,7 +165,14 @@ class ResumeHooks(LoaderHooks):
         }
         if done >= loop.max_batches or batches.is_last_batch:
             return {**here, "epoch": self._epoch + 1, "taken": [0 for _ in self._begun], "batches": 0}
-        return {**here, "epoch": self._epoch, "taken": [begun.taken(done) for begun in self._begun]}
+        return {**here, "epoch": self._epoch, "taken": self._taken(done)}
+
+    def _taken(self, done: int) -> list[int]:
+        """Of each loader, at a count of batches of this epoch, as Lightning's mode combines them."""
+        combined = self._trainer.fit_loop._combined_loader
+        assert combined is not None
+        starts_over = combined._mode == "max_size_cycle"
+        return [data.taken(done - data.done, starts_over) for data in self._begun]
 
     @property
     def _ended_early(self) -> bool:
@@ -235,7 +244,10 @@ class ResumeHooks(LoaderHooks):
         if saved is None:
             original()
         self._epoch = self._epochs.processed if saved is None else saved["epoch"]
-        self._begun = [TrainingData(loader, self.num_data_ranks, self.data_rank) for loader in combined.flattened]
+        self._begun = [
+            TrainingData(loader, self.num_data_ranks, self.data_rank, self._places_kept)
+            for loader in combined.flattened
+        ]
         for data in self._begun:
             data.begin(self._epoch)
         if saved is not None:
@@ -244,6 +256,9 @@ class ResumeHooks(LoaderHooks):
         limits = combined.limits
         combined.flattened = [data.loader for data in self._begun]
         combined.limits = limits
+
+    def _places_kept(self) -> int:
+        return int(self._trainer.accumulate_grad_batches) + 2
 
     def _begin_where(self, saved: dict[str, Any]) -> None:
         if len(saved["taken"]) != len(self._begun):

@@ -16,9 +16,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+)
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_dist import HybridStrategy
@@ -101,7 +111,7 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        numbers = batch[2].tolist() if isinstance(batch[0], Tensor) else [part[2].tolist() for part in batch]
+        numbers = batch[2].tolist() if isinstance(batch[0], Tensor) else [part and part[2].tolist() for part in batch]
         self.seen.append((trainer.current_epoch, numbers))
         self.losses.append(float(outputs["loss"]))
         if self.path is not None and len(self.seen) == self.batches:
@@ -110,6 +120,40 @@ class Watch(Callback):
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.path is not None and not self.batches:
             trainer.save_checkpoint(self.path)
+
+
+class Endless(Stream):
+    """Goes on where the epoch before ended; its state is one dictionary that it changes."""
+
+    def __init__(self, *ranks: int) -> None:
+        super().__init__(*ranks)
+        self.state = {"position": 0}
+
+    def __iter__(self) -> Any:
+        while True:
+            self.state["position"] += 1
+            yield self.data[self.indices[(self.state["position"] - 1) % len(self.indices)]]
+
+    def state_dict(self) -> dict[str, int]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.state = dict(state)
+
+
+def endless() -> DataLoader:
+    return streamed(kind=Endless)
+
+
+def torchdata_endless() -> StatefulDataLoader:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return StatefulDataLoader(Endless(rank, world), batch_size=2)
+
+
+def dealt_by_the_user(batch_size: int = 2) -> DataLoader:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sampler = DistributedSampler(Augmented(), world, rank)
+    return DataLoader(Augmented(), batch_size=batch_size, sampler=sampler)
 
 
 def shuffled(workers: int = 0, batch_size: int = 2) -> DataLoader:
@@ -134,7 +178,8 @@ class Pairs(Dropping):
     """On a batch of each of two loaders."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch[0], batch_idx) + 0.5 * super().training_step(batch[1], batch_idx)
+        losses = [super(Pairs, self).training_step(part, batch_idx) for part in batch if part is not None]
+        return torch.stack(losses).sum()
 
 
 class Iterating(Dropping):
@@ -147,6 +192,10 @@ class Iterating(Dropping):
 
 def long_and_short() -> list[DataLoader]:
     return [shuffled(), DataLoader(Subset(Augmented(), range(16)), batch_size=2, shuffle=True)]
+
+
+def combined(mode: str) -> CombinedLoader:
+    return CombinedLoader(long_and_short(), mode)
 
 
 def train(
@@ -274,6 +323,38 @@ def test_it_goes_on_from_the_last_step_where_gradients_add_up(layout: str, batch
 @pytest.mark.parametrize("batches", [14, 20])  # where the shorter loader is within its first and its second turn
 def test_several_loaders_go_on_each_where_it_was(layout: str, batches: int, tmp_path: Path) -> None:
     check(layout, long_and_short, batches, tmp_path, {"module": Pairs})
+
+
+@pytest.mark.parametrize(("mode", "batches"), [("min_size", 3), ("max_size", 12)])
+def test_combined_loaders_go_on_each_where_it_was(mode: str, batches: int, tmp_path: Path) -> None:
+    check("dp_shard=1", partial(combined, mode), batches, tmp_path, {"module": Pairs})
+
+
+@pytest.mark.parametrize("loader", [endless, torchdata_endless])
+@pytest.mark.parametrize("batches", [2, 3, 4, 6])  # within an epoch of 3, and at its end
+def test_a_stream_that_never_ends_goes_on(loader: Any, batches: int, tmp_path: Path) -> None:
+    check("dp_shard=1", loader, batches, tmp_path, {"limit_train_batches": 3})
+
+
+def test_the_state_of_a_stream_is_kept_for_all_batches_whose_gradients_add_up(tmp_path: Path) -> None:
+    options = {"limit_train_batches": 90, "accumulate_grad_batches": 80, "max_epochs": 1}
+    check("dp_shard=1", endless, 79, tmp_path, options)
+
+
+@pytest.mark.parametrize(("loading", "batch_size"), [("dp_shard=1", 4), ("dp_shard=1", 2), ("dp_replicate=2", 4)])
+def test_samples_that_the_user_deals_are_taken_once_by_other_ranks(
+    loading: str, batch_size: int, tmp_path: Path
+) -> None:
+    first = on("dp_replicate=2", dealt_by_the_user, (tmp_path / "a.ckpt", 4), None, {"max_epochs": 1})
+    second = on(loading, partial(dealt_by_the_user, batch_size), None, tmp_path / "a.ckpt", {"max_epochs": 1})
+    samples = [seen[:4] for seen, *_ in first] + [seen for seen, *_ in second]
+    assert sorted(i for seen in samples for _, batch in seen for i in batch) == list(range(SIZE))
+
+
+def test_a_place_between_two_batches_of_the_user_is_refused(tmp_path: Path) -> None:
+    on("dp_replicate=2", dealt_by_the_user, (tmp_path / "a.ckpt", 3), None, {"max_epochs": 1})
+    with pytest.raises(ValueError, match=r"had taken 12 samples of the epoch.*1 data ranks and batches of 8"):
+        train("dp_shard=1", partial(dealt_by_the_user, 8), None, tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2"])

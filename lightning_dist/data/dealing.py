@@ -331,12 +331,13 @@ def dealt_by(loader: object) -> Dealt | None:
     return sampler if isinstance(sampler, Dealt) else None
 
 
-def items_of_batch(loader: DataLoader) -> int:
-    """How many of the items that :func:`dealt_by` deals make a batch of a rank."""
-    dealt = dealt_by(loader)
-    if isinstance(dealt, DealtBatches) or loader.batch_sampler is None:
-        return 1
-    return int(loader.batch_sampler.batch_size)  # type: ignore[attr-defined]
+def items_of_batch(loader: Any) -> int:
+    """How many of the items that :func:`dealt_by` deals make a batch of a rank; samples, where it deals none.
+
+    1 where nothing says how large batches are.
+    """
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return 1 if isinstance(dealt_by(loader), DealtBatches) or size is None else int(size)
 
 
 def dealt_batches(loader: object) -> DealtBatches | None:

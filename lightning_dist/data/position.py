@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
+from torch.utils.data import DataLoader
 
 from lightning_dist.data.dealing import dealt_by, items_of_batch, loader_seed
 from lightning_dist.randomness import CPU, RandomStates, kept_random_states
@@ -21,12 +23,14 @@ class TrainingData:
         loader: as Lightning prepared it.
         num_data_ranks: that take from it.
         data_rank: this one.
+        kept: of the last batches of which a place may be asked for.
     """
 
-    def __init__(self, loader: Any, num_data_ranks: int, data_rank: int) -> None:
+    def __init__(self, loader: Any, num_data_ranks: int, data_rank: int, kept: Callable[[], int]) -> None:
         self.dealt = dealt_by(loader)
-        self.loader = loader if self.dealt is not None else Resumable(loader)
-        self.batch_size = items_of_batch(loader) if self.dealt is not None else 1
+        self.loader = loader if self.dealt is not None else Resumable(loader, kept)
+        self.batch_size = items_of_batch(loader)
+        """Of this rank, in what is dealt."""
         self.done = 0
         """Lightning's count of batches when the run began this epoch."""
         self._num_data_ranks, self._data_rank, self._start = num_data_ranks, data_rank, 0
@@ -36,12 +40,12 @@ class TrainingData:
 
         Args:
             epoch: counted from 0.
-            taken: samples, or batches where those are dealt.
+            taken: samples, or batches where those are dealt or nothing says how large they are.
             states: of the loader on each data rank that there was.
             same_ranks: there are as many now.
 
         Raises:
-            ValueError: the loader's place can't be found for this number of data ranks.
+            ValueError: the loader's place can't be found for this number of data ranks, or size of batches.
         """
         self._start = taken
         if self.dealt is not None:
@@ -50,9 +54,17 @@ class TrainingData:
             self.dealt.go_on(None if states is None else states[0])
             return
         self.loader.begin(epoch, self._data_rank)
-        if taken:
-            state = states[self._data_rank] if states is not None and same_ranks else None
-            self.loader.skip(taken // self._num_data_ranks, state)
+        state = states[self._data_rank] if states is not None and same_ranks else None
+        if not taken:
+            self.loader.go_on_after_epoch(state)
+            return
+        if taken % self._step:
+            raise ValueError(
+                f"all ranks together had taken {taken} samples of the epoch, from loaders that deal them themselves; "
+                f"with {self._num_data_ranks} data ranks and batches of {self.batch_size} that is between two batches. "
+                f"Choose them so that {taken} is a multiple of their product, or resume from the end of an epoch"
+            )
+        self.loader.skip(taken // self._step, state)
 
     def next_epoch(self) -> None:
         """Another epoch has begun, from its start."""
@@ -68,7 +80,7 @@ class TrainingData:
         if self.dealt is not None:
             return len(self.dealt.source)
         size = sized_len(self.loader)
-        return math.inf if size is None else size * self._num_data_ranks
+        return math.inf if size is None else size * self._step
 
     @property
     def left(self) -> float:
@@ -88,16 +100,28 @@ class TrainingData:
         each = math.ceil(items / self._num_data_ranks)
         return each // self.batch_size if drops else math.ceil(each / self.batch_size)
 
-    def taken(self, done: int) -> int:
-        """By all ranks of the epoch, at a count of batches; a loader that is shorter than others starts over."""
-        given, start = done - self.done, self._start
-        if given > self.left:
+    def taken(self, given: int, starts_over: bool) -> int:
+        """By all ranks of the epoch, after so many batches since it began here.
+
+        Args:
+            given: to this rank.
+            starts_over: where there are none left, as Lightning lets shorter loaders do beside longer ones.
+        """
+        start = self._start
+        if starts_over and given > self.left:
             given, start = int((given - self.left) % self._batches_of(self._size)), 0
         return int(min(start + given * self._step, self._size))
 
-    def state(self, done: int) -> Any:
-        """Of the loader itself after so many batches; where batches or samples are dealt, of their order."""
-        return self.dealt.state() if self.dealt is not None else self.loader.state_after(done - self.done)
+    def state(self, done: int, ended: bool) -> Any:
+        """Of the loader itself at Lightning's count of batches; where batches or samples are dealt, of their order.
+
+        Args:
+            done: batches.
+            ended: the next batch is the first of another epoch.
+        """
+        if self.dealt is not None:
+            return self.dealt.state()
+        return self.loader.state_after_epoch() if ended else self.loader.state_after(done - self.done)
 
 
 class Resumable:
@@ -108,13 +132,11 @@ class Resumable:
 
     Args:
         loader: the user's.
+        kept: states of so many last batches: Lightning fetches one ahead, and gradients of some may add up.
     """
 
-    _KEPT = 64
-    """States of the last batches: Lightning fetches one ahead, and gradients of some may add up."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader, self._skip = loader, 0
+    def __init__(self, loader: Any, kept: Callable[[], int]) -> None:
+        self._loader, self._skip, self._kept = loader, 0, kept
         self._states: dict[int, Any] = {}
         """Of the owner, after a number of batches."""
         self._before_next: dict[int, RandomStates] = {}
@@ -122,7 +144,12 @@ class Resumable:
         self._random: dict[str, Any] | None = None
         dataset = getattr(loader, "dataset", None)
         owners = [loader] if getattr(loader, "num_workers", 0) else [loader, dataset]
-        self._owner: Any = next((o for o in owners if hasattr(o, "state_dict") and hasattr(o, "load_state_dict")), None)
+        self._owner: Any = next(filter(_has_state, owners), None)
+        # a DataLoader makes an iterator for each epoch, so what lasts is in the data set
+        lasting = dataset if isinstance(loader, DataLoader) else loader
+        self._lasting: Any = lasting if _has_state(lasting) else None
+        self._lasted: Any = None
+        """Of that, when the iteration began."""
 
     def begin(self, epoch: int, data_rank: int) -> None:
         """The next iteration is that of an epoch: its order, and the seed of its workers."""
@@ -151,20 +178,32 @@ class Resumable:
             )
         else:
             self._owner.load_state_dict(state["owner"])
+            self._states = {0: state["owner"]}
         self._random = None if state is None else state["random"]
+
+    def go_on_after_epoch(self, state: Any) -> None:
+        """The next iteration begins as after an epoch of an earlier run, by :meth:`state_after_epoch`."""
+        lasting = None if state is None else state.get("lasting")
+        if self._lasting is not None and lasting is not None:
+            self._lasting.load_state_dict(lasting)
+
+    def state_after_epoch(self) -> Any:
+        """What lasts from one epoch to the next."""
+        return {"lasting": None if self._lasting is None else copy.deepcopy(self._lasting.state_dict())}
 
     def state_after(self, batches: int) -> Any:
         """Where the loader stood after so many batches of this iteration, and the generators if it has read on."""
         random = self._before_next.get(batches)
-        return {"owner": self._states.get(batches), "random": None if random is None else random.to_state()}
+        place = {"owner": self._states.get(batches), "random": None if random is None else random.to_state()}
+        return place if batches or self._lasted is None else place | self._lasted
 
     def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
+        skip, self._skip, self._lasted = self._skip, 0, self.state_after_epoch()
         batches = iter(self._loader)
         with kept_random_states(CPU):
             for _ in range(skip):
                 next(batches, None)
-        self._states.clear()
+        self._states = {batches: state for batches, state in self._states.items() if not batches}
         self._before_next.clear()
         for number in itertools.count():
             random, self._random = self._random, None
@@ -174,9 +213,10 @@ class Resumable:
             except StopIteration:
                 return
             if self._owner is not None:
-                self._states[number + 1] = self._owner.state_dict()
+                self._states[number + 1] = copy.deepcopy(self._owner.state_dict())
             for states in (self._states, self._before_next):
-                states.pop(number - self._KEPT, None)
+                for old in [before for before in states if before < number - self._kept()]:
+                    del states[old]
             yield batch
 
     def __len__(self) -> int:
@@ -196,6 +236,10 @@ class Resumable:
         if name in ("_loader", "state_dict", "load_state_dict"):
             raise AttributeError(name)
         return getattr(self._loader, name)
+
+
+def _has_state(owner: Any) -> bool:
+    return hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
 
 
 def _drawn_from(random: dict[str, Any], batches: Iterator[Any]) -> Any:
