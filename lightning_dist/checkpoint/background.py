@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_dist.checkpoint.placement import HostMemory
 
@@ -55,7 +56,8 @@ class BackgroundSaves:
     def afterwards(self, action: Callable[[], None]) -> None:
         """Runs an action when the save in flight has ended well, or at once if there is none.
 
-        An earlier checkpoint is removed so: never before a later one is there, and not at all if that failed.
+        An earlier checkpoint is removed so: never before a later one is there, and not at all if that failed. What an
+        action after a save meets is a warning.
         """
         if self._thread is None:
             action()
@@ -79,7 +81,10 @@ class BackgroundSaves:
             error.add_note(f"in the background, while {self._path} was saved; earlier checkpoints are left")
             raise error
         for action in actions:
-            action()
+            try:
+                action()
+            except (OSError, ValueError) as error_of_one:  # on one rank: raised, it would leave the others waiting
+                rank_zero_warn(f"after checkpoint {self._path} was saved: {error_of_one}")
 
     def end(self) -> None:
         """Waits, and gives the process group back."""

@@ -20,7 +20,7 @@ from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_
 from lightning_dist.checkpoint.filled import write_filled
 from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.lazy import LazyTensor, give_back_freed_memory, in_memory
-from lightning_dist.checkpoint.locations import delivered, fetched, located, settled
+from lightning_dist.checkpoint.locations import delivered, fetched, located, refuse_others, settled
 from lightning_dist.checkpoint.opened import open_checkpoint
 from lightning_dist.checkpoint.safetensors import write_file, write_folder
 from lightning_dist.checkpoint.sharded import Shards, is_large, save_sharded
@@ -85,10 +85,13 @@ def convert(
         )
     if target == source or (target.exists() and target.resolve() == source.resolve()):
         raise ValueError(f"{target} is the source; pass another name")
+    if target.resolve() in source.resolve().parents:
+        raise ValueError(f"{target} is a directory that the source lies in; pass another name")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists; pass another name, or overwrite it explicitly")
     if to == "lightning" and target.is_dir():
         raise ValueError(f"{target} is a directory; name the file to write")
+    refuse_others(target)
     give_back_freed_memory()
     source = settled(source)
     local_source = nullcontext(source) if form_of(source) == "sharded" else fetched(source)

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_dist.checkpoint.agreement import global_rank, num_ranks
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint, verify_directory
+from lightning_dist.checkpoint.checksums import CHECKSUMS, DamagedCheckpoint, verify_directory
 from lightning_dist.checkpoint.files import METADATA, REST
 from lightning_dist.checkpoint.single import check_sizes, load_pickled
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -55,6 +55,7 @@ class Directory:
         Raises:
             ValueError: incomplete, damaged, of a newer format, or one that claims what its files do not hold.
         """
+        verify_directory(path, {REST, METADATA}, 0, 1)
         rest = load_pickled(path / REST, weights_only)
         check_sizes(rest, path / REST)
         index = _read_index(path)
@@ -62,8 +63,9 @@ class Directory:
         _check_sizes(path, index)
         places = _places(path, rest, index)
         parts = {info.relative_path for info in index.storage_data.values()}
-        verify_directory(path, {REST, METADATA, *parts}, global_rank(), num_ranks())
-        rest.pop(MARKER, None)
+        verify_directory(path, parts, global_rank(), num_ranks())
+        if rest.pop(MARKER, None) is not None and not (path / CHECKSUMS).is_file():
+            raise DamagedCheckpoint(f"checkpoint {path} is incomplete: it has no {CHECKSUMS}; its save did not finish")
         return cls(path, rest, index, places)
 
     def joined(self, tensors: Iterable[tuple[TreePath, Any]]) -> dict[str, Any]:
@@ -94,6 +96,8 @@ def _places(path: Path, rest: Any, index: Metadata) -> list[tuple[str, TreePath]
             raise ValueError(f"{path} holds no 'state_dict': it is no checkpoint of a LightningModule")
         return places
     marker = rest[MARKER]
+    if not isinstance(marker, dict) or not marker.keys() >= {"format", "tensors"}:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {REST} does not say where its tensors belong")
     if marker["format"] > FORMAT:
         raise ValueError(
             f"checkpoint {path} has format {marker['format']}, this version of lightning_dist reads up to "

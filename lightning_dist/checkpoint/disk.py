@@ -51,6 +51,7 @@ def save(
 
     Raises:
         OSError, RuntimeError: on every rank, if any can't write, or could not write the last one in the background.
+        ValueError: on every rank, if the path is a directory with other things than one checkpoint.
     """
     path = located(from_rank_zero(path))
     if background is not None:
@@ -160,4 +161,5 @@ def remove(path: str | os.PathLike[str]) -> None:
         path = path.rename(without_name)
     remove_any(path)
     for rest in path.parent.glob(f".*{REMOVED}"):  # of a run that was ended here
-        shutil.rmtree(rest, ignore_errors=True)
+        if all(file.name.startswith(METADATA) or file.suffix in (".pt", ".distcp", ".json") for file in rest.iterdir()):
+            shutil.rmtree(rest, ignore_errors=True)

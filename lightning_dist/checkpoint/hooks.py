@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
-from lightning_dist.checkpoint.agreement import from_rank_zero
+from lightning_dist.checkpoint.agreement import from_rank_zero, together
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.resume import ResumeHooks
@@ -40,6 +40,9 @@ class CheckpointHooks(ResumeHooks):
         if self.pretrained is not None:
             # what is not there is refused before processes talk
             checkpoints.is_sharded(self.pretrained)
+        if self.async_save:
+            assert self.lightning_module is not None
+            _refuse_links(self.lightning_module.trainer)
         super().setup_environment()
 
     @property
@@ -143,9 +146,10 @@ class CheckpointHooks(ResumeHooks):
         trainer = self.lightning_module.trainer
         found: list[Path] = []
         last = set[Path]().union(*(_last_checkpoints(callback, trainer) for callback in trainer.checkpoint_callbacks))
-        if self.is_global_zero and Path(path).resolve() in last:
-            beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
-            found = sorted(beside, key=lambda p: p.stat().st_mtime, reverse=True)
+        with together("list checkpoints"):
+            if self.is_global_zero and Path(path).resolve() in last:
+                beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
+                found = sorted(filter(Path.exists, beside), key=lambda p: p.stat().st_mtime, reverse=True)
         return list(from_rank_zero(found))
 
     @override
@@ -181,6 +185,15 @@ class CheckpointHooks(ResumeHooks):
             self._saves.wait()
         except Exception as error:
             exception.add_note(f"beside that, a checkpoint could not be written: {error}")
+
+
+def _refuse_links(trainer: pl.Trainer) -> None:
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "save_last", None) == "link":
+            raise ValueError(
+                'async_save=True with ModelCheckpoint(save_last="link"): the link would be there before what it points '
+                "to; choose save_last=True, or saves that the training waits for"
+            )
 
 
 def _warn_of_unseen_last(callback: Any) -> None:

@@ -1,9 +1,10 @@
 """Where a checkpoint lies: on the local disk, or at a URL as ``s3://bucket/run/last.ckpt``, by universal_pathlib.
 
 [Note: complete or not, at an object store]
-A store has no rename that takes one moment, but an object appears whole. So a directory is complete when its index is
-there, which is written last, moved last, and removed first. One that replaces another is written beside it and then
-copied under its name; until that copy is complete, readers take the one beside (:func:`settled`).
+A store has no rename that takes one moment, but an object appears whole. So a directory is complete when index and
+checksums are there, which are written last; the index is copied last and removed first. One that replaces another is
+written beside it and then copied under its name; until that copy is complete, readers take the one beside
+(:func:`settled`). A filesystem whose files appear before they are whole, as by sftp, gives this for directories only.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase
 from upath import UPath
 
 from lightning_dist.checkpoint import files
-from lightning_dist.checkpoint.checksums import Summing, SummingFileSystem
+from lightning_dist.checkpoint.checksums import CHECKSUMS, Summing, SummingFileSystem
 from lightning_dist.checkpoint.files import METADATA, REST, temporary_sibling
 
 _FETCHED = (".json", ".safetensors", ".bin")
-"""Files that a directory of weights may consist of."""
+"""Files of a directory of weights that are read."""
+
+_PARTS = (*_FETCHED, ".distcp", ".txt", ".model", ".jinja", ".md")
+"""Files that a directory of shards or of weights may consist of, beside the index and the rest."""
 
 
 def located(path: str | os.PathLike[str]) -> Path:
@@ -62,14 +66,31 @@ def new_place(path: Path) -> Path:
 
     It is beside the name; at a URL under the name itself, unless what is there is complete.
     """
-    place = path if is_remote(path) and not _is_complete(path) else temporary_sibling(path)
+    is_free = is_remote(path) and not path.is_file() and not (path / METADATA).is_file()
+    place = path if is_free else temporary_sibling(path)
     remove(place)
     place.mkdir(parents=True, exist_ok=True)
     return place
 
 
+def refuse_others(path: Path) -> None:
+    """A directory with anything but one checkpoint, or weights, is not to be replaced.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if not path.is_dir() or (not is_remote(path) and path.is_symlink()):
+        return
+    for file in path.iterdir():
+        if file.is_dir() or not (file.name.startswith(METADATA) or file.name == REST or file.suffix in _PARTS):
+            raise ValueError(
+                f"{path} is a directory that holds {file.name}, so a checkpoint does not replace it; name the "
+                "checkpoint itself, or remove the directory"
+            )
+
+
 def put_in_place(complete: Path, path: Path) -> None:
-    """Gives a directory its name, in place of whatever had it."""
+    """Gives a directory, or a file in place of one, its name."""
     if not is_remote(path):
         files.put_in_place(complete, path)
         return
@@ -77,6 +98,9 @@ def put_in_place(complete: Path, path: Path) -> None:
         remove(temporary_sibling(path))
         return
     remove(path)
+    if complete.is_file():
+        _fs(path).mv(_key(complete), _key(path))
+        return
     for file in sorted(complete.iterdir(), key=lambda file: file.name == METADATA):
         _fs(path).copy(_key(file), _key(path / file.name))
     remove(complete)
@@ -129,14 +153,15 @@ def delivered(path: Path) -> Iterator[Path]:
     with _scratch() as scratch:
         local = scratch / path.name
         yield local
-        if path.is_dir():
-            remove(path)
+        place = temporary_sibling(path) if path.is_dir() else path
         if local.is_file():
-            _fs(path).put_file(str(local), _key(path))
-            return
-        path.mkdir(parents=True, exist_ok=True)
-        for file in sorted(local.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
-            _fs(path).put_file(str(file), _key(path / file.name))
+            _fs(path).put_file(str(local), _key(place))
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            for file in sorted(local.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+                _fs(path).put_file(str(file), _key(place / file.name))
+        if place != path:
+            put_in_place(place, path)
 
 
 def file_system(path: Path, sums: dict[str, tuple[int, int]] | None = None) -> FileSystem:
@@ -216,7 +241,7 @@ def _scratch() -> Iterator[Path]:
 
 
 def _is_complete(path: Path) -> bool:
-    return path.is_file() or ((path / REST).is_file() and (path / METADATA).is_file())
+    return path.is_file() or all((path / name).is_file() for name in (REST, METADATA, CHECKSUMS))
 
 
 def _fs(path: Path) -> Any:

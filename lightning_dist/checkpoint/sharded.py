@@ -14,8 +14,7 @@ Lightning's strategies write.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -38,7 +37,7 @@ from lightning_dist.checkpoint.checksums import DamagedCheckpoint, flush, of_fil
 from lightning_dist.checkpoint.directory import FORMAT, MARKER, Directory
 from lightning_dist.checkpoint.files import REST, temporary_sibling
 from lightning_dist.checkpoint.lazy import LazyTensor
-from lightning_dist.checkpoint.locations import file_system, is_remote, new_place, put_in_place, remove
+from lightning_dist.checkpoint.locations import file_system, is_remote, new_place, put_in_place, refuse_others, remove
 from lightning_dist.checkpoint.placement import HostMemory, boxes, empty_like_layout, local_part, on_tensor_axis
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -107,11 +106,13 @@ def save_sharded(
 
     Raises:
         OSError, RuntimeError: on every rank, if a rank can't write; what had the name before is left whole.
+        ValueError: on every rank, if the name is that of a directory with other things.
     """
     place = temporary_sibling(path)
     sums: dict[str, tuple[int, int]] = {}
     with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
+            refuse_others(path)
             place = new_place(path)
             _write_rest(shards.rest, shards.places, place / REST)
             sums[REST] = of_file(place / REST)
@@ -120,7 +121,8 @@ def save_sharded(
     writer = _Writer(place, sums, copy_ahead=10_000_000 if planner is None else 0)
     try:
         # The file's checksum stands for those of its records; an option of torch holds for one thread.
-        with _quiet(), serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        _silence_torch()
+        with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             dcp.save(
                 _nested(shards.told()),
                 storage_writer=writer,
@@ -268,16 +270,16 @@ def _targets(index: Metadata, places: Mapping[str, TreePath], module: Module | N
 def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_only: bool | None) -> None:
     held = {key: target for key, target in targets.items() if not is_placeholder(target)}
     memory = {key: boxes(target) if on_tensor_axis(target) else target for key, target in held.items()}
-    with _quiet():
-        try:
-            dcp.load(
-                memory,
-                storage_reader=_IndexedReader(path, index),
-                planner=_FlatPlanner(weights_only),
-                no_dist=True,  # each rank reads for itself; the verdict is ours
-            )
-        except CheckpointException as error:
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_first_failure(error)}") from error
+    _silence_torch()
+    try:
+        dcp.load(
+            memory,
+            storage_reader=_IndexedReader(path, index),
+            planner=_FlatPlanner(weights_only),
+            no_dist=True,  # each rank reads for itself; the verdict is ours
+        )
+    except CheckpointException as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_first_failure(error)}") from error
     # the planner puts what is no tensor in place of None
     targets.update({key: memory[key] for key, target in targets.items() if target is None})
 
@@ -305,12 +307,12 @@ class _FlatPlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=self._weights_only)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that there is no process group: that is fine here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _silence_torch() -> None:
+    """Of DCP's warning that there is no process group: that is fine here.
+
+    For the whole process: what restores warnings afterwards does so for all threads, and one may write.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _first_failure(error: BaseException) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint, flush, verify_file
+from lightning_dist.checkpoint.checksums import DamagedCheckpoint, flush, refuse_compressed, verify_file
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.locations import delivered, is_remote
+from lightning_dist.checkpoint.locations import delivered, is_remote, refuse_others
 from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.stages import StageRanks, from_stages
 from lightning_dist.checkpoint.state import with_indices
@@ -88,6 +88,7 @@ def save_single(
     """
     with together(f"write checkpoint {path}", group):
         if global_rank() == 0:
+            refuse_others(path)
             (write or write_atomically)(whole, path)
 
 
@@ -177,6 +178,8 @@ def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> A
     """
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    if is_zip:
+        refuse_compressed(path)
     try:
         with _safe_containers() if weights_only is not False else nullcontext(), _source(path) as source:
             return torch.load(source, map_location="cpu", mmap=mmap and is_zip, weights_only=weights_only)

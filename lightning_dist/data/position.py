@@ -178,7 +178,7 @@ class Resumable:
             )
         else:
             self._owner.load_state_dict(state["owner"])
-            self._states = {0: state["owner"]}
+            self._states = {0: copy.deepcopy(state["owner"])}
         self._random = None if state is None else state["random"]
 
     def go_on_after_epoch(self, state: Any) -> None:
@@ -203,7 +203,7 @@ class Resumable:
         with kept_random_states(CPU):
             for _ in range(skip):
                 next(batches, None)
-        self._states = {batches: state for batches, state in self._states.items() if not batches}
+        self._states = {number: state for number, state in self._states.items() if not number}
         self._before_next.clear()
         for number in itertools.count():
             random, self._random = self._random, None

@@ -146,3 +146,29 @@ def _save_some(folder: Path, saved_as: Any, resume: Any) -> int:
     )
     trainer.fit(models.Grouped(), DataLoader(samples(), batch_size=4), ckpt_path=resume)
     return first[0]
+
+
+def test_links_to_what_is_not_there_yet_are_refused(tmp_path: Path) -> None:
+    trainer = L.Trainer(
+        **{**QUIET, "enable_checkpointing": True},
+        devices=1,
+        strategy=HybridStrategy("dp_shard=1", async_save=True),
+        callbacks=[ModelCheckpoint(tmp_path, save_last="link")],
+        max_steps=2,
+    )
+    with pytest.raises(ValueError, match=r'async_save=True with ModelCheckpoint\(save_last="link"\).*save_last=True'):
+        trainer.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_removal_that_fails_after_a_save_is_a_warning(tmp_path: Path) -> None:
+    saves = checkpoint.BackgroundSaves()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    for name in ("old", "new"):
+        checkpoint.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / name, sharded=False, background=saves)
+    saves.afterwards(lambda: checkpoint.remove(tmp_path / "notes"))
+    saves.afterwards(lambda: checkpoint.remove(tmp_path / "old"))
+    with pytest.warns(UserWarning, match="after checkpoint .*new was saved: .*notes is no checkpoint"):
+        saves.end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "notes"]

@@ -84,6 +84,11 @@ def _damaged_index(path: Path) -> None:
     (path / ".metadata").write_bytes(b"\x80\x04nonsense")
 
 
+def _foreign_index(path: Path) -> None:
+    _damaged_index(path)
+    (path / "checksums.json").unlink()
+
+
 def _damaged_tensors(path: Path) -> None:
     _directory(path)
     part = path / "__0_0.distcp"
@@ -111,6 +116,7 @@ def _newer(path: Path) -> None:
     rest = torch.load(path / "meta.pt")
     rest[sharded_form.MARKER]["format"] = 99
     torch.save(rest, path / "meta.pt")
+    (path / "checksums.json").unlink()
 
 
 def _changed_index(change: Callable[[Any], None]) -> Callable[[Path], None]:
@@ -178,7 +184,8 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no rest": (_without("meta.pt"), "is incomplete: it has no meta.pt"),
     "no part": (_without("__0_0.distcp"), "its part __0_0.distcp is missing"),
     "truncated part": (_truncated_part, "is damaged: its part __0_0.distcp has"),
-    "damaged index": (_damaged_index, "is damaged: .metadata can't be read"),
+    "damaged index": (_damaged_index, "is damaged: its part .metadata has 10 bytes"),
+    "an index of nobody's": (_foreign_index, "is damaged: .metadata can't be read"),
     "damaged tensors": (_damaged_tensors, "is damaged: its part __0_0.distcp has"),
     "damaged rest": (_damaged_rest, "is damaged: its part meta.pt has"),
     "damaged file": (_damaged_file, "is damaged: its record"),
@@ -262,6 +269,7 @@ def test_code_in_a_checkpoint_does_not_run_unless_the_file_is_trusted(tmp_path: 
         proof.rmdir()
     _directory(tmp_path / "index.ckpt")
     (tmp_path / "index.ckpt" / ".metadata").write_bytes(pickle.dumps(Bomb(proof)))
+    (tmp_path / "index.ckpt" / "checksums.json").unlink()
     with pytest.raises(ValueError, match=r"names posix.mkdir"):
         checkpoint.load(tmp_path / "index.ckpt", weights_only=False)
     assert not proof.exists()
@@ -366,3 +374,71 @@ def _save_with_a_full_disk(path: Path) -> str:
     finally:
         FileSystemWriter.write_data = real  # type: ignore[method-assign]
     return str(error.value)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_a_directory_of_other_things_is_not_replaced(sharded: bool, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    _file(runs / "good.ckpt")
+    with pytest.raises(ValueError, match=r"runs is a directory that holds good\.ckpt"):
+        checkpoint.save(_state(), runs, sharded=sharded)
+    with pytest.raises(ValueError, match=r"runs is a directory that the source lies in"):
+        checkpoint.convert(runs / "good.ckpt", runs, to="safetensors", overwrite=True)
+    _file(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"runs is a directory that holds good\.ckpt"):
+        checkpoint.convert(tmp_path / "a.ckpt", runs, to="sharded", overwrite=True)
+    assert os.listdir(runs) == ["good.ckpt"]
+    checkpoint.load(runs / "good.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.ckpt", _file), ("a.ckpt/meta.pt", _directory), ("a.ckpt/.metadata", _directory)]
+)
+def test_a_flipped_bit_anywhere_is_damage_or_changes_nothing(name: str, write: Any, tmp_path: Path) -> None:
+    write(tmp_path / "a.ckpt")
+    wanted = checkpoint.load(tmp_path / "a.ckpt")["state_dict"]
+    wanted = {key: value.clone() for key, value in wanted.items()}
+    whole = (tmp_path / name).read_bytes()
+    refused = 0
+    for position in range(0, len(whole), max(1, len(whole) // 150)):
+        content = bytearray(whole)
+        content[position] ^= 1 << position % 8
+        (tmp_path / name).write_bytes(bytes(content))
+        try:
+            found = checkpoint.load(tmp_path / "a.ckpt")["state_dict"]
+        except checkpoint.DamagedCheckpoint:
+            refused += 1
+        else:
+            assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert refused > 100 or name == "a.ckpt"
+
+
+def test_a_directory_that_lost_its_checksums_is_refused(tmp_path: Path) -> None:
+    _directory(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "checksums.json").unlink()
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"has no checksums\.json; its save did not finish"):
+        checkpoint.load(tmp_path / "a.ckpt")
+
+
+def test_compressed_records_of_a_directory_are_refused(tmp_path: Path) -> None:
+    _directory(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "checksums.json").unlink()
+    meta = tmp_path / "a.ckpt" / "meta.pt"
+    with zipfile.ZipFile(meta) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(meta, "w", zipfile.ZIP_DEFLATED) as archive:
+        for record, content in records.items():
+            archive.writestr(record, content)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="is compressed"):
+        checkpoint.load(tmp_path / "a.ckpt")
+
+
+def test_only_leftovers_of_checkpoints_are_cleared_away(tmp_path: Path) -> None:
+    _directory(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt").rename(tmp_path / ".b.ckpt.removed")
+    (tmp_path / ".mine.removed").mkdir()
+    (tmp_path / ".mine.removed" / "notes.txt").touch()
+    _file(tmp_path / "c.ckpt")
+    checkpoint.remove(tmp_path / "c.ckpt")
+    assert os.listdir(tmp_path) == [".mine.removed"]

@@ -273,3 +273,29 @@ def _fit_with(
     folder: str, layout: str, steps: int, ckpt_path: str | None, store: str, arguments: dict[str, Any]
 ) -> Any:
     return _fit(folder, layout, steps, ckpt_path, store, **arguments)
+
+
+@FORMS
+def test_a_folder_of_other_things_at_a_url_is_not_replaced(sharded: bool, memory: str) -> None:
+    _train(None, range(1), f"{memory}/run/a.ckpt", True)
+    with pytest.raises(ValueError, match=r"run is a directory that holds a\.ckpt"):
+        _train(None, range(1), f"{memory}/run", sharded)
+    assert _names(f"{memory}/run") == ["a.ckpt"]
+
+
+def test_a_single_file_that_is_not_sent_leaves_the_shards(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{memory}/a.ckpt"
+    _train(None, range(2), path, True)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(UPath(path).fs), "put_file", _no_network)
+        with pytest.raises(OSError, match="no network"):
+            _train(None, range(4), path, False)
+    assert _steps_of(path) == 2
+    _train(None, range(4), path, False)
+    assert not checkpoint.is_sharded(path)
+    assert _steps_of(path) == 4
+    assert _names(memory) == ["a.ckpt"]
+
+
+def _no_network(*_: Any, **__: Any) -> None:
+    raise OSError("no network")
