@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy
 from lightning_dist.checkpoint import convert
 from tests import models
+from tests.checkpoint.training import damage
 from tests.models import few_samples, samples
 from tests.parity import QUIET, Watch
 from tests.ranks import RankError, run_on_ranks
@@ -30,8 +32,16 @@ CASES = [
 ]
 
 
-def fit(folder: Path, layout: str | None, epochs: int, resume: Path | None, saved_as: str = "auto") -> list[float]:
-    """Losses of the epochs that are trained here; leaves ``last.ckpt`` in the folder."""
+def fit(
+    folder: Path,
+    layout: str | None,
+    epochs: int,
+    resume: Path | str | None,
+    saved_as: str = "auto",
+    kept: int = 0,
+    tells: bool = False,
+) -> Any:
+    """Losses of the epochs that are trained here, and what was warned of; leaves ``last.ckpt`` in the folder."""
     L.seed_everything(1, verbose=False)
     world = dist.get_world_size() if dist.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format=saved_as)  # type: ignore[arg-type]
@@ -42,14 +52,15 @@ def fit(folder: Path, layout: str | None, epochs: int, resume: Path | None, save
         strategy=strategy,
         max_epochs=epochs,
         gradient_clip_val=0.1,
-        callbacks=[watch, ModelCheckpoint(folder, save_last=True, save_top_k=0)],
+        callbacks=[watch, ModelCheckpoint(folder, save_last=True, save_top_k=kept, monitor="step", mode="max")],
     )
     loader = DataLoader(samples(), batch_size=8 // world)
-    trainer.fit(models.Grouped(), loader, DataLoader(few_samples(), batch_size=4), ckpt_path=resume)
-    return watch.losses
+    with warnings.catch_warnings(record=True) as caught:
+        trainer.fit(models.Grouped(), loader, DataLoader(few_samples(), batch_size=4), ckpt_path=resume)
+    return (watch.losses, " ".join(str(one.message) for one in caught)) if tells else watch.losses
 
 
-def on(layout: str | None, *args: Any) -> list[float]:
+def on(layout: str | None, *args: Any) -> Any:
     if RANKS[layout] == 1:
         return fit(*args)
     return run_on_ranks(RANKS[layout], fit, *args)[0]
@@ -132,3 +143,20 @@ class Other(models.Classifier):
 def _load_other(path: Path) -> None:
     trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("dp_shard=2"))
     trainer.validate(Other(), DataLoader(few_samples(), batch_size=4), ckpt_path=path, verbose=False)
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_shard=2"])
+@pytest.mark.parametrize("lost", ["a bit", "a part"])
+def test_last_that_is_damaged_gives_way_to_the_newest_before_it(layout: str, lost: str, tmp_path: Path) -> None:
+    on(layout, tmp_path, layout, 3, None, "sharded", 2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert len(kept) == 3  # the last two, and last.ckpt
+    part = max((tmp_path / "last.ckpt").glob("*.distcp"))
+    damage(part) if lost == "a bit" else part.unlink()
+    (tmp_path / "best.ckpt").symlink_to(tmp_path / "nowhere")
+    whole = on(layout, tmp_path / "whole", layout, 5, None, "sharded")
+    again, told = on(layout, tmp_path, layout, 5, "last", "sharded", 2, True)
+    assert again == whole[len(whole) - len(again) :]
+    assert len(again) == len(whole) * 2 // 5  # last.ckpt and the newest before it hold the same
+    assert "last.ckpt" in told
+    assert "This run goes on from the newest before it" in told
