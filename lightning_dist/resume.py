@@ -54,6 +54,8 @@ class ResumeHooks(LoaderHooks):
     """Of the first batch of a run that goes on."""
     _begun: list[TrainingData]
     """Where each training loader began its current epoch."""
+    _begin_again: Callable[[], None] | None = None
+    """Puts the loaders where the run goes on, until its first batch has begun."""
     _parallel: Alone | None = None
 
     # ------------------------------------------------------------------ while training
@@ -69,14 +71,18 @@ class ResumeHooks(LoaderHooks):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        epoch = self._epochs.processed
-        if epoch != self._epoch:
-            self._epoch = epoch
+        self._begin_again = None
+        self._note_epoch()
+
+    def _note_epoch(self) -> None:
+        if self._epochs.processed > self._epoch:
+            self._epoch = self._epochs.processed
             for begun in self._begun:
                 begun.next_epoch()
 
     def _before_fetch(self, original: Callable[[], None]) -> None:
         """Stands before Lightning's method of this name, which is called before each training batch (seen in 2.6.6)."""
+        self._note_epoch()
         current = self._batches.current
         ready, current.ready = current.ready, current.processed  # a step with dataloader_iter has counted this batch
         if not self._trainer.fit_loop.epoch_loop._should_accumulate():
@@ -132,6 +138,8 @@ class ResumeHooks(LoaderHooks):
         Communication over the data ranks: one all-gather of their random states and of the loaders' own, as objects of
         about 10 kB.
         """
+        if self._last_step is None and self._to_resume is not None:  # nothing was done since the run goes on
+            return {**checkpoint, RESUME: self._to_resume}
         if not self._saves_training or "optimizer_states" not in checkpoint:
             return checkpoint
         assert self._last_step is not None
@@ -163,7 +171,7 @@ class ResumeHooks(LoaderHooks):
             "batches": done,
             "batch_sizes": [begun.batch_size for begun in self._begun],
         }
-        if done >= loop.max_batches or batches.is_last_batch:
+        if done >= loop.max_batches or (batches.is_last_batch and self._between_batches):
             return {**here, "epoch": self._epoch + 1, "taken": [0 for _ in self._begun], "batches": 0}
         return {**here, "epoch": self._epoch, "taken": self._taken(done)}
 
@@ -219,12 +227,22 @@ class ResumeHooks(LoaderHooks):
     def _own_dataloaders(self, trainer: pl.Trainer) -> None:
         super()._own_dataloaders(trainer)
         self._begun, self._last_step, self._to_resume, self._epoch = [], None, None, 0
-        self._random_at_start = None
+        self._random_at_start = self._begin_again = None
         loop: Any = trainer.fit_loop
         if "_load_combined_loader_states" not in vars(loop):
             loop._load_combined_loader_states = partial(self._begin_loaders, loop._load_combined_loader_states)
             loop.setup_data = partial(self._set_up_data, loop.setup_data)
             loop.epoch_loop._on_before_fetch = partial(self._before_fetch, loop.epoch_loop._on_before_fetch)
+            loop.epoch_loop.on_run_start = partial(self._before_epoch, loop.epoch_loop.on_run_start)
+
+    def _before_epoch(self, original: Callable[[Any], None], data_fetcher: Any) -> None:
+        """Stands before Lightning's method of this name, which begins the loaders anew for all epochs but the first of
+        a run; a run that goes on from the validation at an epoch's end has begun them for that one (seen in 2.6.6).
+        """
+        loop = self._trainer.fit_loop
+        if self._begin_again is not None and not loop.is_resuming and not loop.epoch_loop.restarting:
+            self._begin_again()
+        original(data_fetcher)
 
     def _set_up_data(self, original: Callable[[], None]) -> None:
         """Stands before Lightning's method of this name, which fetches a first batch of loaders without a length."""
@@ -239,7 +257,7 @@ class ResumeHooks(LoaderHooks):
     def _begin_loaders(self, original: Callable[[], None]) -> None:
         """Stands before Lightning's method of this name: loaders are there, and not yet asked (seen in 2.6.6)."""
         loop = self._trainer.fit_loop
-        combined, saved = loop._combined_loader, self._to_resume
+        combined, saved, self._begin_again = loop._combined_loader, self._to_resume, None
         assert combined is not None
         if saved is None:
             original()
@@ -267,15 +285,23 @@ class ResumeHooks(LoaderHooks):
                 f"{len(self._begun)}; train on as many, or load the weights alone"
             )
         same_ranks = saved["num_data_ranks"] == self.num_data_ranks
-        for number, data in enumerate(self._begun):
-            states = [of_rank[number] for of_rank in saved["loaders"]]
-            data.begin(self._epoch, saved["taken"][number], states, same_ranks)
+        self._begin_at(saved, same_ranks)
+        if not saved["batches"]:
+            self._begin_again = partial(self._begin_at, saved, same_ranks)
         same_batches = saved["batch_sizes"] == [data.batch_size for data in self._begun]
         if saved["batches"] and not (same_ranks and same_batches):
             self._count_from(max(self._begun, key=lambda data: data.left))
         for data in self._begun:
             data.done = self._batches.current.processed if saved["batches"] else 0
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    def _begin_at(self, saved: dict[str, Any], same_ranks: bool) -> None:
+        trainer: Any = self._trainer
+        every = trainer.reload_dataloaders_every_n_epochs
+        are_new = every and not saved["batches"] and saved["epoch"] % every == 0
+        for number, data in enumerate(self._begun):
+            states = None if are_new else [of_rank[number] for of_rank in saved["loaders"]]
+            data.begin(saved["epoch"], saved["taken"][number], states, same_ranks)
 
     def _count_from(self, longest: TrainingData) -> None:
         """Lets Lightning's count of batches end with what is left of the epoch, under other ranks or batch sizes."""

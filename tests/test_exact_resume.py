@@ -156,6 +156,44 @@ def dealt_by_the_user(batch_size: int = 2) -> DataLoader:
     return DataLoader(Augmented(), batch_size=batch_size, sampler=sampler)
 
 
+class EarlyWatch(Watch):
+    """Saves before so many batches, counted from 0, when the next one is there and its step is not begun."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.path is not None and len(self.seen) == self.batches:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, *args: Any) -> None:  # type: ignore[override]
+        path, self.path = self.path, None
+        super().on_train_batch_end(*args)
+        self.path = path
+
+
+class ValidationWatch(EarlyWatch):
+    """Saves after the validation that comes after so many batches."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        pass
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.path is not None and len(self.seen) == self.batches and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
+
+
+class FirstWatch(EarlyWatch):
+    """Saves before anything was done."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        pass
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.path is not None:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_end(self, *_: Any) -> None:
+        pass
+
+
 def shuffled(workers: int = 0, batch_size: int = 2) -> DataLoader:
     return DataLoader(Augmented(), batch_size=batch_size, shuffle=True, num_workers=workers)
 
@@ -210,8 +248,8 @@ def train(
     options = dict(options or {})
     module = options.pop("module", Dropping)(options.pop("norm", nn.BatchNorm1d))
     world = dist.get_world_size() if dist.is_initialized() else 1
+    watch = options.pop("watch", Watch)(*saves or ())
     settings: dict[str, Any] = {"max_epochs": 3, **options}
-    watch = Watch(*saves) if saves else Watch()
     whole: Any = {"pipeline_schedule": "GPipe", "num_microbatches": 1} if "pp" in layout else {}  # for BatchNorm
     strategy = HybridStrategy(layout, **whole)
     trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, callbacks=[watch], **settings)
@@ -355,6 +393,41 @@ def test_a_place_between_two_batches_of_the_user_is_refused(tmp_path: Path) -> N
     on("dp_replicate=2", dealt_by_the_user, (tmp_path / "a.ckpt", 3), None, {"max_epochs": 1})
     with pytest.raises(ValueError, match=r"had taken 12 samples of the epoch.*1 data ranks and batches of 8"):
         train("dp_shard=1", partial(dealt_by_the_user, 8), None, tmp_path / "a.ckpt")
+
+
+def limit_of(loader: Any) -> dict[str, int]:
+    return {"limit_train_batches": 22} if loader is endless else {}
+
+
+EVERY_KIND = [shuffled, workers_shuffled, ordered, with_generator, stateful, endless, dealt_by_the_user]
+
+
+@pytest.mark.parametrize("loader", EVERY_KIND)
+@pytest.mark.parametrize("batches", [5, 21, 22])  # within the first epoch, before its last batch, before the next one
+def test_a_checkpoint_before_a_batch_goes_on_with_it(loader: Any, batches: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"watch": EarlyWatch, "max_epochs": 2, "norm": nn.LayerNorm, **limit_of(loader)}
+    whole = train("dp_shard=1", loader, (tmp_path / "a.ckpt", batches), None, options)
+    again = train("dp_shard=1", loader, None, tmp_path / "a.ckpt", options)
+    assert again[0] == whole[0][batches:]
+
+
+@pytest.mark.parametrize("loader", EVERY_KIND)
+def test_a_checkpoint_after_validation_goes_on_with_the_next_epoch(loader: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"watch": ValidationWatch, "norm": nn.LayerNorm, **limit_of(loader)}
+    whole = train("dp_shard=1", loader, (tmp_path / "a.ckpt", 22), None, options)
+    again = train("dp_shard=1", loader, None, tmp_path / "a.ckpt", options)
+    assert again[0] == whole[0][22:]
+
+
+@pytest.mark.parametrize("loader", EVERY_KIND)
+@pytest.mark.parametrize("batches", [14, 22])
+def test_a_run_that_goes_on_and_saves_at_once_is_where_it_was(loader: Any, batches: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"norm": nn.LayerNorm, **limit_of(loader)}
+    whole = train("dp_shard=1", loader, (tmp_path / "a.ckpt", batches), None, options)
+    first = {**options, "watch": FirstWatch}
+    train("dp_shard=1", loader, (tmp_path / "b.ckpt", 0), tmp_path / "a.ckpt", first)
+    again = train("dp_shard=1", loader, None, tmp_path / "b.ckpt", options)
+    assert again[:2] == (whole[0][batches:], whole[1][batches:])
 
 
 @pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2"])

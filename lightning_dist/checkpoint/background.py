@@ -57,12 +57,18 @@ class BackgroundSaves:
         """Runs an action when the save in flight has ended well, or at once if there is none.
 
         An earlier checkpoint is removed so: never before a later one is there, and not at all if that failed. What an
-        action after a save meets is a warning.
+        action meets is a warning.
         """
         if self._thread is None:
-            action()
+            self._act(action)
         else:
             self._afterwards.append(action)
+
+    def _act(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as error:  # on one rank: raised, it would leave the others waiting
+            rank_zero_warn(str(error))
 
     def wait(self) -> None:
         """Returns when nothing is in flight.
@@ -81,10 +87,7 @@ class BackgroundSaves:
             error.add_note(f"in the background, while {self._path} was saved; earlier checkpoints are left")
             raise error
         for action in actions:
-            try:
-                action()
-            except (OSError, ValueError) as error_of_one:  # on one rank: raised, it would leave the others waiting
-                rank_zero_warn(f"after checkpoint {self._path} was saved: {error_of_one}")
+            self._act(action)
 
     def end(self) -> None:
         """Waits, and gives the process group back."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 CHECKSUMS = "checksums.json"
@@ -21,6 +22,10 @@ _CHUNK = 1 << 22
 
 _HANDED_OVER = 1 << 24
 """Bytes after which the system is told to begin to write; else it begins when the file is flushed at its end."""
+
+
+UNRELATED = (PermissionError, ConnectionError, TimeoutError, MemoryError, ImportError, torch.OutOfMemoryError)
+"""Errors that say nothing of the checkpoint that is read."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -153,6 +158,8 @@ def verify_file(path: Path, rank: int, num_ranks: int) -> None:
                 with archive.open(record) as file:
                     while file.read(_CHUNK):
                         pass
+            except UNRELATED:
+                raise
             except Exception as error:  # what zipfile raises for a damaged header is of many kinds
                 raise DamagedCheckpoint(
                     f"checkpoint {path} is damaged: its record {record.filename!r} fails its checksum ({error})"
@@ -168,6 +175,8 @@ def refuse_compressed(path: Path) -> None:
     with path.open("rb") as file:
         try:
             records = zipfile.ZipFile(file).infolist()
+        except UNRELATED:
+            raise
         except Exception as error:
             raise DamagedCheckpoint(f"{path} is no checkpoint, or a damaged one: {error}") from error
     for record in records:

@@ -27,9 +27,6 @@ from lightning_dist.checkpoint.files import METADATA, REST, temporary_sibling
 _FETCHED = (".json", ".safetensors", ".bin")
 """Files of a directory of weights that are read."""
 
-_PARTS = (*_FETCHED, ".distcp", ".txt", ".model", ".jinja", ".md")
-"""Files that a directory of shards or of weights may consist of, beside the index and the rest."""
-
 
 def located(path: str | os.PathLike[str]) -> Path:
     """A local path, or the :class:`upath.UPath` of a URL, which has the methods of one.
@@ -81,12 +78,15 @@ def refuse_others(path: Path) -> None:
     """
     if not path.is_dir() or (not is_remote(path) and path.is_symlink()):
         return
-    for file in path.iterdir():
-        if file.is_dir() or not (file.name.startswith(METADATA) or file.name == REST or file.suffix in _PARTS):
-            raise ValueError(
-                f"{path} is a directory that holds {file.name}, so a checkpoint does not replace it; name the "
-                "checkpoint itself, or remove the directory"
-            )
+    visible = [file for file in path.iterdir() if not file.name.startswith(".")]
+    other = next((file for file in visible if file.is_dir() or file.suffix == ".ckpt"), None)
+    if other is None and not (path / METADATA).exists() and not any(map(_tells, visible)):
+        other = next(iter(visible), None)
+    if other is not None:
+        raise ValueError(
+            f"{path} is a directory that holds {other.name}, so a checkpoint does not replace it; name the checkpoint "
+            "itself, or remove the directory"
+        )
 
 
 def put_in_place(complete: Path, path: Path) -> None:
@@ -238,6 +238,11 @@ class _LeftOpen(io.RawIOBase):
 def _scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lightning_dist-", ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+def _tells(file: Path) -> bool:
+    """Whether a file says that its directory is a checkpoint, or was to become one, or holds weights."""
+    return file.name == REST or file.suffix in (".distcp", ".safetensors") or file.name.startswith("pytorch_model")
 
 
 def _is_complete(path: Path) -> bool:

@@ -33,7 +33,7 @@ from torch.nn import Module
 from torch.utils.serialization import config as serialization_config
 
 from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, num_ranks, together
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint, flush, of_file, write_checksums
+from lightning_dist.checkpoint.checksums import UNRELATED, DamagedCheckpoint, flush, of_file, write_checksums
 from lightning_dist.checkpoint.directory import FORMAT, MARKER, Directory
 from lightning_dist.checkpoint.files import REST, temporary_sibling
 from lightning_dist.checkpoint.lazy import LazyTensor
@@ -279,6 +279,7 @@ def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_on
             no_dist=True,  # each rank reads for itself; the verdict is ours
         )
     except CheckpointException as error:
+        _raise_unrelated(error)
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_first_failure(error)}") from error
     # the planner puts what is no tensor in place of None
     targets.update({key: memory[key] for key, target in targets.items() if target is None})
@@ -313,6 +314,13 @@ def _silence_torch() -> None:
     For the whole process: what restores warnings afterwards does so for all threads, and one may write.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _raise_unrelated(error: CheckpointException) -> None:
+    for failure in error.failures.values():
+        cause = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(cause, UNRELATED):
+            raise cause
 
 
 def _first_failure(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint, flush, refuse_compressed, verify_file
+from lightning_dist.checkpoint.checksums import UNRELATED, DamagedCheckpoint, flush, refuse_compressed, verify_file
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
 from lightning_dist.checkpoint.locations import delivered, is_remote, refuse_others
 from lightning_dist.checkpoint.placement import full
@@ -183,6 +183,8 @@ def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> A
     try:
         with _safe_containers() if weights_only is not False else nullcontext(), _source(path) as source:
             return torch.load(source, map_location="cpu", mmap=mmap and is_zip, weights_only=weights_only)
+    except UNRELATED:
+        raise
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if weights_only is not False and refused is not None:

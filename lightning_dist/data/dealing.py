@@ -45,6 +45,8 @@ class Dealt(Sampler[Any]):
         """What all ranks together took of the epoch before; the next iteration deals the rest."""
         self._drawn: dict[str, Any] | None = None
         self._to_repeat: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+        """The state of the earlier run, as long as nothing was drawn since."""
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose order the next iteration takes; passed on to samplers that know epochs."""
@@ -63,12 +65,12 @@ class Dealt(Sampler[Any]):
     def state(self) -> dict[str, Any] | None:
         """Of the last order: its epoch and digest, and how the sampler's own generator was before it and is now."""
         if self._drawn is None:
-            return None
+            return self._resumed
         return {**self._drawn, "now": None if self.generator is None else self.generator.get_state()}
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """The next iteration goes on where an earlier run was, by its :meth:`state`."""
-        self._to_repeat = state
+        self._to_repeat = self._resumed = state
         if state is None or self.generator is None or state["now"] is None or state["epoch"] == self.epoch:
             return
         self.generator.set_state(state["now"])  # from which the loader itself may draw before the sampler

@@ -194,8 +194,9 @@ class Resumable:
     def state_after(self, batches: int) -> Any:
         """Where the loader stood after so many batches of this iteration, and the generators if it has read on."""
         random = self._before_next.get(batches)
-        place = {"owner": self._states.get(batches), "random": None if random is None else random.to_state()}
-        return place if batches or self._lasted is None else place | self._lasted
+        state = self._random if random is None else random.to_state()
+        place = {"owner": self._states.get(batches), "random": state}
+        return place if batches else place | (self._lasted or self.state_after_epoch())
 
     def __iter__(self) -> Iterator[Any]:
         skip, self._skip, self._lasted = self._skip, 0, self.state_after_epoch()

@@ -442,3 +442,39 @@ def test_only_leftovers_of_checkpoints_are_cleared_away(tmp_path: Path) -> None:
     _file(tmp_path / "c.ckpt")
     checkpoint.remove(tmp_path / "c.ckpt")
     assert os.listdir(tmp_path) == [".mine.removed"]
+
+
+def test_data_is_not_replaced_and_a_checkpoint_with_hidden_files_is(tmp_path: Path) -> None:
+    data = tmp_path / "shakespeare"
+    data.mkdir()
+    for name in ("train.bin", "meta.json", "README.md"):
+        (data / name).touch()
+    with pytest.raises(ValueError, match="shakespeare is a directory that holds"):
+        checkpoint.save(_state(), data, sharded=False)
+    assert len(os.listdir(data)) == 3
+    _directory(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / ".DS_Store").touch()
+    _directory(tmp_path / "a.ckpt")
+    published = tmp_path / "published"
+    (published / ".cache").mkdir(parents=True)
+    for name in (".gitattributes", "config.json", "modeling_mine.py", "optimizer.pt"):
+        (published / name).touch()
+    checkpoint.convert(tmp_path / "a.ckpt", published / "model.safetensors", to="safetensors")
+    checkpoint.convert(tmp_path / "a.ckpt", published, to="safetensors", overwrite=True)
+    assert os.listdir(published) == ["model.safetensors"]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError("not yours")
+
+    _file(tmp_path / "a.ckpt")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", refused)
+        with pytest.raises(PermissionError, match="not yours"):
+            checkpoint.load(tmp_path / "a.ckpt")
+    _directory(tmp_path / "b.ckpt")
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.distributed.checkpoint.FileSystemReader.read_data", refused)
+        with pytest.raises(PermissionError, match="not yours"):
+            checkpoint.load(tmp_path / "b.ckpt")
