@@ -158,6 +158,7 @@ class ResumeHooks(LoaderHooks):
             _take_back(loops, since)
         if self._ended_early:
             _reopen_epoch(loops)
+        _leave_epoch_that_has_not_started(loops)
         random, loaders = (list(part) for part in zip(*every, strict=True))
         resume = {"random": random, "loaders": loaders, **position}
         return {**checkpoint, "loops": loops, RESUME: resume}
@@ -334,6 +335,16 @@ def _take_back(loops: dict[str, Any], batches: int) -> None:
     for part in ("total", "current"):
         before = progress[part]["processed"] - batches
         progress[part] = dict.fromkeys(progress[part], before)
+
+
+def _leave_epoch_that_has_not_started(loops: dict[str, Any]) -> None:
+    """Sets Lightning's states of the loops, as ``on_train_epoch_start`` sees them, to those at the end of the epoch
+    before: it would take that one's batches for those of the next (seen in 2.6.6).
+    """
+    for part in ("total", "current"):
+        progress = loops["fit_loop"]["epoch_progress"][part]
+        if progress["ready"] > progress["started"]:
+            progress["ready"] = progress["started"]
 
 
 def _reopen_epoch(loops: dict[str, Any]) -> None:

@@ -169,6 +169,17 @@ class EarlyWatch(Watch):
         self.path = path
 
 
+class EpochWatch(EarlyWatch):
+    """Saves at the start of the epoch that comes after so many batches."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.path is not None and len(self.seen) == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
 class ValidationWatch(EarlyWatch):
     """Saves after the validation that comes after so many batches."""
 
@@ -411,9 +422,10 @@ def test_a_checkpoint_before_a_batch_goes_on_with_it(loader: Any, batches: int, 
     assert again[0] == whole[0][batches:]
 
 
+@pytest.mark.parametrize("watch", [ValidationWatch, EpochWatch])
 @pytest.mark.parametrize("loader", EVERY_KIND)
-def test_a_checkpoint_after_validation_goes_on_with_the_next_epoch(loader: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"watch": ValidationWatch, "norm": nn.LayerNorm, **limit_of(loader)}
+def test_a_checkpoint_between_epochs_goes_on_with_the_next(watch: type[Watch], loader: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"watch": watch, "norm": nn.LayerNorm, **limit_of(loader)}
     whole = train("dp_shard=1", loader, (tmp_path / "a.ckpt", 22), None, options)
     again = train("dp_shard=1", loader, None, tmp_path / "a.ckpt", options)
     assert again[0] == whole[0][22:]

@@ -242,7 +242,11 @@ def _scratch() -> Iterator[Path]:
 
 def _tells(file: Path) -> bool:
     """Whether a file says that its directory is a checkpoint, or was to become one, or holds weights."""
-    return file.name == REST or file.suffix in (".distcp", ".safetensors") or file.name.startswith("pytorch_model")
+    return (
+        file.name in (REST, CHECKSUMS)
+        or file.suffix in (".distcp", ".safetensors")
+        or file.name.startswith("pytorch_model")
+    )
 
 
 def _is_complete(path: Path) -> bool:
