@@ -87,10 +87,10 @@ class HybridStrategy(CheckpointHooks):
             writes what it holds; ``"auto"``, sharded where parameters are.
         async_save: write checkpoints while the training goes on; it stops for the copy to host memory only, which takes
             as much of that as the rank's part of the checkpoint (of a single file, rank 0 takes the whole).
-        pretrained: weights that a fit begins from, and a checkpoint over them: a file of torch or safetensors,
-            as of torchvision and timm, a directory of transformers, or a checkpoint of ours or of Lightning. Each rank
-            reads what it owns. The names may lack what the module puts before them, as ``"model."``; the module's
-            ``strict_loading = False`` allows missing and unexpected ones.
+        pretrained: weights that a fit begins from; a checkpoint that it goes on from is read over them. A file of torch
+            or safetensors, as of torchvision and timm, a directory of transformers, or a checkpoint of ours or of
+            Lightning. Each rank reads what it owns. The names may lack what the module puts before them, as
+            ``"model."``; the module's ``strict_loading = False`` allows missing and unexpected ones.
         start_method: how Lightning starts the other processes of a script: ``"popen"``, ``"spawn"``, ``"fork"`` or
             ``"forkserver"``. Under torchrun, SLURM and the like they are there already.
         process_group_backend: of torch.distributed; by default that of the device.
