@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -148,7 +149,10 @@ class ResumeHooks(LoaderHooks):
         states = RandomStates.now(self.root_device) if at_step else self._last_step.random
         position = self._position(since)
         done, ended = batches.current.processed - since, position["epoch"] > self._epoch
-        own = states.to_state(), [data.state(done, ended) for data in self._begun]
+        fetcher: Any = self._trainer.fit_loop._data_fetcher
+        # Lightning fetches one batch ahead where it can't know by their number which is the last
+        ahead = getattr(fetcher, "prefetch_batches", 0) > 0 and fetcher.length is None
+        own = states.to_state(), [data.state(done, ended, ahead) for data in self._begun]
         every: list[Any] = [own]
         if self.num_data_ranks > 1:
             every = [None] * self.num_data_ranks
@@ -160,8 +164,23 @@ class ResumeHooks(LoaderHooks):
             _reopen_epoch(loops)
         _leave_epoch_that_has_not_started(loops)
         random, loaders = (list(part) for part in zip(*every, strict=True))
+        self._tell_of_other_orders(loaders)
         resume = {"random": random, "loaders": loaders, **position}
         return {**checkpoint, "loops": loops, RESUME: resume}
+
+    def _tell_of_other_orders(self, loaders: list[list[Any]]) -> None:
+        """Where the ranks' samplers drew apart; said at a save, which has gathered what each drew."""
+        for number, data in enumerate(self._begun):
+            if data.dealt is None:
+                continue
+            digests = {of_rank[number]["digest"] for of_rank in loaders if of_rank[number] is not None}
+            if len(digests) > 1:
+                kind = type(getattr(data.dealt.source, "sampler", data.dealt.source)).__name__
+                rank_zero_warn(
+                    f"the data ranks drew different orders from the {kind} of training loader {number}, so an epoch "
+                    "repeats samples and leaves others out; seed what it draws from alike on all ranks, or let it draw "
+                    "from a torch.Generator that is its attribute `generator`"
+                )
 
     def _position(self, since: int) -> dict[str, Any]:
         """The epoch, and what was taken of it from each loader."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,8 @@ class Dropping(models.Classifier):
 class Watch(Callback):
     """Notes the samples and the loss of every batch; saves after so many, of all epochs."""
 
+    saves_after = True
+
     def __init__(self, path: Path | None = None, batches: int = 0) -> None:
         self.path, self.batches = path, batches
         self.seen: list[tuple[int, list[int]]] = []
@@ -114,7 +117,7 @@ class Watch(Callback):
         numbers = batch[2].tolist() if isinstance(batch[0], Tensor) else [part and part[2].tolist() for part in batch]
         self.seen.append((trainer.current_epoch, numbers))
         self.losses.append(float(outputs["loss"]))
-        if self.path is not None and len(self.seen) == self.batches:
+        if self.saves_after and self.path is not None and len(self.seen) == self.batches:
             trainer.save_checkpoint(self.path)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -163,10 +166,7 @@ class EarlyWatch(Watch):
         if self.path is not None and len(self.seen) == self.batches:
             trainer.save_checkpoint(self.path)
 
-    def on_train_batch_end(self, *args: Any) -> None:  # type: ignore[override]
-        path, self.path = self.path, None
-        super().on_train_batch_end(*args)
-        self.path = path
+    saves_after = False
 
 
 class EpochWatch(EarlyWatch):
@@ -385,9 +385,14 @@ def test_a_stream_that_never_ends_goes_on(loader: Any, batches: int, tmp_path: P
     check("dp_shard=1", loader, batches, tmp_path, {"limit_train_batches": 3})
 
 
+@pytest.mark.parametrize("loader", [dealt_by_the_user, stateful, streamed])
+def test_loaders_of_their_own_go_on_from_the_last_step(loader: Any, tmp_path: Path) -> None:
+    check("dp_shard=1", loader, 14, tmp_path, {"accumulate_grad_batches": 3})
+
+
 def test_the_state_of_a_stream_is_kept_for_all_batches_whose_gradients_add_up(tmp_path: Path) -> None:
-    options = {"limit_train_batches": 90, "accumulate_grad_batches": 80, "max_epochs": 1}
-    check("dp_shard=1", endless, 79, tmp_path, options)
+    options = {"limit_train_batches": 150, "accumulate_grad_batches": 70, "max_epochs": 1}
+    check("dp_shard=1", endless, 139, tmp_path, options)
 
 
 @pytest.mark.parametrize(("loading", "batch_size"), [("dp_shard=1", 4), ("dp_shard=1", 2), ("dp_replicate=2", 4)])
@@ -539,6 +544,19 @@ def test_ranks_deal_one_order_whatever_generators_they_bring() -> None:
     for epoch in range(3):
         samples = [i for seen, *_ in ranks for number, batch in seen if number == epoch for i in batch]
         assert sorted(samples) == list(range(SIZE))
+
+
+@pytest.mark.parametrize(("seed", "is_told"), [(2, False), (3, True)])
+def test_ranks_that_draw_apart_are_told_at_a_save(seed: int, is_told: bool, tmp_path: Path) -> None:
+    told, _ = run_on_ranks(2, _warnings_of, partial(ordered, seed), tmp_path / "a.ckpt")
+    assert ("the data ranks drew different orders from the Ordered of training loader 0" in told) == is_told
+
+
+def _warnings_of(loader: Any, path: Path) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train("dp_replicate=2", loader, (path, 5), None, {"max_epochs": 1})
+    return " ".join(str(one.message) for one in caught)
 
 
 @pytest.mark.parametrize("loader", [ordered, with_generator])

@@ -317,16 +317,20 @@ def _silence_torch() -> None:
 
 
 def _raise_unrelated(error: CheckpointException) -> None:
-    for failure in error.failures.values():
-        cause = failure[0] if isinstance(failure, tuple) else failure
+    for _, cause in _causes(error):
         if isinstance(cause, UNRELATED):
             raise cause
+
+
+def _causes(error: CheckpointException) -> list[tuple[int, BaseException]]:
+    """Of a failure, by rank."""
+    pairs = sorted(error.failures.items(), key=lambda item: item[0])
+    return [(rank, failure[0] if isinstance(failure, tuple) else failure) for rank, failure in pairs]
 
 
 def _first_failure(error: BaseException) -> str:
     """One line for what went wrong; DCP's message is the tracebacks of all ranks."""
     if isinstance(error, CheckpointException) and error.failures:
-        rank, failure = min(error.failures.items())
-        cause = failure[0] if isinstance(failure, tuple) else failure
+        rank, cause = _causes(error)[0]
         return f"rank {rank} met {type(cause).__name__}: {cause}"
     return f"{type(error).__name__}: {error}"

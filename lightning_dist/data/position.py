@@ -112,16 +112,17 @@ class TrainingData:
             given, start = int((given - self.left) % self._batches_of(self._size)), 0
         return int(min(start + given * self._step, self._size))
 
-    def state(self, done: int, ended: bool) -> Any:
+    def state(self, done: int, ended: bool, ahead: bool) -> Any:
         """Of the loader itself at Lightning's count of batches; where batches or samples are dealt, of their order.
 
         Args:
             done: batches.
             ended: the next batch is the first of another epoch.
+            ahead: the next batch is fetched before it is asked for.
         """
         if self.dealt is not None:
             return self.dealt.state()
-        return self.loader.state_after_epoch() if ended else self.loader.state_after(done - self.done)
+        return self.loader.state_after_epoch() if ended else self.loader.state_after(done - self.done, ahead)
 
 
 class Resumable:
@@ -191,9 +192,9 @@ class Resumable:
         """What lasts from one epoch to the next."""
         return {"lasting": None if self._lasting is None else copy.deepcopy(self._lasting.state_dict())}
 
-    def state_after(self, batches: int) -> Any:
-        """Where the loader stood after so many batches of this iteration, and the generators if it has read on."""
-        random = self._before_next.get(batches)
+    def state_after(self, batches: int, ahead: bool) -> Any:
+        """Where the loader stood after so many batches of this iteration, and the generators if it had read on."""
+        random = self._before_next.get(batches) if ahead else None
         state = self._random if random is None else random.to_state()
         place = {"owner": self._states.get(batches), "random": state}
         return place if batches else place | (self._lasted or self.state_after_epoch())

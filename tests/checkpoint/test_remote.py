@@ -70,7 +70,7 @@ def _train(path: str | None, steps: range, end: str | None, sharded: bool) -> li
     module = build("one", seed=0 if path is None else 1)
     optimizer = make_optimizer(module, "adamw")
     if path is not None:
-        restore(path, module, optimizer)  # type: ignore[arg-type]
+        restore(path, module, optimizer)
     losses = train(module, optimizer, steps)
     if end is not None:
         checkpoint.save(snapshot(module, optimizer), end, sharded=sharded)

@@ -110,7 +110,7 @@ def snapshot(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def restore(path: Path, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def restore(path: Path | str, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     state = checkpoint.load(path, module)
     checkpoint.load_model_state(module, state["state_dict"], source=path)
     checkpoint.load_optimizer_state(module, optimizer, state["optimizer_states"][0], source=path)
