@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder
 
@@ -96,16 +94,3 @@ def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     if shards:
         torch._foreach_clamp_min_(shards, -clip_value)
         torch._foreach_clamp_max_(shards, clip_value)
-
-
-class WholeScalars(TorchFunctionMode):
-    """While it lasts, a number computed from a sharded tensor is the plain number of the whole tensor.
-
-    For hooks that look at gradients, such as Lightning's ``grad_norm``; every rank has to run them alike.
-
-    Communication: one all-reduce per number, over the mesh of the tensor.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result.full_tensor() if isinstance(result, DTensor) and result.ndim == 0 else result

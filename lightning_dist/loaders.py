@@ -10,7 +10,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
-from lightning_dist.data import DealtBatches, deal, dealt_batches, seed_loader, share_generator
+from lightning_dist.data import (
+    DealtBatches,
+    DealtStream,
+    deal,
+    deal_stream,
+    dealt_batches,
+    is_stream,
+    seed_loader,
+    share_generator,
+)
 from lightning_dist.processes import LayoutRanks
 
 
@@ -24,6 +33,9 @@ class LoaderHooks(LayoutRanks):
         connector: Any = trainer._data_connector
         if "_prepare_dataloader" not in vars(connector):
             connector._prepare_dataloader = partial(self._prepare_dataloader, connector._prepare_dataloader)
+            fitting = trainer.fit_loop.epoch_loop.val_loop
+            for loop in (fitting, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                vars(loop)["setup_data"] = partial(self._set_up_evaluation, loop, loop.setup_data)
 
     def _prepare_dataloader(
         self, original: Callable[..., object], dataloader: object, shuffle: bool, mode: RunningStage
@@ -36,25 +48,59 @@ class LoaderHooks(LayoutRanks):
             dataloader = original(dataloader, shuffle=shuffle, mode=mode)
         finally:
             connector.use_distributed_sampler = wanted
-        if wanted and isinstance(dataloader, DataLoader):
+        if wanted and is_stream(dataloader):
+            dataloader = self._deal_stream(dataloader, mode)
+        elif wanted and isinstance(dataloader, DataLoader):
             dataloader = deal(dataloader, self.num_data_ranks, self.data_rank, mode)
             share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, self.data_rank)
         return dataloader
 
+    def _deal_stream(self, loader: object, mode: RunningStage) -> object:
+        if self.data_group is None or self.num_data_ranks == 1:
+            return loader
+        dealt = deal_stream(loader, self.num_data_ranks, self.data_rank, self.data_group, mode == RunningStage.TRAINING)
+        if isinstance(dealt, DealtStream) and isinstance(loader, DataLoader):
+            seed_loader(loader, data_rank=0)  # every rank reads the same stream
+            share_generator(loader)
+        return dealt
+
+    def _set_up_evaluation(self, loop: Any, original: Callable[[], None]) -> None:
+        """Stands before the method ``setup_data`` of an evaluation loop, which says how many batches it takes at most.
+
+        They are those of one process, which the ranks take together (seen in 2.6.6).
+        """
+        original()
+        combined = loop._combined_loader
+        if combined is None:
+            return
+        limits = loop.max_batches if hasattr(loop, "_predictions") else loop._max_batches
+        for index, loader in enumerate(combined.flattened):
+            dealt = loader if isinstance(loader, DealtStream) else dealt_batches(loader)
+            if dealt is not None:
+                limits[index] = dealt.limit(limits[index])
+
     def _batch_index(self, args: tuple[Any, ...]) -> tuple[int, ...]:
         """Index of the batch, and of its loader; a step that takes no index is counted here."""
         self._num_evaluated += 1
         return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
 
-    def _dealt(self, dataloader_idx: int) -> DealtBatches | None:
+    def _dealt(self, dataloader_idx: int) -> DealtBatches | DealtStream | None:
         """The batches of an evaluation loader that are this rank's; None where the user deals them."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         loop = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
-        loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
-        return dealt_batches(loaders[dataloader_idx]) if dataloader_idx < len(loaders) else None
+        combined = loop._combined_loader
+        loaders = combined.flattened if combined is not None else []
+        if combined is None or dataloader_idx >= len(loaders):
+            return None
+        dealt = [loader if isinstance(loader, DealtStream) else dealt_batches(loader) for loader in loaders]
+        if combined._mode == "sequential":
+            return dealt[dataloader_idx]
+        # a batch of all loaders is this rank's own for as long as that of the longest is
+        parts = [part for part in dealt if part is not None]
+        return max(parts, key=lambda part: part.total) if len(parts) == len(dealt) else None
 
     def _counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
         """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""

@@ -28,7 +28,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dist.checkpoint import StageRanks, gather_state, model_state
+from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.world_calls import WorldCalls
 
 
 class LayoutRanks(ParallelStrategy):
@@ -50,6 +52,8 @@ class LayoutRanks(ParallelStrategy):
         timeout: timedelta,
         **plugins: Any,
     ) -> None:
+        self._world_calls: WorldCalls | None = None
+        """Where several ranks see the same samples, while the strategy is set up."""
         super().__init__(**plugins)
         self.requested = requested
         self.layout: Layout | None = None
@@ -57,20 +61,39 @@ class LayoutRanks(ParallelStrategy):
         self.mesh: ParallelMesh | None = None
         """None for one process."""
         self.num_nodes = 1
+        self._is_set_up = False
         self._start_method = start_method
         self._process_group_backend = process_group_backend
         self._timeout = timeout
 
     @property
     def is_distributed(self) -> bool:
-        """Lightning asks strategies that are not its own."""
-        return True
+        """Whether several ranks run something together now; Lightning asks strategies that are not its own.
+
+        It asks for values logged with ``sync_dist=True``, in steps and hooks, and before a run to refuse its finder of
+        a batch size, which works here: see ``tuning``.
+        """
+        return self._is_set_up and self.world_size > 1
 
     @property
     @override
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        if self._world_calls is not None:
+            self._world_calls.note_place("global_rank")
+        return super().global_rank
+
+    @property
+    @override
+    def world_size(self) -> int:
+        if self._world_calls is not None:
+            self._world_calls.note_place("world_size")
+        return super().world_size
 
     @property
     def num_processes(self) -> int:
@@ -180,6 +203,18 @@ class LayoutRanks(ParallelStrategy):
         """The ranks that log different values: of other samples or other stages; None for one process."""
         return None if self.mesh is None else self.mesh.logs.get_group()
 
+    def _look_at_world_calls(self) -> None:
+        """From here on, until :meth:`_leave_world_calls`, a user's own collectives over the world are looked at."""
+        self._leave_world_calls()
+        if self.layout is not None and self.world_size > self.num_data_ranks:
+            self._world_calls = WorldCalls(self.layout)
+            self._world_calls.attach()
+
+    def _leave_world_calls(self) -> None:
+        if self._world_calls is not None:
+            self._world_calls.detach()
+            self._world_calls = None
+
     @property
     def stage_ranks(self) -> StageRanks | None:
         """The ranks that hold the stages of a pipeline, from this rank's view; None without one."""
@@ -198,8 +233,8 @@ class LayoutRanks(ParallelStrategy):
     def reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
-        """Over the ranks with different samples, unless a group is given. One all-reduce."""
-        group = group if group is not None else self.data_group
+        """Over the ranks with different samples, unless another group than the world is given. One all-reduce."""
+        group = group if group is not None and group is not dist.group.WORLD else self.data_group
         if not isinstance(tensor, Tensor) or group is None:
             return tensor
         return reduce_over(tensor, group, reduce_op)
@@ -215,9 +250,25 @@ class LayoutRanks(ParallelStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """From the ranks with different samples, unless a group is given. One all-gather."""
-        group = group if group is not None else self.data_group
-        return tensor if group is None else super().all_gather(tensor, group, sync_grads)
+        """From the ranks with different samples, unless another group than the world is given. One all-gather.
+
+        ``LightningModule.all_gather`` names the world where its caller names nothing (seen in Lightning 2.6.6), which
+        holds every sample once for each rank of ``tp`` and ``pp``.
+
+        Args:
+            tensor: of this rank's samples, with the same shape on every rank.
+            group: other ranks to gather from.
+            sync_grads: differentiable. Each rank's gradient is the sum over the ranks that it was gathered to: under
+                the mean that data parallelism takes of gradients, a loss of all samples that every rank computes has
+                the gradient of one process.
+
+        Returns:
+            (data ranks, *shape) in the order of :attr:`data_rank`; in one process the tensor as it is.
+        """
+        group = group if group is not None and group is not dist.group.WORLD else self.data_group
+        if self._world_calls is not None:
+            self._world_calls.note_gather()
+        return tensor if group is None else all_gather(tensor, group, sync_grads)
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -259,7 +310,7 @@ def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.Reduce
     if mean:  # gloo has no ReduceOp.AVG
         dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
         return tensor / num_ranks
-    op = getattr(dist.ReduceOp, name.upper()) if name else reduce_op or dist.ReduceOp.SUM
+    op: Any = getattr(dist.ReduceOp, name.upper()) if name else reduce_op or dist.ReduceOp.SUM
     dist.all_reduce(tensor, op, group)
     return tensor
 

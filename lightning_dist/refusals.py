@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.optim import LBFGS, Optimizer
 
 from lightning_dist.layout import Layout
+from lightning_dist.placeholder import is_placeholder
 
 
 def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
@@ -23,23 +30,111 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
         ValueError: what was asked, why not, and what would do.
     """
     _refuse_averaging(trainer, layout)
+    _refuse_pruning(trainer, layout)
     _refuse_batchnorm(trainer, layout, device)
 
 
+def refuse_lost_hooks(module: pl.LightningModule, hooked: dict[str, nn.Parameter]) -> None:
+    """Raises where a parameter that had hooks on its gradient is another object by now, which has none.
+
+    Raises:
+        ValueError: names it.
+    """
+    for name, parameter in hooked.items():
+        if module.get_parameter(name) is not parameter:
+            raise ValueError(
+                f"the parameter {name} has hooks on its gradient from before the fit, and the layout divides it, which "
+                "makes it another object: register them in on_fit_start with register_post_accumulate_grad_hook, or "
+                "change gradients in on_before_optimizer_step"
+            )
+
+
 def _refuse_averaging(trainer: pl.Trainer, layout: Layout | None) -> None:
-    if layout is None or not layout.holds_shards:
+    if layout is None or layout.pp == 1:
         return
     averaging = next((c for c in trainer.callbacks if _averages_weights(c)), None)  # type: ignore[attr-defined]
     if averaging is not None:
         raise ValueError(
-            f"{type(averaging).__name__} keeps a whole copy of the weights on every rank, which layout "
-            f"{layout} divides; use dp_replicate alone, or leave the callback out"
+            f"{type(averaging).__name__} pairs its copy of the weights with the module's own, and under pp (layout "
+            f"{layout}) a rank holds those of its stages only; use another axis, or leave the callback out"
         )
 
 
 def _averages_weights(callback: Callback) -> bool:
     names = {cls.__name__ for cls in type(callback).__mro__}
     return isinstance(callback, StochasticWeightAveraging) or "WeightAveraging" in names
+
+
+def _refuse_pruning(trainer: pl.Trainer, layout: Layout | None) -> None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if layout is not None and layout.holds_shards and any(isinstance(c, ModelPruning) for c in callbacks):
+        raise ValueError(
+            f"ModelPruning compares the elements of whole weights, and replaces parameters, which layout {layout} "
+            "divides; use dp_replicate alone, or prune the module before the fit, with torch.nn.utils.prune"
+        )
+
+
+def has_lazy_parameters(module: nn.Module) -> bool:
+    """Whether the module has parameters or buffers that its first forward makes."""
+    return any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """Raises for parameters without a shape, which ranks can neither divide nor send to each other.
+
+    Raises:
+        ValueError: names them.
+    """
+    lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
+    if lazy:
+        raise ValueError(
+            f"{', '.join(lazy)} of a lazy module: no shape is known before the first forward, so that several ranks "
+            "can't share or divide it; run one forward before the fit, in the module's setup() or configure_model(), "
+            "or give the layer its number of inputs"
+        )
+
+
+def refuse_wrappers(module: nn.Module, layout: Layout, split: Collection[str]) -> None:
+    """Raises for parameters that are tensors of another kind, quantised ones say: a part of them is a plain tensor.
+
+    Args:
+        module: before it is divided.
+        layout: resolved.
+        split: names of the parameters that the tensor axis divides.
+
+    Raises:
+        ValueError: names them.
+    """
+    every = layout.dp_shard > 1 or layout.pp > 1
+    wrapped = {n: type(p).__name__ for n, p in module.named_parameters() if _is_wrapper(p) and (every or n in split)}
+    if wrapped:
+        name, kind = next(iter(wrapped.items()))
+        raise ValueError(
+            f"{name}{f' and {len(wrapped) - 1} more parameters' if len(wrapped) > 1 else ''}: a {kind}, which layout "
+            f"{layout} would divide as the plain tensor that it stands for; use dp_replicate alone"
+        )
+
+
+def _is_wrapper(parameter: nn.Parameter) -> bool:
+    """Whether its class does what operations do to it itself."""
+    dispatch = type(parameter).__torch_dispatch__
+    return dispatch is not torch.Tensor.__torch_dispatch__ and not (
+        isinstance(parameter, DTensor) or is_placeholder(parameter)
+    )
+
+
+def refuse_mixed_vector(optimizer: Optimizer) -> None:
+    """Raises for LBFGS over parameters of which only some are divided.
+
+    Raises:
+        ValueError: before its first step.
+    """
+    kinds = {p.device_mesh if isinstance(p, DTensor) else None for g in optimizer.param_groups for p in g["params"]}
+    if isinstance(optimizer, LBFGS) and len(kinds) > 1:
+        raise ValueError(
+            "LBFGS works on all parameters as one vector, and this layout divides only some of them; use dp_shard or "
+            "dp_replicate without tp, with no scalar among the parameters under dp_shard, or another optimizer"
+        )
 
 
 def _refuse_batchnorm(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,12 +30,14 @@ from typing_extensions import override
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.hooks import CheckpointHooks
+from lightning_dist.course import Course, tell_why_it_ended
 from lightning_dist.data import refuse_different_batches
+from lightning_dist.divided import divide
+from lightning_dist.divided.averages import divide_copies
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
-from lightning_dist.logs import StepLogs, attach_metrics
+from lightning_dist.logs import StepLogs, Uncounted, attach_metrics
 from lightning_dist.parallel import (
     Alone,
     Checkpointing,
@@ -43,17 +46,29 @@ from lightning_dist.parallel import (
     parallelize,
     refuse_no_blocks,
 )
+from lightning_dist.parallel.equal import make_copies_equal
 from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, cut_of, plan_stages
+from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import Division, Styles, TensorOptions
+from lightning_dist.plans.tensor import Division, Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
-from lightning_dist.refusals import refuse, warn_of_axes_across_nodes
+from lightning_dist.refusals import (
+    has_lazy_parameters,
+    refuse,
+    refuse_lazy,
+    refuse_lost_hooks,
+    refuse_mixed_vector,
+    refuse_wrappers,
+    warn_of_axes_across_nodes,
+)
 from lightning_dist.report import LayoutReport, PipelineReport
+from lightning_dist.tuning import TuningHooks
+from lightning_dist.uneven import Gathering
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 
-class HybridStrategy(CheckpointHooks):
+class HybridStrategy(TuningHooks):
     """Trains any LightningModule, unchanged, over a layout of data and model parallelism.
 
     Args:
@@ -65,9 +80,8 @@ class HybridStrategy(CheckpointHooks):
             name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
             transformers model declares.
         sequence_parallel: under ``tp``, between the blocks of a network each rank holds its part of the positions: the
-            same bytes are communicated, and what norms, dropout and residuals keep for backward is divided too. Hooks
-            on blocks, and what a network collects between them, see the part. A loss that uses the blocks' undivided
-            weights themselves (a penalty on norms' scales) would count that once per rank: leave it off for such.
+            same bytes are communicated, and what norms, dropout and residuals keep for backward is divided too. What a
+            network collects between blocks is the part; hooks on the blocks themselves are refused.
         loss_parallel: under ``tp``, logits stay divided by vocabulary: ``cross_entropy`` never gathers them, anything
             else that looks at them does. Default: they are gathered at once.
         pipeline_schedule: under ``pp``: ``"GPipe"``, ``"1F1B"``, ``"Interleaved1F1B"``, ``"LoopedBFS"``,
@@ -166,7 +180,12 @@ class HybridStrategy(CheckpointHooks):
         cuts: Any = pipeline_cuts if pipeline_cuts is None or isinstance(pipeline_cuts, str) else list(pipeline_cuts)
         self._pipeline_options = PipelineOptions(pipeline_schedule, num_microbatches, cuts, pipeline_reshard)
         self._logs: StepLogs | None = None
+        self._course: Course | None = None
         self._recorded: RecordedInit | None = None
+        self._inference_modes: dict[Any, bool] = {}
+        """What the user asked of the loops of evaluation, until the run ends."""
+        self._epoch_of_copies = -1
+        """Whose first step saw that the data ranks' copies are equal."""
         self._compared: set[str] = set()
         """Steps whose first batch was seen to be the same on the ranks that share samples."""
         self.sharding_reason = ""
@@ -184,7 +203,7 @@ class HybridStrategy(CheckpointHooks):
 
     def _refuse_what_cannot_split(self, module: pl.LightningModule) -> None:
         """Before process groups form, where the network is there already; :meth:`_parallelize` asks again."""
-        if is_overridden("configure_model", module) or is_overridden("setup", module):
+        if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
             return
         self._divide(module)
         if module.trainer.state.fn == TrainerFn.FITTING and self.activation_checkpointing != "none":
@@ -274,8 +293,10 @@ class HybridStrategy(CheckpointHooks):
         self._own_dataloaders(trainer)
         self._compared.clear()
         self._own_clipping()
+        self._own_inference(trainer)
         self._parallelize(training=trainer.state.fn == TrainerFn.FITTING)
         self._begin_from_pretrained()
+        self._look_at_world_calls()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -284,10 +305,24 @@ class HybridStrategy(CheckpointHooks):
         stage = self._parallel.place if isinstance(self._parallel, Pipelined) else None
         self._logs = StepLogs(trainer, self._monitored(trainer), self.logs_group, self._dealt, stage)
         self._logs.attach()
+        if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
+            assert self._parallel is not None
+            self._course = Course(trainer, self._parallel, self.root_device, self._timeout or default_pg_timeout)
+            self._course.attach()
         if self.logs_group is not None:
             attach_metrics(self.lightning_module, self.logs_group)
-        self._part_random_streams()
+        self._own_gathering()
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._part_random_streams()
+        self._epoch_of_copies = -1
+        self._is_set_up = True
         LayoutReport.of(self).show(trainer)
+
+    def _own_gathering(self) -> None:
+        module, group = self.lightning_module, self.data_group
+        if module is None or group is None or self.num_data_ranks == 1 or "all_gather" in vars(module):
+            return
+        vars(module)["all_gather"] = Gathering(module, group, lambda: self._logs is None or not self._logs.repeats)
 
     @property
     def sharded_units(self) -> list[str]:
@@ -301,13 +336,23 @@ class HybridStrategy(CheckpointHooks):
         plugin.clip_grad_by_norm = self._clip_by_norm
         plugin.clip_grad_by_value = self._clip_by_value
         plugin.post_backward = partial(self._after_backward, type(plugin).post_backward.__get__(plugin))
-        plugin._after_closure = partial(self._before_optimizer_step, type(plugin)._after_closure.__get__(plugin))
         if self.world_size > 1:
             make_agreeing(plugin)
+
+    def _own_inference(self, trainer: pl.Trainer) -> None:
+        """Evaluation runs without gradients, but not in inference mode: what fully_shard gathers into would be
+        inference tensors, which a later fit can't write to. Lightning does so for its own FSDPStrategy (seen in 2.6.6).
+        """
+        self._inference_modes = {}
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            if self.world_size > 1:
+                self._inference_modes[loop], loop.inference_mode = loop.inference_mode, False
 
     def _parallelize(self, training: bool) -> None:
         module = self.lightning_module
         assert module is not None
+        if self.world_size > 1:
+            refuse_lazy(module)
         self._sync_batchnorm(training)
         was_cut = cut_of(module) is not None  # its ranks hold different parameters by now, and placeholders for others
         if not was_cut:
@@ -319,6 +364,8 @@ class HybridStrategy(CheckpointHooks):
             self._build_mesh()
             refuse(module.trainer, self.layout, self.root_device)
         self._refuse_other_mesh(module)
+        self.division = self._divide(module)
+        refuse_wrappers(module, self.layout, parameter_splits(self.division.plan) if self.division else ())
         fresh = not was_cut and not any(isinstance(p, DTensor) for p in module.parameters())
         if fresh:
             self.model_to_device()
@@ -328,10 +375,10 @@ class HybridStrategy(CheckpointHooks):
                 )
         if not self.layout.defers:
             self._materialize(module)
-        self.division = self._divide(module)
         blocks = self._blocks(module)
         cut = self._cut(module, list(blocks)) if self.layout.pp > 1 else None
         self.recomputed_blocks = list(blocks) if training and self.activation_checkpointing != "none" else []
+        hooked = {name: p for name, p in module.named_parameters() if _has_hooks(p)}
         self._parallel = parallelize(
             module,
             self.layout,
@@ -346,8 +393,11 @@ class HybridStrategy(CheckpointHooks):
             cut=cut,
             pipeline_options=self._pipeline_options,
         )
+        refuse_lost_hooks(module, hooked)
         self._parallel.reshard()
         self._materialize(module)
+        divide(module)
+        divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         self.model = module
 
     def _cut(self, module: pl.LightningModule, blocks: list[str]) -> Cut:
@@ -406,7 +456,10 @@ class HybridStrategy(CheckpointHooks):
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
+            refuse_mixed_vector(optimizer)
             optimizers.settle(optimizer)
+            if self._holds_shards:
+                optimizers.refuse_inexact(optimizer, self.layout, self.root_device)
             # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
             optimizer.register_step_pre_hook(lambda *_: self._parallel.reshard() if self._parallel else None)
 
@@ -430,11 +483,16 @@ class HybridStrategy(CheckpointHooks):
             self._compared.add(step)
             for axis in ("pp", "tp"):
                 refuse_different_batches(step, args, self.mesh.root[axis].get_group())
-        with nullcontext() if self._logs is None else self._logs.of_step():
+        logs = nullcontext() if self._logs is None else self._logs.of_step()
+        calls = nullcontext() if self._world_calls is None else self._world_calls.of_step()
+        with self._trial(), logs, calls:
             return self._parallel.run(step, *args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        assert self._parallel is not None
+        self._keep_copies_equal()
+        self._parallel.before_training_step()
         with self.precision_plugin.train_step_context():
             return self._run("training_step", args, kwargs)
 
@@ -451,10 +509,21 @@ class HybridStrategy(CheckpointHooks):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Each rank predicts its own batches, in order: batch i of data rank r is the loader's batch i * n + r."""
+        assert self.lightning_module is not None
+        index = self._batch_index(args)
+        repeated = None if self._counts(*index) else Uncounted(self.lightning_module.trainer)
         with self.precision_plugin.predict_step_context():
             prediction = self._run("predict_step", args, kwargs)
-        index = self._batch_index(args)
-        return prediction if self._counts(*index) else self._drop_prediction(*index)
+        if repeated is None:
+            return prediction
+        repeated.put_back()
+        return self._drop_prediction(*index)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self._course is not None:
+            self._course.before_batch()
 
     # ------------------------------------------------------------------ gradients
 
@@ -462,13 +531,22 @@ class HybridStrategy(CheckpointHooks):
     @override
     def block_backward_sync(self) -> Generator:
         assert self._parallel is not None
-        with self._parallel.accumulating():
+        # what looks at gradients after a micro-step sees those of one process: they are reduced at each
+        with nullcontext() if self._gradients_are_watched else self._parallel.accumulating():
             yield
+
+    @property
+    def _gradients_are_watched(self) -> bool:
+        assert self.lightning_module is not None
+        callbacks: list[Any] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        hook = "on_after_backward"
+        return is_overridden(hook, self.lightning_module) or any(is_overridden(hook, c, Callback) for c in callbacks)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self._parallel is not None
-        return super().backward(self._parallel.before_backward(closure_loss), optimizer, *args, **kwargs)
+        with self._trial(), self._apart():
+            return super().backward(self._parallel.before_backward(closure_loss), optimizer, *args, **kwargs)
 
     def _after_backward(self, original: Callable[..., Tensor], *args: Any) -> Tensor:
         """Stands before the plugin's method that calls ``on_after_backward``, which sees finished gradients."""
@@ -476,10 +554,15 @@ class HybridStrategy(CheckpointHooks):
         self._parallel.after_backward()
         return original(*args)
 
-    def _before_optimizer_step(self, original: Callable[..., None], *args: Any) -> None:
-        """Stands before the plugin's method that calls ``on_before_optimizer_step`` and clips (seen in 2.6.6)."""
-        with gradients.WholeScalars() if self._holds_shards else nullcontext():
-            original(*args)
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        if self.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
+            closure = partial(self._with_mean_loss, closure)
+        return super().optimizer_step(optimizer, closure, *args, **kwargs)
+
+    def _with_mean_loss(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        return self.reduce(loss.detach()) if isinstance(loss, Tensor) else loss
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         parameters = self.precision_plugin.main_params(optimizer)
@@ -488,7 +571,28 @@ class HybridStrategy(CheckpointHooks):
     def _clip_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         gradients.clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
 
+    def _keep_copies_equal(self) -> None:
+        """At an epoch's first step, since hooks before it may have drawn random values for parameters."""
+        assert self.lightning_module is not None
+        epoch = self.lightning_module.trainer.current_epoch
+        if self.mesh is None or self.layout is None or epoch == self._epoch_of_copies:
+            return
+        self._epoch_of_copies = epoch
+        parameters = held(self.lightning_module.parameters())
+        shards = [p for p in parameters if self.layout.dp_shard > 1 and isinstance(p, DTensor)]
+        if self.layout.num_data_ranks > 1:
+            apart = {id(p) for p in shards}
+            make_copies_equal((p for p in parameters if id(p) not in apart), self.mesh.data.get_group())
+        if shards and self.layout.dp_replicate > 1:
+            make_copies_equal(shards, self.mesh.root["dp_replicate"].get_group())
+
     # ------------------------------------------------------------------ between the phases
+
+    @override
+    def on_train_start(self) -> None:
+        """Until here all data ranks draw the same random numbers: hooks may have initialised parameters."""
+        self._part_random_streams()
+        super().on_train_start()
 
     @override
     def on_validation_start(self) -> None:
@@ -516,6 +620,17 @@ class HybridStrategy(CheckpointHooks):
             self._teardown()
 
     def _teardown(self) -> None:
+        self._leave_world_calls()
+        for loop, mode in self._inference_modes.items():
+            loop.inference_mode = mode
+        self._inference_modes = {}
+        self._is_set_up = False
+        self._leave_search()
+        if self._course is not None:
+            self._course.detach()
+            self._course = None
+        if self.lightning_module is not None and isinstance(vars(self.lightning_module).get("all_gather"), Gathering):
+            del vars(self.lightning_module)["all_gather"]
         if self._logs is not None:
             self._logs.detach()
         if self._parallel is not None:
@@ -530,8 +645,13 @@ class HybridStrategy(CheckpointHooks):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        tell_why_it_ended(exception)
         self._end_saves(exception)
         end_children(self.launcher)
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 # Private in torch 2.14: the local shape and the offset of a DTensor, which DCP uses for the same purpose.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -23,14 +25,14 @@ def full(tensor: Tensor) -> Tensor:
     """The plain model's tensor, on every rank that holds a part of it.
 
     A plain tensor is returned as it is. A ``DTensor`` costs one all-gather per axis that shards it, of the
-    tensor's bytes, one on the tensor axis one all-reduce; every rank of its mesh calls this.
+    tensor's bytes, packed or on the tensor axis beside another one all-reduce; every rank of its mesh calls this.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
-    if on_tensor_axis(tensor):
+    if on_tensor_axis(tensor) and (tensor.device_mesh.ndim > 1 or type(tensor.placements[0]) is _StridedShard):
         return _summed(tensor)
-    whole = tensor.full_tensor()
+    whole = DTensor.full_tensor(tensor)  # not that of a subclass, which calls this
     # The gathered tensor may be a view of a padded buffer, and saving a view saves the whole buffer.
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
@@ -47,7 +49,7 @@ def place_like(tensor: Tensor, like: Tensor, device: torch.device | str | None =
     if on_tensor_axis(like):
         held = tensor.detach()
         for dim, index in enumerate(held_indices(like)):
-            held = held if len(index) == held.shape[dim] else held.index_select(dim, index)
+            held = held if len(index) == held.shape[dim] else held.index_select(dim, index.to(held.device))
         part = held.to(device or like.to_local().device, copy=True, memory_format=torch.contiguous_format)
         return _as_dtensor(part, like, tensor.shape)
     sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
@@ -147,9 +149,13 @@ def on_tensor_axis(tensor: Any) -> TypeIs[DTensor]:
 
 def held_indices(tensor: DTensor) -> list[Tensor]:
     """Of each dim of the plain tensor, the indices that this rank holds. See [Note: placements on the tensor axis]."""
-    indices = [torch.arange(size) for size in tensor.shape]
-    mesh = tensor.device_mesh
-    axes = list(zip(mesh.mesh_dim_names or (), tensor.placements, mesh.shape, mesh.get_coordinate() or (), strict=True))
+    return held_indices_of(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def held_indices_of(shape: Iterable[int], mesh: DeviceMesh, placements: Iterable[Placement]) -> list[Tensor]:
+    """As :func:`held_indices`, of a tensor of this shape that is divided so."""
+    indices = [torch.arange(size) for size in shape]
+    axes = list(zip(mesh.mesh_dim_names or (), placements, mesh.shape, mesh.get_coordinate() or (), strict=True))
     for name, placement, size, rank in sorted(axes, key=lambda axis: axis[0] != "tp"):
         if not isinstance(placement, (Shard, _StridedShard)):
             continue

@@ -1,7 +1,6 @@
 """Which data rank reads what, and where in it a training is."""
 
 from lightning_dist.data.dealing import (
-    DealtBatches,
     deal,
     dealt_batches,
     refuse_different_batches,
@@ -9,12 +8,17 @@ from lightning_dist.data.dealing import (
     share_generator,
 )
 from lightning_dist.data.position import TrainingData
+from lightning_dist.data.samplers import DealtBatches
+from lightning_dist.data.streams import DealtStream, deal_stream, is_stream
 
 __all__ = [
     "DealtBatches",
+    "DealtStream",
     "TrainingData",
     "deal",
+    "deal_stream",
     "dealt_batches",
+    "is_stream",
     "refuse_different_batches",
     "seed_loader",
     "share_generator",

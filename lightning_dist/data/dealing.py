@@ -1,251 +1,44 @@
-"""Which data rank reads what: dealing of samples and batches, and the random streams of loaders."""
+"""Which data rank reads what: loaders with their samplers dealt, and the random streams of loaders."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import os
-import zlib
-from array import array
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_dataset
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, DistributedSampler, Sampler, get_worker_info
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dist.checkpoint.agreement import from_rank_zero
-from lightning_dist.randomness import seed_generators
-
-
-class Dealt(Sampler[Any]):
-    """What the user's own sampler yields, dealt to the data ranks in its order.
-
-    Args:
-        source: the user's, of samples or of whole batches.
-        num_replicas: number of data ranks.
-        rank: this data rank.
-        seed: of the order; the same on all ranks.
-    """
-
-    def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
-        self.source, self.num_replicas, self.rank, self.seed = source, num_replicas, rank, seed
-        self.epoch = 0
-        self.taken = 0
-        """What all ranks together took of the epoch before; the next iteration deals the rest."""
-        self._drawn: dict[str, Any] | None = None
-        self._to_repeat: dict[str, Any] | None = None
-        self._resumed: dict[str, Any] | None = None
-        """The state of the earlier run, as long as nothing was drawn since."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order the next iteration takes; passed on to samplers that know epochs."""
-        if epoch != self.epoch:
-            self.taken = 0
-        self.epoch = epoch
-        for sampler in (self.source, getattr(self.source, "sampler", None)):
-            if callable(inner := getattr(sampler, "set_epoch", None)):
-                inner(epoch)
-
-    def __iter__(self) -> Iterator[Any]:
-        order = self._repeat() if self._to_repeat is not None else self._draw(self.epoch)
-        rest, self.taken = order[self.taken :], 0
-        return iter(self._mine(order, rest))
-
-    def state(self) -> dict[str, Any] | None:
-        """Of the last order: its epoch and digest, and how the sampler's own generator was before it and is now."""
-        if self._drawn is None:
-            return self._resumed
-        return {**self._drawn, "now": None if self.generator is None else self.generator.get_state()}
-
-    def go_on(self, state: dict[str, Any] | None) -> None:
-        """The next iteration goes on where an earlier run was, by its :meth:`state`."""
-        self._to_repeat = self._resumed = state
-        if state is None or self.generator is None or state["now"] is None or state["epoch"] == self.epoch:
-            return
-        self.generator.set_state(state["now"])  # from which the loader itself may draw before the sampler
-        self._to_repeat = None
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """That the user's sampler brings."""
-        for sampler in (self.source, getattr(self.source, "sampler", None)):
-            if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
-                return generator
-        return None
-
-    def _draw(self, epoch: int) -> list[Any]:
-        before = None if self.generator is None else self.generator.get_state()
-        order = _drawn(self.source, self.seed + epoch)
-        self._drawn = {"epoch": epoch, "digest": _digest(order), "before": before}
-        return order
-
-    def _repeat(self) -> list[Any]:
-        """The order of the epoch, once the sampler has drawn what the earlier run had drawn last.
-
-        A sampler with a state that nobody sees comes to it by drawing as often as it had by then.
-        """
-        wanted, self._to_repeat = self._to_repeat, None
-        assert wanted is not None
-        if self.generator is not None and wanted["before"] is not None:
-            self.generator.set_state(wanted["before"])
-        for _ in range(1 + wanted["epoch"]):
-            order = self._draw(wanted["epoch"])
-            if _digest(order) == wanted["digest"]:
-                break
-        else:
-            kind = type(getattr(self.source, "sampler", self.source)).__name__
-            rank_zero_warn(
-                f"the order of the samples before the checkpoint can't be drawn again: other data, or the {kind} draws "
-                "from a state of its own. The rest of this epoch may repeat samples and leave others out; draw from a "
-                "torch.Generator that is its attribute `generator`, or from torch's, numpy's or Python's own generators"
-            )
-        return order if wanted["epoch"] == self.epoch else self._draw(self.epoch)
-
-    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        """Of a whole epoch."""
-        return math.ceil(len(self.source) / self.num_replicas)
-
-
-class DealtSampler(Dealt):
-    """The order of the user's own sampler, dealt to the data ranks one sample after the other.
-
-    Rank r takes the samples r, r + n, r + 2n, ...; the order is filled up from its start so that every rank has the
-    same number, as in torch's ``DistributedSampler``. So the k-th batches of all ranks are together the k-th batch of
-    one process whose batches are n times as large.
-
-    Every rank draws the same order: the sampler runs under a random state made of ``seed`` and the epoch (which
-    Lightning sets), so one process and many ranks see the same epochs. A sampler with a ``generator`` of its own
-    draws from that, which :func:`share_generator` makes the same.
-    """
-
-    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
-        total = math.ceil(len(rest) / self.num_replicas) * self.num_replicas
-        if order:
-            rest = rest + (order * math.ceil(total / len(order)))[: total - len(rest)]
-        return rest[self.rank :: self.num_replicas]
-
-
-class DealtBatches(Dealt):
-    """The user's own batches, dealt whole to the data ranks; every rank yields the same number.
-
-    Rank r takes the batches r, r + n, ... A rank that has none left repeats batch 0: in evaluation that step runs
-    along, for the sake of the collectives inside the model, and is not counted (see :meth:`counts`); in training it
-    is used, as Lightning's ddp repeats samples.
-    """
-
-    def counts(self, batch_idx: int) -> bool:
-        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
-        return batch_idx * self.num_replicas + self.rank < len(self.source)
-
-    @property
-    def sampler(self) -> DealtBatches:
-        """Itself: Lightning tells the epoch to the batch sampler's ``sampler``."""
-        return self
-
-    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
-        mine = rest[self.rank :: self.num_replicas]
-        if len(mine) < math.ceil(len(rest) / self.num_replicas):
-            mine.append(order[0])
-        return mine
-
-    def __getattr__(self, name: str) -> Any:
-        # what Lightning and users ask of a batch sampler: batch_size, drop_last
-        if name == "source":
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
-
-class SeededBatches(Sampler[list[Any]]):
-    """Batches that bring the seed under which a loader's worker makes them.
-
-    A worker's generators otherwise depend on all that it made since it started, so that a run which is resumed within
-    an epoch would augment otherwise.
-
-    Args:
-        batches: of indices.
-        dealt: the part of them that deals; gives the epoch and what was taken of it.
-        items: how many of what is dealt make a batch.
-    """
-
-    def __init__(self, batches: Any, dealt: Dealt, items: int) -> None:
-        self.batches, self.dealt, self._items = batches, dealt, items
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        dealt = self.dealt
-        position = dealt.taken + dealt.rank
-        for batch in self.batches:
-            number = (dealt.seed * 1_000_003 + dealt.epoch) * 1_000_003 + position
-            yield SeededBatch(batch, number % 2**31)
-            position += self._items * dealt.num_replicas
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "batches":
-            raise AttributeError(name)
-        return getattr(self.batches, name)
-
-
-class SeededBatch(list[Any]):
-    """Indices of a batch; a worker that goes through them seeds its generators first."""
-
-    def __init__(self, indices: Any = (), seed: int | None = None) -> None:
-        super().__init__(indices)
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.seed is not None and get_worker_info() is not None:
-            seed_generators(self.seed)
-        return super().__iter__()
-
-
-_DIGESTED = 1 << 16
-
-
-def _digest(order: list[Any]) -> tuple[int, int]:
-    """The length of an order and a checksum of some of it."""
-    some = order[:: 1 + len(order) // _DIGESTED]
-    try:
-        data = array("q", some).tobytes()
-    except TypeError:
-        data = repr(some).encode()
-    return len(order), zlib.crc32(data)
+from lightning_dist.data.samplers import Dealt, DealtBatches, DealtSampler, SeededBatches
 
 
 def share_generator(loader: object) -> None:
-    """Makes the generator that a user's sampler brings the same on all ranks: they deal one order.
+    """Makes the generators that a user's loader and sampler bring the same on all ranks: they deal one order.
 
-    Communication: one broadcast of its state, 5 kB, over the world, if there is one.
+    Communication: one broadcast of a state, 5 kB, over the world, for each.
     """
     dealt = dealt_by(loader)
-    if dealt is not None and dealt.generator is not None:
-        dealt.generator.set_state(from_rank_zero(dealt.generator.get_state()))
-
-
-def _drawn(sampler: Any, seed: int) -> list[Any]:
-    """Everything that the sampler yields, drawn under a seed that leaves the process's own streams untouched."""
-    with isolate_rng():
-        seed_generators(seed)
-        return list(sampler)
+    own = [getattr(loader, "generator", None), None if dealt is None else dealt.generator]
+    for generator in {id(generator): generator for generator in own}.values():
+        if isinstance(generator, torch.Generator):
+            generator.set_state(from_rank_zero(generator.get_state()))
 
 
 def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:
     """The loader of this data rank: the user's own order, with each rank's part of it.
+
+    An evaluation loader has the length of one process until :meth:`DealtBatches.limit` was called.
 
     Training deals samples (batches where the user brought a batch sampler of their own); evaluation deals whole
     batches, so that each batch is the one of one process and is counted once. Iterable data sets and loaders
@@ -277,14 +70,18 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
     tracked = loader.batch_sampler
     if isinstance(tracked, _IndexBatchSamplerWrapper):  # Lightning's, which notes the indices while predicting
         return _with_batch_sampler(
-            loader, _IndexBatchSamplerWrapper(DealtBatches(tracked._batch_sampler, num_replicas, rank, seed))
+            loader,
+            _IndexBatchSamplerWrapper(DealtBatches(tracked._batch_sampler, num_replicas, rank, seed, limited=True)),
         )
     if stage == RunningStage.TRAINING:
         loader = _deal_training(loader, num_replicas, rank, seed)
     elif loader.batch_sampler is None:  # automatic batching is off: the sampler yields whole batches or single samples
-        loader = _update_dataloader(loader, DealtBatches(loader.sampler, num_replicas, rank, seed), mode=stage)
+        loader = _update_dataloader(
+            loader, DealtBatches(loader.sampler, num_replicas, rank, seed, limited=True), mode=stage
+        )
     else:
-        loader = _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
+        dealt = DealtBatches(loader.batch_sampler, num_replicas, rank, seed, limited=True)
+        loader = _with_batch_sampler(loader, dealt)
     return _with_seeds(loader)
 
 
@@ -299,16 +96,16 @@ def _with_seeds(loader: DataLoader) -> DataLoader:
 def _deal_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) -> DataLoader:
     # a loader that made its batch sampler itself knows its batch size
     if loader.batch_sampler is not None and loader.batch_size is None:
-        if len(loader.batch_sampler) < num_replicas:  # type: ignore[arg-type]
-            raise ValueError(_too_few(len(loader.batch_sampler), "batches", num_replicas))  # type: ignore[arg-type]
+        _refuse_too_few(sized_len(loader.batch_sampler), "batches", num_replicas)
         return _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
-    if len(loader.sampler) < num_replicas:  # type: ignore[arg-type]
-        raise ValueError(_too_few(len(loader.sampler), "samples", num_replicas))  # type: ignore[arg-type]
-    return _update_dataloader(loader, DealtSampler(loader.sampler, num_replicas, rank, seed))
+    _refuse_too_few(sized_len(loader.sampler), "samples", num_replicas)
+    return _update_dataloader(loader, DealtSampler(loader.sampler, num_replicas, rank, seed, loader.drop_last))
 
 
-def _too_few(count: int, what: str, num_replicas: int) -> str:
-    return (
+def _refuse_too_few(count: int | None, what: str, num_replicas: int) -> None:
+    if count is None or count >= num_replicas:
+        return
+    raise ValueError(
         f"the training data has {count} {what} for {num_replicas} data ranks (dp_replicate x dp_shard), so some ranks "
         f"would have none; use at most {count} data ranks or more data"
     )

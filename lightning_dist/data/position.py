@@ -13,6 +13,7 @@ from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DataLoader
 
 from lightning_dist.data.dealing import dealt_by, items_of_batch, loader_seed
+from lightning_dist.data.streams import DealtStream
 from lightning_dist.randomness import CPU, RandomStates, kept_random_states
 
 
@@ -27,7 +28,7 @@ class TrainingData:
     """
 
     def __init__(self, loader: Any, num_data_ranks: int, data_rank: int, kept: Callable[[], int]) -> None:
-        self.dealt = dealt_by(loader)
+        self.dealt, self._user_loader = dealt_by(loader), loader
         self.loader = loader if self.dealt is not None else Resumable(loader, kept)
         self.batch_size = items_of_batch(loader)
         """Of this rank, in what is dealt."""
@@ -53,7 +54,8 @@ class TrainingData:
             self.dealt.taken = taken
             self.dealt.go_on(None if states is None else states[0])
             return
-        self.loader.begin(epoch, self._data_rank)
+        # ranks that read the same stream draw alike
+        self.loader.begin(epoch, 0 if isinstance(self._user_loader, DealtStream) else self._data_rank)
         state = states[self._data_rank] if states is not None and same_ranks else None
         if not taken:
             self.loader.go_on_after_epoch(state)
@@ -65,6 +67,11 @@ class TrainingData:
                 f"Choose them so that {taken} is a multiple of their product, or resume from the end of an epoch"
             )
         self.loader.skip(taken // self._step, state)
+
+    @property
+    def deals_alike(self) -> bool:
+        """Whether every data rank has as many batches, since the strategy deals them."""
+        return self.dealt is not None or isinstance(self._user_loader, DealtStream)
 
     def next_epoch(self) -> None:
         """Another epoch has begun, from its start."""
@@ -78,7 +85,7 @@ class TrainingData:
     def _size(self) -> float:
         """Of an epoch, in what is dealt."""
         if self.dealt is not None:
-            return len(self.dealt.source)
+            return sized_len(self.dealt.source) or math.inf
         size = sized_len(self.loader)
         return math.inf if size is None else size * self._step
 
@@ -93,11 +100,10 @@ class TrainingData:
         return math.ceil(self._start / self._step)
 
     def _batches_of(self, items: float) -> float:
-        batches = items / self._num_data_ranks / self.batch_size
-        if not math.isfinite(batches):
-            return batches
+        if not math.isfinite(items):
+            return items
         drops = getattr(getattr(self.loader, "batch_sampler", None), "drop_last", False)
-        each = math.ceil(items / self._num_data_ranks)
+        each = math.ceil(items / self._num_data_ranks) if self.dealt is None else self.dealt.of_each(int(items))
         return each // self.batch_size if drops else math.ceil(each / self.batch_size)
 
     def taken(self, given: int, starts_over: bool) -> int:
@@ -147,7 +153,8 @@ class Resumable:
         owners = [loader] if getattr(loader, "num_workers", 0) else [loader, dataset]
         self._owner: Any = next(filter(_has_state, owners), None)
         # a DataLoader makes an iterator for each epoch, so what lasts is in the data set
-        lasting = dataset if isinstance(loader, DataLoader) else loader
+        inner = loader.loader if isinstance(loader, DealtStream) else loader
+        lasting = dataset if isinstance(inner, DataLoader) else loader
         self._lasting: Any = lasting if _has_state(lasting) else None
         self._lasted: Any = None
         """Of that, when the iteration began."""

@@ -44,6 +44,8 @@ class RecordedLogs:
         self._logged: dict[str, Logged] = {}
         self._index = 0
         self._active = True
+        self.has_logged = False
+        """Whether the microbatch that runs has logged."""
         self._kept: list[tuple[Metric, dict[str, Any], int, Any]] = []
 
     @contextmanager
@@ -67,7 +69,7 @@ class RecordedLogs:
             active: whether it begins at its stage's entry.
             sees_metrics: whether the step updates metrics before the entry.
         """
-        self._index, self._active = index, active
+        self._index, self._active, self.has_logged = index, active, False
         if sees_metrics and not active:
             self._kept = [
                 (m, m._copy_state_dict(), m._update_count, m._forward_cache) for m in metrics_in(self._module)
@@ -89,6 +91,7 @@ class RecordedLogs:
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if not self._active:
             return
+        self.has_logged = True
         kwargs.update(zip(("prog_bar", "logger", "on_step", "on_epoch"), args, strict=False))
         kwargs["rank_zero_only"] = False  # rank 0 may not run the stage that logs
         entry = self._logged.setdefault(name, Logged(kwargs))

@@ -16,7 +16,7 @@ from lightning_dist.parallel.flat import flat_broadcast
 from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions
 from lightning_dist.parallel.replicated import Replicated
 from lightning_dist.parallel.sharded import Sharded
-from lightning_dist.parallel.tensor import TensorAxis, split
+from lightning_dist.parallel.tensor import TensorAxis, refuse_compiled_hooks, split
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import Division, partial_parameters
 
@@ -82,6 +82,7 @@ def parallelize(
         tensor = TensorAxis(module, partial_parameters(module, division), mesh.root["tp"])
     checkpoint_activations(module, blocks, activation_checkpointing if training else "none")
     if compile_options is not None:
+        refuse_compiled_hooks(module)
         _compile(module, blocks, compile_options)
     if cut is None:
         parallel = _over_data(module, layout, mesh, blocks, policy, device, training)

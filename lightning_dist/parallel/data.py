@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
+from lightning_dist.parallel.buffers import WrittenBuffers, unseen_writes
 from lightning_dist.parallel.flat import buckets, flat_broadcast, unflatten
 from lightning_dist.parallel.tensor.axis import TensorAxis
 
@@ -31,12 +32,14 @@ def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
     metrics = {b for child in module.modules() if isinstance(child, Metric) for b in child.buffers()}
     norms = [child for child in module.modules() if isinstance(child, _NormBase)]
     statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
+    averaged = {*metrics, *statistics}
+    others = [b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)]
     for same in buckets(statistics):
         flat = torch.cat([b.detach().reshape(-1) for b in same])
         dist.all_reduce(flat, group=group)
         unflatten(flat / dist.get_world_size(group), same)
-    averaged = {*metrics, *statistics}
-    flat_broadcast([b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)], group)
+    with unseen_writes(others):
+        flat_broadcast(others, group)
 
 
 class Alone:
@@ -44,10 +47,17 @@ class Alone:
 
     tensor: TensorAxis | None = None
     """Of the tensor axis, where the layout has one."""
+    buffers: WrittenBuffers | None = None
+    """Of the data ranks, where there are several."""
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
         self.reduces = True
+
+    def before_training_step(self) -> None:
+        """Called before each training step. Communication: see :class:`WrittenBuffers`."""
+        if self.buffers is not None:
+            self.buffers.before_step()
 
     def run(self, step: str, *args: Any) -> Any:
         """Runs a step of the LightningModule."""
@@ -67,8 +77,6 @@ class Alone:
 
     def before_backward(self, loss: Tensor) -> Tensor:
         """The loss to start a backward pass from; called before each."""
-        if self.tensor is not None:
-            self.tensor.before_backward()
         return loss
 
     def after_backward(self) -> None:
@@ -76,8 +84,18 @@ class Alone:
         if self.tensor is not None and self.reduces:
             self.tensor.after_backward()
 
+    def skip_backward(self, held: bool) -> None:
+        """Called where all ranks skip a backward pass.
+
+        Args:
+            held: gradients of earlier passes may be there that were not reduced yet.
+        """
+
     def reshard(self) -> None:
         """Frees what was gathered for a forward pass that no backward followed. Communication: none."""
+
+    def forget_step(self) -> None:
+        """Drops what is left of a step that an exception ended on all ranks alike. Communication: none."""
 
     def share_buffers(self) -> None:
         """Makes buffers equal on all stages of a pipeline; called after :func:`average_buffers`."""

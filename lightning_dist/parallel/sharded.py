@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -22,9 +23,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
+from lightning_dist.divided.copies import make_copyable
+from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
-from lightning_dist.parallel.usage import Usage, filled
+from lightning_dist.parallel.usage import Usage, filled, free_outdated, param_groups_of
 from lightning_dist.placeholder import is_placeholder
 
 
@@ -38,8 +41,9 @@ class Sharded(Alone):
     network, a method or a layer of it, finds its parameters gathered. In hooks between the steps, calling the module or
     a network of it gathers too. Under manual optimisation a root must not span the step, in which optimizers change
     what was gathered: there each network of the module is a root of its own, gathered when it is called. Scalars,
-    which can't be split, and under manual optimisation parameters of the LightningModule itself, stay whole on every
-    rank; their gradients are averaged after each backward pass.
+    which can't be split, other parameters that fully_shard can't take (see :func:`unsharded_parameters`), and under
+    manual optimisation those of the LightningModule itself, stay whole on every rank; their gradients are averaged
+    after each backward pass.
 
     Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
     (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
@@ -60,12 +64,14 @@ class Sharded(Alone):
         self.roots = shard_roots(module)
         self.units = shard_units(module, blocks)
         units = {**self.units, **self.roots}
-        whole = unsharded_parameters(module)
+        whole = unsharded_parameters(module, units)
         for unit in units.values():
             if not isinstance(unit, FSDPModule):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+                make_copyable(unit)
         left = [n for n, p in module.named_parameters() if not isinstance(p, DTensor) and not is_placeholder(p)]
-        self.usage = Usage(module, units, set(self.roots), left, group)
+        self.buffers = WrittenBuffers(module, group)
+        self.usage = Usage(module, units, set(self.roots), left, group, self.buffers)
         if "" in self.roots and "_root_gathering" not in vars(module):
             vars(module)["_root_gathering"] = _RootGathering(module)
 
@@ -88,9 +94,11 @@ class Sharded(Alone):
             assert isinstance(unit, FSDPModule)
             unit.reshard()
 
-    def run(self, step: str, *args: Any) -> Any:
-        with _told_of_shards():
-            return super().run(step, *args)
+    def forget_step(self) -> None:
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
+            root.reset_iter_state()
+        self.usage.forget()
 
     @contextmanager
     def over_microbatches(self, reshard: bool) -> Iterator[None]:
@@ -133,9 +141,12 @@ class Sharded(Alone):
                     group.post_backward()
             state._root_post_backward_final_callback()
 
+    def skip_backward(self, held: bool) -> None:
+        if self.reduces and held:
+            self.reduce_held()
+            self.after_backward()
+
     def before_backward(self, loss: Tensor) -> Tensor:
-        if isinstance(loss, DTensor):
-            raise ValueError(_SHARDS_IN_LOSS)
         self.usage.before_backward()
         return super().before_backward(loss)
 
@@ -150,23 +161,6 @@ class Sharded(Alone):
         super().after_backward()
 
 
-_SHARDS_IN_LOSS = (
-    "a step used parameters of a block outside of the block's forward (in a penalty over self.parameters(), say); "
-    "under dp_shard they are split over the ranks there. Use the optimizer's weight_decay, compute the penalty in the "
-    "forward of the block, or use dp_replicate"
-)
-
-
-@contextmanager
-def _told_of_shards() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "mixed torch.Tensor and DTensor" in str(error):
-            error.add_note(_SHARDS_IN_LOSS)
-        raise
-
-
 class _RootGathering:
     """Gathers a LightningModule around the outermost call of its steps and its forward, and of a child between them.
 
@@ -176,6 +170,8 @@ class _RootGathering:
 
     def __init__(self, module: Any) -> None:
         self._inside = False
+        self._param_groups = param_groups_of(module)
+        module._instance_methods = {}  # a copy gets those back that were there before
         state = module._get_fsdp_state()
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
@@ -187,6 +183,7 @@ class _RootGathering:
             child.register_forward_pre_hook(lambda *_: module._gather_root())
 
     def _gather_around(self, module: Any, name: str) -> None:
+        module._instance_methods[name] = vars(module).get(name)
         plain = getattr(module, name)
         register_fsdp_forward_method(module, name)
         gathering = getattr(module, name)
@@ -196,6 +193,7 @@ class _RootGathering:
             if self._inside:
                 return plain(*args, **kwargs)
             self._inside = True
+            free_outdated(self._param_groups)
             try:
                 return gathering(*args, **kwargs)
             finally:
@@ -204,11 +202,38 @@ class _RootGathering:
         setattr(module, name, outermost)
 
 
-def unsharded_parameters(module: pl.LightningModule) -> set[nn.Parameter]:
-    """What ``fully_shard`` leaves alone: parameters of metrics' own networks, and scalars, which it can't split."""
+def unsharded_parameters(module: pl.LightningModule, units: dict[str, nn.Module]) -> set[nn.Parameter]:
+    """What ``fully_shard`` leaves alone: parameters of metrics' own networks, and what it can't split.
+
+    That is scalars, parameters without elements, complex ones, and those of another dtype than most of their unit
+    (seen in torch 2.14). They stay whole on every rank.
+    """
     metrics = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
     other_stages = {p for p in module.parameters() if is_placeholder(p)}
-    return metrics | other_stages | {p for p in module.parameters() if p.ndim == 0}
+    # what is divided over the tensor axis is a DTensor already, whose number of elements is the whole's
+    unsplit = {p for p in module.parameters() if p.ndim == 0 or p.numel() == 0 or p.is_complex()}
+    aside = metrics | other_stages | unsplit
+    return aside | _of_odd_dtype(module, units, aside)
+
+
+def _of_odd_dtype(module: nn.Module, units: dict[str, nn.Module], aside: set[nn.Parameter]) -> set[nn.Parameter]:
+    """Of each unit's trained parameters those of another dtype than most: gradients of a unit travel as one tensor."""
+    of_unit: dict[str, dict[torch.dtype, list[tuple[str, nn.Parameter]]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter not in aside:
+            unit = max((u for u in units if not u or name.startswith(f"{u}.")), key=len, default=None)
+            if unit is not None:
+                of_unit.setdefault(unit, {}).setdefault(parameter.dtype, []).append((name, parameter))
+    odd: dict[str, nn.Parameter] = {}
+    for of_dtype in of_unit.values():
+        most = max(of_dtype, key=lambda dtype: sum(p.numel() for _, p in of_dtype[dtype]))
+        odd.update(named for dtype, those in of_dtype.items() if dtype != most for named in those)
+    if odd:
+        rank_zero_warn(
+            f"{', '.join(odd)}: of another dtype than most of the parameters that dp_shard gathers with them, so they "
+            "stay whole on every rank. A module of its own in shard_units= may be of another dtype as a whole"
+        )
+    return set(odd.values())
 
 
 def shard_roots(module: pl.LightningModule) -> dict[str, nn.Module]:

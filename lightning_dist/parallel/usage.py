@@ -19,6 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_dist.divided import as_divided
+from lightning_dist.divided.gathered import is_compiled, is_outdated, watch
+from lightning_dist.parallel.buffers import WrittenBuffers
+from lightning_dist.parallel.frozen import Flags
+
 
 class Usage:
     """Watches the sharded units of a module, and what is not sharded, through each backward pass.
@@ -29,6 +34,7 @@ class Usage:
         roots: names of those that every step gathers.
         whole: names of the parameters that are in none of them; plain on every rank.
         group: the data ranks.
+        buffers: of the module, for which the ranks agree on what training wrote.
     """
 
     def __init__(
@@ -38,23 +44,43 @@ class Usage:
         roots: set[str],
         whole: list[str],
         group: dist.ProcessGroup,
+        buffers: WrittenBuffers,
     ) -> None:
-        self.group, self._roots = group, roots
+        self.group, self._roots, self._buffers = group, roots, buffers
         self._module, self._whole = module, whole
         self._sharded: list[Any] = []
         self._ran: list[str] = []
         self._used: set[int] = set()
         self._had: set[int] = set()
+        self._trained: set[int] = set()
+        """What required a gradient in some backward pass since gradients were reduced."""
+        self._flags: list[Flags] = []
         for name, unit in units.items():
-            unit.register_forward_pre_hook(partial(self._note, name))
-            for param_group in _param_groups(unit):
+            param_groups = param_groups_of(unit)
+            flags = [Flags.of(param_group) for param_group in param_groups]
+            self._flags += flags
+            unit.register_forward_pre_hook(partial(free_outdated, param_groups), prepend=True)
+            unit.register_forward_pre_hook(partial(self._note, name, flags))
+            for param_group in param_groups:
+                watch(param_group, sees_data=not is_compiled(module))
                 self._sharded += param_group.fsdp_params
                 # its own method, also where an earlier run has put another in its place
                 reduce = type(param_group).post_backward.__get__(param_group)
                 param_group.post_backward = partial(self._fill, name, param_group, reduce)
                 param_group.pre_backward = partial(_refuse_graph, type(param_group).pre_backward.__get__(param_group))
 
-    def _note(self, name: str, *_: Any) -> None:
+    def _watch_part(self, parameter: Any) -> None:
+        """Notes gradients that a loss sends to the part itself, where it used it outside of its unit's forward."""
+        part = as_divided(parameter.sharded_param)
+        if vars(part).get("_watched") is self._used or not part.requires_grad:
+            return
+        used = vars(part)["_watched"] = self._used  # a hook that held this would keep it, and the model, alive for good
+        with torch._C.DisableTorchFunctionSubclass():  # of the class that refuses users' hooks
+            part.register_hook(partial(_note_used, used, id(parameter)))
+
+    def _note(self, name: str, flags: list[Flags], *_: Any) -> None:
+        for of_group in flags:
+            of_group.agree_if_gathered()
         if torch.is_grad_enabled():
             self._ran.append(name)
 
@@ -65,13 +91,23 @@ class Usage:
 
     def before_backward(self) -> None:
         """Remembers which gradients are there already, from earlier backward passes."""
+        for flags in self._flags:
+            flags.agree_if_gathered()
+        for parameter in self._sharded:
+            self._watch_part(parameter)
         self._had = {id(p) for p in self._sharded if p.sharded_param.grad is not None}
+
+    def forget(self) -> None:
+        """Drops what was noted of a step that did not end."""
+        self._ran = []
+        self._used.clear()
 
     def _fill(self, name: str, param_group: Any, reduce: Callable[..., None], *args: Any) -> None:
         """Stands before the reduction of a unit's gradients; see [Note: a gradient that only some ranks have]."""
+        self._trained |= {id(p) for p in param_group.fsdp_params if p.sharded_param.requires_grad}
         if param_group.reduce_grads and (name in self._ran or name in self._roots):
             for parameter in param_group.fsdp_params:
-                if not parameter.sharded_param.requires_grad or not hasattr(parameter, "_unsharded_param"):
+                if id(parameter) not in self._trained or not hasattr(parameter, "_unsharded_param"):
                     continue
                 unsharded = parameter.unsharded_param
                 accumulated = getattr(parameter, "unsharded_accumulated_grad", None)
@@ -87,20 +123,23 @@ class Usage:
         Returns:
             The parameters of ``whole`` with a gradient on some rank, in the same order on every rank.
 
-        Communication: one all-reduce of 8 bytes per parameter (and 16) over the data ranks.
+        Communication: one all-reduce of 8 bytes per parameter, and per buffer (and 16), over the data ranks.
 
         Raises:
             RuntimeError: on every rank, if the ranks did not run the same units in the same order: what they gathered
                 from each other were then parts of different units.
         """
         flags = [int(id(p) in self._used) for p in self._sharded] + [int(p.grad is not None) for p in self.whole]
+        num_parameters, written = len(flags), set(self._buffers.written())
+        flags += [int(number in written) for number in range(len(self._buffers))]
         digest = hashlib.sha256("\n".join(self._ran).encode()).digest()
         order = int.from_bytes(digest[:7], "little")
         parameters = [p.sharded_param for p in self._sharded] or self.whole
         verdict = torch.tensor([*flags, order, -order], dtype=torch.int64, device=parameters[0].device)
         dist.all_reduce(verdict, dist.ReduceOp.MAX, self.group)
         *used, most, least = verdict.tolist()
-        ran, self._ran, self._used = self._ran, [], set()
+        ran, self._ran, self._trained = self._ran, [], set()
+        self._used.clear()
         if most != -least:
             raise RuntimeError(
                 "under dp_shard every rank has to run the same blocks in a step, in the same order, since each gathers "
@@ -110,7 +149,20 @@ class Usage:
         for parameter, is_used in zip(self._sharded, used, strict=False):
             if not is_used and id(parameter) not in self._had:
                 parameter.sharded_param.grad = None
-        return [p for p, is_used in zip(self.whole, used[len(self._sharded) :], strict=True) if is_used]
+        self._buffers.send(number for number, is_written in enumerate(used[num_parameters:]) if is_written)
+        whole = used[len(self._sharded) : num_parameters]
+        return [p for p, is_used in zip(self.whole, whole, strict=True) if is_used]
+
+
+def _note_used(used: set[int], parameter: int, _: Tensor) -> None:
+    used.add(parameter)
+
+
+def free_outdated(param_groups: list[Any], *_: Any) -> None:
+    """Before a unit is gathered: one that is, and whose parts were written to since, has to be gathered again."""
+    for param_group in param_groups:
+        if is_outdated(param_group):
+            param_group._to_sharded()
 
 
 def _refuse_graph(gather: Callable[..., None], *args: Any) -> None:
@@ -123,7 +175,7 @@ def _refuse_graph(gather: Callable[..., None], *args: Any) -> None:
     gather(*args)
 
 
-def _param_groups(unit: nn.Module) -> list[Any]:
+def param_groups_of(unit: nn.Module) -> list[Any]:
     """The groups of parameters that fully_shard communicates at once (private; seen in torch 2.14 and 2.15)."""
     assert isinstance(unit, FSDPModule)
     return list(unit._get_fsdp_state()._fsdp_param_groups)

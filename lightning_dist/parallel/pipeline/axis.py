@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_dist.logs.microbatches import RecordedLogs
+from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline import batches
@@ -97,6 +98,7 @@ class Pipelined(Alone):
             data_group: the ranks with other samples, whose gradients are averaged here; None where ``inner`` does it.
         """
         self.inner, self._data_group = inner, data_group
+        self.buffers = inner.buffers if data_group is None else WrittenBuffers(self.module, data_group)
         for name, parameter in self.module.named_parameters():
             if not is_placeholder(parameter):
                 setattr(parameter, PIPELINE_SHARE, self.stages.num_ranks / len(self.stages.holders(name)))
@@ -307,10 +309,13 @@ class Pipelined(Alone):
     def before_backward(self, loss: Tensor) -> Tensor:
         return loss
 
+    def forget_step(self) -> None:
+        self._step = _Step()
+        self._schedules.clear()
+        self.inner.forget_step()
+
     def hand_over(self, scale: Tensor) -> None:
         """Puts the gradients of the last schedule in place; called by the loss's backward."""
-        if self.inner.tensor is not None:
-            self.inner.tensor.before_backward()
         ratio = float(scale) / self._applied
         self._gradients.hand_over(ratio)
         if isinstance(self.inner, Sharded):
@@ -326,7 +331,7 @@ class Pipelined(Alone):
     def after_backward(self) -> None:
         if self.reduces:
             self.inner.after_backward()
-            self._gradients.reduce(self._data_group)
+            self._gradients.reduce(self._data_group, self.buffers)
 
     def reshard(self) -> None:
         self.inner.reshard()

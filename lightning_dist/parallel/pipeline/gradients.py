@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline.stages import Stages
 from lightning_dist.parallel.usage import filled
@@ -36,8 +37,10 @@ class StageGradients:
         self._module, self._device = module, device
         self._tied = _tied_groups(module, stages, group)
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
-        self._summed: list[tuple[nn.Parameter, Tensor, int]] = []
-        """Tied parameters whose gradients hold the sum already, those, and the number of ranks that hold them."""
+        self._summed: list[tuple[nn.Parameter, int]] = []
+        """Tied parameters whose gradients hold the sum already, and the number of ranks that hold them."""
+        self._trained: set[str] = set()
+        """Names of what required a gradient in some backward pass since gradients were reduced."""
 
     @contextmanager
     def aside(self, parameters: list[nn.Parameter]) -> Iterator[None]:
@@ -55,11 +58,12 @@ class StageGradients:
     @torch.no_grad()
     def hand_over(self, ratio: float) -> None:
         """Adds what is aside, times a number, to the parameters' gradients."""
-        for parameter, gradient, num_ranks in self._summed:
+        for parameter, num_ranks in self._summed:
             # what is summed already must count once when it is summed again with what is added to it
-            if parameter.grad is gradient:
-                _local(gradient).div_(num_ranks)
+            if parameter.grad is not None:
+                _local(parameter.grad).div_(num_ranks)
         self._summed = []
+        self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
         for parameter, gradient in self._aside:
             if ratio != 1:
                 gradient.mul_(ratio)
@@ -70,20 +74,23 @@ class StageGradients:
         self._aside = []
 
     @torch.no_grad()
-    def reduce(self, data_group: dist.ProcessGroup | None) -> None:
+    def reduce(self, data_group: dist.ProcessGroup | None, buffers: WrittenBuffers | None) -> None:
         """Sums what is tied over a cut, and averages over the data ranks.
 
         Args:
             data_group: the ranks with other samples; None where they are averaged already.
+            buffers: of this rank's stages, for which the data ranks agree on what training wrote.
         """
         self._sum_tied()
         if data_group is not None:
-            self._average(data_group)
+            assert buffers is not None
+            self._average(data_group, buffers)
+        self._trained = set()
 
     def _sum_tied(self) -> None:
         """A tied parameter that no rank used has no gradient; flags of which were used travel with the sums."""
         for names, group in self._tied:
-            parameters = [p for name in names if (p := self._module.get_parameter(name)).requires_grad]
+            parameters = [self._module.get_parameter(name) for name in names if name in self._trained]
             if not parameters:
                 continue
             used = [float(p.grad is not None) for p in parameters]
@@ -99,16 +106,21 @@ class StageGradients:
                 if not is_used:
                     parameter.grad = None
             num_ranks = dist.get_world_size(group)
-            self._summed += [(p, p.grad, num_ranks) for p in parameters if p.grad is not None]
+            self._summed += [(p, num_ranks) for p in parameters if p.grad is not None]
 
-    def _average(self, group: dist.ProcessGroup) -> None:
+    def _average(self, group: dist.ProcessGroup, buffers: WrittenBuffers) -> None:
         """Of what any data rank used; see [Note: a gradient that only some ranks have]."""
-        parameters = [p for p in held(self._module.parameters()) if p.requires_grad]
-        if not parameters:
+        parameters = held(p for name, p in self._module.named_parameters() if name in self._trained)
+        written = set(buffers.written())
+        flags = [int(p.grad is not None) for p in parameters]
+        flags += [int(number in written) for number in range(len(buffers))]
+        if not flags:
             return
-        used = torch.tensor([int(p.grad is not None) for p in parameters], device=self._device)
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
-        gradients = [_local(filled(p)) for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+        told = torch.tensor(flags, device=self._device)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
+        used = told.tolist()
+        buffers.send(number for number, is_written in enumerate(used[len(parameters) :]) if is_written)
+        gradients = [_local(filled(p)) for p, is_used in zip(parameters, used, strict=False) if is_used]
         for same in buckets(gradients):
             flat = torch.cat([g.reshape(-1) for g in same])
             dist.all_reduce(flat, group=group)

@@ -4,6 +4,7 @@
 """
 
 from lightning_dist.parallel.tensor.axis import TensorAxis
+from lightning_dist.parallel.tensor.hooks import refuse_compiled_hooks
 from lightning_dist.parallel.tensor.split import split
 
-__all__ = ["TensorAxis", "split"]
+__all__ = ["TensorAxis", "refuse_compiled_hooks", "split"]

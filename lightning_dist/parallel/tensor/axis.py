@@ -17,7 +17,7 @@ from lightning_dist.parallel.tensor.region import Region
 
 class TensorAxis:
     """Sums the gradients of replicated parameters that each rank used on its part only: norms of heads, and under
-    sequence parallel all that is not divided in the blocks.
+    sequence parallel all that is not divided in the blocks. See [Note: gradients of a part].
 
     Communication: one all-reduce of their gradients, flat, over ``mesh`` per backward pass that reduces; none while
     accumulating, none if there are no such parameters.
@@ -30,10 +30,10 @@ class TensorAxis:
 
     def __init__(self, module: nn.Module, partial: Iterable[str], mesh: DeviceMesh) -> None:
         self.module, self.partial, self.mesh = module, list(partial), mesh
-        self._summed: list[Tensor] = []
-        """Gradients that hold the sum already."""
         blocks = [region for m in module.modules() if isinstance(region := Region.of(m), SequenceBlock)]
         self._chains = {id(block.positions): block.positions for block in blocks if block.positions is not None}
+        for name in self.partial:
+            _see_in_part(module, name)
 
     def after_step(self) -> None:
         """Called after the network ran.
@@ -49,22 +49,24 @@ class TensorAxis:
         return [p.grad for p in parameters if p.grad is not None]
 
     @torch.no_grad()
-    def before_backward(self) -> None:
-        """What is summed already must count once when it is summed again with what this pass adds to it."""
-        for gradient in self._gradients():
-            if any(gradient is other for other in self._summed):
-                _local(gradient).div_(self.mesh.size())
-        self._summed = []
-
-    @torch.no_grad()
     def after_backward(self) -> None:
         """Sums; called after backward passes that reduce."""
-        gradients = self._gradients()
-        for same in buckets([_local(g) for g in gradients]):
+        for same in buckets([_local(g) for g in self._gradients()]):
             flat = torch.cat([g.reshape(-1) for g in same])
             dist.all_reduce(flat, group=self.mesh.get_group())
-            unflatten(flat, same)
-        self._summed = gradients
+            unflatten(flat / self.mesh.size(), same)
+
+
+def _see_in_part(module: nn.Module, name: str) -> None:
+    """Tells the outermost region around a parameter that it uses it in part."""
+    owner, _, _ = name.rpartition(".")
+    parts = owner.split(".") if owner else []
+    around = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+    regions = [(outer, region) for outer in around if (region := Region.of(module.get_submodule(outer))) is not None]
+    outer, region = next((found for found in regions if isinstance(found[1], SequenceBlock)), regions[-1])
+    below = name[len(outer) + 1 :] if outer else name
+    if below not in region.partial:
+        region.partial.append(below)
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The differentiable collectives of the tensor axis: where activations enter what is split, and where they leave it.
 
 ``enter`` and ``leave`` are each other's transpose (Megatron-LM's f and g, https://arxiv.org/abs/1909.08053), as are
-``enter_positions`` and ``leave_positions``, their sequence-parallel forms (https://arxiv.org/abs/2205.05198).
+``enter_positions`` and ``leave_positions``, their sequence-parallel forms (https://arxiv.org/abs/2205.05198), and
+``gather`` and ``scatter``. So the backward of each is the other one, differentiable again to any order: a gradient
+penalty costs the collectives of the backward once more.
 
 [Note: positions that are divided]
 Positions are divided along a dim of size L into ceil(L / ranks) for each rank. What is missing at the end is filled
@@ -16,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -50,12 +51,20 @@ def gather(part: Tensor, mesh: DeviceMesh, dim: int, length: int | None = None) 
     return _Gather.apply(part, mesh, dim, part.shape[dim] * mesh.size() if length is None else length)
 
 
+def scatter(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's part of a replicated activation, as wide on every rank: zeros stand for what is missing at the end.
+
+    Communication: forward none; backward one all-gather over ``mesh``.
+    """
+    return _Scatter.apply(whole, mesh, dim, False)
+
+
 def scatter_positions(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """This rank's positions of a replicated activation; see [Note: positions that are divided].
 
     Communication: forward none; backward one all-gather over ``mesh``.
     """
-    return _Scatter.apply(whole, mesh, dim)
+    return _Scatter.apply(whole, mesh, dim, True)
 
 
 def enter_positions(part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
@@ -71,7 +80,7 @@ def leave_positions(partial: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
 
     Communication: forward one reduce-scatter over ``mesh``; backward one all-gather.
     """
-    return _LeavePositions.apply(partial, mesh, dim)
+    return _LeavePositions.apply(partial, mesh, dim, True)
 
 
 def all_reduce(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -118,20 +127,19 @@ class _Enter(torch.autograd.Function):
         return activation.view_as(activation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_reduce(gradient, ctx.mesh), None
+        return _Leave.apply(gradient, ctx.mesh), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
         return all_reduce(partial, mesh)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
+        return _Enter.apply(gradient, ctx.mesh), None
 
 
 class _Gather(torch.autograd.Function):
@@ -141,22 +149,19 @@ class _Gather(torch.autograd.Function):
         return _all_gather(part, mesh, dim, length)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        own = _own(gradient, ctx.mesh.get_local_rank(), ctx.mesh.size(), ctx.dim, repeat=False)
-        return own, None, None, None
+        return _Scatter.apply(gradient, ctx.mesh, ctx.dim, False), None, None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, mesh: DeviceMesh, dim: int, repeat: bool) -> Tensor:
         ctx.mesh, ctx.dim, ctx.length = mesh, dim, whole.shape[dim]
-        return _own(whole, mesh.get_local_rank(), mesh.size(), dim, repeat=True).contiguous()
+        return _own(whole, mesh.get_local_rank(), mesh.size(), dim, repeat).contiguous()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _all_gather(gradient, ctx.mesh, ctx.dim, ctx.length), None, None
+        return _Gather.apply(gradient, ctx.mesh, ctx.dim, ctx.length), None, None, None
 
 
 class _EnterPositions(torch.autograd.Function):
@@ -166,18 +171,16 @@ class _EnterPositions(torch.autograd.Function):
         return _all_gather(part, mesh, dim, length)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _reduce_scatter(gradient, ctx.mesh, ctx.dim, repeat=False), None, None, None
+        return _LeavePositions.apply(gradient, ctx.mesh, ctx.dim, False), None, None, None
 
 
 class _LeavePositions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh, dim: int, repeat: bool) -> Tensor:
         ctx.mesh, ctx.dim, ctx.length = mesh, dim, partial.shape[dim]
-        return _reduce_scatter(partial, mesh, dim, repeat=True)
+        return _reduce_scatter(partial, mesh, dim, repeat)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _all_gather(gradient, ctx.mesh, ctx.dim, ctx.length), None, None
+        return _EnterPositions.apply(gradient, ctx.mesh, ctx.dim, ctx.length), None, None, None

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_dist.parallel.tensor.collectives import enter
 from lightning_dist.parallel.tensor.vocabulary import Vocabulary
 
 
@@ -36,7 +36,7 @@ def vocab_cross_entropy(
 
     Returns:
         A scalar, or (N,) for "none", equal on all ranks; at least float32. Its backward gives ``columns`` their
-        own gradient, once (no second derivative).
+        own gradient, which may be differentiated again.
 
     Raises:
         IndexError: a class outside of the vocabulary (on an accelerator: a device-side assertion, as torch's).
@@ -163,17 +163,44 @@ class _Losses(torch.autograd.Function):
         exponentials, overlap = vocabulary.all_reduce(sums)
         normalizer = exponentials.log()
         ctx.save_for_backward(columns, top + normalizer)
-        ctx.targets = targets
+        ctx.targets, ctx.vocabulary = targets, vocabulary
         losses = targets.mass * normalizer - overlap
         return losses if targets.kept is None else losses.where(targets.kept, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         columns, normalizer = ctx.saved_tensors
         targets = ctx.targets
+        if torch.is_grad_enabled():  # create_graph=True
+            entered = enter(grad_losses, ctx.vocabulary.mesh)[:, None]
+            softmax = _softmax(columns, normalizer, ctx.vocabulary)
+            distribution = torch.zeros_like(softmax)
+            targets.subtract_from(distribution)  # minus q, which depends on no column
+            return ((softmax * targets.mass[:, None] + distribution) * entered).to(columns.dtype), None, None
         grad = (columns - normalizer[:, None]).exp_()
         grad.mul_(targets.mass[:, None])
         targets.subtract_from(grad)
         grad.mul_(grad_losses[:, None])
         return grad.to(columns.dtype), None, None
+
+
+def _softmax(columns: Tensor, normalizer: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """This rank's columns of the softmax, differentiable. Communication: backward one all-reduce of N numbers."""
+    entered = enter(_Normalizer.apply(columns, normalizer, vocabulary), vocabulary.mesh)
+    return (columns - entered[:, None]).exp()
+
+
+class _Normalizer(torch.autograd.Function):
+    """(N,) log-sum-exp of all columns, whose value is known already; only its gradient is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, normalizer: Tensor, vocabulary: Vocabulary) -> Tensor:
+        ctx.save_for_backward(columns, normalizer)
+        ctx.vocabulary = vocabulary
+        return normalizer.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        columns, normalizer = ctx.saved_tensors
+        softmax = _softmax(columns, normalizer, ctx.vocabulary)
+        return (softmax * enter(gradient, ctx.vocabulary.mesh)[:, None]).to(columns.dtype), None, None

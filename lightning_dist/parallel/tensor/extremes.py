@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dist.parallel.tensor.collectives import enter
 from lightning_dist.parallel.tensor.vocabulary import Vocabulary
 
 
@@ -46,5 +47,5 @@ class Largest(torch.autograd.Function):
         own = at - ctx.vocabulary.start
         mine = (own >= 0) & (own < ctx.vocabulary.width)
         grad = grad_values.new_zeros(*at.shape[:-1], ctx.vocabulary.width + 1)
-        grad.scatter_add_(-1, own.where(mine, ctx.vocabulary.width), grad_values)
+        grad = grad.scatter_add(-1, own.where(mine, ctx.vocabulary.width), enter(grad_values, ctx.vocabulary.mesh))
         return grad[..., :-1], None, None

@@ -356,7 +356,7 @@ class _FromColumns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        own = grad.to_local() if isinstance(grad, VocabLogits) else ctx.vocabulary.own(grad, ctx.dim)
+        own = grad.to_local() if isinstance(grad, VocabLogits) else _Own.apply(grad, ctx.vocabulary, ctx.dim)
         return own, None, None
 
 
@@ -383,7 +383,20 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.vocabulary.own(grad, ctx.dim), None, None, None
+        return _Own.apply(grad, ctx.vocabulary, ctx.dim), None, None, None
+
+
+class _Own(torch.autograd.Function):
+    """This rank's columns of a whole gradient; for a second derivative, the transpose of the gather."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, vocabulary: Vocabulary, dim: int) -> Tensor:
+        ctx.vocabulary, ctx.dim = vocabulary, dim
+        return vocabulary.own(whole, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Gather.apply(gradient, ctx.vocabulary, ctx.dim, None), None, None
 
 
 _AS_IT_IS = frozenset(

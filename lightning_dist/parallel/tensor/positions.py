@@ -11,7 +11,7 @@ of norms of heads; :class:`~lightning_dist.parallel.tensor.axis.TensorAxis` adds
 holds for other activations that a block is given (what an encoder made, a condition): they stay whole and enter once.
 
 What lies between the blocks is the network's own code, on a part of the positions: the chain makes sure that it hands
-on what the block before returned. Hooks on blocks, and outputs that a network collects, are parts as well.
+on what the block before returned. Outputs that a network collects are parts as well; hooks on blocks are refused.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from lightning_dist.parallel.tensor.collectives import (
 )
 from lightning_dist.parallel.tensor.randomness import own_stream
 from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.parallel.tensor.users_hooks import refuse_hooks
 
 DIM = 1
 """Of positions, in (batch, positions, features)."""
@@ -181,10 +182,18 @@ class SequenceBlock(Region):
             last = self.positions._last
             self.proof.run(module, args, kwargs)
             self.positions._last = last  # the comparison's own output went nowhere
+        refuse_hooks(module, self.name)
+        last = self.positions._last
+        with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
+            self.positions._last = last
+            return self._run(module, args, kwargs)
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.positions is not None
         begin = self.positions.begin if self.is_first else self.positions.go_on
         args, kwargs, others = self._prepare(args, kwargs, begin)
         dropout = OwnDropout(self.mesh) if self.draws and module.training else nullcontext()
-        with self.positions.inside(others), dropout:
+        with self.positions.inside(others), self._shadowed(module), dropout:
             output = type(module).forward(module, *args, **kwargs)
         return _with_first(output, self.positions.end(_first(output), self.is_last))
 

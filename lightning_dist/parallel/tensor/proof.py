@@ -10,7 +10,7 @@ part and whole, without dropout and without gradients, and the outputs are compa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.parallel.tensor.region import Region, whole
 from lightning_dist.parallel.tensor.shards import local_part
+from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of outputs that is taken for rounding."""
@@ -61,19 +62,15 @@ class Proof:
         assert region is not None
         if region.is_given_own(args, kwargs):
             return  # made by another part: the whole module could not use it
-        args, kwargs = tree_map(_without_cache, (args, kwargs))
-        with _disable_current_modes(), _evaluated(module):  # selective checkpointing would keep what this computes
-            with whole(module):
-                whole_args, whole_kwargs = region.whole_arguments(args, kwargs)
-                expected = _first(type(module).forward(module, *whole_args, **whole_kwargs))
-            part = region.whole_output(_first(region.run(module, args, kwargs)))
+        with without_users_hooks(module):
+            expected, part = both_ways(module, region, args, kwargs)
         if part.shape != expected.shape:  # it goes on divided
             expected = local_part(expected, Shard(expected.ndim - 1), self.mesh)
         difference = torch.full((), torch.inf, device=part.device)
         if part.shape == expected.shape:
             difference = (part - expected).float().norm() / expected.float().norm().clamp(min=1e-12)
         dist.all_reduce(difference, dist.ReduceOp.MAX, self.mesh.get_group())
-        if not float(difference) <= _rounding(part):
+        if not float(difference) <= rounding_of(part):
             raise ValueError(
                 f"tp runs {type(module).__name__} on each rank's heads or columns, and that gives another result than "
                 f"the whole module (relative difference {float(difference):.1e}): its forward does something with its "
@@ -81,7 +78,37 @@ class Proof:
             )
 
 
-def _rounding(output: Tensor) -> float:
+@torch.no_grad()
+def both_ways(
+    module: nn.Module,
+    region: Region,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    around_whole: AbstractContextManager[Any] | None = None,
+    around_part: AbstractContextManager[Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first output of a module that runs whole, and of one that runs on this rank's part, without dropout.
+
+    Args:
+        module: that is a region.
+        region: its own.
+        args, kwargs: of its forward.
+        around_whole, around_part: what is entered while each runs.
+
+    Communication: gathers the module's parameters over the axis, and the module's own collectives.
+    """
+    args, kwargs = tree_map(_without_cache, (args, kwargs))
+    with _disable_current_modes(), _evaluated(module):  # selective checkpointing would keep what this computes
+        with whole(module), around_whole or nullcontext():
+            whole_args, whole_kwargs = region.whole_arguments(args, kwargs)
+            expected = _first(type(module).forward(module, *whole_args, **whole_kwargs))
+        with around_part or nullcontext():
+            part = region.whole_output(_first(region.run(module, args, kwargs)))
+    return expected, part
+
+
+def rounding_of(output: Tensor) -> float:
+    """The relative difference from this output that is taken for rounding."""
     reduced = output.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     if reduced or torch.is_autocast_enabled(output.device.type):
         return COARSE_ROUNDING

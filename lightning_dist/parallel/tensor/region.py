@@ -23,15 +23,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.utils._pytree import tree_map
 
-from lightning_dist.parallel.tensor.collectives import enter, leave
+from lightning_dist.parallel.tensor.collectives import enter, gather, leave
+from lightning_dist.parallel.tensor.partial import seen_in_part
 from lightning_dist.parallel.tensor.randomness import own_stream, shared_again
-from lightning_dist.parallel.tensor.shards import local_part
+from lightning_dist.parallel.tensor.shadows import shadowed
+from lightning_dist.parallel.tensor.shards import local_part, on_axis
 
 if TYPE_CHECKING:
+    from lightning_dist.parallel.tensor.hooks import HooksInside
     from lightning_dist.parallel.tensor.positions import Positions
     from lightning_dist.parallel.tensor.proof import Proof
 
-_MISSING = object()
 _ATTRIBUTE = "_tensor_region"
 
 
@@ -43,6 +45,7 @@ class Region:
         mesh: of the tensor axis.
         local: names of parameters (of the module, or dotted, of one below it) that it sees as their local part.
         after: name of the parameter that is added once the sum over the axis is there: the bias of a row-wise layer.
+        partial: names of replicated parameters that it uses on its part; see [Note: gradients of a part].
         attributes: numbers by dotted name that it sees instead of its own.
         buffers: placements of buffers, by dotted name, of which it sees its part.
         enters: its activations are replicated, and each rank's part uses them.
@@ -51,6 +54,7 @@ class Region:
         mode: makes a context for the module's forward to run in.
         draws: random numbers inside, until a region that leaves, belong to this rank's part: dropout between heads.
         finish: what its output, this rank's part, goes through.
+        hooks: shows users' hooks inside whole activations; None where there is nothing divided inside.
         proof: compares the first run of each kind of module with the whole one; None for what needs none.
         positions: of the chain of blocks that it lies in, under sequence parallel.
         names: of the forward's arguments that may be given by place; ``attach`` notes them.
@@ -61,6 +65,7 @@ class Region:
     mesh: DeviceMesh
     local: list[str] = field(default_factory=list)
     after: str | None = None
+    partial: list[str] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
     buffers: dict[str, Placement] = field(default_factory=dict)
     enters: bool = False
@@ -69,6 +74,7 @@ class Region:
     mode: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     draws: bool = False
     finish: Callable[[Any], Any] | None = None
+    hooks: HooksInside | None = None
     proof: Proof | None = None
     positions: Positions | None = None
     names: tuple[str, ...] = ()
@@ -90,6 +96,10 @@ class Region:
         """The module's own forward, on this rank's part."""
         if self.proof is not None and self.proof.is_due(module):
             self.proof.run(module, args, kwargs)
+        with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
+            return self._run(module, args, kwargs)
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.enters:
             args, kwargs = self._enter(args, kwargs)
         draws = own_stream(self.mesh) if self.draws and module.training else nullcontext()
@@ -100,7 +110,7 @@ class Region:
         if self.leaves:
             shared_again()
             output = self.leave(output)
-            bias = None if self.after is None else module._parameters[self.after]
+            bias = None if self.after is None else getattr(module, self.after)
             if bias is not None:
                 output = output + bias.to(output.dtype)
         return output
@@ -144,8 +154,15 @@ class Region:
         return any(name in self.stays and value is not None for name, value in named)
 
     def whole_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the whole module takes them."""
-        return args, kwargs
+        """The arguments as the whole module takes them; what another part made is (batch, heads, queries, keys).
+
+        Communication: one all-gather of each of those.
+        """
+
+        def gathered(name: str, value: Any) -> Any:
+            return gather(value, self.mesh, 1) if name in self.stays and isinstance(value, Tensor) else value
+
+        return self.rewrite(args, kwargs, gathered)
 
     def whole_output(self, output: Tensor) -> Tensor:
         """The output as the whole module gives it."""
@@ -155,37 +172,31 @@ class Region:
         """To be made in a forward, and entered, more than once too, while it is computed again in backward."""
         return nullcontext()
 
+    def _partial_views(self, module: nn.Module) -> dict[str, Tensor]:
+        """By name. A parameter that is tied, or that the module lacks by now, is seen once, or not at all."""
+        if not torch.is_grad_enabled():
+            return {}
+        parameters = {name: _parameter(module, name) for name in self.partial}
+        return {name: seen_in_part(p, self.mesh) for name, p in parameters.items() if p is not None and p.requires_grad}
+
     def _shadowed(self, module: nn.Module) -> AbstractContextManager[None]:
         values: dict[str, Any] = {}
         for name in self.local:
             parameter = _parameter(module, name)
+            if parameter is None and name.rpartition(".")[2] == "weight":
+                raise RuntimeError(
+                    f"the {name} of a {type(module).__name__} was taken out of it (pruned, or parametrised) during the "
+                    "fit, while tp divides it; do so before the fit, or leave the layer whole with tensor_plan="
+                )
             if isinstance(parameter, DTensor):
-                values[name] = parameter.to_local()
+                values[name] = on_axis(parameter, "tp")  # of a copy of a module that dp_shard divides too, it gathers
         if self.after is not None and module._parameters[self.after] is not None:
             values[self.after] = _no_bias(module, self.after)
+        values |= self._partial_views(module)
         values |= self.attributes
         for name, place in self.buffers.items():
             values[name] = local_part(module.get_buffer(name), place, self.mesh)
         return shadowed(module, values)
-
-
-@contextmanager
-def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """While it lasts, the module (or one below it) finds these values under these dotted names."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for name, value in values.items():
-            owner, _, leaf = name.rpartition(".")
-            own = vars(module.get_submodule(owner))
-            before.append((own, leaf, own.get(leaf, _MISSING)))
-            own[leaf] = value
-        yield
-    finally:
-        for own, leaf, value in reversed(before):
-            if value is _MISSING:
-                del own[leaf]
-            else:
-                own[leaf] = value
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

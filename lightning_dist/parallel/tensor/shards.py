@@ -8,6 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from lightning_dist.divided import whole
+
 
 def placement(dim: int, packed: int = 1) -> Placement:
     """Split along a dim; of each of ``packed`` equal pieces along it (q, k, v in one matrix) if there are several.
@@ -17,18 +19,32 @@ def placement(dim: int, packed: int = 1) -> Placement:
     return Shard(dim) if packed == 1 else _StridedShard(dim, split_factor=packed)
 
 
-def local_part(whole: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
+def local_part(tensor: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a whole tensor, a copy. Communication: none.
 
     Args:
-        whole: the same on every rank.
+        tensor: the same on every rank.
         place: from :func:`placement`.
         mesh: of one axis.
     """
     assert isinstance(place, (Shard, _StridedShard))
-    pieces = whole.chunk(getattr(place, "split_factor", 1), place.dim)
+    pieces = tensor.chunk(getattr(place, "split_factor", 1), place.dim)
     mine = [_chunk(piece, place.dim, mesh) for piece in pieces]
     return torch.cat(mine, place.dim).clone()
+
+
+def on_axis(tensor: DTensor, axis: str) -> Tensor:
+    """This rank's part of a tensor as that axis alone divides it.
+
+    Communication: none where no other axis divides it; else those of :func:`~lightning_dist.divided.whole.whole`.
+    """
+    mesh = tensor.device_mesh
+    names = mesh.mesh_dim_names or ()
+    others = [p for name, p in zip(names, tensor.placements, strict=True) if name != axis and not p.is_replicate()]
+    if not others:
+        return tensor.to_local()
+    place = tensor.placements[names.index(axis)]
+    return local_part(whole(tensor), place, mesh[axis])
 
 
 def _chunk(piece: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
@@ -53,16 +69,16 @@ def split_parameter(root: nn.Module, owner: nn.Module, name: str, place: Placeme
             f"tp can't divide the {name} of a {type(owner).__name__}, which is no plain parameter there "
             "(parametrised, or pruned); leave the layer whole with tensor_plan="
         )
-    whole = owner._parameters[name]
-    if whole is None or isinstance(whole, DTensor):
+    plain = owner._parameters[name]
+    if plain is None or isinstance(plain, DTensor):
         return
-    part = local_part(whole.detach(), place, mesh)
+    part = local_part(plain.detach(), place, mesh)
     split = nn.Parameter(
-        DTensor.from_local(part, mesh, [place], run_check=False, shape=whole.shape, stride=whole.stride()),
-        requires_grad=whole.requires_grad,
+        DTensor.from_local(part, mesh, [place], run_check=False, shape=plain.shape, stride=plain.stride()),
+        requires_grad=plain.requires_grad,
     )
-    split.__dict__.update(whole.__dict__)  # marks that models put on their parameters
+    split.__dict__.update(plain.__dict__)  # marks that models put on their parameters
     for module in root.modules():
         for key, parameter in module._parameters.items():
-            if parameter is whole:
+            if parameter is plain:
                 module._parameters[key] = split

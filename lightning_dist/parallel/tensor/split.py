@@ -13,6 +13,7 @@ from lightning_dist.parallel.tensor.attention import LocalHeads
 from lightning_dist.parallel.tensor.collectives import leave
 from lightning_dist.parallel.tensor.embedding import LocalRows
 from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
+from lightning_dist.parallel.tensor.hooks import HooksInside
 from lightning_dist.parallel.tensor.logits import VocabLogits
 from lightning_dist.parallel.tensor.positions import Positions, SequenceBlock
 from lightning_dist.parallel.tensor.proof import Proof
@@ -41,6 +42,7 @@ def split(
     proof = Proof(mesh)
     for name, part in plan.items():
         _apply(module, module.get_submodule(name), part, mesh, loss_parallel, proof)
+    _attach_around(module, plan, mesh)
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False  # it would read the layers' parameters itself
@@ -69,6 +71,7 @@ def _chain(module: nn.Module, chains: Chains, mesh: DeviceMesh, proof: Proof) ->
                 mesh,
                 stays=OWN_ARGUMENTS,
                 draws=_draws(block),
+                hooks=HooksInside(mesh),
                 proof=proof,
                 positions=positions,
                 name=name,
@@ -101,11 +104,26 @@ def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, los
         mode=_mode(part, mesh),
         draws=_draws(module),
         finish=partial(_logits, Vocabulary(mesh, part.vocabulary), loss_parallel) if _is_head(part) else None,
+        hooks=HooksInside(mesh) if part.rows else None,
         proof=None if part.vocabulary else proof,
     ).attach(module)
     if part.multihead:
         # torch's transformer layers go past a layer without hooks
         module.register_forward_pre_hook(_no_fast_path)
+
+
+def _attach_around(root: nn.Module, plan: TensorPlan, mesh: DeviceMesh) -> None:
+    """Regions that do nothing but show hooks whole activations, around layers whose outputs go on divided."""
+    leaving = [name for name, part in plan.items() if part.rows and not part.enters]
+    for name, part in plan.items():
+        if not part.enters or part.rows or part.vocabulary or part.multihead or part.applied_row:
+            continue
+        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+        outer = next((p for p in parents if any(row.startswith(f"{p}.") for row in leaving)), None)
+        if outer is None or Region.of(root.get_submodule(outer)) is not None:
+            continue
+        if "forward" not in vars(root.get_submodule(outer)):
+            Region(mesh, hooks=HooksInside(mesh)).attach(root.get_submodule(outer))
 
 
 def _refuse_replaced_forward(layer: nn.Module) -> None:

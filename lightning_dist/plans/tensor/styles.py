@@ -49,7 +49,9 @@ def styled_plan(module: nn.Module, styles: Styles) -> TensorPlan:
             raise ValueError(f"tensor_plan gives {name!r} the style {style!r}; the styles are {', '.join(STYLES)}")
         if style != REPLICATE and not layers.is_dense(modules[name]):
             kind = type(modules[name]).__name__
-            raise ValueError(f"tensor_plan divides {name!r}, a {kind}; it can divide nn.Linear and Conv1D")
+            computed = isinstance(modules[name], nn.Linear) and "weight" not in modules[name]._parameters
+            why = " whose weight is computed from other parameters (pruned or parametrised)" if computed else ""
+            raise ValueError(f"tensor_plan divides {name!r}, a {kind}{why}; it can divide nn.Linear and Conv1D")
     plan: TensorPlan = {}
     for name, part in _assemble(module, {n: s for n, s in chosen.items() if s != REPLICATE}).items():
         if part is None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from torch.distributed.tensor import DTensor
-from torch.optim import LBFGS, Adafactor, Optimizer, Rprop
+from torch.optim import LBFGS, Optimizer
 
-from lightning_dist.placeholder import held, is_placeholder
-
-UNSHARDABLE = (Adafactor, Rprop)
-"""Steps that torch can't take on sharded parameters (seen in 2.14 and 2.15)."""
+from lightning_dist.placeholder import held
 
 
 def settle(optimizer: Optimizer) -> None:
@@ -22,27 +19,18 @@ def settle(optimizer: Optimizer) -> None:
 
     Args:
         optimizer: changed in place; any other than torch's own keeps its settings.
-
-    Raises:
-        ValueError: the optimizer can't step over sharded parameters.
     """
-    if isinstance(optimizer, LBFGS) and any(is_placeholder(p) for g in optimizer.param_groups for p in g["params"]):
-        raise ValueError(
-            "LBFGS works on all parameters as one vector, and under pp a rank holds those of its stages; use another "
-            "optimizer, or another axis"
-        )
-    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
-    if sharded and isinstance(optimizer, UNSHARDABLE):
-        raise ValueError(
-            f"torch's {type(optimizer).__name__} can't step over parameters that dp_shard or tp split; use "
-            "dp_replicate, or an optimizer that works element by element, such as AdamW"
-        )
     for group in optimizer.param_groups:
         meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in held(group["params"])}
         if len(meshes) > 1:
             group.update({name: False for name in ("foreach", "fused") if name in group})
         elif None not in meshes and _leaves_foreach_open(optimizer, group):
             group["foreach"] = True
+
+
+def reads_the_loss(optimizer: Optimizer) -> bool:
+    """Whether a step depends on the loss that its closure returns, so that ranks have to return the same one."""
+    return isinstance(optimizer, LBFGS)
 
 
 def _leaves_foreach_open(optimizer: Optimizer, group: dict[str, object]) -> bool:

@@ -1,0 +1,275 @@
+"""Samplers of a data rank: its part of what the user's own sampler yields."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import Sampler, get_worker_info
+
+from lightning_dist.randomness import seed_generators
+
+
+class Dealt(Sampler[Any]):
+    """What the user's own sampler yields, dealt to the data ranks in its order.
+
+    Args:
+        source: the user's, of samples or of whole batches.
+        num_replicas: number of data ranks.
+        rank: this data rank.
+        seed: of the order; the same on all ranks.
+    """
+
+    def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
+        self.source, self.num_replicas, self.rank, self.seed = source, num_replicas, rank, seed
+        self.epoch = 0
+        self.taken = 0
+        """What all ranks together took of the epoch before; the next iteration deals the rest."""
+        self._source: Iterator[Any] | None = None
+        """Of the user's sampler, in the iteration that runs."""
+        self._drawn: dict[str, Any] | None = None
+        self._to_repeat: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+        """The state of the earlier run, as long as nothing was drawn since."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order the next iteration takes; passed on to samplers that know epochs."""
+        if epoch != self.epoch:
+            self.taken = 0
+        self.epoch = epoch
+        for sampler in (self.source, getattr(self.source, "sampler", None)):
+            if callable(inner := getattr(sampler, "set_epoch", None)):
+                inner(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._repeat() if self._to_repeat is not None else self._draw(self.epoch)
+        rest, self.taken = order[self.taken :], 0
+        mine = self._mine(order, rest)
+        if len(mine) * self.num_replicas > len(rest):  # one process comes to the end within a batch
+            self._end_source()
+        return self._until_end(mine)
+
+    def _until_end(self, mine: list[Any]) -> Iterator[Any]:
+        yield from mine
+        self._end_source()
+
+    def _end_source(self) -> None:
+        """The user's sampler is asked for more than it has, as far as one process would ask it.
+
+        RandomSampler draws once more from its generator then, which makes the next epoch another (seen in torch 2.14).
+        """
+        source, self._source = self._source, None
+        if source is not None:
+            next(source, None)
+
+    def state(self) -> dict[str, Any] | None:
+        """Of the last order: its epoch and digest, and how the sampler's own generator was before it and is now."""
+        if self._drawn is None:
+            return self._resumed
+        return {**self._drawn, "now": None if self.generator is None else self.generator.get_state()}
+
+    def go_on(self, state: dict[str, Any] | None) -> None:
+        """The next iteration goes on where an earlier run was, by its :meth:`state`."""
+        self._to_repeat = self._resumed = state
+        if state is None or self.generator is None or state["now"] is None or state["epoch"] == self.epoch:
+            return
+        self.generator.set_state(state["now"])  # from which the loader itself may draw before the sampler
+        self._to_repeat = None
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """That the user's sampler brings."""
+        for sampler in (self.source, getattr(self.source, "sampler", None)):
+            if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+                return generator
+        return None
+
+    def _draw(self, epoch: int) -> list[Any]:
+        before = None if self.generator is None else self.generator.get_state()
+        self._source = source = iter(self.source)
+        size = None if self.generator is None else sized_len(self.source)
+        with isolate_rng():  # leaves the process's own streams untouched
+            seed_generators(self.seed + epoch)
+            order = list(source if size is None else itertools.islice(source, size))
+        self._drawn = {"epoch": epoch, "digest": _digest(order), "before": before}
+        return order
+
+    def _repeat(self) -> list[Any]:
+        """The order of the epoch, once the sampler has drawn what the earlier run had drawn last.
+
+        A sampler with a state that nobody sees comes to it by drawing as often as it had by then.
+        """
+        wanted, self._to_repeat = self._to_repeat, None
+        assert wanted is not None
+        if self.generator is not None and wanted["before"] is not None:
+            self.generator.set_state(wanted["before"])
+        for _ in range(1 + wanted["epoch"]):
+            order = self._draw(wanted["epoch"])
+            if _digest(order) == wanted["digest"]:
+                break
+        else:
+            kind = type(getattr(self.source, "sampler", self.source)).__name__
+            rank_zero_warn(
+                f"the order of the samples before the checkpoint can't be drawn again: other data, or the {kind} draws "
+                "from a state of its own. The rest of this epoch may repeat samples and leave others out; draw from a "
+                "torch.Generator that is its attribute `generator`, or from torch's, numpy's or Python's own generators"
+            )
+        return order if wanted["epoch"] == self.epoch else self._draw(self.epoch)
+
+    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+        raise NotImplementedError
+
+    def of_each(self, items: int) -> int:
+        """How many of so many items each data rank takes."""
+        return math.ceil(items / self.num_replicas)
+
+    def __len__(self) -> int:
+        """Of a whole epoch."""
+        return self.of_each(len(self.source))
+
+
+class DealtSampler(Dealt):
+    """The order of the user's own sampler, dealt to the data ranks one sample after the other.
+
+    Rank r takes the samples r, r + n, r + 2n, ...; the order is filled up from its start so that every rank has the
+    same number, as in torch's ``DistributedSampler`` (or cut, for a loader that drops its last batch). So the k-th
+    batches of all ranks are together the k-th batch of one process whose batches are n times as large.
+
+    Every rank draws the same order: the sampler runs under a random state made of ``seed`` and the epoch (which
+    Lightning sets), so one process and many ranks see the same epochs. A sampler with a ``generator`` of its own
+    draws from that, which :func:`share_generator` makes the same.
+    """
+
+    def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0, drop_last: bool = False) -> None:
+        super().__init__(source, num_replicas, rank, seed)
+        self._drop_last = drop_last
+
+    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+        total = self.of_each(len(rest)) * self.num_replicas
+        if order and total > len(rest):
+            rest = rest + (order * math.ceil(total / len(order)))[: total - len(rest)]
+        return rest[:total][self.rank :: self.num_replicas]
+
+    def of_each(self, items: int) -> int:
+        """How many of so many samples each data rank takes."""
+        return items // self.num_replicas if self._drop_last else super().of_each(items)
+
+
+class DealtBatches(Dealt):
+    """The user's own batches, dealt whole to the data ranks; every rank yields the same number.
+
+    Rank r takes the batches r, r + n, ... A rank that has none left repeats batch 0: in evaluation that step runs
+    along, for the sake of the collectives inside the model, and is not counted (see :meth:`counts`); in training it
+    is used, as Lightning's ddp repeats samples.
+
+    Args:
+        limited: how many batches all ranks take together is said later, by :meth:`limit`; until then the length is that
+            of one process, of which Lightning takes its limits.
+    """
+
+    def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0, limited: bool = False) -> None:
+        super().__init__(source, num_replicas, rank, seed)
+        self._limit: float | None = None if limited else math.inf
+        self.total = math.inf
+        """Of the last order."""
+
+    def limit(self, batches: float) -> float:
+        """All ranks together take the first so many batches; returns how many this one takes at most."""
+        if self._limit is None:
+            self._limit = batches
+        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
+
+    def counts(self, batch_idx: int) -> bool:
+        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
+        return batch_idx * self.num_replicas + self.rank < self.total
+
+    def __len__(self) -> int:
+        if self._limit is None:
+            return len(self.source)
+        return self.of_each(int(min(self._limit, len(self.source))))
+
+    @property
+    def sampler(self) -> DealtBatches:
+        """Itself: Lightning tells the epoch to the batch sampler's ``sampler``."""
+        return self
+
+    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+        if self._limit is not None and len(rest) > self._limit:
+            rest = rest[: int(self._limit)]
+        self.total = len(rest)
+        mine = rest[self.rank :: self.num_replicas]
+        if len(mine) < self.of_each(len(rest)):
+            mine.append(order[0])
+        return mine
+
+    def __getattr__(self, name: str) -> Any:
+        # what Lightning and users ask of a batch sampler: batch_size, drop_last
+        if name == "source":
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+class SeededBatches(Sampler[list[Any]]):
+    """Batches that bring the seed under which a loader's worker makes them.
+
+    A worker's generators otherwise depend on all that it made since it started, so that a run which is resumed within
+    an epoch would augment otherwise.
+
+    Args:
+        batches: of indices.
+        dealt: the part of them that deals; gives the epoch and what was taken of it.
+        items: how many of what is dealt make a batch.
+    """
+
+    def __init__(self, batches: Any, dealt: Dealt, items: int) -> None:
+        self.batches, self.dealt, self._items = batches, dealt, items
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        dealt = self.dealt
+        position = dealt.taken + dealt.rank
+        for batch in self.batches:
+            number = (dealt.seed * 1_000_003 + dealt.epoch) * 1_000_003 + position
+            yield SeededBatch(batch, number % 2**31)
+            position += self._items * dealt.num_replicas
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batches":
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+
+class SeededBatch(list[Any]):
+    """Indices of a batch; a worker that goes through them seeds its generators first."""
+
+    def __init__(self, indices: Any = (), seed: int | None = None) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.seed is not None and get_worker_info() is not None:
+            seed_generators(self.seed)
+        return super().__iter__()
+
+
+_DIGESTED = 1 << 16
+
+
+def _digest(order: list[Any]) -> tuple[int, int]:
+    """The length of an order and a checksum of some of it."""
+    some = order[:: 1 + len(order) // _DIGESTED]
+    try:
+        data = array("q", some).tobytes()
+    except TypeError:
+        data = repr(some).encode()
+    return len(order), zlib.crc32(data)

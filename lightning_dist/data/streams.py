@@ -1,0 +1,204 @@
+"""Data that is read as a stream, by the same code on every rank: each data rank takes its share of the batches."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.data import has_iterable_dataset
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from lightning_dist.kept import Kept
+from lightning_dist.randomness import CPU, RandomStates, kept_random_states, seed_generators
+
+_PROBED = 2
+"""Samples by which it is seen whether the ranks read the same."""
+
+
+class DealtStream:
+    """A loader of an iterable data set, or any iterable of batches, of which every data rank reads all and takes some.
+
+    Rank r takes the batches r, r + n, ..., as :class:`~lightning_dist.data.DealtBatches` does: together they are the
+    batch of one process that is n times as large (with several workers, the batches come in the workers' order). If
+    batches are left that are fewer than ranks, some repeat their first: in training it is used, in evaluation it is not
+    counted. Reading draws from generators that are alike on all ranks, so a stream that shuffles is the same one.
+
+    Args:
+        loader: the user's, which yields the same on every rank.
+        num_replicas: number of data ranks.
+        rank: this data rank.
+        random: states of the generators that the first batch is read with; the same on all ranks.
+        drop_last: leave out the batches at the end that are fewer than ranks.
+        limited: as of :class:`~lightning_dist.data.DealtBatches`.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        num_replicas: int,
+        rank: int,
+        random: RandomStates,
+        drop_last: bool = False,
+        limited: bool = False,
+    ) -> None:
+        self.loader, self.num_replicas, self.rank, self._random = loader, num_replicas, rank, random
+        self._drop_last = drop_last
+        self._limit: float | None = None if limited else math.inf
+        self.total = math.inf
+        """Batches of the iteration, once they are known."""
+        if sized_len(loader) is not None:
+            self.__class__ = _SizedStream
+
+    def limit(self, batches: float) -> float:
+        """All ranks together take the first so many batches; returns how many this one takes at most."""
+        if self._limit is None:
+            self._limit = batches
+        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
+
+    def counts(self, batch_idx: int) -> bool:
+        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
+        return batch_idx * self.num_replicas + self.rank < self.total
+
+    def of_each(self, batches: int) -> int:
+        """How many of so many batches each data rank takes."""
+        return batches // self.num_replicas if self._drop_last else math.ceil(batches / self.num_replicas)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.total = math.inf
+        batches = self._draw(lambda: iter(self.loader))
+        first: list[Any] = []
+        for done in itertools.count(0, self.num_replicas):
+            mine, size = self._round(batches, done)
+            if size < self.num_replicas:
+                self.total = done + size
+                if not size or self._drop_last:
+                    return
+                mine = mine or first or self._head
+            first = first or mine
+            yield mine[0]
+            if size < self.num_replicas:
+                return
+
+    def _round(self, batches: Iterator[Any], done: int) -> tuple[list[Any], int]:
+        """This rank's batch of the next one for each rank, if it has one; and how many there are."""
+        mine: list[Any] = []
+        limit = math.inf if self._limit is None else self._limit
+        for index in range(self.num_replicas):
+            if done + index >= limit:
+                return mine, index
+            try:
+                batch = self._draw(lambda: next(batches))
+            except StopIteration:
+                return mine, index
+            if index == 0:
+                self._head = [batch]
+            if index == self.rank:
+                mine = [batch]
+        return mine, self.num_replicas
+
+    def _draw(self, read: Any) -> Any:
+        with kept_random_states(CPU):
+            self._random.restore(CPU)
+            try:
+                return read()
+            finally:
+                self._random = RandomStates.now(CPU)
+
+    @property
+    def _iterator(self) -> Any:
+        """A DataLoader's own, by which Lightning shuts its workers down."""
+        return getattr(self.loader, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        if hasattr(self.loader, "_iterator"):
+            self.loader._iterator = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+class _SizedStream(DealtStream):
+    def __len__(self) -> int:
+        """Of this rank; of one process, until a limit was said."""
+        if self._limit is None:
+            return len(self.loader)
+        return self.of_each(int(min(self._limit, len(self.loader))))
+
+
+def is_stream(loader: Any) -> bool:
+    """Whether what a loader yields is its own affair: iterable data, or no ``DataLoader`` at all."""
+    return has_iterable_dataset(loader) if isinstance(loader, DataLoader) else hasattr(loader, "__iter__")
+
+
+def deal_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessGroup, training: bool) -> Any:
+    """The loader as it is, if its owner deals it; a :class:`DealtStream`, if all data ranks read the same from it.
+
+    The first samples are read from an iterator that is thrown away, with generators that are alike on all ranks; the
+    data set's attributes are put back. Ranks that read the same ones have nothing dealt. An iterator, which can be read
+    once only, is left to its owner.
+
+    Args:
+        loader: see :func:`is_stream`.
+        num_replicas: number of data ranks.
+        rank: this data rank.
+        group: of the data ranks.
+        training: as opposed to evaluation.
+
+    Communication: one all-gather of a digest, and of generators' states of 8 kB, as objects over the group.
+
+    Raises:
+        ValueError: on every rank, if some data ranks read the same and others do not.
+    """
+    source = loader.dataset if isinstance(loader, DataLoader) else loader
+    everyone: list[Any] = [None] * num_replicas
+    own = _digest(source) or f"unknown on {rank}", RandomStates.now(CPU).to_state()
+    dist.all_gather_object(everyone, own, group)
+    digests = [digest for digest, _ in everyone]
+    if len(set(digests)) == num_replicas:
+        return loader
+    if len(set(digests)) > 1:
+        same = [index for index, digest in enumerate(digests) if digests.count(digest) > 1]
+        raise ValueError(
+            f"of the data of {type(source).__name__}, data ranks {', '.join(map(str, same))} read the same and others "
+            "do not: deal it by trainer.strategy.data_rank of num_data_ranks, leave dealing out (it is then done for "
+            "you), or say Trainer(use_distributed_sampler=False) if it is meant so"
+        )
+    drop_last = training and bool(getattr(loader, "drop_last", False))
+    random = RandomStates.from_state(everyone[0][1])
+    return DealtStream(loader, num_replicas, rank, random, drop_last, limited=not training)
+
+
+def _digest(source: Any) -> str | None:
+    """Of the first samples; None if there are none, or they can't be read here."""
+    kept = Kept([source] if hasattr(source, "__dict__") else [], data=True)
+    try:
+        with kept_random_states(CPU):
+            seed_generators(0)
+            samples = iter(source)
+            if samples is source:
+                return None
+            leaves = tree_leaves(list(itertools.islice(samples, _PROBED)))
+    except Exception:  # it may want workers, or what only the training brings
+        return None
+    finally:
+        kept.put_back()
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        is_tensor = isinstance(leaf, Tensor)
+        digest.update(
+            leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            if is_tensor
+            else repr(leaf).encode()
+        )
+    return digest.hexdigest() if leaves else None

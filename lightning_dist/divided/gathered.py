@@ -1,0 +1,171 @@
+"""Parameters that fully_shard gathered: what is written to them reaches this rank's part before they are freed.
+
+[Note: writes to what is gathered]
+While a unit of fully_shard is gathered its modules hold whole, plain parameters, and code in a step or a hook may write
+to them: a momentum encoder, prototypes that are normalised. fully_shard frees them and would forget it. A write moves
+the version counter of a tensor, and fully_shard's own gathering does not; ``.data`` has a counter of its own, so the
+aliases that are handed out are remembered. What was written is copied to this rank's part before the memory is freed;
+what is written to the part meanwhile (by an optimizer's reference, say) is gathered anew before the unit runs again.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
+
+from lightning_dist.divided.functions import Way, name_of, way_of
+from lightning_dist.divided.tensor import as_divided
+
+
+class GatheredParameter(nn.Parameter):
+    """A whole, plain parameter while it is gathered; torch's functions see it as any other."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # first the divided ones are gathered
+        way = way_of(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            if way is Way.SET_DATA and isinstance(args[0], GatheredParameter):
+                return _assign(*args)
+            if way is Way.COPY and isinstance(args[0], GatheredParameter):
+                return _copy_of_part(*args)
+            result = func(*args, **(kwargs or {}))
+            if way is Way.ALIAS and name_of(func) in ("data", "detach"):
+                vars(args[0]).setdefault("_aliases" if name_of(func) == "data" else "_detached", []).append(result)
+            return result
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has a part of it, which can't see through a parameter of another class."""
+    return any(
+        child._compiled_call_impl is not None or isinstance(child, OptimizedModule) for child in module.modules()
+    )
+
+
+def watch(param_group: Any, sees_data: bool) -> None:
+    """Makes a group of fully_shard's parameters keep what is written while they are gathered.
+
+    Args:
+        param_group: of a unit.
+        sees_data: also what is written by way of ``.data``. Gathered parameters then have a class of their own.
+
+    Works around fully_shard's ``_to_unsharded`` and ``_to_sharded``, as seen in torch 2.14: after the one whole
+    parameters are in the modules, before the other their memory is there.
+    """
+    if vars(param_group).get("_watched"):
+        return
+    vars(param_group)["_watched"] = True
+    gather, free = param_group._to_unsharded, param_group._to_sharded
+
+    def to_unsharded() -> None:
+        for parameter in param_group.fsdp_params:
+            _refuse_removed(parameter)
+        gather()
+        for parameter in param_group.fsdp_params:
+            _begin(parameter, sees_data)
+
+    def to_sharded() -> None:
+        if param_group.is_unsharded:
+            for parameter in param_group.fsdp_params:
+                write_back(parameter)
+        free()
+
+    param_group._to_unsharded, param_group._to_sharded = to_unsharded, to_sharded
+
+
+def _refuse_removed(parameter: Any) -> None:
+    place = parameter._module_info
+    if place.param_name not in place.module._parameters:
+        raise RuntimeError(
+            f"the parameter {place.param_name} of a {type(place.module).__name__} was taken out of it (pruned, or "
+            "parametrised) during the fit, while dp_shard divides it; do so before the fit, or use dp_replicate"
+        )
+
+
+def _begin(parameter: Any, sees_data: bool) -> None:
+    gathered = as_divided(parameter._unsharded_param)
+    if sees_data and type(gathered) is nn.Parameter:
+        gathered.__class__ = GatheredParameter
+        vars(gathered)["_fsdp_param"] = weakref.ref(parameter)
+    vars(gathered)["_aliases"], vars(gathered)["_detached"] = [], []
+    vars(gathered)["_seen"] = _version(_local(gathered)), _version(_local(parameter.sharded_param))
+
+
+def write_back(parameter: Any) -> None:
+    """Copies this rank's part of a gathered parameter that was written to. Communication: none.
+
+    Raises:
+        RuntimeError: it was gathered in another dtype, which would round what was not written.
+    """
+    gathered = parameter._unsharded_param
+    whole, part = _local(gathered), _local(parameter.sharded_param)
+    if whole.is_inference():  # has no version
+        is_written = whole.dtype == part.dtype
+    else:
+        is_written = _version(whole) != vars(gathered)["_seen"][0]
+        is_written |= any(alias._version for alias in vars(gathered)["_aliases"])
+    if not is_written:
+        return
+    if whole.dtype != part.dtype:
+        raise RuntimeError(
+            f"a parameter {tuple(gathered.shape)} was written to while dp_shard held it gathered in {whole.dtype}, and "
+            f"it is kept in {part.dtype}: write to it between the steps, use precision='32-true', or dp_replicate"
+        )
+    dim, mesh = parameter.fsdp_placement.dim, parameter.mesh_info
+    width = -(-whole.shape[dim] // mesh.shard_mesh_size)
+    start = min(mesh.shard_mesh_rank * width, whole.shape[dim])
+    with torch.no_grad():
+        part.detach().copy_(whole.narrow(dim, start, part.shape[dim] if part.numel() else 0).view_as(part))
+    vars(gathered)["_aliases"] = []
+    vars(gathered)["_seen"] = _version(whole), _version(part)
+
+
+def is_outdated(param_group: Any) -> bool:
+    """Whether a part was written to since the group was gathered."""
+    if not param_group.is_unsharded:
+        return False
+    return any(
+        vars(p._unsharded_param)["_seen"][1] != _version(_local(p.sharded_param)) for p in param_group.fsdp_params
+    )
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@torch.no_grad()
+def _assign(target: Tensor, value: Tensor) -> None:
+    """``target.data = value``: the values, in the memory that fully_shard knows."""
+    if value.shape != target.shape or value.dtype != target.dtype:
+        raise ValueError(
+            f"`.data` of a parameter {tuple(target.shape)} {target.dtype}, which dp_shard divides, was assigned "
+            f"{tuple(value.shape)} {value.dtype}: its shape and dtype stay those that it was divided with"
+        )
+    for alias in (*vars(target).get("_aliases", ()), *vars(target).pop("_detached", ())):
+        alias.data = alias.clone()  # as what `.data` was before keeps its memory
+    alias = target.data
+    alias.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+    vars(target)["_aliases"] = [alias]
+
+
+def _copy_of_part(tensor: Any, memo: dict[int, Any]) -> Any:
+    parameter = tensor._fsdp_param()
+    write_back(parameter)
+    with torch._C._EnableTorchFunction():
+        copied = copy.deepcopy(parameter.sharded_param, memo)
+    memo[id(tensor)] = copied
+    return copied

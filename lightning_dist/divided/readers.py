@@ -1,0 +1,104 @@
+"""Who asks for the whole of a divided tensor: all ranks that hold a part have to.
+
+[Note: ranks that ask alone]
+``if trainer.is_global_zero: print(p.norm())`` would wait for ranks that wait elsewhere, or take what they send for
+something else as its own. So the first time that a line of the user's code asks, the ranks meet at the store of the
+process group, which needs no collective; a rank that stays alone there says so. From then on that line is trusted.
+What ``rank_zero_only`` runs is refused at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from functools import cache
+from types import CodeType, FrameType
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed.tensor import DTensor
+
+PATIENCE = timedelta(seconds=60)
+"""For how long a rank waits for the others to come to a line for the first time."""
+
+_DEEPEST = 60
+"""Calls to look at."""
+
+_LIBRARIES = ("torch", "lightning", "lightning_dist", "lightning_fabric", "pytorch_lightning", "torchmetrics")
+
+
+class _Meetings:
+    """The lines at which all ranks of the present process group have met."""
+
+    store: Any = None
+    places: ClassVar[set[tuple[str, int, str]]] = set()
+
+    @classmethod
+    def at(cls, store: Any) -> set[tuple[str, int, str]]:
+        """Of a store; those of another are forgotten. It is kept: the identity of one that is gone may come again."""
+        if cls.store is not store:
+            cls.store = store
+            cls.places.clear()
+        return cls.places
+
+
+def agree_to_read(tensor: DTensor) -> None:
+    """Makes sure that all ranks which hold a part of the tensor run the code that asks for the whole.
+
+    Communication: none, but the first time that a line asks one meeting at the store of the process group.
+
+    Raises:
+        RuntimeError: only some ranks do, or ``rank_zero_only`` runs it.
+    """
+    line = _line_of_user(sys._getframe(1))
+    if line is None or tensor.device_mesh.size() == 1 or not dist.is_initialized():
+        return
+    ranks = tensor.device_mesh.mesh.flatten().tolist()
+    store: Any = dist.distributed_c10d._get_default_store()  # private; seen in torch 2.14
+    place = (line.f_code.co_filename, line.f_lineno, f"{min(ranks)}/{len(ranks)}")
+    met = _Meetings.at(store)
+    if place in met:
+        return
+    key = f"lightning_dist/divided/{place}"
+    if store.add(key, 1) == len(ranks):
+        store.set(f"{key}/all", b"1")
+    try:
+        store.wait([f"{key}/all"], PATIENCE)
+    except RuntimeError as error:
+        raise RuntimeError(
+            _alone(f"{line.f_code.co_qualname}, line {line.f_lineno}, run by only some ranks,")
+        ) from error
+    met.add(place)
+
+
+def _line_of_user(frame: FrameType | None) -> FrameType | None:
+    """The innermost that is no library's.
+
+    Raises:
+        RuntimeError: ``rank_zero_only`` is around it.
+    """
+    found, guard = None, _guard()
+    for _ in range(_DEEPEST):
+        if frame is None:
+            break
+        if frame.f_code is guard:
+            raise RuntimeError(_alone("a function that only rank 0 runs (rank_zero_only)"))
+        name = str(frame.f_globals.get("__name__", ""))
+        if found is None and name.partition(".")[0] not in _LIBRARIES:
+            found = frame
+        frame = frame.f_back
+    return found
+
+
+@cache
+def _guard() -> CodeType:
+    """The code of what ``rank_zero_only`` makes of a function (lightning_utilities 0.15)."""
+    return rank_zero_only(lambda: None).__code__
+
+
+def _alone(who: str) -> str:
+    return (
+        f"{who} asked for the whole of a parameter, gradient or optimizer state of which each rank holds a part; all "
+        "ranks have to ask: compute the number on every rank, and use it where you like"
+    )

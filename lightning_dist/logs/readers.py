@@ -1,0 +1,197 @@
+"""Who reads logged values while steps run, and where: foreseen from the code, agreed on by the ranks, or met there."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+
+from lightning_dist.logs.mentions import READS, SYNCS, is_library, mentions
+from lightning_dist.logs.microbatches import RecordedLogs
+
+SHOWS = "shows"
+"""What a progress bar does with values, on rank 0 alone."""
+
+_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_test_batch_start",
+    "on_test_batch_end",
+    "on_save_checkpoint",
+)
+"""Of a step, or run in one by callbacks; modules have them too, and theirs come after those of callbacks."""
+_STEPS = ("training_step", "validation_step", "test_step")
+_WITHIN = ("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step")
+"""Of modules alone; some run around ``training_step`` and go on after it."""
+
+PATIENCE = timedelta(seconds=60)
+"""How long a rank that reads in a place that was not foreseen waits for the others to read too."""
+
+
+class Readers:
+    """Which hooks of a step read or log values, alike on all ranks of a group.
+
+    Communication: one all-gather of a few bytes, when it is made.
+
+    Args:
+        trainer: whose callbacks and module they are.
+        group: ranks that run the same callbacks.
+    """
+
+    def __init__(self, trainer: pl.Trainer, group: dist.ProcessGroup) -> None:
+        module = trainer.lightning_module
+        plan: dict[str, frozenset[str]] = {}
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for hook in _HOOKS:
+            # by the names under which Lightning profiles hooks, as seen in 2.6.6
+            for callback in callbacks:
+                action = f"[Callback]{callback.state_key}.{hook}"
+                shows = {SHOWS} if isinstance(callback, ProgressBar) else set()
+                plan[action] = plan.get(action, frozenset()) | mentions(callback, hook) | shows
+            plan[f"[LightningModule]{type(module).__name__}.{hook}"] = mentions(module, hook)
+        within = frozenset().union(*(mentions(module, hook) for hook in (*_STEPS, *_WITHIN)))
+        training = {name for name in plan if "_validation_" not in name and "_test_" not in name}
+        syncs = SYNCS in mentions(module, "training_step"), any(SYNCS in plan[name] for name in training)
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        own = {action: tuple(sorted(found)) for action, found in plan.items() if found}
+        reads = any(READS in found for found in plan.values())
+        dist.all_gather_object(everyone, (own, READS in within, reads, syncs), group)
+        alike = all(other[0] == own for other in everyone)
+        self.hooks = {action: frozenset(found) for action, found in own.items()} if alike else {}
+        """What each does, by the name of the action: before those that read, all ranks reduce."""
+        self.within_steps = any(other[1] or (not alike and other[2]) for other in everyone)
+        """Whether something reads where no hook begins, or ranks have different hooks: steps end with whole values."""
+        self.may_sync = any(other[3][0] for other in everyone)
+        self.hooks_may_sync = any(other[3][1] for other in everyone)
+        """Whether a training step, or its hooks, mention ``sync_dist``; the first step shows whether they log so."""
+
+
+class Meeting:
+    """Where ranks find out, without a collective, that all of them are at the same place.
+
+    Works over torch's own store of the process group, as seen in 2.14. All ranks make theirs in the same order.
+
+    Args:
+        group: the ranks.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._size = dist.get_world_size(group)
+        self._key = f"lightning_dist/logs/{dist.get_process_group_ranks(group)[0]}/{next(self._numbers)}"
+        self._count = 0
+
+    def wait_for_all(self, refusal: str) -> None:
+        """Until every rank has called it as often as this one.
+
+        Raises:
+            RuntimeError: with ``refusal``, if one does not come.
+        """
+        store: Any = dist.distributed_c10d._get_default_store()
+        key = f"{self._key}/{self._count}"
+        self._count += 1
+        if store.add(key, 1) == self._size:
+            store.set(f"{key}/all", b"1")
+        try:
+            store.wait([f"{key}/all"], PATIENCE)
+        except RuntimeError as error:
+            raise RuntimeError(refusal) from error
+
+
+class WatchedConnector(_LoggerConnector):
+    """Says when somebody is about to read. Takes the place of a trainer's connector's class, as seen in 2.6.6."""
+
+    def _before_read(self) -> None: ...
+
+    @property
+    def callback_metrics(self) -> Any:
+        """As Lightning's."""
+        self._before_read()
+        return super().callback_metrics
+
+    @property
+    def logged_metrics(self) -> Any:
+        """As Lightning's."""
+        self._before_read()
+        return super().logged_metrics
+
+    @property
+    def progress_bar_metrics(self) -> Any:
+        """As Lightning's."""
+        self._before_read()
+        return super().progress_bar_metrics
+
+
+def user_reads() -> str | None:
+    """The name of the user's function that reads, if it is one and not a progress bar, which reads on rank 0 alone.
+
+    Raises:
+        RuntimeError: where only rank 0 reads, as is seen by ``rank_zero_only``.
+    """
+    reader, alone = None, False
+    for frame in _callers():
+        name = str(frame.f_globals.get("__name__", ""))
+        if isinstance(frame.f_locals.get("self"), ProgressBar):
+            return None
+        if frame.f_code.co_name in ("_call_callback_hooks", "_call_lightning_module_hook", "_call_strategy_hook"):
+            break
+        alone |= name == "lightning_utilities.core.rank_zero" and frame.f_code.co_name == "wrapped_fn"
+        if reader is None and not is_library(name):
+            reader = frame.f_code.co_qualname
+    if reader is not None and alone:
+        raise RuntimeError(refusal(reader))
+    return reader
+
+
+def refusal(place: str) -> str:
+    """Why a read on some ranks alone has no answer."""
+    return (
+        f"{place} reads logged values (trainer.callback_metrics or the like) of a step on this rank, and not on all "
+        "ranks: the others' part of the values would be missing. Read them on every rank and use them on one; or in "
+        "a method of a callback or of the module by that name, where a reader is foreseen"
+    )
+
+
+def refuse_unfinished(module: pl.LightningModule) -> None:
+    """Refuses to read what microbatches log while they run.
+
+    Raises:
+        RuntimeError: if the microbatch that runs has logged, and is read by the user.
+    """
+    recorder = getattr(vars(module).get("log"), "__self__", None)
+    if isinstance(recorder, RecordedLogs) and recorder.has_logged and user_reads() is not None:
+        raise RuntimeError(
+            "pp: the step reads logged values (trainer.callback_metrics or the like) after it has logged, and the "
+            "values of its batch are there only after its last microbatch: read them in a hook after the step"
+        )
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+@contextmanager
+def told(around: Any, after: Any) -> Iterator[Any]:
+    """A context that says when it has ended."""
+    with around as value:
+        yield value
+    after()

@@ -1,0 +1,177 @@
+"""A second optimizer like the user's, over small tensors in place of the parameters.
+
+[Note: copying an optimizer]
+A constructor's arguments are gone once it has run, and many keep more than groups, states and defaults: Lookahead the
+optimizer inside and its slow weights, LBFGS a list of its parameters. So the object itself is copied as it is now:
+wherever it keeps a parameter, the copy keeps the small one. Parameters that no small tensor stands for are left out of
+lists and dictionaries, and so is what lies beside them in a list that goes parallel to theirs. Functions, modules,
+meshes and process groups are shared. Hooks and functions set on the object, such as the ``step`` by which schedulers
+count, are the user's own and would see the small tensors: left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_dist.gradients import local
+from lightning_dist.optimizers.small import Small
+from lightning_dist.placeholder import is_placeholder
+
+LEAST_LR = 1e-2
+"""A schedule may begin at zero; and steps have to be larger than the rounding of what they change."""
+
+_SHARED = (nn.Module, LRScheduler, types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
+
+
+class Twin:
+    """A copy of an optimizer. See [Note: copying an optimizer].
+
+    Args:
+        optimizer: the user's, which stays as it is.
+        smalls: what stands for which of its parameters.
+        make: the parameter of the copy for one of these.
+        lay_out: a whole small tensor beside a parameter, as a state of it in the copy.
+
+    Communication: none for an optimizer without states; else see :func:`start_of`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        smalls: list[Small],
+        make: Callable[[Small], Tensor],
+        lay_out: Callable[[Small, Tensor], Tensor],
+        starts: dict[int, Tensor],
+    ) -> None:
+        self._lay_out = lay_out
+        self._starts = starts
+        self._small = {id(small.parameter): small for small in smalls}
+        self.parameters = {id(small.parameter): make(small) for small in smalls}
+        self._copies: dict[int, Any] = dict(self.parameters)
+        self._rows = [group["params"] for group in optimizer.param_groups]
+        self._rows.append([p for row in self._rows for p in row])
+        self._known = {id(p) for p in self._rows[-1]}
+        self.optimizer: Optimizer = self._copy(optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = _no_less(group.get("lr"), LEAST_LR)
+
+    def _copy(self, value: Any, owner: Small | None = None) -> Any:
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        copied: Any
+        if isinstance(value, Tensor):
+            copied = self._copy_tensor(value, owner)
+        elif isinstance(value, Optimizer):
+            return self._copy_optimizer(value)
+        elif isinstance(value, dict):
+            return self._copy_dict(value, owner)
+        elif isinstance(value, list | tuple | set | deque):
+            return self._copy_row(value, owner)
+        elif isinstance(value, types.MethodType):
+            copied = types.MethodType(value.__func__, self._copy(value.__self__))
+        elif isinstance(value, _SHARED) or not hasattr(value, "__dict__") or _is_of_libraries(value):
+            return value
+        else:
+            copied = copy.copy(value)
+            self._copies[id(value)] = copied
+            vars(copied).update({name: self._copy(item) for name, item in vars(value).items()})
+        self._copies[id(value)] = copied
+        return copied
+
+    def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        copied = object.__new__(type(optimizer))
+        self._copies[id(optimizer)] = copied
+        for name, value in vars(optimizer).items():
+            if name.startswith("_optimizer_") and isinstance(value, OrderedDict):
+                vars(copied)[name] = OrderedDict()  # hooks, as torch names them (seen in torch 2.14)
+            elif not (callable(value) and hasattr(type(optimizer), name)):
+                vars(copied)[name] = self._copy(value)
+        return copied
+
+    def _copy_dict(self, value: dict[Any, Any], owner: Small | None) -> Any:
+        copied = copy.copy(value)
+        copied.clear()
+        self._copies[id(value)] = copied
+        for key, item in value.items():
+            if id(key) not in self._known:
+                copied[key] = self._copy(item, owner)
+            elif id(key) in self._small:
+                copied[self._copies[id(key)]] = self._copy(item, self._small[id(key)])
+        return copied
+
+    def _copy_row(self, value: Any, owner: Small | None) -> Any:
+        if any(id(item) in self._known for item in value):
+            items = [self._copy(v) for v in value if id(v) in self._small or id(v) not in self._known]
+        elif owner is None and (beside := self._beside(value)) is not None:
+            pairs = zip(value, beside, strict=True)
+            items = [self._copy(v, self._small[id(p)]) for v, p in pairs if id(p) in self._small]
+        else:
+            items = [self._copy(item, owner) for item in value]
+        if isinstance(value, tuple):
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        copied = type(value)(items)
+        self._copies[id(value)] = copied
+        return copied
+
+    def _beside(self, value: Iterable[Any]) -> list[Tensor] | None:
+        """The parameters that a list of tensors goes parallel to."""
+        items = list(value)
+        if not items or not all(isinstance(item, Tensor) for item in items):
+            return None
+        for row in self._rows:
+            if len(row) == len(items) and all(v.shape == p.shape for v, p in zip(items, row, strict=True)):
+                return row
+        return None
+
+    def _copy_tensor(self, value: Tensor, owner: Small | None) -> Tensor:
+        if is_placeholder(value):
+            return value
+        if owner is None or value.ndim == 0 or value.shape != owner.parameter.shape:
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        if id(value) not in self._starts:
+            self._starts[id(value)] = start_of(value, owner)
+        return self._lay_out(owner, self._starts[id(value)])
+
+
+def start_of(state: Tensor, small: Small) -> Tensor:
+    """What a small state starts from: the state's one value, or the small parameter's where it is the parameter's copy.
+
+    Communication: one all-reduce of three numbers over each axis that divides the parameter.
+    """
+    held, parameter = local(state).detach(), local(small.parameter).detach()
+    bounds = torch.full((3,), torch.inf, dtype=torch.float64, device=held.device)
+    if held.numel():
+        distance = (held - parameter).abs().max() if held.shape == parameter.shape else held.new_tensor(torch.inf)
+        bounds = torch.stack([held.min(), -held.max(), -distance]).double()
+    if isinstance(small.parameter, DTensor):
+        mesh = small.parameter.device_mesh
+        for axis, placement in enumerate(small.parameter.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(bounds, dist.ReduceOp.MIN, group=mesh.get_group(axis))
+    lowest, highest, furthest = float(bounds[0]), -float(bounds[1]), -float(bounds[2])
+    if furthest == 0:
+        return small.value
+    # of a run before this one: any value that a mean of squares may have
+    return torch.full_like(small.value, lowest) if lowest == highest else small.slope.abs()
+
+
+def _no_less(lr: Any, least: float) -> Any:
+    if isinstance(lr, Tensor):
+        return lr.detach().clone().clamp(min=least)
+    return max(lr, least) if isinstance(lr, float | int) and not isinstance(lr, bool) else lr
+
+
+def _is_of_libraries(value: Any) -> bool:
+    """Objects of torch and Lightning that an optimizer may refer to are not its state."""
+    return type(value).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "torch")

@@ -1,0 +1,146 @@
+"""Buffers that a training step writes: queues, codebooks, running centres, counters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
+from torchmetrics import Metric
+
+
+class WrittenBuffers:
+    """Every data rank begins a training step with the first rank's values of the buffers that training writes, as under
+    ddp; but for BatchNorm's statistics, see :func:`average_buffers`, and what metrics hold.
+
+    [Note: which buffers training writes]
+    Most buffers are constants (masks, frequencies), and to send them with every step would cost for nothing. One was
+    written if its version counter moved, or another tensor took its place. All ranks have to know alike what is sent,
+    and a write may depend on the samples of a rank: so each tells the others what it wrote along with something that
+    the step communicates anyway (see the callers of :meth:`written`), and what they agree on there is sent from then
+    on, before each training step. Before the second step they ask each other outright, once, since most of what is
+    ever written is written by then.
+
+    Args:
+        module: whose buffers they are.
+        group: the data ranks.
+
+    Communication: once training wrote a buffer, one broadcast per dtype over ``group`` before each training step, of
+    the buffers that it writes; none where it writes none. Before the second, one all-reduce of 4 bytes per buffer.
+    """
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._buffers = [_Buffer(owner, name, tensor) for owner, name, tensor in _candidates(module)]
+        self._num_steps = 0
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def written(self) -> list[int]:
+        """Numbers of the buffers that training wrote, but for those that are sent already. Communication: none."""
+        return [number for number, buffer in enumerate(self._buffers) if not buffer.is_sent and buffer.was_written]
+
+    def send(self, numbers: Iterable[int]) -> None:
+        """These are sent before each training step from now on; called alike on every rank."""
+        for number in numbers:
+            self._buffers[number].is_sent = True
+
+    def before_step(self) -> None:
+        """Called before each training step."""
+        self._num_steps += 1
+        if self._num_steps == 1:
+            for buffer in self._buffers:
+                buffer.note()
+        elif self._num_steps == 2 and self._buffers:
+            self._agree()
+        by_dtype: dict[torch.dtype, list[_Buffer]] = {}
+        for buffer in self._buffers:
+            if buffer.is_sent:
+                by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        for same in by_dtype.values():
+            self._send(same)
+
+    def _agree(self) -> None:
+        flags = torch.zeros(len(self), dtype=torch.int32)
+        flags[self.written()] = 1
+        flags = flags.to(self._buffers[0].device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        self.send(number for number, is_written in enumerate(flags.tolist()) if is_written)
+
+    @torch.no_grad()
+    def _send(self, same: list[_Buffer]) -> None:
+        """What has another shape on the first rank, or here (a cache by length), stays as it is."""
+        flat = torch.cat([part for buffer in same for part in buffer.packed()])
+        dist.broadcast(flat, group=self.group, group_src=0)
+        if dist.get_rank(self.group) == 0:
+            return
+        parts = iter(flat.split([size for buffer in same for size in (buffer.shape.numel(), 1)]))
+        for buffer in same:
+            buffer.take(next(parts), next(parts))
+
+
+class _Buffer:
+    """One that training may write, where the module has it now."""
+
+    def __init__(self, owner: nn.Module, name: str, tensor: Tensor) -> None:
+        self._owner, self._name = owner, name
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.is_sent = False
+        self._noted: tuple[weakref.ref[Tensor], int] | None = None
+
+    @property
+    def _tensor(self) -> Tensor | None:
+        """None where it is not what it was at first."""
+        tensor = self._owner._buffers.get(self._name)
+        return tensor if tensor is not None and (tensor.shape, tensor.dtype) == (self.shape, self.dtype) else None
+
+    def note(self) -> None:
+        if (tensor := self._tensor) is not None:
+            self.device = tensor.device
+            self._noted = weakref.ref(tensor), _version(tensor)
+
+    @property
+    def was_written(self) -> bool:
+        if self._noted is None or (tensor := self._tensor) is None:
+            return False
+        return tensor is not self._noted[0]() or _version(tensor) != self._noted[1]
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Its elements, and whether there are any."""
+        tensor = self._tensor
+        if tensor is not None:
+            self.device = tensor.device
+            return tensor.reshape(-1), tensor.new_ones(1)
+        return torch.zeros(self.shape.numel() + 1, dtype=self.dtype, device=self.device).split([self.shape.numel(), 1])
+
+    def take(self, elements: Tensor, are_there: Tensor) -> None:
+        if (tensor := self._tensor) is not None:
+            if tensor.is_inference():  # validation put it there
+                tensor = self._owner._buffers[self._name] = tensor.clone()
+            tensor.copy_(torch.where(are_there.bool(), elements, tensor.reshape(-1)).view(tensor.shape))
+
+
+def unseen_writes(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """What is written to the tensors while it lasts does not count as written by training."""
+    counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    return torch.autograd._unsafe_preserve_version_counter(counted)  # private; seen in torch 2.14
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _candidates(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
+    """Not what is in a metric: that is reduced when it is computed."""
+    in_metrics = {child for metric in module.modules() if isinstance(metric, Metric) for child in metric.modules()}
+    for child in module.modules():
+        if not isinstance(child, _NormBase) and child not in in_metrics:
+            for name, tensor in child._buffers.items():
+                if tensor is not None and not isinstance(tensor, DTensor):
+                    yield child, name, tensor
