@@ -24,7 +24,15 @@ MAX_THREADS = 200
 
 
 class RankError(AssertionError):
-    """A rank raised; the message is its traceback."""
+    """A rank raised; the message is its traceback.
+
+    Args:
+        answers: by rank, of those that gave one.
+    """
+
+    def __init__(self, message: str, answers: dict[int, Any]) -> None:
+        super().__init__(message)
+        self.answers = answers
 
 
 class RankPool:
@@ -50,8 +58,22 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+    def run(
+        self,
+        num_ranks: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = 180,
+        patience: float | None = None,
+    ) -> list[Any]:
         """Results of ``function(*args)``, by rank.
+
+        Args:
+            num_ranks: that run it.
+            function: at the top of its module.
+            args: of the function.
+            timeout: seconds for an answer.
+            patience: seconds that a rank may answer after another one did; by default, as the timeout.
 
         Raises:
             RankError: with the traceback of the rank that raised first, or the ranks that did not answer in time.
@@ -63,11 +85,11 @@ class RankPool:
             for pipe in self._pipes[:num_ranks]:
                 pipe.send_bytes(job)
             try:
-                return self._collect(num_ranks, timeout)
+                return self._collect(num_ranks, timeout, timeout if patience is None else patience)
             finally:
                 self._renew()
 
-    def _collect(self, num_ranks: int, timeout: float) -> list[Any]:
+    def _collect(self, num_ranks: int, timeout: float, patience: float) -> list[Any]:
         results: dict[int, Any] = {}
         errors: list[str] = []
         waiting = {self._pipes[rank]: rank for rank in range(num_ranks)}
@@ -76,7 +98,8 @@ class RankPool:
             if not ready:
                 silent = sorted(waiting.values())
                 self.close()
-                raise RankError(f"ranks {silent} gave no answer in {timeout} s\n" + "\n".join(errors))
+                raise RankError(f"ranks {silent} gave no answer in {timeout} s\n" + "\n".join(errors), results)
+            timeout = min(timeout, patience)
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = waiting.pop(pipe)
@@ -91,7 +114,7 @@ class RankPool:
         if errors:
             if any("died" in error for error in errors):
                 self.close()
-            raise RankError("\n".join(errors))
+            raise RankError("\n".join(errors), results)
         return [results[rank] for rank in range(num_ranks)]
 
     def _renew(self) -> None:
@@ -167,6 +190,8 @@ def _environment(rank: int, num_ranks: int) -> dict[str, str]:
 POOL = RankPool()
 
 
-def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
-    """Results of ``function(*args)`` on ``num_ranks`` ranks, by rank. ``function`` is at the top of its module."""
-    return POOL.run(num_ranks, function, *args, timeout=timeout)
+def run_on_ranks(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180, patience: float | None = None
+) -> list[Any]:
+    """Results of ``function(*args)`` on ``num_ranks`` ranks, by rank; see :meth:`RankPool.run`."""
+    return POOL.run(num_ranks, function, *args, timeout=timeout, patience=patience)

@@ -234,8 +234,8 @@ class Uneven(IterableDataset):
     """More samples on rank 0 than on the others."""
 
     def __iter__(self) -> Any:
-        rows = samples(9)
-        return iter([rows[i] for i in range(9 if rank() == 0 else 6)])
+        rows = samples(15)
+        return iter([rows[i] for i in (range(9) if rank() == 0 else range(9, 15))])
 
 
 class Sizes(Bare):

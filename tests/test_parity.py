@@ -156,16 +156,15 @@ def test_parameters_of_several_dtypes_used_by_one_rank_only_equal_one_process_wh
     assert_parity(class_by_rank, "dp_replicate=2", 2)
 
 
-@pytest.mark.parametrize(
-    ("module", "refusal"),
-    [(models.Penalised, "used parameters of a block outside"), (models.GradientPenalty, "with create_graph=True")],
-)
-def test_what_needs_whole_parameters_is_right_when_replicated_and_refused_when_sharded(
-    module: Any, refusal: str
-) -> None:
-    assert_parity(Run(module, samples), "dp_replicate=2", 2)
-    with pytest.raises(RankError, match=refusal):
-        on_layout(Run(module, samples), "dp_shard=2", 2)
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+def test_a_penalty_on_weights_equals_one_process(layout: str, num_ranks: int) -> None:
+    assert_parity(Run(models.Penalised, samples), layout, num_ranks)
+
+
+def test_second_derivatives_are_right_when_replicated_and_refused_when_sharded() -> None:
+    assert_parity(Run(models.GradientPenalty, samples), "dp_replicate=2", 2)
+    with pytest.raises(RankError, match="with create_graph=True"):
+        on_layout(Run(models.GradientPenalty, samples), "dp_shard=2", 2)
 
 
 def test_blocks_that_only_some_ranks_run_are_refused_under_dp_shard() -> None:

@@ -1,0 +1,167 @@
+"""Iterable data: where every rank reads the same, each sample is used once; dealt by its owner, it is left alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tests import models
+from tests.data.strategies import layouts, strategy_of
+from tests.parity import QUIET, whole_weights
+from tests.ranks import RankError, run_on_ranks
+
+
+class Plain(IterableDataset):  # type: ignore[type-arg]
+    """As written for one process: shuffles, and divides among the workers if there are any."""
+
+    def __init__(self, count: int, sized: bool = False) -> None:
+        self.count, self.epochs = count, 0
+        if sized:
+            self.__class__ = Sized
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epochs += 1
+        order = list(range(self.count))
+        random.Random(self.epochs).shuffle(order)
+        worker = get_worker_info()
+        samples: Any = models.samples(self.count)
+        for index in order if worker is None else order[worker.id :: worker.num_workers]:
+            x, y = samples[index]
+            yield x, y, index
+
+
+class Sized(Plain):
+    def __len__(self) -> int:
+        return self.count
+
+
+class ByRank(Plain):
+    """Dealt by its owner, by global rank."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        yield from [sample for index, sample in enumerate(super().__iter__()) if index % world == rank]
+
+
+class ByHalf(Plain):
+    """Dealt to two halves of the ranks."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from [s for index, s in enumerate(super().__iter__()) if index % 2 == torch.distributed.get_rank() // 2]
+
+
+class Batches:
+    """A loader, and no DataLoader."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+class Reads(models.Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[list[int]] = []
+        self.evaluated: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.read.append(batch[2].tolist())
+        return super().training_step(batch[:2], batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluated += batch[2].tolist()
+        super().validation_step(batch[:2], batch_idx)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone())))
+
+
+def fit(
+    layout: str | None, kind: type[Plain], workers: int, own_loader: bool = False, **options: Any
+) -> dict[str, Any]:
+    L.seed_everything(1, verbose=False)
+    world = torch.distributed.get_world_size() if layout else 1
+    losses, module = Losses(), Reads()
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 2, "num_sanity_val_steps": 0, **options},
+        devices=world, strategy=strategy_of(layout), callbacks=[losses],
+    )  # fmt: skip
+    ranks = trainer.strategy.num_data_ranks if layout else 1  # type: ignore[attr-defined]
+    loader: Any = DataLoader(kind(32), batch_size=8 // ranks, num_workers=workers)
+    if own_loader:
+        loader = Batches(loader)
+    trainer.fit(module, loader, DataLoader(kind(22), batch_size=4))
+    return {
+        "losses": losses.values,
+        "read": module.read,
+        "evaluated": module.evaluated,
+        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "weights": whole_weights(module),
+        "batches": trainer.num_training_batches,
+    }
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"))
+@pytest.mark.parametrize("kind", [Plain, Sized])
+def test_a_stream_that_nobody_deals_is_read_as_in_one_process(layout: str, num_ranks: int, kind: type[Plain]) -> None:
+    one = fit(None, kind, 0)
+    ranks = run_on_ranks(num_ranks, fit, layout, kind, 0)
+    for rank in ranks:
+        torch.testing.assert_close(rank["losses"], one["losses"], rtol=1e-5, atol=1e-6)
+        assert rank["logged"] == pytest.approx(one["logged"], rel=1e-4)
+        assert rank["batches"] == one["batches"]
+        for name, weight in one["weights"].items():
+            difference = rank["weights"][name] - weight
+            assert difference.norm() <= 1e-4 * weight.norm(), name
+    data_ranks = ranks[:1] if layout == "tp=2" else ranks
+    assert sorted(index for rank in data_ranks for index in rank["evaluated"]) == sorted(one["evaluated"])
+
+
+def test_a_loader_of_the_users_own_kind_is_dealt_too() -> None:
+    one = fit(None, Plain, 0, True)
+    for rank in run_on_ranks(2, fit, "dp_replicate=2", Plain, 0, True):
+        torch.testing.assert_close(rank["losses"], one["losses"], rtol=1e-5, atol=1e-6)
+
+
+def test_with_workers_each_sample_is_used_once() -> None:
+    ranks = run_on_ranks(2, fit, "dp_replicate=2", Plain, 2)
+    for epoch in (slice(0, 4), slice(4, 8)):
+        read = [index for rank in ranks for batch in rank["read"][epoch] for index in batch]
+        assert sorted(read) == list(range(32))
+
+
+def test_what_its_owner_deals_is_left_alone() -> None:
+    ranks = run_on_ranks(2, fit, "dp_replicate=2", ByRank, 0)
+    read = [index for rank in ranks for batch in rank["read"][:4] for index in batch]
+    assert sorted(read) == list(range(32))
+
+
+def _undealt_on_purpose() -> Any:
+    return fit("dp_replicate=2", Plain, 0, use_distributed_sampler=False)["read"]
+
+
+def test_the_trainers_word_that_the_user_deals_is_taken() -> None:
+    first, second = run_on_ranks(2, _undealt_on_purpose)
+    assert first == second
+    assert len(first) == 16
+
+
+def test_a_stream_that_is_dealt_to_some_ranks_is_refused_on_all() -> None:
+    with pytest.raises(RankError) as error:
+        run_on_ranks(4, fit, "dp_replicate=2,dp_shard=2", ByHalf, 0)
+    assert str(error.value).count("read the same and others") >= 4

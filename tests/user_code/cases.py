@@ -1,0 +1,74 @@
+"""All cases, by name."""
+
+from __future__ import annotations
+
+from tests.user_code import (
+    adversarial,
+    averaging,
+    contrastive,
+    data,
+    freezing,
+    hooks,
+    logs,
+    optimizers,
+    penalties,
+    reparametrised,
+    targets,
+    tasks,
+    unusual,
+)
+from tests.user_code.case import Case
+
+THEMES = (
+    tasks,
+    adversarial,
+    contrastive,
+    targets,
+    averaging,
+    penalties,
+    optimizers,
+    freezing,
+    reparametrised,
+    hooks,
+    logs,
+    data,
+    unusual,
+)
+CASES: dict[str, Case] = {case.name: case for theme in THEMES for case in theme.CASES}
+
+ON_DEMAND = {
+    *("multi_task", "physics_informed", "maml", "domain_adversarial", "barlow_twins", "triplet"),
+    *("byol_state_dict", "byol_lerp", "swav_frozen_prototypes", "dino", "ema_state_dict", "best_weights_kept"),
+    *("spectral_penalty", "group_lasso", "fast_gradient_sign", "norms_kept", "shrink_and_perturb", "max_norm"),
+    *("sign_sgd", "gradient_centralisation", "nadam_amsgrad", "accumulated_by_hand", "asgd", "clipped_by_parameter"),
+    *("alternating_parts", "frozen_by_callback", "low_rank_adapters", "frozen_from_the_start"),
+    *("old_weight_norm", "own_parametrization", "masked_by_hand", "weights_read_by_callback"),
+    *("gradient_norms_logged", "scaled_by_first_outputs", "head_reset", "hidden_layer_supervised", "backward_hooks"),
+    *("parameter_hooks", "logged_metrics_read", "progress_bar_metrics_read", "own_average_of_losses"),
+    *("stops_by_logged_value", "own_sampler", "collate_fn", "two_validation_loaders", "uneven_validation"),
+    *("limited_fraction", "validated_within_epoch", "loaders_of_the_module", "set_that_does_not_divide"),
+    *(
+        "byol_foreach",
+        "moco_in_place",
+        "gan",
+        "ema_by_swap",
+        "l1_penalty",
+        "l2_penalty_transformer",
+        "vae",
+        "packed_lstm",
+    ),
+    *("adaptive_gradient_clipping", "normalised_sgd", "several_optimizers", "parameter_groups", "thawed_by_epoch"),
+    *("gradients_scaled", "before_zero_grad", "optimizer_step_skips", "lr_scheduler_step", "own_gradient_clipping"),
+    *("norms_in_checkpoint", "many_logs", "values_of_weights_logged", "weighted_sampler", "uneven_last_batch"),
+    *(
+        "several_dtypes",
+        "complex_parameters",
+        "lazy_layer",
+        "wgan_clamped_weights",
+        "dqn",
+        "transformer",
+        "packed_lstm",
+    ),
+    *("step_returns_dictionary", "unused_parts", "weight_used_twice", "hooks_of_batches", "should_stop"),
+}
+"""Cases whose mechanism another one tests too; with ``-m slow``, so that the others take minutes."""
