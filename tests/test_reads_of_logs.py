@@ -20,7 +20,8 @@ from tests.models import samples
 from tests.ranks import run_on_ranks
 from tests.test_strategy import trainer
 
-LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", "pp=2,dp_replicate=2"]
+FOUR = pytest.param("pp=2,dp_replicate=2", marks=pytest.mark.slow)
+LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", FOUR]
 SPLIT = ["dp_replicate=2", "pp=2"]
 
 NOTES: list[tuple[str, int, dict[str, float]]] = []
@@ -199,7 +200,7 @@ class InValidation(Callback):
         note("validated", trainer)
 
 
-@pytest.mark.parametrize("layout", [*SPLIT, "pp=2,dp_replicate=2"])
+@pytest.mark.parametrize("layout", [*SPLIT, FOUR])
 def test_hooks_of_a_validation_read_one_process_values(layout: str) -> None:
     # one batch of one process is one of each data rank
     assert_reads(layout, Validated, [InValidation()], num_sanity_val_steps=0)
@@ -382,7 +383,7 @@ class OfParameters(Logging):
         self.log("down", self.net.blocks[2].down.weight.square().sum(), on_step=True, on_epoch=False)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "dp_shard=2,tp=2"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param("dp_shard=2,tp=2", marks=pytest.mark.slow)])
 def test_numbers_of_parameters_are_logged_whole(layout: str) -> None:
     assert_reads(layout, OfParameters, [Everywhere()])
 

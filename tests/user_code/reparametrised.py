@@ -68,9 +68,9 @@ class Pruned(TransformerClassifier):
 
 
 class PrunedInTraining(Classifier):
-    """torch's function, after the first epoch."""
+    """torch's function, before the first step."""
 
-    def on_train_epoch_end(self) -> None:
+    def on_train_epoch_start(self) -> None:
         if self.current_epoch == 0:
             for block in self.net.blocks:
                 prune.l1_unstructured(block.mlp.fc1, "weight", 0.5)
