@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
-from tests.models import WIDTH, Classifier, samples
+from tests.models import WIDTH, Classifier, samples, wide_samples
 from tests.parity import QUIET, Run, assert_parity
 from tests.ranks import run_on_ranks
 
@@ -39,7 +39,7 @@ class FeedForward(torch.nn.Module):
         self.fc1, self.fc2 = torch.nn.Linear(WIDTH, 24), torch.nn.Linear(24, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Contrastive(Classifier):
@@ -91,7 +91,8 @@ class Local(Contrastive):
 def test_a_loss_of_all_samples_equals_one_process(
     module: Callable[[], L.LightningModule], layout: str, num_ranks: int
 ) -> None:
-    assert_parity(Run(module, samples, trainer={"max_steps": 6}), layout, num_ranks)
+    # in float64: Adam makes much of the rounding of gradients that are nearly zero
+    assert_parity(Run(module, wide_samples, trainer={"max_steps": 6, "precision": "64-true"}), layout, num_ranks)
 
 
 class Probing(Contrastive):

@@ -35,8 +35,9 @@ class Small:
         generator = torch.Generator().manual_seed(number)
         shape, dtype = small_shape(parameter), small_dtype(parameter.dtype)
         self.device = parameter.device
-        self.value = torch.randn(shape, generator=generator, dtype=dtype).to(self.device)
-        self.slope = torch.randn(shape, generator=generator, dtype=dtype).to(self.device)
+        drawn = dtype if dtype.is_floating_point or dtype.is_complex else torch.float32
+        self.value = torch.randn(shape, generator=generator, dtype=drawn).to(self.device, dtype)
+        self.slope = torch.randn(shape, generator=generator, dtype=drawn).to(self.device, dtype)
 
     def whole(self) -> Tensor:
         """A plain parameter."""

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.plans.tensor import find_tensor_plan
+from tests import models
+from tests.models import samples
+from tests.parity import Run, on_layout
 from tests.ranks import RankError, run_on_ranks
 
 WIDTH, HEADS = 32, 4
@@ -115,3 +118,27 @@ class Mlp(CentredFeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x).relu())
+
+
+class OwnResidual(nn.Module):
+    """A feed-forward module that adds its input by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(models.WIDTH, 2 * models.WIDTH), nn.Linear(2 * models.WIDTH, models.WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(torch.relu(self.fc1(x)))
+
+
+class WithOwnResidual(models.Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(models.WIDTH, models.WIDTH), OwnResidual(), nn.Linear(models.WIDTH, models.CLASSES)
+        )
+
+
+def test_a_part_that_sends_another_gradient_to_its_input_is_refused() -> None:
+    with pytest.raises(RankError, match="sends another gradient to its input than the whole module"):
+        on_layout(Run(WithOwnResidual, samples), "tp=2", 2)

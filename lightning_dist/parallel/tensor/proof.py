@@ -64,6 +64,7 @@ class Proof:
             return  # made by another part: the whole module could not use it
         with without_users_hooks(module):
             expected, part = both_ways(module, region, args, kwargs)
+            gradients = self._gradient_difference(module, region, args, kwargs)
         if part.shape != expected.shape:  # it goes on divided
             expected = local_part(expected, Shard(expected.ndim - 1), self.mesh)
         difference = torch.full((), torch.inf, device=part.device)
@@ -76,6 +77,40 @@ class Proof:
                 f"the whole module (relative difference {float(difference):.1e}): its forward does something with its "
                 "sizes that tp does not know. Name the layers that may be divided in tensor_plan=, and leave these out"
             )
+        if not gradients <= 10 * rounding_of(part):
+            raise ValueError(
+                f"tp runs {type(module).__name__} on each rank's heads or columns, and that sends another gradient to "
+                f"its input than the whole module (relative difference {gradients:.1e}): its forward uses the input "
+                "beside its divided layers too, in a residual connection of its own. Name its layers in tensor_plan= "
+                '(the first "colwise", the last "rowwise"), and they are divided one by one'
+            )
+
+    @torch.enable_grad()
+    def _gradient_difference(
+        self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> float:
+        """Of the gradients that reach the inputs, between the part and the whole; 0 where none is asked for."""
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not (region.enters and region.positions is None and leaves):
+            return 0.0
+        inputs = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
+
+        def fresh(leaf: Any) -> Any:
+            return inputs.get(id(leaf), leaf)
+
+        given, named = tree_map(_without_cache, (tree_map(fresh, args), tree_map(fresh, kwargs)))
+        with _disable_current_modes(), _evaluated(module):
+            with whole(module):
+                whole_output = _first(type(module).forward(module, *given, **named))
+            output = _first(region.run(module, given, named))
+            if output.shape != whole_output.shape:  # it goes on divided
+                return 0.0
+            expected, part = _gradients(whole_output, inputs), _gradients(output, inputs)
+        if expected is None or part is None:
+            return 0.0
+        difference = (part - expected).norm() / expected.norm().clamp(min=1e-12)
+        dist.all_reduce(difference, dist.ReduceOp.MAX, self.mesh.get_group())
+        return float(difference)
 
 
 @torch.no_grad()
@@ -105,6 +140,16 @@ def both_ways(
         with around_part or nullcontext():
             part = region.whole_output(_first(region.run(module, args, kwargs)))
     return expected, part
+
+
+def _gradients(output: Tensor, inputs: dict[int, Tensor]) -> Tensor | None:
+    """Of a sum of the output's elements, each times a number of its own, for all inputs, as one vector."""
+    if not output.requires_grad:
+        return None
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=output.dtype).view(output.shape)
+    found = torch.autograd.grad((output * weights).sum(), list(inputs.values()), allow_unused=True)
+    given = [gradient.flatten().double() for gradient in found if gradient is not None]
+    return torch.cat(given) if given else None
 
 
 def rounding_of(output: Tensor) -> float:
