@@ -25,7 +25,17 @@ PATIENCE = timedelta(seconds=60)
 _DEEPEST = 60
 """Calls to look at."""
 
-_LIBRARIES = ("torch", "lightning", "lightning_dist", "lightning_fabric", "pytorch_lightning", "torchmetrics")
+_LIBRARIES = (
+    "contextlib",
+    "copy",
+    "functools",
+    "torch",
+    "lightning",
+    "lightning_dist",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "torchmetrics",
+)
 
 
 class _Meetings:
@@ -85,6 +95,8 @@ def _line_of_user(frame: FrameType | None) -> FrameType | None:
         if frame.f_code is guard:
             raise RuntimeError(_alone("a function that only rank 0 runs (rank_zero_only)"))
         name = str(frame.f_globals.get("__name__", ""))
+        if found is None and name.startswith("lightning_dist.") and not name.startswith("lightning_dist.divided"):
+            return None  # what asks is this package, on all ranks alike
         if found is None and name.partition(".")[0] not in _LIBRARIES:
             found = frame
         frame = frame.f_back
