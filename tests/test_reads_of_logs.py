@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -405,7 +406,7 @@ def _in_microbatches() -> str:
     try:
         read("pp=2", InStep, [], {})
     except Exception as error:
-        return str(error)
+        return "".join(traceback.format_exception(error))  # torch's schedule says first where it was
     return "nothing"
 
 
