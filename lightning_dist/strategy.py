@@ -34,6 +34,7 @@ from lightning_dist.course import Course, tell_why_it_ended
 from lightning_dist.data import refuse_different_batches
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import divide_copies
+from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.elastic.guard import end_children
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
@@ -397,6 +398,7 @@ class HybridStrategy(TuningHooks):
         self._parallel.reshard()
         self._materialize(module)
         divide(module)
+        show_parts_to_compiled(module)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         self.model = module
 

@@ -71,7 +71,7 @@ def test_networks_of_metrics_are_left_alone() -> None:
     module = models.Classifier()
     module.quality = Perceptual()
     assert list(find_blocks(module)) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
-    assert unsharded_parameters(module) == set(module.quality.parameters())
+    assert unsharded_parameters(module, shard_units(module, find_blocks(module))) == set(module.quality.parameters())
 
 
 def test_nested_choices_are_refused() -> None:

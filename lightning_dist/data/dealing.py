@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dist.checkpoint.agreement import from_rank_zero
 from lightning_dist.data.samplers import Dealt, DealtBatches, DealtSampler, SeededBatches
+from lightning_dist.randomness import seed_generators
 
 
 def share_generator(loader: object) -> None:
@@ -192,10 +193,17 @@ def seed_loader(loader: DataLoader, data_rank: int) -> None:
     """
     if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
         loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)
+    if loader.worker_init_fn is None and data_rank and "PL_GLOBAL_SEED" not in os.environ:
+        loader.worker_init_fn = partial(_part_worker, data_rank)  # what they start from was drawn alike on all ranks
     if loader.generator is None and "PL_GLOBAL_SEED" in os.environ:
         seed = loader_seed(data_rank)
         assert seed is not None
         loader.generator = torch.Generator().manual_seed(seed)
+
+
+def _part_worker(data_rank: int, worker: int) -> None:
+    """Gives a worker process the stream of a data rank."""
+    seed_generators(torch.initial_seed() % 2**62 + 7919 * data_rank)
 
 
 def loader_seed(data_rank: int) -> int | None:

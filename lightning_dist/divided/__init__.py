@@ -6,7 +6,8 @@ is silently about this rank's part: ``float(p.norm())``, ``p.data = x``. A :clas
 such code as the whole tensor would. ``tensor.py`` tells which way a function of torch goes: element by element on this
 rank's part (what optimizers do; nothing is communicated), or on the whole, gathered (``whole.py``), whose gradient is
 averaged over the data ranks as any other. ``view.py``: writes to a view of a whole reach the part. ``gathered.py``:
-writes to what fully_shard gathered reach it too. ``copies.py``: deep copies of modules.
+writes to what fully_shard gathered reach it too. ``copies.py``: deep copies of modules. ``compiled.py``:
+what torch.compile sees.
 """
 
 from lightning_dist.divided.tensor import Divided, as_divided, divide

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.divided.functions import Way, name_of, way_of
@@ -43,13 +42,6 @@ class GatheredParameter(nn.Parameter):
             if way is Way.ALIAS and name_of(func) in ("data", "detach"):
                 vars(args[0]).setdefault("_aliases" if name_of(func) == "data" else "_detached", []).append(result)
             return result
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has a part of it, which can't see through a parameter of another class."""
-    return any(
-        child._compiled_call_impl is not None or isinstance(child, OptimizedModule) for child in module.modules()
-    )
 
 
 def watch(param_group: Any, sees_data: bool) -> None:

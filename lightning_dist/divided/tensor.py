@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -53,6 +54,15 @@ class Divided(DTensor):
         if grad_placements is not None:
             return super().full_tensor(grad_placements=grad_placements)
         return whole(self)
+
+    def __tensor_flatten__(self) -> Any:
+        if TracingContext.try_get() is not None:
+            raise RuntimeError(
+                f"torch.compile traces a function that reads a parameter {tuple(self.shape)} of which each rank holds "
+                "a part; it can compile modules (module.compile(), or compile= of the strategy), not functions around "
+                "them: leave this one as it is, or train under dp_replicate"
+            )
+        return super().__tensor_flatten__()
 
 
 def as_divided(tensor: Any) -> Any:

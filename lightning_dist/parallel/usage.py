@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_dist.divided import as_divided
-from lightning_dist.divided.gathered import is_compiled, is_outdated, watch
+from lightning_dist.divided.compiled import is_compiled
+from lightning_dist.divided.gathered import is_outdated, watch
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.frozen import Flags
 

@@ -4,7 +4,7 @@
 The plan recognises attention and feed-forward modules by what they are made of; what their forward does with the
 numbers that it sees is its own affair. One that scales its scores by ``width // self.num_heads``, say, gets this rank's
 heads and another scale, and no error would tell. So the first time that a kind of module runs, it runs twice more, as a
-part and whole, without dropout and without gradients, and the outputs are compared.
+part and whole, without dropout, and the outputs are compared, and the gradients that reach its inputs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import _disable_current_modes
@@ -99,7 +100,8 @@ class Proof:
             return inputs.get(id(leaf), leaf)
 
         given, named = tree_map(_without_cache, (tree_map(fresh, args), tree_map(fresh, kwargs)))
-        with _disable_current_modes(), _evaluated(module):
+        # checkpointing of activations keeps nothing of what this saves, in the first run or in the second
+        with _disable_current_modes(), saved_tensors_hooks(_as_it_is, _as_it_is), _evaluated(module):
             with whole(module):
                 whole_output = _first(type(module).forward(module, *given, **named))
             output = _first(region.run(module, given, named))
@@ -150,6 +152,10 @@ def _gradients(output: Tensor, inputs: dict[int, Tensor]) -> Tensor | None:
     found = torch.autograd.grad((output * weights).sum(), list(inputs.values()), allow_unused=True)
     given = [gradient.flatten().double() for gradient in found if gradient is not None]
     return torch.cat(given) if given else None
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def rounding_of(output: Tensor) -> float:

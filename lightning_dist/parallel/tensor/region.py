@@ -51,6 +51,8 @@ class Region:
         enters: its activations are replicated, and each rank's part uses them.
         stays: names of arguments that are this rank's own already.
         leaves: its output is a partial sum.
+        width: of inputs that are not divided. A layer that leaves is given those where the code of a model calls it
+            from elsewhere than the module whose part it is; it then runs whole. None for what always runs in part.
         mode: makes a context for the module's forward to run in.
         draws: random numbers inside, until a region that leaves, belong to this rank's part: dropout between heads.
         finish: what its output, this rank's part, goes through.
@@ -71,6 +73,7 @@ class Region:
     enters: bool = False
     stays: frozenset[str] = frozenset()
     leaves: bool = False
+    width: int | None = None
     mode: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     draws: bool = False
     finish: Callable[[Any], Any] | None = None
@@ -94,6 +97,8 @@ class Region:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward, on this rank's part."""
+        if self.width is not None and args and args[0].shape[-1] == self.width:
+            return type(module).forward(module, *args, **kwargs)  # with a weight that answers as the whole
         if self.proof is not None and self.proof.is_due(module):
             self.proof.run(module, args, kwargs)
         with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):

@@ -22,6 +22,7 @@ from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.shards import placement, split_parameter
 from lightning_dist.parallel.tensor.vocabulary import Vocabulary
 from lightning_dist.plans.tensor import OWN_ARGUMENTS, Chains, Part, TensorPlan
+from lightning_dist.plans.tensor.layers import inputs
 
 
 def split(
@@ -91,7 +92,7 @@ def _apply(root: nn.Module, module: nn.Module, part: Part, mesh: DeviceMesh, los
     for name, how in part.rows.items():
         layer = module.get_submodule(name)
         split_parameter(root, layer, "weight", placement(*how), mesh)
-        Region(mesh, local=["weight"], after="bias", leaves=True).attach(layer)
+        Region(mesh, local=["weight"], after="bias", leaves=True, width=inputs(layer)).attach(layer)
     if not part.parameters:
         return
     Region(

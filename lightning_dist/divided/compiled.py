@@ -1,0 +1,58 @@
+"""What torch.compile sees of divided parameters.
+
+[Note: compiled modules see parts]
+torch.compile follows ``__torch_function__`` of a class into what it traces, and a :class:`Divided` would have it trace
+how the whole is gathered (seen in torch 2.14: the parameters then get no gradient, without a word). Parts that are
+divided read their local tensors, which a plain DTensor gives it in one operation. So while a compiled module runs, the
+divided tensors in it are of torch's own class. Compiled functions that reach one in another way are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
+
+from lightning_dist.divided.tensor import Divided
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has a part of it, which can't see through a parameter of another class."""
+    return any(
+        child._compiled_call_impl is not None or isinstance(child, OptimizedModule) for child in module.modules()
+    )
+
+
+def show_parts_to_compiled(module: nn.Module) -> None:
+    """Makes the compiled modules in it see plain DTensors; see [Note: compiled modules see parts]."""
+    for child in module.modules():
+        if isinstance(child, OptimizedModule):
+            if not isinstance(child.forward, _SeesParts):
+                child.forward = _SeesParts(child, child.forward)
+        elif child._compiled_call_impl is not None and not isinstance(child._compiled_call_impl, _SeesParts):
+            vars(child)["_compiled_call_impl"] = _SeesParts(child, child._compiled_call_impl)
+
+
+class _SeesParts:
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any]) -> None:
+        self._module, self._compiled = module, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _of_torchs_class(self._module):
+            return self._compiled(*args, **kwargs)
+
+
+@contextmanager
+def _of_torchs_class(module: nn.Module) -> Iterator[None]:
+    divided: list[Tensor] = [t for t in (*module.parameters(), *module.buffers()) if type(t) is Divided]
+    for tensor in divided:
+        tensor.__class__ = DTensor
+    try:
+        yield
+    finally:
+        for tensor in divided:
+            tensor.__class__ = Divided
