@@ -179,8 +179,13 @@ class _RootGathering:
         for name in ("forward", *STEPS, "_gather_root"):
             if name in vars(module) or is_overridden(name, module):
                 self._gather_around(module, name)
+
+        @torch.compiler.disable
+        def gather_root(*_: Any) -> None:
+            module._gather_root()
+
         for child in module.children():
-            child.register_forward_pre_hook(lambda *_: module._gather_root())
+            child.register_forward_pre_hook(gather_root)
 
     def _gather_around(self, module: Any, name: str) -> None:
         module._instance_methods[name] = vars(module).get(name)

@@ -79,6 +79,7 @@ class Usage:
         with torch._C.DisableTorchFunctionSubclass():  # of the class that refuses users' hooks
             part.register_hook(partial(_note_used, used, id(parameter)))
 
+    @torch.compiler.disable
     def _note(self, name: str, flags: list[Flags], *_: Any) -> None:
         for of_group in flags:
             of_group.agree_if_gathered()
@@ -159,6 +160,7 @@ def _note_used(used: set[int], parameter: int, _: Tensor) -> None:
     used.add(parameter)
 
 
+@torch.compiler.disable
 def free_outdated(param_groups: list[Any], *_: Any) -> None:
     """Before a unit is gathered: one that is, and whose parts were written to since, has to be gathered again."""
     for param_group in param_groups:

@@ -251,7 +251,8 @@ CASES = [
     Case("lookahead", with_optimizer(lambda m: Lookahead(torch.optim.Adam(m.parameters(), 1e-2)))),
     Case("sam_optimizer", with_optimizer(lambda m: Sam(m.parameters()))),
     Case("sam_by_hand", SamByHand),
-    Case("muon", with_optimizer(lambda m: torch.optim.Muon(matrices(m), 0.05), Transformer), precision="32-true"),
+    # it rounds gradients to bfloat16, where the last bit of a float32 may tip
+    Case("muon", with_optimizer(lambda m: torch.optim.Muon(matrices(m), 0.05), Transformer)),
     Case("adafactor", with_optimizer(lambda m: torch.optim.Adafactor(m.parameters(), 0.05))),
     Case(
         "lbfgs",
