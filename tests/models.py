@@ -406,7 +406,51 @@ class GradientPenalty(Momentum):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
+        return F.cross_entropy(self(x), y) + self.penalty(x)
+
+    def penalty(self, x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
-        logits = self(x)
-        (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-        return F.cross_entropy(logits, y) + slope.pow(2).mean()
+        (slope,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
+        return slope.pow(2).mean()
+
+
+class CalledAfterPenalty(GradientPenalty):
+    """The network runs again between the first backward and the second, with and without gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        penalty = self.penalty(x)
+        with torch.no_grad():
+            self(x)
+        return penalty + F.cross_entropy(self(x), y)
+
+
+class PenaltyAlone(GradientPenalty):
+    """Nothing but the second backward reaches the last layer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.penalty(batch[0])
+
+
+class ManualPenalty(PenaltyAlone):
+    """Two backward passes a step, each with a penalty, and a step of the optimizer after each."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers()
+        for scale in (1.0, 0.5):
+            optimizer.zero_grad()
+            loss = scale * self.penalty(batch[0])
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss.detach()
+
+
+class BackwardWithGraph(Momentum):
+    """Gradients that have a graph."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]), create_graph=True)

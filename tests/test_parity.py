@@ -161,10 +161,27 @@ def test_a_penalty_on_weights_equals_one_process(layout: str, num_ranks: int) ->
     assert_parity(Run(models.Penalised, samples), layout, num_ranks)
 
 
-def test_second_derivatives_are_right_when_replicated_and_refused_when_sharded() -> None:
-    assert_parity(Run(models.GradientPenalty, samples), "dp_replicate=2", 2)
-    with pytest.raises(RankError, match="with create_graph=True"):
-        on_layout(Run(models.GradientPenalty, samples), "dp_shard=2", 2)
+SECOND = {
+    "penalty": Run(models.GradientPenalty, samples),
+    "accumulated": Run(
+        models.GradientPenalty, samples, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+    ),
+    "recomputed": Run(models.GradientPenalty, samples, strategy={"activation_checkpointing": "full"}),
+    "called-again": Run(models.CalledAfterPenalty, samples),
+    "alone": Run(models.PenaltyAlone, samples),
+    "manual": Run(models.ManualPenalty, samples),
+}
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize("case", SECOND)
+def test_second_derivatives_equal_one_process(case: str, layout: str, num_ranks: int) -> None:
+    assert_parity(SECOND[case], layout, num_ranks)
+
+
+def test_gradients_with_a_graph_are_refused_when_sharded() -> None:
+    with pytest.raises(RankError, match="and call the loss backward once"):
+        on_layout(Run(models.BackwardWithGraph, samples), "dp_shard=2", 2)
 
 
 def test_blocks_that_only_some_ranks_run_are_refused_under_dp_shard() -> None:

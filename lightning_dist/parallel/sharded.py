@@ -115,9 +115,11 @@ class Sharded(Alone):
             root.set_reshard_after_backward(reshard)
             root.set_is_last_backward(False)
         self._reduce_gradients(False)
+        self.usage.second.refuses = True
         try:
             yield
         finally:
+            self.usage.second.refuses = False
             for unit in self.units.values():
                 assert isinstance(unit, FSDPModule)
                 unit.set_reshard_after_forward(True, recurse=False)
@@ -135,6 +137,11 @@ class Sharded(Alone):
             assert isinstance(root, FSDPModule)
             root.set_is_last_backward(True)
             root.set_reshard_after_backward(True)
+        self._reduce_what_is_left()
+
+    def _reduce_what_is_left(self) -> None:
+        for root in self.roots.values():
+            assert isinstance(root, FSDPModule)
             state = root._get_fsdp_state()
             for inner in state._state_ctx.all_states:
                 for group in inner._fsdp_param_groups:
@@ -151,6 +158,9 @@ class Sharded(Alone):
         return super().before_backward(loss)
 
     def after_backward(self) -> None:
+        if self.usage.second.end() and self.reduces:
+            self._reduce_what_is_left()
+        self.usage.second.free()
         if not self.reduces:
             return
         gradients = [filled(p) for p in self.usage.agree()]

@@ -24,6 +24,7 @@ from lightning_dist.divided.compiled import is_compiled
 from lightning_dist.divided.gathered import is_outdated, watch
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.frozen import Flags
+from lightning_dist.parallel.second_backward import SecondBackward
 
 
 class Usage:
@@ -56,6 +57,7 @@ class Usage:
         self._trained: set[int] = set()
         """What required a gradient in some backward pass since gradients were reduced."""
         self._flags: list[Flags] = []
+        self.second = SecondBackward()
         for name, unit in units.items():
             param_groups = param_groups_of(unit)
             flags = [Flags.of(param_group) for param_group in param_groups]
@@ -68,7 +70,7 @@ class Usage:
                 # its own method, also where an earlier run has put another in its place
                 reduce = type(param_group).post_backward.__get__(param_group)
                 param_group.post_backward = partial(self._fill, name, param_group, reduce)
-                param_group.pre_backward = partial(_refuse_graph, type(param_group).pre_backward.__get__(param_group))
+                self.second.watch(param_group)
 
     def _watch_part(self, parameter: Any) -> None:
         """Notes gradients that a loss sends to the part itself, where it used it outside of its unit's forward."""
@@ -93,6 +95,7 @@ class Usage:
 
     def before_backward(self) -> None:
         """Remembers which gradients are there already, from earlier backward passes."""
+        self.second.begin()
         for flags in self._flags:
             flags.agree_if_gathered()
         for parameter in self._sharded:
@@ -101,6 +104,7 @@ class Usage:
 
     def forget(self) -> None:
         """Drops what was noted of a step that did not end."""
+        self.second.forget()
         self._ran = []
         self._used.clear()
 
@@ -166,16 +170,6 @@ def free_outdated(param_groups: list[Any], *_: Any) -> None:
     for param_group in param_groups:
         if is_outdated(param_group):
             param_group._to_sharded()
-
-
-def _refuse_graph(gather: Callable[..., None], *args: Any) -> None:
-    """Stands before what a unit does at the start of its backward; it would free what a second backward reads."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a backward pass with create_graph=True (a gradient penalty, a Hessian) through sharded blocks: dp_shard "
-            "frees their parameters before the second backward could use them; use dp_replicate"
-        )
-    gather(*args)
 
 
 def param_groups_of(unit: nn.Module) -> list[Any]:

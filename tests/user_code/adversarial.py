@@ -186,8 +186,6 @@ CASES = [
         "wgan_gradient_penalty",
         WassersteinGradientPenalty,
         noisy_loader,
-        refused=dict.fromkeys(("s", "st", "rs"), "create_graph=True"),
-        note="fully_shard frees the parameters that a second backward would need",
     ),
     Case("wgan_clamped_weights", WassersteinClipped, noisy_loader),
     Case("domain_adversarial", DomainAdversarial, noisy_loader),

@@ -55,7 +55,7 @@ ON_DEMAND = {
         "l1_penalty",
         "l2_penalty_transformer",
         "vae",
-        *("packed_lstm", "step_returns_none_on_one_rank"),
+        "packed_lstm",
     ),
     *("adaptive_gradient_clipping", "normalised_sgd", "several_optimizers", "parameter_groups", "thawed_by_epoch"),
     *("gradients_scaled", "before_zero_grad", "optimizer_step_skips", "lr_scheduler_step", "own_gradient_clipping"),
@@ -67,7 +67,7 @@ ON_DEMAND = {
         "wgan_clamped_weights",
         "dqn",
         "transformer",
-        *("packed_lstm", "step_returns_none_on_one_rank"),
+        "packed_lstm",
     ),
     *("step_returns_dictionary", "unused_parts", "weight_used_twice", "hooks_of_batches", "should_stop"),
 }

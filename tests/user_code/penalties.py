@@ -157,8 +157,6 @@ CASES = [
     Case(
         "input_gradient_penalty",
         InputGradientPenalty,
-        refused=dict.fromkeys(("s", "st", "rs"), "create_graph=True"),
-        note="fully_shard frees the parameters that a second backward would need",
     ),
     Case("weight_gradient_penalty", WeightGradientPenalty, like="ddp", note="as ddp: of the rank's own samples"),
     Case("fast_gradient_sign", FastGradientSign),

@@ -20,14 +20,6 @@ class Skips(Classifier):
         return None if batch_idx == 1 else super().training_step(batch, batch_idx)
 
 
-class SkipsOnOneRank(Classifier):
-    """As a step does that finds nothing in this rank's samples."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        return None if batch_idx == 0 and self.global_rank == self.trainer.world_size - 1 else loss
-
-
 class StopsOnOneRank(Classifier):
     """Ends the training where only one rank sees why."""
 
@@ -146,7 +138,6 @@ EVERY = tuple(LAYOUTS)
 
 CASES = [
     Case("step_returns_none", Skips),
-    Case("step_returns_none_on_one_rank", SkipsOnOneRank, refused=dict.fromkeys(EVERY, "None")),
     Case("should_stop_on_one_rank", StopsOnOneRank, trainer={"max_epochs": 2}),
     Case("should_stop", StepStops, trainer={"max_epochs": 2}),
     Case("complex_parameters", Complex, precision="32-true"),
