@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -20,6 +21,14 @@ LAYOUTS = {
 }
 """The layouts of every case, by the short names that the table has."""
 
+PIPELINES = {
+    "p": "pp=2",
+    "pr": "pp=2,dp_replicate=2",
+    "ps": "pp=2,dp_shard=2",
+    "pt": "pp=2,tp=2",
+}
+"""Those of a pipeline, likewise."""
+
 SPLIT = ("s", "t", "st", "rs")
 """Those under which ranks hold parts of parameters."""
 
@@ -27,14 +36,30 @@ BATCH_SIZE = 8
 """Of one process: the samples of a step over all ranks."""
 
 
+def degrees(layout: str) -> Degrees:
+    """Of a layout, by its short name."""
+    axes = dict(axis.split("=") for axis in {**LAYOUTS, **PIPELINES}[layout].split(","))
+    number = {axis: int(degree) for axis, degree in axes.items()}
+    data = number.get("dp_replicate", 1) * number.get("dp_shard", 1)
+    return Degrees(number.get("pp", 1), data, number.get("tp", 1))
+
+
+class Degrees(NamedTuple):
+    """How many ranks lie along each kind of axis, in the order of the mesh: the last one varies first."""
+
+    pp: int
+    data: int
+    tp: int
+
+
 def num_data_ranks(layout: str) -> int:
     """Groups of ranks with different samples."""
-    return {"r": 2, "s": 2, "t": 1, "st": 2, "rs": 4}[layout]
+    return degrees(layout).data
 
 
 def num_ranks(layout: str) -> int:
     """Ranks in the whole."""
-    return {"r": 2, "s": 2, "t": 2, "st": 4, "rs": 4}[layout]
+    return math.prod(degrees(layout))
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,21 @@ def part_of(tensor: Tensor) -> Part:
         return Part(tensor._local_tensor.detach().clone(), mesh.mesh.tolist(), tuple(splits))
 
 
-def whole(parts: Sequence[Part], rank: int) -> Tensor:
-    """The tensor of which ``parts[r]`` is held by rank ``r``, as it is for the mesh that ``rank`` is in."""
-    mine = parts[rank]
+def whole(parts: Sequence[Part | None], rank: int) -> Tensor:
+    """The tensor of which ``parts[r]`` is held by rank ``r``, as it is for the mesh that ``rank`` is in.
+
+    Where that rank holds nothing of it (it is in another stage of a pipeline), as it is for the first rank that does.
+    """
+    mine = parts[rank] or next(part for part in parts if part is not None)
     return mine.local if not mine.splits else _joined(parts, mine.ranks, mine.splits)
 
 
-def _joined(parts: Sequence[Part], ranks: Any, splits: tuple[Split, ...]) -> Tensor:
+def _joined(parts: Sequence[Part | None], ranks: Any, splits: tuple[Split, ...]) -> Tensor:
     """Joins along the last axis what the axes before it give: the last, tp, was split first."""
     if not splits:
-        return parts[ranks].local
+        part = parts[ranks]
+        assert part is not None
+        return part.local
     along = [_joined(parts, inner, splits[:-1]) for inner in _by_last_axis(ranks, len(splits))]
     if splits[-1] is None:
         return along[0]

@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_dist
 from lightning_dist import HybridStrategy
-from tests.user_code.case import BATCH_SIZE, LAYOUTS, Case, num_data_ranks
+from tests.user_code.case import BATCH_SIZE, LAYOUTS, PIPELINES, Case, num_data_ranks
 from tests.user_code.measure import Part, part_of
 
 
@@ -59,7 +60,11 @@ class Recorder(Callback):
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         held = [p for group in optimizer.param_groups for p in group["params"]]
         self.record.gradients.append(
-            {names.get(id(p), f"parameter {i}"): part_of(p.grad) for i, p in enumerate(held) if p.grad is not None}
+            {
+                names.get(id(p), f"parameter {i}"): part_of(p.grad)
+                for i, p in enumerate(held)
+                if not p.is_meta and p.grad is not None
+            }
         )
 
 
@@ -105,8 +110,9 @@ def train(case: Case, layout: str | None) -> Record:
 def _fit(case: Case, layout: str | None, module: L.LightningModule, callbacks: list[Callback], record: Record) -> None:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     strategy: Any = "auto" if layout is None else layout
-    if layout in LAYOUTS:
-        strategy = HybridStrategy(LAYOUTS[layout], **case.strategy)
+    layouts = {**LAYOUTS, **PIPELINES}
+    if layout in layouts:
+        strategy = HybridStrategy(layouts[layout], **case.strategy)
     # Lightning's ddp would shuffle an unshuffled loader: bring its sampler
     ranks = world if layout == "ddp" else 1 if layout is None else num_data_ranks(layout)
     train_loader = case.train(BATCH_SIZE // ranks)
@@ -142,11 +148,16 @@ def start(case: Case) -> dict[str, Tensor]:
 
 def _parts(module: nn.Module, kind: str) -> dict[str, Part]:
     named = getattr(module, f"named_{kind}")()
-    return {name: part_of(tensor) for name, tensor in named if not _is_lazy(tensor)}
+    return {name: part_of(tensor) for name, tensor in named if not (_is_lazy(tensor) or _is_elsewhere(tensor))}
 
 
 def _is_lazy(tensor: Tensor) -> bool:
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Whether another stage of a pipeline holds it: it has no memory here."""
+    return isinstance(tensor, FakeTensor) or isinstance(getattr(tensor, "data", None), FakeTensor)
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.ranks import RankError, run_on_ranks
-from tests.user_code.case import LAYOUTS, Case, num_data_ranks, num_ranks
+from tests.user_code.case import LAYOUTS, PIPELINES, Case, Degrees, degrees, num_data_ranks, num_ranks
 from tests.user_code.measure import whole
 from tests.user_code.training import Record, start, train
 
@@ -105,7 +105,8 @@ def _judge(case: Case, layout: str, records: list[Record]) -> Outcome:
     reference = _reference(case, num_data_ranks(layout))
     for rank in range(len(records)):
         numbers = _numbers(records, rank, layout)
-        if difference := _difference(numbers, reference[rank * len(reference) // len(records)], case):
+        _, data, tp = degrees(layout)
+        if difference := _difference(numbers, reference[rank // tp % data * len(reference) // data], case):
             return Outcome("WRONG", f"rank {rank}: {difference}")
     return Outcome("exact")
 
@@ -154,18 +155,28 @@ def _reference(case: Case, ranks: int) -> list[Numbers]:
 
 def _numbers(records: list[Record], rank: int, layout: str | None) -> Numbers:
     record = records[rank]
-    groups = len(records) // (num_data_ranks(layout) if layout in LAYOUTS else len(records))  # ranks of same samples
-    alike = [records[other] for other in range(rank % groups, len(records), groups)]
+    known = layout in LAYOUTS or layout in PIPELINES
+    _, data, tp = degrees(str(layout)) if known else Degrees(1, len(records), 1)
+    first = rank // (data * tp) * data * tp + rank % tp  # in its stage, with its part of layers
+    alike = records[first : first + data * tp : tp]
+    steps = [
+        [other.gradients[i] for other in records if i < len(other.gradients)] for i in range(len(record.gradients))
+    ]
+    names = {name: None for other in records for name in other.tensors}
     return Numbers(
         [_mean(losses) for losses in zip(*(other.losses for other in alike), strict=False)],
         [
-            {name: float(whole([other.gradients[i][name] for other in records], rank).norm()) for name in gradients}
-            for i, gradients in enumerate(record.gradients)
+            {
+                name: float(whole([gradients.get(name) for gradients in step], rank).norm())
+                for name in {name: None for gradients in step for name in gradients}
+                if name in step[rank] or layout in PIPELINES
+            }
+            for step in steps
         ],
         record.logged,
         record.logger,
         record.seen,
-        {name: whole([other.tensors[name] for other in records], rank) for name in record.tensors},
+        {name: whole([other.tensors.get(name) for other in records], rank) for name in names},
     )
 
 
