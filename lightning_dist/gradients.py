@@ -46,7 +46,7 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     parameters = list(parameters)
     in_stages = any(is_placeholder(p) or hasattr(p, PIPELINE_SHARE) for p in parameters)
-    parameters = [p for p in parameters if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None and not is_placeholder(p)]
     gradients = [p.grad for p in parameters if p.grad is not None]
     pieces = [num_pieces(g) * getattr(p, PIPELINE_SHARE, 1) for p, g in zip(parameters, gradients, strict=True)]
     shards = [local(g) for g in gradients]
@@ -81,7 +81,7 @@ def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float
     """
     parameters = list(parameters)
     total = global_norm(parameters, norm_type)
-    shards = [local(p.grad) for p in parameters if p.grad is not None]
+    shards = [local(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
     if shards:
         torch._foreach_mul_(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
@@ -90,7 +90,7 @@ def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float
 @torch.no_grad()
 def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     """Clamps every gradient element to [-clip_value, clip_value] in place. Communication: none."""
-    shards = [local(p.grad) for p in parameters if p.grad is not None]
+    shards = [local(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
     if shards:
         torch._foreach_clamp_min_(shards, -clip_value)
         torch._foreach_clamp_max_(shards, clip_value)

@@ -48,7 +48,15 @@ from lightning_dist.parallel import (
     refuse_no_blocks,
 )
 from lightning_dist.parallel.equal import make_copies_equal
-from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, cut_of, plan_stages
+from lightning_dist.parallel.pipeline import (
+    BatchSplit,
+    Cut,
+    Pipelined,
+    PipelineOptions,
+    cut_module,
+    cut_of,
+    plan_stages,
+)
 from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions, parameter_splits
@@ -94,6 +102,15 @@ class HybridStrategy(TuningHooks):
             the cost of the stages.
         pipeline_reshard: under ``pp`` with ``dp_shard``, free sharded parameters after each microbatch and gather them
             again, which saves memory. Default: they are gathered once a step.
+        pipeline_check: under ``pp``, the first time that a kind of step runs, compare what it returns and logs over
+            microbatches with what it does over the whole batch at once, for which it runs twice more without gradients;
+            another result is an error. Off, it trains on the weighted mean of the microbatches, whatever that is.
+        batch_split: where a batch has its samples, under ``pp``: a tree like the batch, or like the upper part of it,
+            of the dim for tensors, ``"each"`` for a list of one item a sample, None for what every microbatch gets as
+            it is; or a function of a batch and a number of parts that returns the parts. Default: the first dim of all
+            tensors and arrays that have the size there that most have, and lists of as many items.
+        microbatch_weight: a function of a microbatch, of what its loss is a mean over, under ``pp``: of the number of
+            labels that are not ignored, say. Default: its samples.
         activation_checkpointing: ``"full"``, the repeated blocks keep only their inputs and outputs for backward, and
             compute the rest again; ``"selective"``, they also keep the results of matrix products, convolutions and
             attention, and compute the rest again; ``"none"``, nothing is computed twice.
@@ -136,6 +153,9 @@ class HybridStrategy(TuningHooks):
         num_microbatches: int | None = None,
         pipeline_cuts: Iterable[str] | None = None,
         pipeline_reshard: bool = False,
+        pipeline_check: bool = True,
+        batch_split: BatchSplit | None = None,
+        microbatch_weight: Callable[[Any], Any] | None = None,
         activation_checkpointing: Checkpointing = "none",
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
@@ -179,7 +199,9 @@ class HybridStrategy(TuningHooks):
         """What ``tp`` divides, once the strategy has been set up."""
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
         cuts: Any = pipeline_cuts if pipeline_cuts is None or isinstance(pipeline_cuts, str) else list(pipeline_cuts)
-        self._pipeline_options = PipelineOptions(pipeline_schedule, num_microbatches, cuts, pipeline_reshard)
+        self._pipeline_options = PipelineOptions(
+            pipeline_schedule, num_microbatches, cuts, pipeline_reshard, batch_split, microbatch_weight, pipeline_check
+        )
         self._logs: StepLogs | None = None
         self._course: Course | None = None
         self._recorded: RecordedInit | None = None
@@ -337,6 +359,7 @@ class HybridStrategy(TuningHooks):
         plugin.clip_grad_by_norm = self._clip_by_norm
         plugin.clip_grad_by_value = self._clip_by_value
         plugin.post_backward = partial(self._after_backward, type(plugin).post_backward.__get__(plugin))
+        plugin._after_closure = partial(self._before_step, type(plugin)._after_closure.__get__(plugin))
         if self.world_size > 1:
             make_agreeing(plugin)
 
@@ -398,6 +421,7 @@ class HybridStrategy(TuningHooks):
         self._parallel.reshard()
         self._materialize(module)
         divide(module)
+        self._parallel.show()
         show_parts_to_compiled(module)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         self.model = module
@@ -560,7 +584,21 @@ class HybridStrategy(TuningHooks):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         if self.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
             closure = partial(self._with_mean_loss, closure)
-        return super().optimizer_step(optimizer, closure, *args, **kwargs)
+        assert self._parallel is not None
+        with self._parallel.stepping():
+            return super().optimizer_step(optimizer, partial(self._hooked, closure), *args, **kwargs)
+
+    def _hooked(self, run: Callable[..., Any], *args: Any) -> Any:
+        """What an optimizer's step calls of Lightning's, with the user's hooks in it."""
+        assert self._parallel is not None
+        with self._parallel.hooked():
+            return run(*args)
+
+    def _before_step(self, original: Callable[..., None], *args: Any) -> None:
+        """Stands before the plugin's method that calls ``on_before_optimizer_step``, after which an optimizer steps."""
+        assert self._parallel is not None
+        self._hooked(original, *args)
+        self._parallel.hide_gradients()
 
     def _with_mean_loss(self, closure: Callable[[], Any]) -> Any:
         loss = closure()

@@ -64,7 +64,21 @@ def agree_to_read(tensor: DTensor) -> None:
     line = _line_of_user(sys._getframe(1))
     if line is None or tensor.device_mesh.size() == 1 or not dist.is_initialized():
         return
-    ranks = tensor.device_mesh.mesh.flatten().tolist()
+    _meet_at(line, tensor.device_mesh.mesh.flatten().tolist())
+
+
+def meet(frame: FrameType, ranks: list[int]) -> None:
+    """The same, for the ranks of a group, at a line of the user's.
+
+    Raises:
+        RuntimeError: only some ranks come to it, or ``rank_zero_only`` runs it.
+    """
+    line = _line_of_user(frame)
+    if line is not None:
+        _meet_at(line, ranks)
+
+
+def _meet_at(line: FrameType, ranks: list[int]) -> None:
     store: Any = dist.distributed_c10d._get_default_store()  # private; seen in torch 2.14
     place = (line.f_code.co_filename, line.f_lineno, f"{min(ranks)}/{len(ranks)}")
     met = _Meetings.at(store)

@@ -21,7 +21,7 @@ class Logged:
 
     kwargs: dict[str, Any]
     values: list[Any] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
 
 
 class RecordedLogs:
@@ -35,11 +35,11 @@ class RecordedLogs:
 
     Args:
         module: whose ``log`` it is.
-        sizes: of the microbatches.
+        sizes: of the microbatches, by which means are weighted.
         is_constant: whether the number that is logged under a name is the same for fewer samples.
     """
 
-    def __init__(self, module: pl.LightningModule, sizes: list[int], is_constant: Callable[[str], bool]) -> None:
+    def __init__(self, module: pl.LightningModule, sizes: list[float], is_constant: Callable[[str], bool]) -> None:
         self._module, self._sizes, self._is_constant = module, sizes, is_constant
         self._logged: dict[str, Logged] = {}
         self._index = 0
@@ -108,9 +108,15 @@ class RecordedLogs:
         for name, entry in self._logged.items():
             kwargs = dict(entry.kwargs)
             if kwargs.get("batch_size") is not None:
-                kwargs["batch_size"] = sum(entry.sizes)
+                kwargs["batch_size"] = int(sum(entry.sizes))
             self._module.log(name, self._combined(name, entry), **kwargs)
         self._logged.clear()
+
+    def values(self) -> dict[str, Any]:
+        """What would be logged for the whole batch, but for metrics; forgets what was noted."""
+        logged = {n: self._combined(n, e) for n, e in self._logged.items() if not isinstance(e.values[0], tuple)}
+        self._logged.clear()
+        return logged
 
     def _combined(self, name: str, entry: Logged) -> Any:
         first = entry.values[0]
@@ -146,7 +152,7 @@ def _combined(entry: Logged) -> Any:
     return mean if isinstance(first, Tensor) else float(mean)
 
 
-def _mean(values: list[Tensor], sizes: list[int]) -> Tensor:
+def _mean(values: list[Tensor], sizes: list[float]) -> Tensor:
     if len(values) == 1:
         return values[0]
     total = sum(sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -90,6 +90,20 @@ class Alone:
         Args:
             held: gradients of earlier passes may be there that were not reduced yet.
         """
+
+    def show(self) -> None:
+        """Called when parameters are in place: the user's code may see them. Communication: none."""
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """While an optimizer steps."""
+        return nullcontext()
+
+    def hooked(self) -> AbstractContextManager[None]:
+        """Inside of :meth:`stepping`, while hooks run that look at gradients."""
+        return nullcontext()
+
+    def hide_gradients(self) -> None:
+        """Called when those hooks have run."""
 
     def reshard(self) -> None:
         """Frees what was gathered for a forward pass that no backward followed. Communication: none."""

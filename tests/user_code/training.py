@@ -63,7 +63,7 @@ class Recorder(Callback):
             {
                 names.get(id(p), f"parameter {i}"): part_of(p.grad)
                 for i, p in enumerate(held)
-                if not p.is_meta and p.grad is not None
+                if not _is_elsewhere(p) and p.grad is not None
             }
         )
 

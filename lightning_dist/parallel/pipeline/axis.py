@@ -10,33 +10,37 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
-from lightning_dist.parallel.pipeline import batches
+from lightning_dist.parallel.pipeline import batches, check
 from lightning_dist.parallel.pipeline.cuts import CutPoint
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.passage import Passage
 from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
+from lightning_dist.parallel.pipeline.setup import MANUAL
+from lightning_dist.parallel.pipeline.staged import Place, closed, opened, staged
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
 from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
 from lightning_dist.parallel.sharded import Sharded
-from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder
+from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder, placeholder
 from lightning_dist.randomness import kept_random_states
 
 
 class Route:
     """A step on microbatches of one shape: where it is cut, and how each stage runs it."""
 
-    def __init__(self, points: list[CutPoint], passages: list[Passage]) -> None:
-        self.points, self.passages = points, passages
+    def __init__(self, points: list[CutPoint], passages: list[Passage], written: set[str]) -> None:
+        self.points, self.passages, self.written = points, passages, written
 
 
 class Pipelined(Alone):
@@ -79,6 +83,9 @@ class Pipelined(Alone):
         self._schedules: dict[Any, Any] = {}
         self._constants: dict[tuple[str, str], bool] = {}
         self._num_evaluated = 0
+        self._splitter = options.splitter
+        self._checked: set[Any] = set()
+        """Kinds of steps that were seen to give the same over microbatches as over the whole batch."""
         self._step = _Step()
         self._applied = 1.0
         """What the losses of the last schedule were multiplied with."""
@@ -103,22 +110,62 @@ class Pipelined(Alone):
             if not is_placeholder(parameter):
                 setattr(parameter, PIPELINE_SHARE, self.stages.num_ranks / len(self.stages.holders(name)))
 
+    # ------------------------------------------------------------------ what the user's code sees
+
+    @property
+    def _sends(self) -> bool:
+        """Whether what a rank holds of its stages is whole, so that it can be sent to the others."""
+        return type(self.inner) is Alone and self.inner.tensor is None
+
+    def show(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            if self._sends or is_placeholder(parameter):
+                source = self.stages.holders(name)[0]
+                staged(parameter, Place(name, source, self.group if self._sends else None))
+
+    def stepping(self) -> AbstractContextManager[None]:
+        return closed(self.module.parameters())
+
+    def hooked(self) -> AbstractContextManager[None]:
+        return opened(self.module.parameters())
+
+    def hide_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            if is_placeholder(parameter):
+                parameter.grad = None
+
+    def _show_gradients(self) -> None:
+        """Where hooks look at gradients, those of other stages are there, without memory.
+
+        Communication over the axis: one all-reduce of a byte per parameter, where such a hook is.
+        """
+        scaler = getattr(self.module.trainer.precision_plugin, "scaler", None)
+        if not self._sends or scaler is not None or not _gradients_are_seen(self.module):
+            return
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        has = [not is_placeholder(p) and p.grad is not None for p in parameters]
+        flags = torch.tensor(has, dtype=torch.uint8, device=self._device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        for parameter, flag in zip(parameters, flags.tolist(), strict=True):
+            if is_placeholder(parameter):
+                parameter.grad = placeholder(parameter) if flag else None
+
     # ------------------------------------------------------------------ steps
 
     def run(self, step: str, *args: Any) -> Any:
+        with closed(self.module.parameters()):
+            return self._run(step, *args)
+
+    def _run(self, step: str, *args: Any) -> Any:
         training = step == "training_step" and torch.is_grad_enabled()
         if training and not self.module.automatic_optimization:
-            raise ValueError(
-                "pp runs the backward of a step's microbatches inside of its schedule, and this module optimises "
-                "manually: it would step once per microbatch. Use automatic optimisation, or another axis"
-            )
-        size = batches.batch_size(args[0])
-        num_parts, in_order = self._num_microbatches(size)
-        parts, sizes = batches.split(args[0], num_parts)
-        routes = [self._route(step, part, args[1:]) for part in parts]
-        wires = [Wire.of([route.points[cut] for route in routes]) for cut in range(self.stages.num_stages - 1)]
-        logs = RecordedLogs(self.module, sizes, self._is_constant)
-        self._step = _Step(step, parts, args[1:], sizes, routes, wires, logs, args[0])
+            raise ValueError(MANUAL)
+        num_parts, in_order = self._num_microbatches(self._splitter.size(args[0]))
+        parts, sizes = self._splitter.split(args[0], num_parts)
+        if len(parts) < num_parts:
+            num_parts, in_order = len(parts), True
+        self._check(step, args, parts, sizes)
+        self._begin(step, args, parts, sizes)
         with self._step.logs.recording(), self._own_random_streams(training):
             if not training:
                 with self._holding():
@@ -127,11 +174,46 @@ class Pipelined(Alone):
             else:
                 self._applied = self._scale()
                 self._run_schedule(num_parts, in_order)
-        output = batches.joined(self._step.outputs, sizes) if self._has_last else None
+        output = self._step.joined() if self._has_last else None
         self._step.logs.replay()
         result = self._with_loss(output) if training else self._shared(step, output)
         self._step = _Step()
         return result
+
+    def _begin(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
+        routes = [self._route(step, part, args[1:]) for part in parts]
+        wires = [Wire.of([route.points[cut] for route in routes]) for cut in range(self.stages.num_stages - 1)]
+        weights = self._options.weights(parts, sizes)
+        logs = RecordedLogs(self.module, weights, self._is_constant)
+        self._step = _Step(step, parts, args[1:], sizes, weights, routes, wires, logs, args[0])
+
+    def _check(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
+        """The first time that a kind of step runs; see [Note: microbatches are compared]."""
+        kind = step, self.module.training, args[2:]
+        if not self._options.check or kind in self._checked:
+            return
+        difference = ""
+        if len(parts) > 1:
+            with kept_random_states(self._device):
+                of_parts = self._tried(step, args, parts, sizes)
+                of_whole = self._tried(step, args, [args[0]], [sum(sizes)])
+            difference = check.compare(step, of_whole, of_parts, len(parts))
+        if check.agree(difference, len(parts) > 1, self._device):
+            self._checked.add(kind)
+
+    def _tried(
+        self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]
+    ) -> tuple[Any, dict[str, Any]]:
+        """What a step returns and logs over microbatches, without gradients or randomness; nothing is left of it."""
+        self._begin(step, args, parts, sizes)
+        self._step.alike = True
+        written = {name for route in self._step.routes for name in route.written}
+        parameters = [p for name, p in self.module.named_parameters() if name in written and not is_placeholder(p)]
+        with check.undone(self.module, parameters), check.fixed(self.module), self._step.logs.recording():
+            with self._holding():
+                self._in_order().forward(len(parts))
+            self.inner.reshard()
+            return self._step.joined() if self._has_last else None, self._step.logs.values()
 
     @contextmanager
     def _own_random_streams(self, training: bool) -> Iterator[None]:
@@ -219,11 +301,12 @@ class Pipelined(Alone):
             found, link = step.wires[stage - 1].unpack(step.routes[index].points[stage - 1], received)
         else:
             found, link = [], first_link(self._device)
-        seed_microbatch(self._device, step.seed, index)
+        number = 0 if step.alike else index
+        seed_microbatch(self._device, step.seed, number)
         step.logs.begin(index, stage == 0, passage.sees_metrics)
 
         def enter() -> None:
-            seed_microbatch(self._device, step.seed, index, stage)
+            seed_microbatch(self._device, step.seed, number, stage)
             step.logs.enter()
 
         def passing(plain: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
@@ -256,7 +339,9 @@ class Pipelined(Alone):
                 "pp: the loss depends on activations of another stage, which the first batch did not show: a value was "
                 f"asked for there. Cuts: {', '.join(self.stages.cuts)}; name pipeline_cuts before that part"
             )
-        share = step.sizes[index] / sum(step.sizes) * self._applied
+        if not step.weights[index]:  # its loss may be a mean over nothing
+            return ended(link, torch.zeros((), device=self._device))
+        share = step.weights[index] / sum(step.weights) * self._applied
         return ended(link, loss.reshape(()) * share)
 
     # ------------------------------------------------------------------ shapes
@@ -272,7 +357,7 @@ class Pipelined(Alone):
             trace = trace_step(self.skeleton, self.module, step, part, rest)
         points = points_in(trace, self.stages)
         ends: list[CutPoint | None] = [None, *points, None]
-        return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)])
+        return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace.written)
 
     def _is_constant(self, name: str) -> bool:
         """Whether the step logs the same Python number for another number of samples; seen in a trace of some."""
@@ -281,7 +366,7 @@ class Pipelined(Alone):
             logged = []
             with kept_random_states(self._device):
                 for count in (1, 2):
-                    part = batches.first_samples(step.batch, count)
+                    part = self._splitter.first(step.batch, count)
                     trace_step(self.skeleton, self.module, step.name, part, step.rest)
                     logged.append(self.skeleton.logged.get(name))
             self._constants[step.name, name] = logged[0] == logged[1]
@@ -332,6 +417,7 @@ class Pipelined(Alone):
         if self.reduces:
             self.inner.after_backward()
             self._gradients.reduce(self._data_group, self.buffers)
+            self._show_gradients()
 
     def reshard(self) -> None:
         self.inner.reshard()
@@ -361,6 +447,7 @@ class _Step:
         parts: list[Any] | None = None,
         rest: tuple[Any, ...] = (),
         sizes: list[int] | None = None,
+        weights: list[float] | None = None,
         routes: list[Route] | None = None,
         wires: list[Wire] | None = None,
         logs: Any = None,
@@ -368,11 +455,17 @@ class _Step:
     ) -> None:
         self.name, self.parts, self.rest, self.logs = name, parts or [], rest, logs
         self.batch = batch
-        self.sizes, self.routes, self.wires = sizes or [], routes or [], wires or []
+        self.sizes, self.weights, self.routes, self.wires = sizes or [], weights or [], routes or [], wires or []
         self.outputs: list[Any] = [None] * len(self.parts)
         self.seed = 0
+        self.alike = False
+        """Whether all microbatches begin with the same random numbers."""
         self.trained: dict[int, list[nn.Parameter]] = {}
         """Parameters of each stage of this rank, once a schedule asked."""
+
+    def joined(self) -> Any:
+        """What the microbatches' steps returned, as one."""
+        return batches.joined(self.outputs, self.sizes, self.weights)
 
 
 def _stage_step(module: pl.LightningModule, name: str) -> None:
@@ -388,6 +481,18 @@ def _stage_step(module: pl.LightningModule, name: str) -> None:
 
     staged.passes = True  # type: ignore[attr-defined]
     vars(module)[name] = staged
+
+
+_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+
+
+def _gradients_are_seen(module: pl.LightningModule) -> bool:
+    """Whether a hook of the user's runs between the backward and the optimizer's step."""
+    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
+    own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
+    return any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS) or any(
+        is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own
+    )
 
 
 def _signature(part: Any) -> Any:

@@ -29,11 +29,11 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [mapped(item, function) for item in value]
         if isinstance(value, list):
-            return items if type(value) is list else _rebuilt(value, items)
+            return items if type(value) is list else rebuilt(value, items)
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):  # transformers' outputs are dataclasses too, and keep both in step
         new = {key: mapped(item, function) for key, item in value.items()}
-        return new if type(value) is dict else _rebuilt(value, new)
+        return new if type(value) is dict else rebuilt(value, new)
     if is_dataclass(value) and not isinstance(value, type):
         replaced = copy.copy(value)
         for field in fields(value):
@@ -43,7 +43,8 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def _rebuilt(value: Any, new: Any) -> Any:
+def rebuilt(value: Any, new: Any) -> Any:
+    """A copy of a list or mapping of a class of its own, with other items."""
     replaced = copy.copy(value)
     if isinstance(value, list):
         replaced[:] = new

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,9 +16,8 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_dist.parallel.pipeline import batches
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, find_stages, hide_parameters
 from lightning_dist.parallel.pipeline.trace import trace_step
@@ -28,6 +30,11 @@ STEP_OF = {
     TrainerFn.PREDICTING: "predict_step",
 }
 
+
+MANUAL = (
+    "pp runs the backward of a step's microbatches inside of its schedule, and this module optimises manually: it "
+    "would step once per microbatch. Use automatic optimisation, or another axis"
+)
 
 _CUT = "_pipeline_cut"
 """Attribute of a module that has been cut. A table beside the modules would keep them alive: a cut refers to them."""
@@ -75,10 +82,12 @@ def cut_module(
         return there.run_by(options)
     assert trainer.state.fn is not None
     step = STEP_OF[trainer.state.fn]
+    if step == "training_step" and not module.automatic_optimization:
+        raise ValueError(MANUAL)
     skeleton = Skeleton(module, device, dtype)
     with kept_random_states(device):
         batch = _first_batch(trainer)
-        part = batches.split(batch, options.microbatches(batches.batch_size(batch), num_ranks) or 1)[0][0]
+        part = _first_part(batch, options, num_ranks)
         was_training = module.training
         module.train(step == "training_step")
         try:
@@ -127,7 +136,7 @@ def plan_stages(
     rest: tuple[Any, ...]
     if batch is not None:
         step, rest = "training_step", (0,) if _takes_index(module, "training_step") else ()
-        part = batches.split(batch, options.microbatches(batches.batch_size(batch), num_ranks) or 1)[0][0]
+        part = _first_part(batch, options, num_ranks)
     else:
         example: Any = module.example_input_array
         if example is None:
@@ -141,6 +150,11 @@ def plan_stages(
     with kept_random_states(device):
         trace = trace_step(Skeleton(module, device), module, step, part, rest)
     return find_stages(module, trace, options, num_ranks, blocks, keep_whole)
+
+
+def _first_part(batch: Any, options: PipelineOptions, num_ranks: int) -> Any:
+    splitter = options.splitter
+    return splitter.split(batch, options.microbatches(splitter.size(batch), num_ranks) or 1)[0][0]
 
 
 def _takes_index(module: pl.LightningModule, step: str) -> bool:
@@ -161,9 +175,18 @@ def _first_batch(trainer: pl.Trainer) -> Any:
     if not isinstance(loaders, CombinedLoader):
         loaders = CombinedLoader(loaders, "max_size_cycle" if fn == TrainerFn.FITTING else "sequential")
     prepare: Any = trainer._data_connector._prepare_dataloader
-    firsts = [
-        _first_of(prepare(loader, shuffle=stage == RunningStage.TRAINING, mode=stage)) for loader in loaders.flattened
-    ]
+    firsts, taken = [], {}
+    for loader in loaders.flattened:
+        if isinstance(loader, Iterator):  # what is taken of it is gone: the loop gets it first
+            firsts.append(next(loader))
+            taken[id(loader)] = chain([firsts[-1]], loader)
+        else:
+            firsts.append(_first_of(prepare(loader, shuffle=stage == RunningStage.TRAINING, mode=stage)))
+    if taken:
+        given: Any = loop._data_source
+        given.instance = tree_map(
+            lambda one: taken.get(id(one), one), given.instance, is_leaf=lambda v: not _is_container(v)
+        )
     if loaders._mode == "sequential":
         batch = firsts[0]
     else:
@@ -177,17 +200,54 @@ def _is_container(value: Any) -> bool:
 
 
 def _first_of(loader: Any) -> Any:
-    """The first batch of a loader, without its workers."""
+    """The first batch of a loader, without its workers. Generators and states of samplers and data sets stay."""
     if not isinstance(loader, DataLoader):
-        return next(iter(loader))
+        with _as_it_was(loader):
+            return next(iter(loader))
     dataset: Any = loader.dataset
-    if loader.batch_sampler is not None:
-        indices = next(iter(loader.batch_sampler))
-        many = getattr(dataset, "__getitems__", None)
-        return loader.collate_fn(many(indices) if many is not None else [dataset[index] for index in indices])
+    with _as_it_was(loader, loader.batch_sampler, loader.sampler, dataset):
+        if isinstance(dataset, IterableDataset):
+            rows = iter(dataset)
+            samples: Any = next(rows) if loader.batch_size is None else list(islice(rows, loader.batch_size))
+        elif loader.batch_sampler is not None:
+            indices = next(iter(loader.batch_sampler))
+            many = getattr(dataset, "__getitems__", None)
+            samples = many(indices) if many is not None else [dataset[index] for index in indices]
+        else:
+            samples = dataset[next(iter(loader.sampler))]
+        return loader.collate_fn(samples)
+
+
+@contextmanager
+def _as_it_was(*owners: Any) -> Iterator[None]:
+    """Gives the objects, and the samplers inside of them, the states of their own that they had before."""
+    generators: dict[int, tuple[torch.Generator, Any]] = {}
+    states: list[tuple[Any, Any]] = []
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    todo, seen = [owner for owner in owners if owner is not None], set()
+    while todo:
+        owner = todo.pop()
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        if isinstance(owner, torch.Generator):
+            generators[id(owner)] = owner, owner.get_state()
+            continue
+        if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
+            states.append((owner, copy.deepcopy(owner.state_dict())))
+        if isinstance(owner, (torch.utils.data.Sampler, torch.utils.data.Dataset)):
+            own = vars(owner)
+            attributes.append(
+                (own, {k: v for k, v in own.items() if isinstance(v, (int, float, str, bool, type(None)))})
+            )
+        kinds = (torch.Generator, torch.utils.data.Sampler)
+        todo += [value for value in getattr(owner, "__dict__", {}).values() if isinstance(value, kinds)]
     try:
-        samples: Any = dataset[next(iter(loader.sampler))]
-    except (TypeError, NotImplementedError):  # an iterable data set
-        rows = iter(dataset)
-        samples = next(rows) if loader.batch_size is None else list(islice(rows, loader.batch_size))
-    return loader.collate_fn(samples)
+        yield
+    finally:
+        for generator, state in generators.values():
+            generator.set_state(state)
+        for own, before in attributes:
+            own.update(before)
+        for owner, state in states:
+            owner.load_state_dict(state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_dist.parallel.pipeline.balance import balanced, stage_costs
+from lightning_dist.parallel.pipeline.batches import BatchSplit, Splitter
 from lightning_dist.parallel.pipeline.cuts import CutPoint, cut_points, named_cuts, obstacles
 from lightning_dist.parallel.pipeline.schedule import Schedule, schedule_named
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
@@ -29,14 +32,33 @@ class PipelineOptions:
     num_microbatches: int | None = None
     cuts: list[str] | None = None
     reshard: bool = False
+    batch_split: BatchSplit | None = None
+    microbatch_weight: Callable[[Any], Any] | None = None
+    check: bool = True
 
     def __post_init__(self) -> None:
         schedule_named(self.schedule)
+        if self.microbatch_weight is not None and not callable(self.microbatch_weight):
+            raise ValueError(f"microbatch_weight is {self.microbatch_weight!r}; it must be a function of a microbatch")
         number: Any = self.num_microbatches
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ValueError(f"num_microbatches is {number!r}; it must be a number of at least 1, or None")
         if isinstance(self.cuts, str):
             raise ValueError(f"pipeline_cuts is {self.cuts!r}; it must be a list of names of modules")
+
+    @property
+    def splitter(self) -> Splitter:
+        """Cuts batches into microbatches."""
+        return Splitter(self.batch_split)
+
+    def weights(self, parts: list[Any], sizes: list[int]) -> list[float]:
+        """What each microbatch counts in means over them."""
+        if self.microbatch_weight is None:
+            return [float(size) for size in sizes]
+        weights = [float(self.microbatch_weight(part)) for part in parts]
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise ValueError(f"microbatch_weight gave {weights}; what microbatches count must not be negative")
+        return weights
 
     def refuse(self, num_ranks: int) -> None:
         """Raises a ValueError where the schedule can't run on so many ranks."""

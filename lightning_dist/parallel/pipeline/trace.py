@@ -86,6 +86,7 @@ class Trace:
         draws: ops that drew random numbers.
         drawn: real tensors that were drawn at random, or come of such: made and last used.
         buffers: ops that use a buffer, by its name.
+        written: names of the parameters that the step changes in place.
         metrics: the next ops when a metric was used.
         activation_bytes: what each op made.
         output: what the step returned; None where it looked at a value and the trace ended.
@@ -99,6 +100,7 @@ class Trace:
     draws: list[int] = field(default_factory=list)
     drawn: dict[int, Value] = field(default_factory=dict)
     buffers: dict[str, set[int]] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
     metrics: list[int] = field(default_factory=list)
     activation_bytes: list[int] = field(default_factory=list)
     output: Any = None
@@ -175,6 +177,9 @@ class _Recorder(TorchDispatchMode):
         self._written: set[int] = set()
         self._values_by_memory: dict[int, list[Value]] = {}
         self._buffer_names = {id(b): name for name, b in skeleton.module.named_buffers()}
+        self._parameters_by_memory: dict[int, list[str]] = {}
+        for name, parameter in skeleton.module.named_parameters():
+            self._parameters_by_memory.setdefault(_memory(parameter), []).append(name)
         self._names: dict[int, str] = {}
         self._alive: list[Any] = []
         for name, module in skeleton.module.named_modules():
@@ -290,6 +295,8 @@ class _Recorder(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             for tensor in tensors(given.get(argument.name)):
+                for name in self._parameters_by_memory.get(_memory(tensor), ()):
+                    self.trace.written.add(name)
                 if depends and not is_placeholder(tensor):
                     self._written.add(_memory(tensor))
                     self._value(tensor, number).used = number
