@@ -275,7 +275,6 @@ class StepLogs(JointResults):
             give_rows_a_dim(metric)
         if ran and self._dirty:  # its last step was skipped
             self._look(self._reduce_step("end"))
-            connector.callback_metrics, connector.logged_metrics, connector.progress_bar_metrics  # noqa: B018
         own()
         if ran:  # evaluation says it twice
             self._unknown -= self._reduce_epoch()
