@@ -57,6 +57,7 @@ from lightning_dist.parallel.pipeline import (
     cut_of,
     plan_stages,
 )
+from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions, parameter_splits
@@ -400,9 +401,10 @@ class HybridStrategy(TuningHooks):
         if not self.layout.defers:
             self._materialize(module)
         blocks = self._blocks(module)
+        hooked = {name: p for name, p in module.named_parameters() if _has_hooks(p)}
+        replaced = Replaced(module)
         cut = self._cut(module, list(blocks)) if self.layout.pp > 1 else None
         self.recomputed_blocks = list(blocks) if training and self.activation_checkpointing != "none" else []
-        hooked = {name: p for name, p in module.named_parameters() if _has_hooks(p)}
         self._parallel = parallelize(
             module,
             self.layout,
@@ -420,11 +422,18 @@ class HybridStrategy(TuningHooks):
         refuse_lost_hooks(module, hooked)
         self._parallel.reshard()
         self._materialize(module)
+        hooked.clear()
+        replaced.exchange(module, self._owners(module.trainer))
         divide(module)
         self._parallel.show()
         show_parts_to_compiled(module)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         self.model = module
+
+    @staticmethod
+    def _owners(trainer: Any) -> list[object]:
+        """Who may have collected parameters of the module before it was divided."""
+        return [*trainer.callbacks, *filter(None, [trainer.datamodule])]
 
     def _cut(self, module: pl.LightningModule, blocks: list[str]) -> Cut:
         """Leaves this rank the stages of the pipeline that are its own."""

@@ -27,6 +27,7 @@ class SecondBackward:
     def __init__(self) -> None:
         self._groups: list[Any] = []
         self._free: list[Callable[[], None]] = []
+        self._reached: set[int] = set()
         self._in_first = False
         self._holds = False
         self._in_step = False
@@ -44,6 +45,7 @@ class SecondBackward:
         reduce = param_group.post_backward
 
         def pre_backward(*args: Any) -> None:
+            self._reached.add(id(param_group))
             if torch.is_grad_enabled():
                 self._refuse_unknown()
                 self._in_first = self._holds = True
@@ -73,6 +75,11 @@ class SecondBackward:
     def begin(self) -> None:
         """The step's own backward begins."""
         self._in_first, self._in_step = False, True
+        self._reached.clear()
+
+    def has_reached(self, param_group: Any) -> bool:
+        """Whether the step's own backward has come to a group."""
+        return id(param_group) in self._reached
 
     def end(self) -> list[Any]:
         """The step's own backward has ended: frees what was held.

@@ -111,7 +111,9 @@ class Usage:
     def _fill(self, name: str, param_group: Any, reduce: Callable[..., None], *args: Any) -> None:
         """Stands before the reduction of a unit's gradients; see [Note: a gradient that only some ranks have]."""
         self._trained |= {id(p) for p in param_group.fsdp_params if p.sharded_param.requires_grad}
-        if param_group.reduce_grads and (name in self._ran or name in self._roots):
+        if param_group.reduce_grads:
+            # a forward before an earlier backward was counted with that one; what this backward reaches took part too
+            took_part = name in self._ran or name in self._roots or self.second.has_reached(param_group)
             for parameter in param_group.fsdp_params:
                 if id(parameter) not in self._trained or not hasattr(parameter, "_unsharded_param"):
                     continue
@@ -119,7 +121,7 @@ class Usage:
                 accumulated = getattr(parameter, "unsharded_accumulated_grad", None)
                 if unsharded.grad is not None or accumulated is not None:
                     self._used.add(id(parameter))
-                else:
+                elif took_part:
                     unsharded.grad = torch.zeros_like(unsharded)
         reduce(*args)
 

@@ -1,0 +1,154 @@
+"""Parameters that user code collected before the fit, and that are other objects by then.
+
+[Note: parameters that are replaced]
+Dividing a parameter makes it another object. An optimizer that was made in ``__init__``, a list of parameters for a
+penalty or for groups, a tied weight that is kept in a list: each goes on with the old one, which nobody trains, without
+a word. What modules, callbacks and optimizers hold of old ones is exchanged; where something else does, that is said.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from types import CellType, FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_DEEPEST = 4
+"""Containers inside of containers that are looked into."""
+
+_ROUNDS = 3
+_OWN = {"_parameters", "_modules", "_buffers", "_trainer", "_hparams", "_hparams_initial"}
+"""Attributes of modules that are torch's or Lightning's."""
+
+
+class Replaced:
+    """The parameters of a module before they are divided.
+
+    Args:
+        module: as the user built it.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._before = dict(module.named_parameters())
+
+    def exchange(self, module: pl.LightningModule, owners: Iterable[object]) -> None:
+        """Gives those who hold an old parameter the one that is in its place.
+
+        Args:
+            module: divided by now.
+            owners: callbacks and the like; the module's own modules are looked at anyway.
+
+        Raises:
+            ValueError: something else holds an old one, or an optimizer has a state for it.
+        """
+        now = dict(module.named_parameters(remove_duplicate=False))
+        places: dict[int, tuple[Tensor, Tensor, str]] = {
+            id(old): (old, now[name], name) for name, old in self._before.items() if now[name] is not old
+        }
+        self._before = {}
+        if not places:
+            return
+        _Exchange(places).run([*module.modules(), *owners])
+        names = {key: name for key, (_, _, name) in places.items()}
+        held = [places.pop(key)[0] for key in list(places)]
+        for _ in range(_ROUNDS):
+            if not any(_is_held(held, index) for index in range(len(held))):
+                return
+            gc.collect()
+        for index in range(len(held)):
+            if _is_held(held, index):
+                holder = _holder(held[index], [held])
+                if holder:
+                    raise ValueError(
+                        f"{holder} holds the parameter {names[id(held[index])]} from before the fit; the layout "
+                        "divides it, which makes it another object, and that one would never be trained: collect "
+                        "parameters in configure_optimizers, in on_fit_start, or where they are used"
+                    )
+
+
+def _is_held(held: list[Any], index: int) -> bool:
+    return sys.getrefcount(held[index]) > 2
+
+
+def _holder(parameter: Tensor, known: list[Any]) -> str:
+    """Who of the user's holds it, in words; empty if nobody does."""
+    for holder in gc.get_referrers(parameter):
+        if any(holder is other for other in known) or isinstance(holder, FrameType):
+            continue
+        if isinstance(holder, CellType):
+            return "a function (by its closure)"
+        if isinstance(holder, (list, tuple, set, dict)):
+            return f"a {type(holder).__name__}"
+        if not type(holder).__module__.startswith(("torch", "lightning")):
+            return f"a {type(holder).__name__}"
+    return ""
+
+
+class _Exchange:
+    def __init__(self, places: dict[int, tuple[Tensor, Tensor, str]]) -> None:
+        self._places = places
+        self._seen: set[int] = set()
+
+    def run(self, owners: Iterable[Any]) -> None:
+        for owner in owners:
+            for name, value in list(_attributes(owner)):
+                new = self._exchanged(value, _DEEPEST)
+                if new is not value:
+                    vars(owner)[name] = new
+
+    def _exchanged(self, value: Any, depth: int) -> Any:
+        if isinstance(value, Tensor):
+            place = self._places.get(id(value))
+            return value if place is None else place[1]
+        if isinstance(value, Optimizer):
+            self._exchange_in(value)
+            return value
+        if depth == 0 or id(value) in self._seen:
+            return value
+        if type(value) in (list, dict, set):
+            self._seen.add(id(value))
+        if type(value) is list:
+            value[:] = [self._exchanged(item, depth - 1) for item in value]
+        elif type(value) is dict:
+            items = [(self._exchanged(k, depth - 1), self._exchanged(v, depth - 1)) for k, v in value.items()]
+            if any(new[0] is not key or new[1] is not value[key] for new, key in zip(items, value, strict=True)):
+                value.clear()
+                value.update(items)
+        elif type(value) is set and any(id(item) in self._places for item in value):
+            items_of_set = [self._exchanged(item, 1) for item in value]
+            value.clear()
+            value.update(items_of_set)
+        elif type(value) is tuple:
+            items_of_tuple = [self._exchanged(item, depth - 1) for item in value]
+            if any(new is not old for new, old in zip(items_of_tuple, value, strict=True)):
+                return tuple(items_of_tuple)
+        return value
+
+    def _exchange_in(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self._seen:
+            return
+        self._seen.add(id(optimizer))
+        for group in optimizer.param_groups:
+            with_state = [p for p in group["params"] if id(p) in self._places and optimizer.state.get(p)]
+            if with_state:
+                raise ValueError(
+                    f"{type(optimizer).__name__} was made before the fit and has a state of "
+                    f"{self._places[id(with_state[0])][2]}, which the layout divides: make it in configure_optimizers, "
+                    "and pass ckpt_path= to go on"
+                )
+            group["params"][:] = [self._exchanged(p, 1) for p in group["params"]]
+        for name, value in list(vars(optimizer).items()):
+            if name not in ("param_groups", "state"):
+                new = self._exchanged(value, 2)
+                if new is not value:
+                    vars(optimizer)[name] = new
+
+
+def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
+    own = getattr(owner, "__dict__", {})
+    return ((name, value) for name, value in own.items() if not (isinstance(owner, nn.Module) and name in _OWN))
