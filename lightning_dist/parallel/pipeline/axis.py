@@ -31,6 +31,7 @@ from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points
 from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
+from lightning_dist.parallel.rehearsal import undone
 from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder, placeholder
 from lightning_dist.randomness import kept_random_states
@@ -209,7 +210,7 @@ class Pipelined(Alone):
         self._step.alike = True
         written = {name for route in self._step.routes for name in route.written}
         parameters = [p for name, p in self.module.named_parameters() if name in written and not is_placeholder(p)]
-        with check.undone(self.module, parameters), check.fixed(self.module), self._step.logs.recording():
+        with undone(self.module, parameters), check.fixed(self.module), self._step.logs.recording():
             with self._holding():
                 self._in_order().forward(len(parts))
             self.inner.reshard()

@@ -12,21 +12,18 @@ modules, parameters) is put back.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_dist.logs.metrics import metrics_in
+from lightning_dist.parallel.rehearsal import FixedNumbers
 from lightning_dist.placeholder import is_placeholder
 
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -128,61 +125,6 @@ def _shown(value: Tensor, other: Tensor) -> str:
 
 
 @contextmanager
-def undone(module: pl.LightningModule, writes: list[nn.Parameter]) -> Iterator[None]:
-    """Puts back what steps change meanwhile.
-
-    Args:
-        module: whose steps run.
-        writes: parameters that they write to, of which a copy is kept.
-    """
-    kept = [_Attributes(child) for child in module.modules()]
-    tensors = [b for b in module.buffers() if not is_placeholder(b)] + writes
-    values = [tensor.detach().clone() for tensor in tensors]
-    states = [(m, {k: copy.copy(v) for k, v in m._copy_state_dict().items()}) for m in metrics_in(module)]
-    try:
-        yield
-    finally:
-        for attributes in kept:
-            attributes.restore()
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                if not torch.equal(tensor, value):
-                    tensor.detach().copy_(value)
-        for metric, state in states:
-            for name, before in state.items():
-                setattr(metric, name, before)
-
-
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
-
-
-class _Attributes:
-    """What a module has under its names, and what is in the containers there."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._before = module, dict(vars(module))
-        self._contents = [(v, copy.copy(v)) for v in self._before.values() if type(v) in _CONTAINERS]
-
-    def restore(self) -> None:
-        own = vars(self._module)
-        for container, before in self._contents:
-            if isinstance(container, (list, deque)):
-                if len(container) != len(before) or any(x is not y for x, y in zip(container, before, strict=True)):
-                    container.clear()
-                    container.extend(before)
-            elif container != before if isinstance(container, set) else not _same_items(container, before):
-                container.clear()
-                container.update(before)
-        for name in [name for name in own if name not in self._before]:
-            del own[name]
-        own.update(self._before)
-
-
-def _same_items(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return list(one) == list(other) and all(one[key] is other[key] for key in one)
-
-
-@contextmanager
 def fixed(module: pl.LightningModule) -> Iterator[None]:
     """Random operations give fixed numbers, BatchNorm its running statistics, and nothing is compiled."""
     norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.training]
@@ -196,72 +138,3 @@ def fixed(module: pl.LightningModule) -> Iterator[None]:
         finally:
             for norm in norms:
                 norm.training = True
-
-
-class FixedNumbers(TorchDispatchMode):
-    """While it lasts, random operations give numbers that depend on their arguments only, alike for every sample."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        schema = func._schema
-        given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-        name = schema.name.partition("::")[2].rstrip("_").removesuffix("_like")
-        if "dropout_p" in given:  # attention: the same without it
-            return func(**{**given, "dropout_p": 0.0}) if given["dropout_p"] else func(*args, **kwargs)
-        if name == "native_dropout":
-            return given["input"].clone(), torch.ones_like(given["input"], dtype=torch.bool)
-        generator = given.get("generator")
-        state = None if generator is None else generator.get_state()
-        output = func(*args, **kwargs)
-        if generator is not None:
-            generator.set_state(state)
-        if isinstance(output, Tensor):
-            _FILLS.get(name, _fill_half)(output, given)
-        return output
-
-
-def _fill_half(output: Tensor, given: dict[str, Any]) -> None:
-    output.fill_(0.5) if output.is_floating_point() else output.fill_(1)
-
-
-def _fill_uniform(output: Tensor, given: dict[str, Any]) -> None:
-    output.fill_((float(given.get("from", 0.0)) + float(given.get("to", 1.0))) / 2)
-
-
-def _fill_normal(output: Tensor, given: dict[str, Any]) -> None:
-    mean, std = given.get("mean", 0.0), given.get("std", 1.0)
-    output.copy_(torch.as_tensor(mean + 0.5 * std, dtype=output.dtype, device=output.device).expand_as(output))
-
-
-def _fill_bernoulli(output: Tensor, given: dict[str, Any]) -> None:
-    p = given.get("p", given["self"] if given.get("p") is None and output is not given.get("self") else 0.5)
-    output.copy_(torch.as_tensor(p, device=output.device).ge(0.5).expand_as(output))
-
-
-def _fill_integers(output: Tensor, given: dict[str, Any]) -> None:
-    low, high = given.get("low", given.get("from", 0)), given.get("high", given.get("to"))
-    output.fill_(0 if high is None else (int(low or 0) + int(high)) // 2)
-
-
-def _fill_permutation(output: Tensor, given: dict[str, Any]) -> None:
-    output.copy_(torch.arange(output.numel(), device=output.device))
-
-
-def _fill_choice(output: Tensor, given: dict[str, Any]) -> None:
-    best = given["self"].argsort(-1, descending=True, stable=True)
-    count = output.shape[-1]
-    output.copy_(best[..., :count] if not given.get("replacement") else best[..., :1].expand_as(output))
-
-
-_FILLS: dict[str, Callable[[Tensor, dict[str, Any]], None]] = {
-    "uniform": _fill_uniform,
-    "normal": _fill_normal,
-    "normal_functional": _fill_normal,
-    "bernoulli": _fill_bernoulli,
-    "randint": _fill_integers,
-    "random": _fill_integers,
-    "randperm": _fill_permutation,
-    "multinomial": _fill_choice,
-}

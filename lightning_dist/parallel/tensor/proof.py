@@ -4,13 +4,13 @@
 The plan recognises attention and feed-forward modules by what they are made of; what their forward does with the
 numbers that it sees is its own affair. One that scales its scores by ``width // self.num_heads``, say, gets this rank's
 heads and another scale, and no error would tell. So the first time that a kind of module runs, it runs twice more, as a
-part and whole, without dropout, and the outputs are compared, and the gradients that reach its inputs.
+part and whole, with fixed numbers for random ones, and the outputs are compared, the tensors that it keeps, and the
+gradients that reach its inputs. A module whose plain attributes change is one of another kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_dist.parallel.rehearsal import FixedNumbers, undone
 from lightning_dist.parallel.tensor.region import Region, whole
 from lightning_dist.parallel.tensor.shards import local_part
 from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
@@ -46,6 +47,8 @@ class Proof:
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self._seen: set[Any] = set()
+        self.own_outputs: dict[type, frozenset[int]] = {}
+        """Which of the tensors that a kind of module returns, beside the first, are this rank's part."""
 
     def is_due(self, module: nn.Module) -> bool:
         """Whether a module of this kind did not run yet. Compiled ones are not looked at."""
@@ -56,35 +59,57 @@ class Proof:
         """Compares.
 
         Raises:
-            ValueError: on every rank of the axis, if the part gives another result than the whole.
+            ValueError: on every rank of the axis, if the part gives another result than the whole, or fails where the
+                whole does not.
         """
-        self._seen.add(_kind(module))
+        kind = _kind(module)
+        self._seen.add(kind)
         region = Region.of(module)
         assert region is not None
         if region.is_given_own(args, kwargs):
             return  # made by another part: the whole module could not use it
-        with without_users_hooks(module):
-            expected, part = both_ways(module, region, args, kwargs)
+        before = _tensor_attributes(module)
+        with without_users_hooks(module), undone(module):
+            try:
+                expected, part, kept = both_ways(module, region, args, kwargs, watched=before)
+            except PartFailed as error:
+                raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
             gradients = self._gradient_difference(module, region, args, kwargs)
-        if part.shape != expected.shape:  # it goes on divided
-            expected = local_part(expected, Shard(expected.ndim - 1), self.mesh)
-        difference = torch.full((), torch.inf, device=part.device)
-        if part.shape == expected.shape:
-            difference = (part - expected).float().norm() / expected.float().norm().clamp(min=1e-12)
-        dist.all_reduce(difference, dist.ReduceOp.MAX, self.mesh.get_group())
-        if not float(difference) <= rounding_of(part):
+        difference = self._largest(module, expected, part)
+        if not difference <= rounding_of(part[0]):
             raise ValueError(
-                f"tp runs {type(module).__name__} on each rank's heads or columns, and that gives another result than "
-                f"the whole module (relative difference {float(difference):.1e}): its forward does something with its "
-                "sizes that tp does not know. Name the layers that may be divided in tensor_plan=, and leave these out"
+                _told(
+                    module,
+                    f"that gives another result than the whole module (relative difference {difference:.1e}): its "
+                    "forward does something with its sizes that tp does not know",
+                )
             )
-        if not gradients <= 10 * rounding_of(part):
+        if kept:
+            raise ValueError(
+                _told(module, f"its forward keeps {', '.join(kept)}, of which it would keep this rank's part")
+            )
+        if not gradients <= 10 * rounding_of(part[0]):
             raise ValueError(
                 f"tp runs {type(module).__name__} on each rank's heads or columns, and that sends another gradient to "
                 f"its input than the whole module (relative difference {gradients:.1e}): its forward uses the input "
                 "beside its divided layers too, in a residual connection of its own. Name its layers in tensor_plan= "
                 '(the first "colwise", the last "rowwise"), and they are divided one by one'
             )
+        # those of another shape are this rank's: of its heads, say
+        pairs = enumerate(zip(expected, part, strict=False))
+        self.own_outputs[type(module)] = frozenset(i for i, (w, p) in pairs if i and w.shape != p.shape)
+
+    def _largest(self, module: nn.Module, expected: list[Tensor], part: list[Tensor]) -> float:
+        """The largest relative difference between outputs of one shape; infinite where there is none to compare."""
+        if part[0].shape != expected[0].shape:  # it goes on divided
+            expected = [local_part(expected[0], Shard(expected[0].ndim - 1), self.mesh), *expected[1:]]
+        largest = torch.full((), torch.inf, device=part[0].device)
+        if len(part) == len(expected) and part[0].shape == expected[0].shape:
+            pairs = [(w, p) for w, p in zip(expected, part, strict=True) if w.shape == p.shape]
+            found = [(p - w).float().norm() / w.float().norm().clamp(min=1e-12) for w, p in pairs]
+            largest = torch.stack(found).max()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.mesh.get_group())
+        return float(largest)
 
     @torch.enable_grad()
     def _gradient_difference(
@@ -101,7 +126,7 @@ class Proof:
 
         given, named = tree_map(_without_cache, (tree_map(fresh, args), tree_map(fresh, kwargs)))
         # checkpointing of activations keeps nothing of what this saves, in the first run or in the second
-        with _disable_current_modes(), saved_tensors_hooks(_as_it_is, _as_it_is), _evaluated(module):
+        with _disable_current_modes(), saved_tensors_hooks(_as_it_is, _as_it_is), FixedNumbers():
             with whole(module):
                 whole_output = _first(type(module).forward(module, *given, **named))
             output = _first(region.run(module, given, named))
@@ -115,6 +140,10 @@ class Proof:
         return float(difference)
 
 
+class PartFailed(Exception):
+    """A part raised where the whole module did not; its cause says what."""
+
+
 @torch.no_grad()
 def both_ways(
     module: nn.Module,
@@ -123,25 +152,82 @@ def both_ways(
     kwargs: dict[str, Any],
     around_whole: AbstractContextManager[Any] | None = None,
     around_part: AbstractContextManager[Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The first output of a module that runs whole, and of one that runs on this rank's part, without dropout.
+    watched: dict[str, Any] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """The outputs of a module that runs whole, and of one that runs on this rank's part, without randomness.
 
     Args:
         module: that is a region.
         region: its own.
         args, kwargs: of its forward.
         around_whole, around_part: what is entered while each runs.
+        watched: the tensors that modules in it have as attributes, by name; None not to look.
+
+    Returns:
+        The tensors among what it returns, whole and in part, and names of attributes that it set to other tensors.
+
+    Raises:
+        PartFailed: the part raised.
 
     Communication: gathers the module's parameters over the axis, and the module's own collectives.
     """
     args, kwargs = tree_map(_without_cache, (args, kwargs))
-    with _disable_current_modes(), _evaluated(module):  # selective checkpointing would keep what this computes
+    with _disable_current_modes(), FixedNumbers():  # selective checkpointing would keep what this computes
         with whole(module), around_whole or nullcontext():
             whole_args, whole_kwargs = region.whole_arguments(args, kwargs)
-            expected = _first(type(module).forward(module, *whole_args, **whole_kwargs))
+            expected = _tensors(type(module).forward(module, *whole_args, **whole_kwargs))
+        kept = {} if watched is None else _tensor_attributes(module)
         with around_part or nullcontext():
-            part = region.whole_output(_first(region.run(module, args, kwargs)))
-    return expected, part
+            try:
+                first, *others = _tensors(region.run(module, args, kwargs))
+            except Exception as error:
+                if isinstance(error, ValueError) and str(error).startswith("tp "):
+                    raise  # a part inside of it
+                raise PartFailed from error
+            part = [region.whole_output(first), *others]
+    differing = [] if watched is None else _differing(watched, kept, _tensor_attributes(module))
+    return expected, part, differing
+
+
+def _tensor_attributes(module: nn.Module) -> dict[str, Any]:
+    """Tensors that modules in it have as attributes, and those in lists and dictionaries there, by name."""
+    found: dict[str, Any] = {}
+    for name, child in module.named_modules():
+        for key, value in vars(child).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            if tensors:
+                found[f"{name}.{key}".strip(".")] = tensors
+    return found
+
+
+def _differing(before: dict[str, Any], of_whole: dict[str, Any], of_part: dict[str, Any]) -> list[str]:
+    """Attributes that both ways set, to other values."""
+    found = []
+    for name, tensors in of_part.items():
+        if _same_objects(tensors, before.get(name, [])) and _same_objects(of_whole.get(name, []), before.get(name, [])):
+            continue
+        theirs = of_whole.get(name, [])
+        mine = tensors[len(tensors) - len(theirs) :] if len(tensors) > len(theirs) else tensors
+        alike = len(mine) == len(theirs) and all(m.shape == t.shape for m, t in zip(mine, theirs, strict=True))
+        if not alike or not all(
+            float((m - t).double().norm()) <= rounding_of(m) * max(float(t.double().norm()), 1e-6)
+            for m, t in zip(mine, theirs, strict=True)
+        ):
+            found.append(name)
+    return found
+
+
+def _same_objects(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _told(module: nn.Module, what: str) -> str:
+    return (
+        f"tp runs {type(module).__name__} on each rank's heads or columns, and {what}. Name the layers that may be "
+        "divided in tensor_plan=, and leave these out"
+    )
 
 
 def _gradients(output: Tensor, inputs: dict[int, Tensor]) -> Tensor | None:
@@ -167,7 +253,15 @@ def rounding_of(output: Tensor) -> float:
 
 
 def _kind(module: nn.Module) -> Any:
-    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    """Class, shapes and plain attributes: another flag is another forward."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    plain = tuple(
+        (name, key, value)
+        for name, child in module.named_modules()
+        for key, value in vars(child).items()
+        if isinstance(value, (bool, str, type(None))) or (isinstance(value, (int, float)) and value == value)
+    )
+    return type(module), shapes, plain
 
 
 def _without_cache(value: Any) -> Any:
@@ -176,16 +270,8 @@ def _without_cache(value: Any) -> Any:
 
 
 def _first(output: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    return _tensors(output)[0]
 
 
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    training = [child for child in module.modules() if child.training]
-    for child in training:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

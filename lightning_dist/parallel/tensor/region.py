@@ -24,6 +24,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils._pytree import tree_map
 
 from lightning_dist.parallel.tensor.collectives import enter, gather, leave
+from lightning_dist.parallel.tensor.own_part import marked, unmarked
 from lightning_dist.parallel.tensor.partial import seen_in_part
 from lightning_dist.parallel.tensor.randomness import own_stream, shared_again
 from lightning_dist.parallel.tensor.shadows import shadowed
@@ -99,10 +100,15 @@ class Region:
         """The module's own forward, on this rank's part."""
         if self.width is not None and args and args[0].shape[-1] == self.width:
             return type(module).forward(module, *args, **kwargs)  # with a weight that answers as the whole
+        own = frozenset() if self.proof is None else self.proof.own_outputs.get(type(module), frozenset())
+        if self.stays and any(self.proof.own_outputs.values() if self.proof is not None else ()):
+            args, kwargs = unmarked((args, kwargs))
         if self.proof is not None and self.proof.is_due(module):
             self.proof.run(module, args, kwargs)
+            own = self.proof.own_outputs.get(type(module), frozenset())
         with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
-            return self._run(module, args, kwargs)
+            output = self._run(module, args, kwargs)
+        return marked(output, own) if own else output
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.enters:
