@@ -32,6 +32,11 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
     _refuse_averaging(trainer, layout)
     _refuse_pruning(trainer, layout)
     _refuse_batchnorm(trainer, layout, device)
+    if layout is not None and layout.tp > 1 and getattr(trainer, "_detect_anomaly", False):
+        raise ValueError(
+            f"Trainer(detect_anomaly=True) under layout {layout}: torch looks for nan in gradients by an operator that "
+            "divided ones don't have; use it with data axes alone"
+        )
 
 
 def refuse_lost_hooks(module: pl.LightningModule, hooked: dict[str, nn.Parameter]) -> None:
@@ -46,6 +51,24 @@ def refuse_lost_hooks(module: pl.LightningModule, hooked: dict[str, nn.Parameter
                 f"the parameter {name} has hooks on its gradient from before the fit, and the layout divides it, which "
                 "makes it another object: register them in on_fit_start with register_post_accumulate_grad_hook, or "
                 "change gradients in on_before_optimizer_step"
+            )
+
+
+def refuse_early_hooks(module: pl.LightningModule, layout: Layout) -> None:
+    """Raises where a hook on a plain parameter's gradient would run before the data ranks have averaged it.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    if layout.num_data_ranks == 1:
+        return
+    for name, parameter in module.named_parameters():
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        own = [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("lightning_dist")]
+        if own and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"register_post_accumulate_grad_hook on {name}: under layout {layout} it would see the gradient of "
+                "this rank's samples, which is averaged later; use on_after_backward or on_before_optimizer_step"
             )
 
 

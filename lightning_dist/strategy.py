@@ -42,6 +42,7 @@ from lightning_dist.logs import StepLogs, Uncounted, attach_metrics
 from lightning_dist.parallel import (
     Alone,
     Checkpointing,
+    Replicated,
     Sharded,
     flat_broadcast,
     parallelize,
@@ -65,6 +66,7 @@ from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.refusals import (
     has_lazy_parameters,
     refuse,
+    refuse_early_hooks,
     refuse_lazy,
     refuse_lost_hooks,
     refuse_mixed_vector,
@@ -206,6 +208,10 @@ class HybridStrategy(TuningHooks):
         self._logs: StepLogs | None = None
         self._course: Course | None = None
         self._recorded: RecordedInit | None = None
+        self._has_run_backward = False
+        """Whether a backward pass of this run was the strategy's."""
+        self._known_parameters: dict[int, nn.Parameter] = {}
+        """Those of the module when the run began, by id; held, so that an id is not used again."""
         self._inference_modes: dict[Any, bool] = {}
         """What the user asked of the loops of evaluation, until the run ends."""
         self._epoch_of_copies = -1
@@ -429,6 +435,8 @@ class HybridStrategy(TuningHooks):
         show_parts_to_compiled(module)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         self.model = module
+        self._has_run_backward = False
+        self._known_parameters = {id(p): p for p in module.parameters()}
 
     @staticmethod
     def _owners(trainer: Any) -> list[object]:
@@ -580,6 +588,12 @@ class HybridStrategy(TuningHooks):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self._parallel is not None
+        if kwargs.get("inputs") is not None and self.num_data_ranks > 1:
+            raise ValueError(
+                f"manual_backward(..., inputs=) under layout {self.layout}: gradients of some parameters alone can't "
+                "be reduced over the data ranks; freeze the others meanwhile (toggle_optimizer, requires_grad_)"
+            )
+        self._has_run_backward = True
         with self._trial(), self._apart():
             return super().backward(self._parallel.before_backward(closure_loss), optimizer, *args, **kwargs)
 
@@ -594,8 +608,35 @@ class HybridStrategy(TuningHooks):
         if self.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
             closure = partial(self._with_mean_loss, closure)
         assert self._parallel is not None
+        self._refuse_unreduced(optimizer)
         with self._parallel.stepping():
             return super().optimizer_step(optimizer, partial(self._hooked, closure), *args, **kwargs)
+
+    def _refuse_unreduced(self, optimizer: Optimizer) -> None:
+        """Raises where an optimizer is about to step on what the data ranks don't share.
+
+        Raises:
+            RuntimeError: gradients of a backward pass that this strategy was not told of; parameters that came to the
+                module during the fit.
+        """
+        assert self.lightning_module is not None
+        if self.num_data_ranks == 1:
+            return
+        held_by = [p for group in optimizer.param_groups for p in group["params"]]
+        manual = isinstance(self._parallel, Replicated) and not self.lightning_module.automatic_optimization
+        if manual and not self._has_run_backward and any(p.grad is not None for p in held_by):
+            raise RuntimeError(
+                "gradients that came by loss.backward() or torch.autograd.backward are those of this rank's samples: "
+                "call self.manual_backward(loss), which averages them over the data ranks"
+            )
+        others = {id(p) for p in held_by} - self._known_parameters.keys()
+        new = [name for name, p in self.lightning_module.named_parameters() if id(p) in others] if others else []
+        if new:
+            raise RuntimeError(
+                f"{new[0]} came to the module after the fit had begun, and the optimizer has it: its gradient is not "
+                f"reduced over the data ranks of layout {self.layout}; build it before the fit (in configure_model, "
+                "frozen if need be), or go on from a checkpoint in a new fit"
+            )
 
     def _hooked(self, run: Callable[..., Any], *args: Any) -> Any:
         """What an optimizer's step calls of Lightning's, with the user's hooks in it."""
@@ -627,6 +668,7 @@ class HybridStrategy(TuningHooks):
         if self.mesh is None or self.layout is None or epoch == self._epoch_of_copies:
             return
         self._epoch_of_copies = epoch
+        refuse_early_hooks(self.lightning_module, self.layout)
         parameters = held(self.lightning_module.parameters())
         shards = [p for p in parameters if self.layout.dp_shard > 1 and isinstance(p, DTensor)]
         if self.layout.num_data_ranks > 1:

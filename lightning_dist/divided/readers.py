@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
 
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=30)
 """For how long a rank waits for the others to come to a line for the first time."""
 
 _DEEPEST = 60
@@ -35,6 +35,7 @@ _LIBRARIES = (
     "lightning_fabric",
     "pytorch_lightning",
     "torchmetrics",
+    "pickle",
 )
 
 
@@ -65,6 +66,11 @@ def agree_to_read(tensor: DTensor) -> None:
     if line is None or tensor.device_mesh.size() == 1 or not dist.is_initialized():
         return
     _meet_at(line, tensor.device_mesh.mesh.flatten().tolist())
+
+
+def asked_by_user() -> bool:
+    """Whether the user's code is what asks, and not this package."""
+    return _line_of_user(sys._getframe(1)) is not None
 
 
 def meet(frame: FrameType, ranks: list[int]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
-from lightning_dist.divided.readers import agree_to_read
+from lightning_dist.divided.readers import agree_to_read, asked_by_user
 from lightning_dist.divided.view import shared_draws, view_of_whole
 from lightning_dist.divided.whole import as_dtensor, from_first_data_rank, norms_of, part_of, sum_of, whole
 
@@ -54,6 +55,12 @@ class Divided(DTensor):
         if grad_placements is not None:
             return super().full_tensor(grad_placements=grad_placements)
         return whole(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The user's code pickles the whole (``torch.save`` of weights or of a module); ours, parts."""
+        if asked_by_user():
+            return whole(self).detach().__reduce_ex__(protocol)
+        return super().__reduce_ex__(protocol)
 
     def __tensor_flatten__(self) -> Any:
         if TracingContext.try_get() is not None:
@@ -290,6 +297,8 @@ def _on_whole(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     with torch._C._EnableTorchFunction():  # for views of other wholes
         result = func(*whole_args, **whole_kwargs)
     if not changed:
+        if isinstance(result, np.ndarray):
+            result.flags.writeable = False  # of a copy: a write would be lost
         return result
     for target in changed:
         write_part(target, wholes[id(target)])

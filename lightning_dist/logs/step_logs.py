@@ -97,6 +97,7 @@ class StepLogs(JointResults):
         self._shadows: list[tuple[Any, str, Any]] = []
         self._batch_idx = -1
         self._size: int | None = None
+        self._is_given = False
         """Of the batch, once a step's value was weighted by it."""
         self._dealt: DealtBatches | DealtStream | None = None
         """Of the evaluation loader that runs."""
@@ -194,6 +195,7 @@ class StepLogs(JointResults):
 
     def _batch_size(self, results: _ResultCollection, value: Any, batch_size: int | None, meta: _Metadata) -> int:
         # Lightning weights a step's value by whatever another `log` of this rank's batch found
+        self._is_given = batch_size is not None
         if batch_size is None and not (value.is_tensor and meta.on_epoch):
             if self._size is None:
                 self._size = first_batch_size(results.batch)
@@ -220,7 +222,9 @@ class StepLogs(JointResults):
         if metric.meta.sync.rank_zero_only or metric.meta.sync.group is not None:
             return
         if metric.meta.on_step and not self._kept:
-            self._of_step[id(results)][key] = batch_size
+            # the ranks' parts of a batch count alike, as in the gradient, whatever Lightning takes for their size
+            alike = self.trainer.training and not self._is_given
+            self._of_step[id(results)][key] = min(batch_size, 1) if alike else batch_size
         if metric.meta.on_epoch:
             self._of_epoch[id(results)].add(key)
 

@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from tests.ranks import POOL
-from tests.user_code.case import LAYOUTS, PIPELINES
+from tests.user_code.case import LAYOUTS
 from tests.user_code.cases import CASES, ON_DEMAND
 from tests.user_code.verdict import Outcome, fits, outcomes
 
@@ -20,7 +20,7 @@ def main() -> None:
     """One line a case; what is not as it has to be follows below the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.user_code", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="case", help="by default all")
-    parser.add_argument("--layouts", default=",".join([*LAYOUTS, *PIPELINES]), help="by default %(default)s")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="by default %(default)s")
     parser.add_argument("--times", action="store_true", help="print the seconds of each case")
     parser.add_argument("--quick", action="store_true", help="without those that `pytest -m slow` adds")
     parser.add_argument("--expected", action="store_true", help="print what has to come of each case, and run nothing")
@@ -48,10 +48,9 @@ def main() -> None:
 
 def expected_table() -> str:
     """What the tests assert, in Markdown."""
-    layouts = [*LAYOUTS, *PIPELINES]
-    rows = [f"| case | {' | '.join(layouts)} | |", f"|---|{'---|' * len(layouts)}---|"]
+    rows = [f"| case | {' | '.join(LAYOUTS)} | |", f"|---|{'---|' * len(LAYOUTS)}---|"]
     for case in CASES.values():
-        cells = ["refused" if layout in case.refused else "exact" for layout in layouts]
+        cells = ["refused" if layout in case.refused else "exact" for layout in LAYOUTS]
         rows.append(f"| {case.name} | {' | '.join(cells)} | {case.note} |")
     return "\n".join(rows)
 

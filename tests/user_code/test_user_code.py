@@ -6,8 +6,8 @@ import functools
 
 import pytest
 
-from tests.user_code.case import LAYOUTS, num_ranks
-from tests.user_code.cases import CASES, ON_DEMAND, THEMES
+from tests.user_code.case import LAYOUTS, PIPELINES, num_ranks
+from tests.user_code.cases import CASES, EXACT_IN_PIPELINES, ON_DEMAND, THEMES
 from tests.user_code.verdict import Outcome, fits, outcomes
 
 
@@ -19,7 +19,7 @@ def outcomes_of(name: str, ranks: int) -> dict[str, Outcome]:
 
 def test_names_are_used_once() -> None:
     assert len(CASES) == sum(len(theme.CASES) for theme in THEMES)
-    assert not ON_DEMAND - CASES.keys()
+    assert not (ON_DEMAND | EXACT_IN_PIPELINES) - CASES.keys()
 
 
 @pytest.mark.parametrize("layout", [pytest.param(x, marks=[pytest.mark.slow] * (num_ranks(x) > 2)) for x in LAYOUTS])
@@ -27,3 +27,12 @@ def test_names_are_used_once() -> None:
 def test_as_one_process_or_refused(name: str, layout: str) -> None:
     outcome = outcomes_of(name, num_ranks(layout))[layout]
     assert fits(CASES[name], layout, outcome), f"{LAYOUTS[layout]}: {outcome}"
+
+
+@pytest.mark.parametrize("layout", ["p", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pr", "ps", "pt"))])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ON_DEMAND)) for n in CASES if n in EXACT_IN_PIPELINES]
+)
+def test_pipelines_as_in_one_process(name: str, layout: str) -> None:
+    outcome = outcomes(CASES[name], [layout])[layout]
+    assert outcome.kind == "exact", f"{PIPELINES[layout]}: {outcome}"

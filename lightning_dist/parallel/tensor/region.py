@@ -199,6 +199,12 @@ class Region:
                     f"the {name} of a {type(module).__name__} was taken out of it (pruned, or parametrised) during the "
                     "fit, while tp divides it; do so before the fit, or leave the layer whole with tensor_plan="
                 )
+            if parameter is not None and not isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"tp divides the {name} of a {type(module).__name__}, which is another, whole tensor now "
+                    "(functional_call, or an assignment): write the values into the parameter, or leave the layer "
+                    "whole with tensor_plan="
+                )
             if isinstance(parameter, DTensor):
                 values[name] = on_axis(parameter, "tp")  # of a copy of a module that dp_shard divides too, it gathers
         if self.after is not None and module._parameters[self.after] is not None:
