@@ -123,7 +123,7 @@ def _fill_permutation(output: Tensor, given: dict[str, Any]) -> None:
 
 
 def _fill_choice(output: Tensor, given: dict[str, Any]) -> None:
-    best = given["self"].argsort(-1, descending=True, stable=True)
+    best = given["self"].argsort(stable=True, dim=-1, descending=True)
     count = output.shape[-1]
     output.copy_(best[..., :count] if not given.get("replacement") else best[..., :1].expand_as(output))
 
