@@ -152,7 +152,13 @@ def refuse_mixed_vector(optimizer: Optimizer) -> None:
     Raises:
         ValueError: before its first step.
     """
-    kinds = {p.device_mesh if isinstance(p, DTensor) else None for g in optimizer.param_groups for p in g["params"]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, LBFGS) and any(is_placeholder(p) for p in parameters):
+        raise ValueError(
+            "LBFGS works on all parameters as one vector, and under pp a rank has those of its stages only; use "
+            "another axis, or another optimizer"
+        )
+    kinds = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
     if isinstance(optimizer, LBFGS) and len(kinds) > 1:
         raise ValueError(
             "LBFGS works on all parameters as one vector, and this layout divides only some of them; use dp_shard or "

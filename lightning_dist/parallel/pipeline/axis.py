@@ -155,7 +155,21 @@ class Pipelined(Alone):
 
     def run(self, step: str, *args: Any) -> Any:
         with closed(self.module.parameters()):
-            return self._run(step, *args)
+            before = self._versions()
+            result = self._run(step, *args)
+            written = [name for (name, now), (_, then) in zip(self._versions(), before, strict=True) if now != then]
+        if written:
+            raise RuntimeError(
+                f"pp: {step} changes the parameter {written[0]} in place, which each of its microbatches would do, and "
+                "for parameters of this rank's stages only; do so in on_train_batch_end, where all of them are there"
+            )
+        return result
+
+    def _versions(self) -> list[tuple[str, int]]:
+        """Of this rank's parameters, by name: how often they were written to."""
+        if not self._sends:
+            return []  # what is divided is gathered, and written, by others
+        return [(name, p._version) for name, p in self.module.named_parameters() if not is_placeholder(p)]
 
     def _run(self, step: str, *args: Any) -> Any:
         training = step == "training_step" and torch.is_grad_enabled()

@@ -84,6 +84,12 @@ def cut_module(
     step = STEP_OF[trainer.state.fn]
     if step == "training_step" and not module.automatic_optimization:
         raise ValueError(MANUAL)
+    hooked = next((n for n, p in module.named_parameters() if p._backward_hooks or _accumulates(p)), None)
+    if hooked is not None:
+        raise ValueError(
+            f"pp: the parameter {hooked} has hooks on its gradient, which would see that of each microbatch; change "
+            "gradients in on_after_backward or on_before_optimizer_step"
+        )
     skeleton = Skeleton(module, device, dtype)
     with kept_random_states(device):
         batch = _first_batch(trainer)
@@ -97,7 +103,7 @@ def cut_module(
                 "test_step": trainer.precision_plugin.test_step_context,
                 "predict_step": trainer.precision_plugin.predict_step_context,
             }[step]
-            with context():
+            with context(), _told_when():
                 trace = trace_step(skeleton, module, step, part, () if not _takes_index(module, step) else (0,))
         finally:
             module.train(was_training)
@@ -150,6 +156,22 @@ def plan_stages(
     with kept_random_states(device):
         trace = trace_step(Skeleton(module, device), module, step, part, rest)
     return find_stages(module, trace, options, num_ranks, blocks, keep_whole)
+
+
+@contextmanager
+def _told_when() -> Iterator[None]:
+    """Around the first run of a step, which no hook of the fit has come before."""
+    try:
+        yield
+    except AttributeError as error:
+        raise ValueError(
+            f"pp runs a step once to see where it can be cut, before hooks such as on_fit_start: {error}; make what "
+            "the step needs in __init__, setup or configure_model"
+        ) from error
+
+
+def _accumulates(parameter: Any) -> bool:
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _first_part(batch: Any, options: PipelineOptions, num_ranks: int) -> Any:

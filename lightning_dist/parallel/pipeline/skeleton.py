@@ -47,12 +47,18 @@ class Skeleton:
         self._rebind()
 
     def follow(self, module: pl.LightningModule) -> None:
-        """Takes over what the module's steps may ask for: its Trainer, and which parts train."""
+        """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set."""
         self.logged = {}
         vars(self.module)["_trainer"] = getattr(module, "_trainer", None)
         training = {name: child.training for name, child in module.named_modules()}
         for name, child in self.module.named_modules():
             child.training = training.get(name, child.training)
+        for original in module.modules():
+            copied = self._modules.get(id(original))
+            if copied is not None:
+                for key, value in vars(original).items():
+                    if _is_users(key, value):
+                        vars(copied)[key] = self._renamed(_loose(value))
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value
@@ -108,6 +114,11 @@ class Skeleton:
         if type(value) is dict:
             return {key: self._renamed(item) for key, item in value.items()}
         return value
+
+
+def _is_users(key: str, value: Any) -> bool:
+    """Whether it is an attribute that hooks set: no function, and nothing of torch's, Lightning's or ours."""
+    return not key.startswith("_") and key != "training" and not callable(value) and not isinstance(value, nn.Module)
 
 
 def _loose(value: Any) -> Any:

@@ -137,6 +137,11 @@ def trace_step(
     except _NEEDS_VALUES as error:
         recorder.trace.open_end = str(error) or type(error).__name__
     except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise ValueError(
+                f"pp: {name} takes gradients itself (torch.autograd.grad, or backward), through a network of which a "
+                "rank has some stages only; use another axis"
+            ) from error
         if "numpy() is not supported for tensor subclasses" not in str(error):
             raise
         recorder.trace.open_end = str(error)
