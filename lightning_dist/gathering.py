@@ -32,6 +32,23 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, sync_grads: bool) -> Te
         return _gathered(tensor, group)
 
 
+def refuse_uneven(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Raises on every rank of the group if they bring tensors of different shapes, which would end the processes.
+
+    Communication: one all-gather of shapes, as objects.
+
+    Raises:
+        ValueError: with the shapes.
+    """
+    shapes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(shapes, tuple(tensor.shape), group)
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"all_gather after the run was given tensors of shapes {', '.join(map(str, shapes))} on the data ranks: "
+            "gather in on_predict_epoch_end or the like, where ranks may have different numbers of rows, or pad them"
+        )
+
+
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return functional.wait_tensor(functional.all_gather_tensor(tensor.unsqueeze(0).contiguous(), 0, group))
 

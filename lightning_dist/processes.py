@@ -28,7 +28,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dist.checkpoint import StageRanks, gather_state, model_state
-from lightning_dist.gathering import all_gather
+from lightning_dist.gathering import all_gather, refuse_uneven
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.world_calls import WorldCalls
 
@@ -268,6 +268,8 @@ class LayoutRanks(ParallelStrategy):
         group = group if group is not None and group is not dist.group.WORLD else self.data_group
         if self._world_calls is not None:
             self._world_calls.note_gather()
+        if group is not None and self.lightning_module is not None and self.lightning_module.trainer.state.finished:
+            refuse_uneven(tensor, group)  # rows that an evaluation left; its own all_gather is gone with it
         return tensor if group is None else all_gather(tensor, group, sync_grads)
 
     @override

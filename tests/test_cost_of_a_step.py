@@ -1,0 +1,66 @@
+"""A step of a module that does nothing special costs what its layout costs, and nothing for what others may do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from recipes.benchmark.collectives import Collectives
+from tests import models
+from tests.models import samples
+from tests.parity import QUIET
+from tests.ranks import run_on_ranks
+
+PLAN = {"*.up": "colwise", "*.down": "rowwise"}
+
+
+class Counting(L.Callback):
+    """Counts the collectives from the start of one batch to that of the next, hooks and logs included."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, int]] = []
+        self._open: Collectives | None = None
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._close()
+        self._open = Collectives()
+        self._open.__enter__()
+
+    def on_train_end(self, *args: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self.steps.append(dict(self._open.count))
+
+
+def _steady(layout: str) -> list[dict[str, int]]:
+    counting = Counting()
+    strategy = HybridStrategy(layout, tensor_plan=PLAN if "tp" in layout else None)
+    quiet = {**QUIET, "log_every_n_steps": 1000, "max_epochs": 1}
+    trainer = L.Trainer(**quiet, devices=2, strategy=strategy, callbacks=[counting])
+    trainer.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
+    return counting.steps[3:6]
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        # gradients; whether to stop or to end, in place of Lightning's broadcast
+        ("dp_replicate=2", {"all-reduce": 2}),
+        # a root and three blocks, of which the blocks are gathered twice; what was used; whether to stop
+        ("dp_shard=2", {"all-gather": 7, "reduce-scatter": 4, "all-reduce": 2}),
+        # three blocks, forward and backward; whether to stop
+        ("tp=2", {"all-reduce": 7}),
+        # eight microbatches there and back; the loss; what is logged, and whether to stop
+        ("pp=2", {"send": 8, "receive": 8, "broadcast": 1, "all-reduce": 2}),
+    ],
+)
+def test_a_plain_step_costs_no_more_than_its_layout(layout: str, expected: dict[str, int]) -> None:
+    for steps in run_on_ranks(2, _steady, layout):
+        assert steps == [expected] * 3
