@@ -108,6 +108,9 @@ class HybridStrategy(TuningHooks):
         pipeline_check: under ``pp``, the first time that a kind of step runs, compare what it returns and logs over
             microbatches with what it does over the whole batch at once, for which it runs twice more without gradients;
             another result is an error. Off, it trains on the weighted mean of the microbatches, whatever that is.
+        pipeline_outputs: under ``pp``, send what a step returns beside its loss, and what it appends to lists of the
+            module, from the last stage to every rank of the axis. Off, that stays there, where it is too large to send;
+            predictions are sent all the same.
         batch_split: where a batch has its samples, under ``pp``: a tree like the batch, or like the upper part of it,
             of the dim for tensors, ``"each"`` for a list of one item a sample, None for what every microbatch gets as
             it is; or a function of a batch and a number of parts that returns the parts. Default: the first dim of all
@@ -157,6 +160,7 @@ class HybridStrategy(TuningHooks):
         pipeline_cuts: Iterable[str] | None = None,
         pipeline_reshard: bool = False,
         pipeline_check: bool = True,
+        pipeline_outputs: bool = True,
         batch_split: BatchSplit | None = None,
         microbatch_weight: Callable[[Any], Any] | None = None,
         activation_checkpointing: Checkpointing = "none",
@@ -203,7 +207,14 @@ class HybridStrategy(TuningHooks):
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
         cuts: Any = pipeline_cuts if pipeline_cuts is None or isinstance(pipeline_cuts, str) else list(pipeline_cuts)
         self._pipeline_options = PipelineOptions(
-            pipeline_schedule, num_microbatches, cuts, pipeline_reshard, batch_split, microbatch_weight, pipeline_check
+            pipeline_schedule,
+            num_microbatches,
+            cuts,
+            pipeline_reshard,
+            batch_split,
+            microbatch_weight,
+            pipeline_check,
+            pipeline_outputs,
         )
         self._logs: StepLogs | None = None
         self._course: Course | None = None

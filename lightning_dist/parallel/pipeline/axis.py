@@ -26,6 +26,7 @@ from lightning_dist.parallel.pipeline.passage import Passage
 from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.setup import MANUAL
+from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, detached, pack, share
 from lightning_dist.parallel.pipeline.staged import Place, closed, opened, staged
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
 from lightning_dist.parallel.pipeline.timeline import Timeline
@@ -48,9 +49,10 @@ class Pipelined(Alone):
     """Every rank of the axis runs the user's step on the same microbatches, from one cut of the network to the next.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
-    training, one back with their gradients; one broadcast of the loss. Per backward pass that reduces: one all-reduce
-    of the gradients of parameters that are tied over a cut, among the ranks that hold them. Over the data ranks, where
-    nothing is sharded: one all-reduce of the gradients, flat, and a small one of which were used.
+    training, one back with their gradients; one broadcast of 16 bytes with the loss, and one of what else the step
+    returned or kept, if it did. Per backward pass that reduces: one all-reduce of the gradients of parameters that are
+    tied over a cut, among the ranks that hold them. Over the data ranks, where nothing is sharded: one all-reduce of
+    the gradients, flat, and a small one of which were used.
 
     Args:
         module: cut; :meth:`run_in` says what runs it on this rank.
@@ -191,7 +193,7 @@ class Pipelined(Alone):
                 self._run_schedule(num_parts, in_order)
         output = self._step.joined() if self._has_last else None
         self._step.logs.replay()
-        result = self._with_loss(output) if training else self._shared(step, output)
+        result = self._on_all_ranks(output, training)
         self._step = _Step()
         return result
 
@@ -201,6 +203,7 @@ class Pipelined(Alone):
         weights = self._options.weights(parts, sizes)
         logs = RecordedLogs(self.module, weights, self._is_constant)
         self._step = _Step(step, parts, args[1:], sizes, weights, routes, wires, logs, args[0])
+        self._step.appended = AppendedLists(self.module)
 
     def _check(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
         """The first time that a kind of step runs; see [Note: microbatches are compared]."""
@@ -254,14 +257,6 @@ class Pipelined(Alone):
         agreed = torch.tensor([num_parts, int(number is not None)], device=self._device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.inner.group)
         return int(agreed[0]), not int(agreed[1])
-
-    def _shared(self, step: str, output: Any) -> Any:
-        """Predictions go to every rank of the axis; what other steps return stays on the last stage's."""
-        if step != "predict_step":
-            return output
-        box = [output]
-        dist.broadcast_object_list(box, group=self.group, group_src=self.stages.last_rank, device=self._device)
-        return box[0]
 
     def _scale(self) -> float:
         """What Lightning will multiply the loss with; half precision needs it before the backward."""
@@ -336,11 +331,12 @@ class Pipelined(Alone):
         finally:
             vars(self.module).pop("_passing", None)
             step.logs.end()
+            step.appended.after_microbatch(stage == self.stages.num_stages - 1)
 
     def _end(self, index: int, output: Any, link: Tensor) -> Tensor:
         """The last stage's: the loss of a microbatch, multiplied with its share of the batch."""
         step = self._step
-        step.outputs[index] = _detached(output)
+        step.outputs[index] = detached(output)
         if step.name != "training_step" or not torch.is_grad_enabled():
             return link.reshape(1)
         loss = loss_of(output)
@@ -389,17 +385,36 @@ class Pipelined(Alone):
 
     # ------------------------------------------------------------------ gradients
 
-    def _with_loss(self, output: Any) -> Any:
-        """What the step returned, with a loss whose backward hands the gradients over."""
-        loss = loss_of(output) if self._has_last else torch.zeros((), device=self._device)
-        value = loss.detach().reshape(()).to(self._device, torch.float32 if loss.dtype.itemsize < 4 else loss.dtype)
-        value = value.double()  # ranks may not know in which dtype the last stage computes it
-        dist.broadcast(value, group=self.group, group_src=self.stages.last_rank)
-        value = value.to(loss.dtype if self._has_last else torch.get_default_dtype())
+    def _on_all_ranks(self, output: Any, training: bool) -> Any:
+        """What the step returned, on every rank; its loss with a backward that hands the gradients over.
+
+        Communication over the axis: one broadcast of the loss and a size, and one of what else there is to share; see
+        [Note: what the last stage made].
+        """
+        step, loss, rest, payload = self._step, torch.zeros((), device=self._device), None, b""
+        lists: dict[Any, list[Any]] = {}
+        if self._has_last:
+            rest = output
+            if training:
+                loss = loss_of(output).detach().reshape(()).to(self._device)
+                named = output if isinstance(output, dict) else {}
+                rest = {k: v for k, v in named.items() if k != "loss" and not _holds_placeholder(v)} or None
+            lists = step.appended.joined(step.sizes, step.weights)
+            payload = pack([rest, list(lists.items())]) if self._options.outputs or step.name == "predict_step" else b""
+        # ranks may not know in which dtype the last stage computes it
+        header = torch.stack([loss.double(), torch.tensor(float(len(payload)), device=self._device).double()])
+        dist.broadcast(header, group=self.group, group_src=self.stages.last_rank)
+        if size := int(header[1]):
+            rest, items = share(payload, size, self.group, self.stages.last_rank, self._device)
+            lists = dict(items)
+        step.appended.extend(lists)
+        if not training:
+            return rest
+        value = header[0].to(loss.dtype if self._has_last else torch.get_default_dtype())
+        if value.dtype.itemsize < 4:
+            value = value.float()
         handed = HandOver.apply(torch.zeros((), device=self._device, requires_grad=True), self, value)
-        if self._has_last and isinstance(output, dict):
-            return {**{k: v for k, v in output.items() if not _holds_placeholder(v)}, "loss": handed}
-        return handed
+        return handed if rest is None else {**rest, "loss": handed}
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -472,6 +487,7 @@ class _Step:
         self.batch = batch
         self.sizes, self.weights, self.routes, self.wires = sizes or [], weights or [], routes or [], wires or []
         self.outputs: list[Any] = [None] * len(self.parts)
+        self.appended: Any = None
         self.seed = 0
         self.alike = False
         """Whether all microbatches begin with the same random numbers."""
@@ -520,10 +536,6 @@ def _signature(part: Any) -> Any:
 
 def _plain(leaf: Any) -> Any:
     return leaf if isinstance(leaf, (bool, int, type(None))) else None
-
-
-def _detached(output: Any) -> Any:
-    return batches.mapped(output, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
 
 
 def _holds_placeholder(value: Any) -> bool:

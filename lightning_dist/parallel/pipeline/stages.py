@@ -35,6 +35,7 @@ class PipelineOptions:
     batch_split: BatchSplit | None = None
     microbatch_weight: Callable[[Any], Any] | None = None
     check: bool = True
+    outputs: bool = True
 
     def __post_init__(self) -> None:
         schedule_named(self.schedule)

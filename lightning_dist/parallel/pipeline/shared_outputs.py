@@ -1,0 +1,108 @@
+"""What a step returns and appends to lists of its module is on every rank of the pipeline, as in one process.
+
+[Note: what the last stage made]
+A step's tail runs on the last stage only, once a microbatch. What it returned there, and what it appended to lists
+(``self.outputs.append(...)``, read in ``on_validation_epoch_end``), is joined over the microbatches and sent to the
+other ranks of the axis with the loss. Where there is nothing of the kind nothing more is sent.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dist.parallel.pipeline.batches import joined
+from lightning_dist.parallel.pipeline.nested import leaves, mapped
+from lightning_dist.placeholder import is_placeholder
+
+Place = tuple[str, Any]
+
+
+class AppendedLists:
+    """Lists that are attributes of a module, or values of dictionaries that are, and what a step appends to them.
+
+    Args:
+        module: whose step is about to run.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._lists: dict[Place, list[Any]] = {}
+        for name, value in vars(module).items():
+            if name.startswith("_"):
+                continue
+            if type(value) is list:
+                self._lists[name, None] = value
+            elif type(value) is dict:
+                self._lists.update({(name, key): item for key, item in value.items() if type(item) is list})
+        self._begin = {place: len(items) for place, items in self._lists.items()}
+        self._added: dict[Place, list[list[Any]]] = {place: [] for place in self._lists}
+
+    def after_microbatch(self, is_last: bool) -> None:
+        """Takes what a stage appended off the lists; of the last stage it is kept."""
+        for place, items in self._lists.items():
+            added = items[self._begin[place] :]
+            del items[self._begin[place] :]
+            if is_last:
+                self._added[place].append(added)
+
+    def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, list[Any]]:
+        """What one step over the whole batch would have appended.
+
+        Raises:
+            RuntimeError: some microbatches appended more than others.
+        """
+        found: dict[Place, list[Any]] = {}
+        for place, added in self._added.items():
+            if not any(added):
+                continue
+            if len({len(items) for items in added}) > 1:
+                raise RuntimeError(
+                    f"pp: the step appends to {place[0]!r} for some of its microbatches, and not for others, so that "
+                    "it can't be said what it would have appended for the whole batch; use num_microbatches=1"
+                )
+            found[place] = [
+                _joined([detached(i) for i in column], sizes, weights) for column in zip(*added, strict=True)
+            ]
+        return found
+
+    def extend(self, found: dict[Place, list[Any]]) -> None:
+        """Appends it."""
+        for place, items in found.items():
+            if place in self._lists:
+                self._lists[place].extend(items)
+
+
+def detached(value: Any) -> Any:
+    """Without a graph."""
+    return mapped(value, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
+
+
+def _joined(values: list[Any], sizes: list[int], weights: list[float]) -> Any:
+    first = values[0]
+    if isinstance(first, (bool, int, float, str)) and all(value == first for value in values):
+        return first
+    return joined(values, sizes, weights)
+
+
+def pack(value: Any) -> bytes:
+    """For :func:`unpack` on other ranks; empty for nothing."""
+    if not [leaf for leaf in leaves(value) if leaf is not None]:
+        return b""
+    buffer = io.BytesIO()
+    torch.save(mapped(value, lambda leaf: None if is_placeholder(leaf) else leaf), buffer)
+    return buffer.getvalue()
+
+
+def share(payload: bytes, size: int, group: dist.ProcessGroup, source: int, device: torch.device) -> Any:
+    """What the source packed. Communication: one broadcast of ``size`` bytes over the group."""
+    if dist.get_rank(group) == source:
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+    else:
+        data = torch.empty(size, dtype=torch.uint8, device=device)
+    dist.broadcast(data, group=group, group_src=source)
+    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), map_location=device, weights_only=False)
