@@ -87,6 +87,8 @@ class Pipelined(Alone):
         self._constants: dict[tuple[str, str], bool] = {}
         self._num_evaluated = 0
         self._splitter = options.splitter
+        self._written_alike: set[str] = set()
+        """Parameters that a step writes to, as often as it has microbatches, with the result of once."""
         self._checked: set[Any] = set()
         """Kinds of steps that were seen to give the same over microbatches as over the whole batch."""
         self._step = _Step()
@@ -159,7 +161,8 @@ class Pipelined(Alone):
         with closed(self.module.parameters()):
             before = self._versions()
             result = self._run(step, *args)
-            written = [name for (name, now), (_, then) in zip(self._versions(), before, strict=True) if now != then]
+            changed = [name for (name, now), (_, then) in zip(self._versions(), before, strict=True) if now != then]
+        written = [name for name in changed if name not in self._written_alike]
         if written:
             raise RuntimeError(
                 f"pp: {step} changes the parameter {written[0]} in place, which each of its microbatches would do, and "
@@ -216,22 +219,28 @@ class Pipelined(Alone):
                 of_parts = self._tried(step, args, parts, sizes)
                 of_whole = self._tried(step, args, [args[0]], [sum(sizes)])
             difference = check.compare(step, of_whole, of_parts, len(parts))
+            self._written_alike |= of_parts[2].keys()
         if check.agree(difference, len(parts) > 1, self._device):
             self._checked.add(kind)
 
     def _tried(
         self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]
-    ) -> tuple[Any, dict[str, Any]]:
-        """What a step returns and logs over microbatches, without gradients or randomness; nothing is left of it."""
+    ) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
+        """What a step returns, logs and writes to parameters over microbatches, without gradients or randomness.
+
+        Nothing is left of it.
+        """
         self._begin(step, args, parts, sizes)
         self._step.alike = True
         written = {name for route in self._step.routes for name in route.written}
-        parameters = [p for name, p in self.module.named_parameters() if name in written and not is_placeholder(p)]
-        with undone(self.module, parameters), check.fixed(self.module), self._step.logs.recording():
+        named = self.module.named_parameters()
+        parameters = {name: p for name, p in named if name in written and not is_placeholder(p)}
+        with undone(self.module, parameters.values()), check.fixed(self.module), self._step.logs.recording():
             with self._holding():
                 self._in_order().forward(len(parts))
             self.inner.reshard()
-            return self._step.joined() if self._has_last else None, self._step.logs.values()
+            output = self._step.joined() if self._has_last else None
+            return output, self._step.logs.values(), {n: p.detach().clone() for n, p in parameters.items()}
 
     @contextmanager
     def _own_random_streams(self, training: bool) -> Iterator[None]:

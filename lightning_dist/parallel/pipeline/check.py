@@ -32,18 +32,24 @@ ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
 COARSE_ROUNDING = 0.05
 
 
-def compare(step: str, whole: tuple[Any, dict[str, Any]], parts: tuple[Any, dict[str, Any]], num_parts: int) -> str:
+Tried = tuple[Any, dict[str, Any], dict[str, Tensor]]
+"""What a step returned (None on ranks that have not the last stage), logged by name, and wrote to parameters."""
+
+
+def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
     """What differs, in a sentence; empty if nothing does.
 
     Args:
         step: its name.
-        whole: what the step returned (None on ranks that have not the last stage) and logged, of the whole batch.
+        whole: of the whole batch.
         parts: the same of the microbatches, put together.
         num_parts: how many those are.
     """
     found = _difference("what it returns", whole[0], parts[0])
     for name, value in whole[1].items():
         found = found or _difference(f"the logged {name!r}", value, parts[1].get(name))
+    for name, value in whole[2].items():
+        found = found or _difference(f"the parameter {name}, to which it writes,", value, parts[2].get(name))
     if not found:
         return ""
     return (
