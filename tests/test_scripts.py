@@ -136,7 +136,7 @@ def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
         assert line, seen
         seen += line
     process.send_signal(signal.SIGINT)
-    status, output = finish(process, timeout=30)
+    status, output = finish(process, timeout=60)
     assert status != 0
     assert_no_process_left(seen + output)
 

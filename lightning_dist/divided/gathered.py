@@ -77,20 +77,17 @@ def watch(param_group: Any, sees_data: bool) -> None:
 
 def _refuse_removed(parameter: Any) -> None:
     place = parameter._module_info
-    there = place.module._parameters.get(place.param_name, vars(place.module).get(place.param_name))
-    known = (parameter.sharded_param, getattr(parameter, "_unsharded_param", None))
-    if any(there is own for own in known):
-        return
-    name, kind = place.param_name, type(place.module).__name__
-    if place.param_name not in place.module._parameters:
+    name, kind, there = place.param_name, type(place.module).__name__, place.module._parameters
+    if name not in there:
         raise RuntimeError(
             f"the parameter {name} of a {kind} was taken out of it (pruned, or parametrised) during the fit, while "
             "dp_shard divides it; do so before the fit, or use dp_replicate"
         )
-    raise RuntimeError(
-        f"the {name} of a {kind} is another tensor (functional_call, or an assignment) while dp_shard divides it: the "
-        "block would run with its own one; use dp_replicate, or write the values into the parameter"
-    )
+    if not any(there[name] is own for own in (parameter.sharded_param, getattr(parameter, "_unsharded_param", None))):
+        raise RuntimeError(
+            f"the {name} of a {kind} is another tensor (functional_call, or an assignment) while dp_shard divides it: "
+            "the block would run with its own one; use dp_replicate, or write the values into the parameter"
+        )
 
 
 def _begin(parameter: Any, sees_data: bool) -> None:

@@ -222,11 +222,16 @@ class StepLogs(JointResults):
         if metric.meta.sync.rank_zero_only or metric.meta.sync.group is not None:
             return
         if metric.meta.on_step and not self._kept:
-            # the ranks' parts of a batch count alike, as in the gradient, whatever Lightning takes for their size
-            alike = self.trainer.training and not self._is_given
+            # parts of a batch that were dealt evenly count alike, whatever Lightning takes for their size
+            alike = self.trainer.training and not self._is_given and self._deals_alike
             self._of_step[id(results)][key] = min(batch_size, 1) if alike else batch_size
         if metric.meta.on_epoch:
             self._of_epoch[id(results)].add(key)
+
+    @property
+    def _deals_alike(self) -> bool:
+        strategy: Any = self.trainer.strategy
+        return all(data.deals_alike for data in strategy._begun)
 
     def _on_batch_start(self, own: Any, batch: Any, dataloader_idx: int | None = None) -> None:
         own(batch, dataloader_idx)
