@@ -60,15 +60,16 @@ def refuse_early_hooks(module: pl.LightningModule, layout: Layout) -> None:
     Raises:
         ValueError: names the parameter.
     """
-    if layout.num_data_ranks == 1:
+    if layout.num_data_ranks == 1 and layout.pp == 1:
         return
+    whose = "each microbatch, which are added" if layout.pp > 1 else "this rank's samples, which is averaged"
     for name, parameter in module.named_parameters():
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
         own = [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("lightning_dist")]
-        if own and not isinstance(parameter, DTensor):
+        if own and (layout.pp > 1 or not isinstance(parameter, DTensor)):
             raise ValueError(
                 f"register_post_accumulate_grad_hook on {name}: under layout {layout} it would see the gradient of "
-                "this rank's samples, which is averaged later; use on_after_backward or on_before_optimizer_step"
+                f"{whose} later; use on_after_backward or on_before_optimizer_step"
             )
 
 

@@ -39,6 +39,9 @@ class Passage:
         self.enter, self.leave = enter, leave
         self._skipped = skipped_calls(trace, enter) if enter is not None else {}
         self._inside = _calls_inside(trace, self._skipped)
+        received = {id(c.tensor) for c in enter.crossing} if enter is not None else set()
+        self.kept = [kept for kept in trace.kept if id(kept[3]) in received]
+        """What modules that are skipped, or their hooks, have put into attributes, and the step reads later."""
         self._captured: dict[str, dict[int, list[Crossing]]] = {}
         self.entered_output: Any = None if enter is None else trace.calls[enter.call].output
         begin = -1 if enter is None else enter.call
@@ -90,6 +93,7 @@ class _Run:
 
     def __init__(self, passage: Passage, received: list[Tensor], on_enter: Callable[[], None]) -> None:
         self._passage, self._on_enter = passage, on_enter
+        self._module: nn.Module | None = None
         self.entered = passage.enter is None
         self._counts: Counter[str] = Counter()
         crossing = passage.enter.crossing if passage.enter is not None else ()
@@ -103,6 +107,7 @@ class _Run:
         in 2.14); copies and pickles leave it out.
         """
         before = []
+        self._module = module
         for name in self._passage.watched:
             child = module.get_submodule(name)
             own = vars(child).get("_compiled_call_impl")
@@ -127,6 +132,7 @@ class _Run:
                 self._counts.update(passage._inside.get((name, ordinal), {}))
                 self.entered = True
                 self._on_enter()
+                self._keep()
                 return self._received(passage.entered_output)
             if ordinal in passage._skipped.get(name, {}):
                 self._counts.update(passage._inside.get((name, ordinal), {}))
@@ -138,6 +144,16 @@ class _Run:
         if leave is not None and (name, ordinal) == (leave.name, leave.ordinal):
             raise Leave
         return output
+
+    def _keep(self) -> None:
+        """Attributes as the modules that this stage skips have left them."""
+        assert self._module is not None
+        for name, attribute, key, tensor in self._passage.kept:
+            owner = vars(self._module.get_submodule(name))
+            if key is None:
+                owner[attribute] = self._known[id(tensor)]
+            else:
+                owner.setdefault(attribute, {})[key] = self._known[id(tensor)]
 
     def _received(self, output: Any) -> Any:
         """What was recorded, with what was received in place."""

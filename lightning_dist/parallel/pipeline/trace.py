@@ -87,6 +87,8 @@ class Trace:
         drawn: real tensors that were drawn at random, or come of such: made and last used.
         buffers: ops that use a buffer, by its name.
         written: names of the parameters that the step changes in place.
+        kept: tensors that modules have as attributes at the end, or in dictionaries there: the module's name, the
+            attribute's, the key (None for the attribute itself) and the tensor.
         metrics: the next ops when a metric was used.
         activation_bytes: what each op made.
         output: what the step returned; None where it looked at a value and the trace ended.
@@ -101,6 +103,7 @@ class Trace:
     drawn: dict[int, Value] = field(default_factory=dict)
     buffers: dict[str, set[int]] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
+    kept: list[tuple[str, str, Any, Tensor]] = field(default_factory=list)
     metrics: list[int] = field(default_factory=list)
     activation_bytes: list[int] = field(default_factory=list)
     output: Any = None
@@ -148,9 +151,23 @@ def trace_step(
     finally:
         errors.disabled = was_disabled
         recorder.put_back()
+        recorder.trace.kept = _kept(skeleton.module)
         vars(skeleton.module)["_trainer"] = None
     _settle_end(recorder.trace)
     return recorder.trace
+
+
+def _kept(module: nn.Module) -> list[tuple[str, str, Any, Tensor]]:
+    found: list[tuple[str, str, Any, Tensor]] = []
+    for name, child in module.named_modules():
+        for key, value in vars(child).items():
+            if key.startswith("_"):
+                continue
+            if is_placeholder(value):
+                found.append((name, key, None, value))
+            elif type(value) is dict:
+                found += [(name, key, inner, item) for inner, item in value.items() if is_placeholder(item)]
+    return found
 
 
 def loss_of(output: Any) -> Any:
