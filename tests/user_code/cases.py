@@ -100,4 +100,5 @@ EXACT_IN_PIPELINES = {
     "weight_used_twice", "weights_written_in_validation", "hooks_of_batches", "part_returns_more",
 }
 # fmt: on
-"""Cases that give one process's numbers under ``pp`` too. Of the others not all are refused in a sentence yet."""
+"""Cases that give one process's numbers under ``pp`` too, alone and with ``dp_replicate``. Of the others not all are
+refused in a sentence yet; beside ``tp`` and ``dp_shard``, code that reads whole parameters is not right yet."""

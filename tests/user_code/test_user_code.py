@@ -29,7 +29,7 @@ def test_as_one_process_or_refused(name: str, layout: str) -> None:
     assert fits(CASES[name], layout, outcome), f"{LAYOUTS[layout]}: {outcome}"
 
 
-@pytest.mark.parametrize("layout", ["p", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pr", "ps", "pt"))])
+@pytest.mark.parametrize("layout", ["p", pytest.param("pr", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ON_DEMAND)) for n in CASES if n in EXACT_IN_PIPELINES]
 )
