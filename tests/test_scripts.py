@@ -54,6 +54,11 @@ if __name__ == "__main__":
 ROOT = str(Path(__file__).parent.parent)
 
 
+def _take_interrupts() -> None:
+    """Also where the tests run in the background of a shell, which has its jobs ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(
     folder: Path,
     *,
@@ -70,7 +75,13 @@ def start(
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": ROOT}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        preexec_fn=_take_interrupts,
+        cwd=folder,
     )
 
 

@@ -335,12 +335,14 @@ class Pipelined(Alone):
             return step.wires[stage].pack(link, sent)
 
         vars(self.module)["_passing"] = passing
+        step.appended.before_microbatch()
         try:
             return self.inner.run(step.name, step.parts[index], *step.rest)
         finally:
             vars(self.module).pop("_passing", None)
             step.logs.end()
-            step.appended.after_microbatch(stage == self.stages.num_stages - 1)
+            if stage == self.stages.num_stages - 1:
+                step.appended.after_microbatch()
 
     def _end(self, index: int, output: Any, link: Tensor) -> Tensor:
         """The last stage's: the loss of a microbatch, multiplied with its share of the batch."""

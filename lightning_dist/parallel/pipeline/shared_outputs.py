@@ -40,15 +40,18 @@ class AppendedLists:
             elif type(value) is dict:
                 self._lists.update({(name, key): item for key, item in value.items() if type(item) is list})
         self._begin = {place: len(items) for place, items in self._lists.items()}
+        self._at = dict(self._begin)
         self._added: dict[Place, list[list[Any]]] = {place: [] for place in self._lists}
 
-    def after_microbatch(self, is_last: bool) -> None:
-        """Takes what a stage appended off the lists; of the last stage it is kept."""
+    def before_microbatch(self) -> None:
+        """A stage begins a microbatch."""
+        self._at = {place: len(items) for place, items in self._lists.items()}
+
+    def after_microbatch(self) -> None:
+        """The last stage has ended one: takes what it appended off the lists, and keeps it."""
         for place, items in self._lists.items():
-            added = items[self._begin[place] :]
-            del items[self._begin[place] :]
-            if is_last:
-                self._added[place].append(added)
+            self._added[place].append(items[self._at[place] :])
+            del items[self._at[place] :]
 
     def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, list[Any]]:
         """What one step over the whole batch would have appended.
@@ -71,9 +74,9 @@ class AppendedLists:
         return found
 
     def extend(self, found: dict[Place, list[Any]]) -> None:
-        """Appends it."""
+        """Appends it, but where this rank's own stages have appended: what hooks of its layers saw stays its own."""
         for place, items in found.items():
-            if place in self._lists:
+            if place in self._lists and len(self._lists[place]) == self._begin[place]:
                 self._lists[place].extend(items)
 
 
