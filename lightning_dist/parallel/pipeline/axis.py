@@ -140,12 +140,12 @@ class Pipelined(Alone):
                 parameter.grad = None
 
     def _show_gradients(self) -> None:
-        """Where hooks look at gradients, those of other stages are there, without memory.
+        """Where hooks look at gradients, those of other stages are there, without memory: to be sent, or to be refused.
 
         Communication over the axis: one all-reduce of a byte per parameter, where such a hook is.
         """
         scaler = getattr(self.module.trainer.precision_plugin, "scaler", None)
-        if not self._sends or scaler is not None or not _gradients_are_seen(self.module):
+        if scaler is not None or not _gradients_are_seen(self.module):
             return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         has = [not is_placeholder(p) and p.grad is not None for p in parameters]

@@ -52,6 +52,9 @@ class Place:
     def __deepcopy__(self, _: Any) -> Place:
         return self
 
+    def __reduce__(self) -> Any:
+        return Place, (self.name, self.source, None)  # a group is this process's
+
 
 class _Staged:
     """What all kinds have in common."""
