@@ -17,13 +17,12 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_dist.elastic import guard
 from lightning_dist.parallel import Alone
 
 LONGEST_WAIT = timedelta(minutes=2)
 """For the other ranks, where one leaves a step or an epoch that they may be in."""
 
-_ENDED = "lightning_dist/ended"
-"""Key of the store of the process group under which a rank says why it ends."""
 
 
 class Course:
@@ -195,17 +194,5 @@ class Course:
                 f"{self._longest_wait.total_seconds():g} s of rank {rank}. Each would wait for the others for good; "
                 f"{instead}"
             )
-            store.set(_ENDED, message)
+            guard.say_why(store, message)
             raise RuntimeError(message) from None
-
-
-def tell_why_it_ended(exception: BaseException) -> None:
-    """Adds what another rank said before it ended to the error that its end is here."""
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    with contextlib.suppress(RuntimeError):
-        store = dist.distributed_c10d._get_default_store()
-        if store.check([_ENDED]):
-            message = store.get(_ENDED).decode()
-            if message not in str(exception):
-                exception.add_note(f"another rank ended before: {message}")

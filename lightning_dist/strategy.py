@@ -30,12 +30,12 @@ from typing_extensions import override
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.course import Course, tell_why_it_ended
+from lightning_dist.course import Course
 from lightning_dist.data import refuse_different_batches
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
-from lightning_dist.elastic.guard import end_children
+from lightning_dist.elastic.guard import begin_run, end_children, tell_why_it_ended
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.logs import StepLogs, Uncounted, attach_metrics
@@ -331,6 +331,7 @@ class HybridStrategy(TuningHooks):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        begin_run()
         self._own_dataloaders(trainer)
         self._compared.clear()
         self._own_clipping()
@@ -468,6 +469,7 @@ class HybridStrategy(TuningHooks):
             self._pipeline_options,
             self.mesh.root["pp"].get_group(),
             blocks,
+            together=[] if self.division is None else list(self.division.plan),
             keep_whole=self._keeps_blocks_whole(self.layout),
             device=self.root_device,
             dtype=policy.param_dtype if self.layout.dp_shard > 1 else None,
@@ -620,7 +622,7 @@ class HybridStrategy(TuningHooks):
             closure = partial(self._with_mean_loss, closure)
         assert self._parallel is not None
         self._refuse_unreduced(optimizer)
-        with self._parallel.stepping():
+        with self._parallel.stepping(optimizer):
             return super().optimizer_step(optimizer, partial(self._hooked, closure), *args, **kwargs)
 
     def _refuse_unreduced(self, optimizer: Optimizer) -> None:

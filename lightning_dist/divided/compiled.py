@@ -48,11 +48,11 @@ class _SeesParts:
 
 @contextmanager
 def _of_torchs_class(module: nn.Module) -> Iterator[None]:
-    divided: list[Tensor] = [t for t in (*module.parameters(), *module.buffers()) if type(t) is Divided]
-    for tensor in divided:
+    divided = [(t, type(t)) for t in (*module.parameters(), *module.buffers()) if isinstance(t, Divided)]
+    for tensor, _ in divided:
         tensor.__class__ = DTensor
     try:
         yield
     finally:
-        for tensor in divided:
-            tensor.__class__ = Divided
+        for tensor, before in divided:
+            tensor.__class__ = before

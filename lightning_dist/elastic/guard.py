@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
-from typing import Any
+from datetime import timedelta
+from typing import Any, ClassVar
 
+import torch.distributed as dist
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 GRACE = 5.0
@@ -30,3 +33,51 @@ def end_children(launcher: Any, grace: float = GRACE) -> None:
     for process in launcher.procs:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
+
+
+# ------------------------------------------------------------------ last words
+
+
+class _Runs:
+    """Of this process; every rank has as many."""
+
+    number: ClassVar[int] = 0
+
+
+def begin_run() -> None:
+    """A run of a Trainer begins, on all ranks: what ended an earlier one is past. Communication: none."""
+    _Runs.number += 1
+
+
+def say_why(store: Any, message: str) -> None:
+    """What ends this rank, for the others, at the store of the process group."""
+    store.set(_key(), message)
+
+
+def tell_why_it_ended(exception: BaseException) -> None:
+    """Says to the other ranks what ends this one; or, where it ends because another is gone, notes what that one said."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):  # the store may be gone as well
+        store: Any = dist.distributed_c10d._get_default_store()  # private; seen in torch 2.14
+        if _is_of_lost_peer(exception):
+            with contextlib.suppress(RuntimeError):
+                store.wait([_key()], timedelta(seconds=2))
+        if store.check([_key()]):
+            message = store.get(_key()).decode()
+            if message.partition(": ")[2] not in str(exception) and message not in str(exception):
+                exception.add_note(f"another rank ended before: {message}")
+        elif isinstance(exception, Exception):
+            say_why(store, f"{type(exception).__name__}: {exception}")
+
+
+def _key() -> str:
+    return f"lightning_dist/ended/{_Runs.number}"
+
+
+def _is_of_lost_peer(exception: BaseException) -> bool:
+    return isinstance(exception, RuntimeError) and any(words in str(exception) for words in _LOST)
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+"""Gloo's words (seen in torch 2.14)."""

@@ -10,9 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lightning_dist.logs.metrics import metrics_in
+from lightning_dist.placeholder import is_placeholder
 
 
 @dataclass
@@ -92,6 +94,12 @@ class RecordedLogs:
         if not self._active:
             return
         self.has_logged = True
+        if any(is_placeholder(leaf) for leaf in tree_leaves(value)):
+            raise RuntimeError(
+                f"pp: the step logs {name!r}, which comes of parameters or activations of another stage, by a way that "
+                "is not seen (a hook's closure, a parameter that is read directly); log it in on_train_batch_end, "
+                "return it from the module, or keep it in an attribute of the module that computes it"
+            )
         kwargs.update(zip(("prog_bar", "logger", "on_step", "on_epoch"), args, strict=False))
         kwargs["rank_zero_only"] = False  # rank 0 may not run the stage that logs
         entry = self._logged.setdefault(name, Logged(kwargs))

@@ -42,6 +42,11 @@ class WrittenBuffers:
     def __len__(self) -> int:
         return len(self._buffers)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the first."""
+        return self._buffers[0].device
+
     def written(self) -> list[int]:
         """Numbers of the buffers that training wrote, but for those that are sent already. Communication: none."""
         return [number for number, buffer in enumerate(self._buffers) if not buffer.is_sent and buffer.was_written]
@@ -69,7 +74,7 @@ class WrittenBuffers:
     def _agree(self) -> None:
         flags = torch.zeros(len(self), dtype=torch.int32)
         flags[self.written()] = 1
-        flags = flags.to(self._buffers[0].device)
+        flags = flags.to(self.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
         self.send(number for number, is_written in enumerate(flags.tolist()) if is_written)
 

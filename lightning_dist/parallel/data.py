@@ -94,7 +94,7 @@ class Alone:
     def show(self) -> None:
         """Called when parameters are in place: the user's code may see them. Communication: none."""
 
-    def stepping(self) -> AbstractContextManager[None]:
+    def stepping(self, optimizer: Any) -> AbstractContextManager[None]:
         """While an optimizer steps."""
         return nullcontext()
 

@@ -93,6 +93,11 @@ class Usage:
         """The parameters that are in no unit."""
         return [self._module.get_parameter(name) for name in self._whole]
 
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """This rank's parts of the parameters that are in units; a loss may use them directly."""
+        return [parameter.sharded_param for parameter in self._sharded]
+
     def before_backward(self) -> None:
         """Remembers which gradients are there already, from earlier backward passes."""
         self.second.begin()
@@ -142,8 +147,12 @@ class Usage:
         flags += [int(number in written) for number in range(len(self._buffers))]
         digest = hashlib.sha256("\n".join(self._ran).encode()).digest()
         order = int.from_bytes(digest[:7], "little")
+        if not flags:  # a stage of a pipeline that has neither
+            self._ran = []
+            return []
         parameters = [p.sharded_param for p in self._sharded] or self.whole
-        verdict = torch.tensor([*flags, order, -order], dtype=torch.int64, device=parameters[0].device)
+        device = parameters[0].device if parameters else self._buffers.device
+        verdict = torch.tensor([*flags, order, -order], dtype=torch.int64, device=device)
         dist.all_reduce(verdict, dist.ReduceOp.MAX, self.group)
         *used, most, least = verdict.tolist()
         ran, self._ran, self._trained = self._ran, [], set()

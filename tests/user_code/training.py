@@ -165,6 +165,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether a line of the product raised it, on purpose."""
+    """Whether a line of the product raised it, on purpose; or the error ends with what such a line said on another
+    rank.
+    """
+    if any(note.startswith("another rank ended before: ") for note in getattr(error, "__notes__", ())):
+        return True
     last = traceback.extract_tb(error.__traceback__)[-1]
     return last.filename.startswith(str(Path(lightning_dist.__file__).parent)) and str(last.line).startswith("raise ")

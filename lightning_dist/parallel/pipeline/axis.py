@@ -20,6 +20,7 @@ from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline import batches, check
 from lightning_dist.parallel.pipeline.cuts import CutPoint
+from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.passage import Passage
@@ -27,10 +28,10 @@ from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.setup import MANUAL
 from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, detached, pack, share
-from lightning_dist.parallel.pipeline.staged import Place, closed, opened, staged
+from lightning_dist.parallel.pipeline.staged import Place, States, closed, opened, origin, staged
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
 from lightning_dist.parallel.pipeline.timeline import Timeline
-from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
+from lightning_dist.parallel.pipeline.trace import Trace, loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
 from lightning_dist.parallel.rehearsal import undone
 from lightning_dist.parallel.sharded import Sharded
@@ -41,16 +42,18 @@ from lightning_dist.randomness import kept_random_states
 class Route:
     """A step on microbatches of one shape: where it is cut, and how each stage runs it."""
 
-    def __init__(self, points: list[CutPoint], passages: list[Passage], written: set[str]) -> None:
-        self.points, self.passages, self.written = points, passages, written
+    def __init__(self, points: list[CutPoint], passages: list[Passage], trace: Trace) -> None:
+        self.points, self.passages = points, passages
+        self.written = trace.written
+        self.called = {call.name for call in trace.calls}
 
 
 class Pipelined(Alone):
     """Every rank of the axis runs the user's step on the same microbatches, from one cut of the network to the next.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
-    training, one back with their gradients; one broadcast of 16 bytes with the loss, and one of what else the step
-    returned or kept, if it did. Per backward pass that reduces: one all-reduce of the gradients of parameters that are
+    training, one back with their gradients; one all-reduce of 24 bytes with the loss, and one broadcast of what else
+    the step returned or kept, if it did. Per backward pass that reduces: one all-reduce of the gradients of parameters that are
     tied over a cut, among the ranks that hold them. Over the data ranks, where nothing is sharded: one all-reduce of
     the gradients, flat, and a small one of which were used.
 
@@ -87,6 +90,8 @@ class Pipelined(Alone):
         self._constants: dict[tuple[str, str], bool] = {}
         self._num_evaluated = 0
         self._splitter = options.splitter
+        self._shown: list[tuple[str, nn.Parameter]] = []
+        """Parameters of this rank's stages, as the user's code sees them."""
         self._written_alike: set[str] = set()
         """Parameters that a step writes to, as often as it has microbatches, with the result of once."""
         self._checked: set[Any] = set()
@@ -118,17 +123,17 @@ class Pipelined(Alone):
     # ------------------------------------------------------------------ what the user's code sees
 
     @property
-    def _sends(self) -> bool:
-        """Whether what a rank holds of its stages is whole, so that it can be sent to the others."""
-        return type(self.inner) is Alone and self.inner.tensor is None
+    def _divides(self) -> bool:
+        """Whether ranks may have parts only of the parameters of their stages."""
+        return isinstance(self.inner, Sharded) or self.inner.tensor is not None
 
     def show(self) -> None:
+        self._shown = [(n, p) for n, p in self.module.named_parameters() if not is_placeholder(p)]
         for name, parameter in self.module.named_parameters():
-            if self._sends or is_placeholder(parameter):
-                source = self.stages.holders(name)[0]
-                staged(parameter, Place(name, source, self.group if self._sends else None))
+            staged(parameter, Place(name, self.stages.holders(name)[0], self.group, self._divides))
 
-    def stepping(self) -> AbstractContextManager[None]:
+    def stepping(self, optimizer: Any) -> AbstractContextManager[None]:
+        States.show(optimizer)
         return closed(self.module.parameters())
 
     def hooked(self) -> AbstractContextManager[None]:
@@ -159,22 +164,22 @@ class Pipelined(Alone):
 
     def run(self, step: str, *args: Any) -> Any:
         with closed(self.module.parameters()):
-            before = self._versions()
-            result = self._run(step, *args)
-            changed = [name for (name, now), (_, then) in zip(self._versions(), before, strict=True) if now != then]
-        written = [name for name in changed if name not in self._written_alike]
+            return self._run(step, *args)
+
+    def _refuse_writes(self, seen: set[str]) -> None:
+        """Of parameters, by the step itself.
+
+        Args:
+            seen: names of those that this rank holds and that were written to.
+        """
+        traced = {name for route in self._step.routes for name in route.written}
+        written = sorted((seen | traced) - self._written_alike)
         if written:
-            raise RuntimeError(
-                f"pp: {step} changes the parameter {written[0]} in place, which each of its microbatches would do, and "
-                "for parameters of this rank's stages only; do so in on_train_batch_end, where all of them are there"
-            )
-        return result
+            raise RuntimeError(_write(self._step.name, written[0]))
 
     def _versions(self) -> list[tuple[str, int]]:
         """Of this rank's parameters, by name: how often they were written to."""
-        if not self._sends:
-            return []  # what is divided is gathered, and written, by others
-        return [(name, p._version) for name, p in self.module.named_parameters() if not is_placeholder(p)]
+        return [(name, parameter._version) for name, parameter in self._shown]
 
     def _run(self, step: str, *args: Any) -> Any:
         training = step == "training_step" and torch.is_grad_enabled()
@@ -186,6 +191,7 @@ class Pipelined(Alone):
             num_parts, in_order = len(parts), True
         self._check(step, args, parts, sizes)
         self._begin(step, args, parts, sizes)
+        versions = self._versions()
         with self._step.logs.recording(), self._own_random_streams(training):
             if not training:
                 with self._holding():
@@ -194,11 +200,20 @@ class Pipelined(Alone):
             else:
                 self._applied = self._scale()
                 self._run_schedule(num_parts, in_order)
-        output = self._step.joined() if self._has_last else None
-        self._step.logs.replay()
-        result = self._on_all_ranks(output, training)
+        with self._failing(self.stages.num_stages):
+            pairs = zip(self._versions(), versions, strict=True)
+            self._refuse_writes({name for (name, now), (_, then) in pairs if now != then})
+        result = self._on_all_ranks(training)
         self._step = _Step()
         return result
+
+    @contextmanager
+    def _failing(self, stage: int) -> Iterator[None]:
+        """What is raised inside is raised on all ranks at the end of the step; what comes after it, is not."""
+        try:
+            yield
+        except Exception as error:
+            self._step.failure = self._step.failure or Failure(error, stage)
 
     def _begin(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
         routes = [self._route(step, part, args[1:]) for part in parts]
@@ -213,14 +228,23 @@ class Pipelined(Alone):
         kind = step, self.module.training, args[2:]
         if not self._options.check or kind in self._checked:
             return
-        difference = ""
+        failure = None
         if len(parts) > 1:
+            routes = [self._route(step, part, args[1:]) for part in parts]
+            if norm := check.batch_norm(self.module, {name for route in routes for name in route.called}):
+                failure = Failure(ValueError(norm), 0)
+            elif self._divides and (written := sorted({name for route in routes for name in route.written})):
+                failure = Failure(RuntimeError(_write(step, written[0])), 0)
+        if len(parts) > 1 and failure is None:
             with kept_random_states(self._device):
                 of_parts = self._tried(step, args, parts, sizes)
+                failure = self._step.failure
                 of_whole = self._tried(step, args, [args[0]], [sum(sizes)])
-            difference = check.compare(step, of_whole, of_parts, len(parts))
+                failure = failure or self._step.failure
+            if failure is None and (difference := check.compare(step, of_whole, of_parts, len(parts))):
+                failure = Failure(ValueError(difference), self.stages.num_stages)
             self._written_alike |= of_parts[2].keys()
-        if check.agree(difference, len(parts) > 1, self._device):
+        if check.agree(failure, len(parts) > 1, self._device):
             self._checked.add(kind)
 
     def _tried(
@@ -235,12 +259,15 @@ class Pipelined(Alone):
         written = {name for route in self._step.routes for name in route.written}
         named = self.module.named_parameters()
         parameters = {name: p for name, p in named if name in written and not is_placeholder(p)}
-        with undone(self.module, parameters.values()), check.fixed(self.module), self._step.logs.recording():
+        with undone(self.module, parameters.values()), check.fixed(), self._step.logs.recording():
             with self._holding():
                 self._in_order().forward(len(parts))
             self.inner.reshard()
-            output = self._step.joined() if self._has_last else None
-            return output, self._step.logs.values(), {n: p.detach().clone() for n, p in parameters.items()}
+            output, logged = None, {}
+            with self._failing(self.stages.num_stages):
+                output = self._step.joined() if self._has_last else None
+                logged = self._step.logs.values()
+            return output, logged, {n: p.detach().clone() for n, p in parameters.items()}
 
     @contextmanager
     def _own_random_streams(self, training: bool) -> Iterator[None]:
@@ -283,8 +310,10 @@ class Pipelined(Alone):
 
     @property
     def _plain(self) -> list[nn.Parameter]:
-        """Parameters whose gradients autograd itself puts in place; fully_shard puts the others."""
-        return self.inner.usage.whole if isinstance(self.inner, Sharded) else held(self.module.parameters())
+        """Parameters whose gradients autograd itself puts in place; fully_shard puts those of what it gathers."""
+        if isinstance(self.inner, Sharded):
+            return [*self.inner.usage.whole, *self.inner.usage.parts]
+        return held(self.module.parameters())
 
     def _holding(self) -> AbstractContextManager[None]:
         """Sharded parameters are gathered once for all microbatches, unless the user wants the memory."""
@@ -314,6 +343,22 @@ class Pipelined(Alone):
     # ------------------------------------------------------------------ a microbatch in a stage
 
     def _microbatch(self, stage: int, index: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Runs it; after a failure, zeros: see [Note: a step that fails on one stage]."""
+        sent: tuple[Tensor, ...] | None = None
+        if self._step.failure is None:
+            with self._failing(stage):
+                sent = self._passed(stage, index, received)
+        return self._zeros(stage, index, received) if sent is None else sent
+
+    def _zeros(self, stage: int, index: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        wires, points = self._step.wires, self._step.routes[index].points
+        link = wires[stage - 1].unpack(points[stage - 1], received)[1] if stage else first_link(self._device)
+        if stage == self.stages.num_stages - 1:
+            return (ended(link, torch.zeros((), device=self._device)),)
+        zeros = [torch.zeros(c.tensor.shape, dtype=c.tensor.dtype, device=self._device) for c in points[stage].crossing]
+        return wires[stage].pack(link, zeros)
+
+    def _passed(self, stage: int, index: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         step = self._step
         passage = step.routes[index].passages[stage]
         if stage:
@@ -375,11 +420,33 @@ class Pipelined(Alone):
         return self._routes[key]
 
     def _traced(self, step: str, part: Any, rest: tuple[Any, ...]) -> Route:
+        self._own_new()
         with kept_random_states(self._device):
             trace = trace_step(self.skeleton, self.module, step, part, rest)
         points = points_in(trace, self.stages)
         ends: list[CutPoint | None] = [None, *points, None]
-        return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace.written)
+        return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace)
+
+    def _own_new(self) -> None:
+        """Parameters that hooks gave the module: a copy is where the one is that it was made of.
+
+        Raises:
+            ValueError: one is new, and is to be trained.
+        """
+        owners = self.stages.owners
+        for name, parameter in self.module.named_parameters():
+            if name in owners:
+                continue
+            original = origin(parameter)
+            if original in owners:
+                owners[name] = owners[original]
+            elif parameter.requires_grad:
+                raise ValueError(
+                    f"pp: {name} came to the module during the fit, and no stage has it; make it before "
+                    "(in __init__, setup or configure_model), where the network is cut"
+                )
+            else:
+                owners[name] = tuple(range(self.stages.num_stages))
 
     def _is_constant(self, name: str) -> bool:
         """Whether the step logs the same Python number for another number of samples; seen in a trace of some."""
@@ -396,25 +463,36 @@ class Pipelined(Alone):
 
     # ------------------------------------------------------------------ gradients
 
-    def _on_all_ranks(self, output: Any, training: bool) -> Any:
+    def _on_all_ranks(self, training: bool) -> Any:
         """What the step returned, on every rank; its loss with a backward that hands the gradients over.
 
-        Communication over the axis: one broadcast of the loss and a size, and one of what else there is to share; see
-        [Note: what the last stage made].
+        Communication over the axis: one all-reduce of 24 bytes with the loss, a size, and the number of ranks that
+        failed; and one broadcast of what else there is to share, see [Note: what the last stage made].
+
+        Raises:
+            Exception: what a stage met; see [Note: a step that fails on one stage].
         """
         step, loss, rest, payload = self._step, torch.zeros((), device=self._device), None, b""
         lists: dict[Any, list[Any]] = {}
-        if self._has_last:
-            rest = output
-            if training:
-                loss = loss_of(output).detach().reshape(()).to(self._device)
-                named = output if isinstance(output, dict) else {}
-                rest = {k: v for k, v in named.items() if k != "loss" and not _holds_placeholder(v)} or None
-            lists = step.appended.joined(step.sizes, step.weights)
-            payload = pack([rest, list(lists.items())]) if self._options.outputs or step.name == "predict_step" else b""
+        with self._failing(self.stages.num_stages):
+            if self._has_last:
+                rest = output = step.joined()
+                if training:
+                    loss = loss_of(output).detach().reshape(()).to(self._device)
+                    named = output if isinstance(output, dict) else {}
+                    rest = {k: v for k, v in named.items() if k != "loss" and not _holds_placeholder(v)} or None
+                lists = step.appended.joined(step.sizes, step.weights)
+                shares = self._options.outputs or step.name == "predict_step"
+                payload = pack([rest, list(lists.items())]) if shares else b""
+            step.logs.replay()
         # ranks may not know in which dtype the last stage computes it
-        header = torch.stack([loss.double(), torch.tensor(float(len(payload)), device=self._device).double()])
-        dist.broadcast(header, group=self.group, group_src=self.stages.last_rank)
+        numbers = torch.tensor([float(len(payload)), float(step.failure is not None)], device=self._device)
+        header = torch.cat([loss.reshape(1).double(), numbers.double()])
+        dist.all_reduce(header, group=self.group)
+        if header[2]:
+            failure = step.failure
+            self._step = _Step()
+            raise_together(failure, self.group, self._device)
         if size := int(header[1]):
             rest, items = share(payload, size, self.group, self.stages.last_rank, self._device)
             lists = dict(items)
@@ -500,6 +578,7 @@ class _Step:
         self.outputs: list[Any] = [None] * len(self.parts)
         self.appended: Any = None
         self.seed = 0
+        self.failure: Failure | None = None
         self.alike = False
         """Whether all microbatches begin with the same random numbers."""
         self.trained: dict[int, list[nn.Parameter]] = {}
@@ -508,6 +587,13 @@ class _Step:
     def joined(self) -> Any:
         """What the microbatches' steps returned, as one."""
         return batches.joined(self.outputs, self.sizes, self.weights)
+
+
+def _write(step: str, name: str) -> str:
+    return (
+        f"pp: {step} changes the parameter {name} in place, which each of its microbatches would do, and for parameters "
+        "of this rank's stages only; do so in on_train_batch_end, where all of them are there"
+    )
 
 
 def _stage_step(module: pl.LightningModule, name: str) -> None:

@@ -6,23 +6,22 @@ are averaged. Steps whose result is no mean over samples (a contrastive loss, a 
 label, a batch that is flipped) would give other numbers, and no error would tell. So the first time that a kind of step
 runs in microbatches, it runs twice more without gradients, over the microbatches and over the whole batch at once, and
 what it returned and logged is compared. While it is, random operations give fixed numbers, which don't depend on how
-many are drawn; BatchNorm uses its running statistics; and what the step changes (buffers, metrics, attributes of
-modules, parameters) is put back.
+many are drawn, and what the step changes (buffers, metrics, attributes of modules, parameters) is put back.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.rehearsal import FixedNumbers
 from lightning_dist.placeholder import is_placeholder
 
@@ -60,11 +59,29 @@ def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
     )
 
 
-def agree(difference: str, compared: bool, device: torch.device) -> bool:
+def batch_norm(module: nn.Module, called: set[str]) -> str:
+    """The sentence where a step runs a BatchNorm that normalises what it is given; empty where none does."""
+    for name, child in module.named_modules():
+        if name in called and isinstance(child, _NormBase) and child.training and _looks_at_batch(child):
+            return (
+                f"pp: {name} ({type(child).__name__}) takes statistics of each microbatch, where one process takes "
+                "those of the whole batch; use num_microbatches=1, a norm of each sample (GroupNorm, LayerNorm), "
+                "eval() on it, or another axis. pipeline_check=False trains on the statistics of microbatches"
+            )
+    return ""
+
+
+def _looks_at_batch(norm: _NormBase) -> bool:
+    return isinstance(norm, _BatchNorm) or norm.track_running_stats
+
+
+def agree(failure: Failure | None, compared: bool, device: torch.device) -> bool:
     """Raises on every rank of the world where one has found something.
 
+    Communication over the world: one all-reduce of 8 bytes.
+
     Args:
-        difference: that this rank found; empty for none.
+        failure: what this rank found, or met.
         compared: whether this rank's batch had several microbatches to compare.
         device: of this rank.
 
@@ -72,18 +89,13 @@ def agree(difference: str, compared: bool, device: torch.device) -> bool:
         Whether all ranks have compared.
 
     Raises:
-        ValueError: with the first rank's sentence.
-
-    Communication: an all-reduce of 16 bytes; the sentence if there is one.
+        Exception: the first failure; of a comparison, a ValueError.
     """
-    world = dist.get_world_size()
-    verdict = torch.tensor([dist.get_rank() if difference else world, int(compared)], device=device)
+    verdict = torch.tensor([int(failure is None), int(compared)], device=device)
     dist.all_reduce(verdict, dist.ReduceOp.MIN)
-    first, all_compared = verdict.tolist()
-    if first < world:
-        box = [difference]
-        dist.broadcast_object_list(box, first, device=device)
-        raise ValueError(box[0])
+    nothing_failed, all_compared = verdict.tolist()
+    if not nothing_failed:
+        raise_together(failure, None, device)
     return bool(all_compared)
 
 
@@ -131,16 +143,7 @@ def _shown(value: Tensor, other: Tensor) -> str:
 
 
 @contextmanager
-def fixed(module: pl.LightningModule) -> Iterator[None]:
-    """Random operations give fixed numbers, BatchNorm its running statistics, and nothing is compiled."""
-    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.training]
-    for norm in norms:
-        norm.training = False
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(FixedNumbers())
-        try:
-            yield
-        finally:
-            for norm in norms:
-                norm.training = True
+def fixed() -> Iterator[None]:
+    """Random operations give fixed numbers, and nothing is compiled."""
+    with torch.compiler.set_stance("force_eager"), FixedNumbers():
+        yield

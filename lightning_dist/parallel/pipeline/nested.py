@@ -14,9 +14,13 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 def leaves(value: Any) -> list[Any]:
     """What is in lists, tuples, mappings and dataclasses, at any depth, in a fixed order."""
-    found: list[Any] = []
-    mapped(value, lambda leaf: found.append(leaf))
-    return found
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in leaves(item)]
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [leaf for f in fields(value) if hasattr(value, f.name) for leaf in leaves(getattr(value, f.name))]
+    return [value]
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -30,7 +34,8 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
         items = [mapped(item, function) for item in value]
         if isinstance(value, list):
             return items if type(value) is list else rebuilt(value, items)
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        # not by the constructor: that of torch's PackedSequence computes
+        return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
     if isinstance(value, Mapping):  # transformers' outputs are dataclasses too, and keep both in step
         new = {key: mapped(item, function) for key, item in value.items()}
         return new if type(value) is dict else rebuilt(value, new)

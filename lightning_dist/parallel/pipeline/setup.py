@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, find_stages, hide_parameters
-from lightning_dist.parallel.pipeline.trace import trace_step
+from lightning_dist.parallel.pipeline.trace import Trace, trace_step
 from lightning_dist.randomness import kept_random_states
 
 STEP_OF = {
@@ -51,6 +51,7 @@ def cut_module(
     options: PipelineOptions,
     group: dist.ProcessGroup,
     blocks: list[str],
+    together: list[str],
     keep_whole: bool,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -66,6 +67,7 @@ def cut_module(
         options: the user's.
         group: the ranks of the pipeline.
         blocks: names of the repeated parts.
+        together: names of the parts that the tensor axis divides, each of which a rank holds whole or not at all.
         keep_whole: never cut inside of a block.
         device: of this rank.
         dtype: in which floating-point parameters are computed, where it is not their own.
@@ -103,11 +105,12 @@ def cut_module(
                 "test_step": trainer.precision_plugin.test_step_context,
                 "predict_step": trainer.precision_plugin.predict_step_context,
             }[step]
+            rest = (0,) if _takes_index(module, step) else ()
             with context(), _told_when():
-                trace = trace_step(skeleton, module, step, part, () if not _takes_index(module, step) else (0,))
+                trace = _traced(skeleton, module, step, part, batch, rest)
         finally:
             module.train(was_training)
-    stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole)
+    stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole, together)
     box: list[Any] = [stages]
     dist.broadcast_object_list(box, 0, device=device)
     cut = Cut(skeleton, box[0], rank)
@@ -156,6 +159,28 @@ def plan_stages(
     with kept_random_states(device):
         trace = trace_step(Skeleton(module, device), module, step, part, rest)
     return find_stages(module, trace, options, num_ranks, blocks, keep_whole)
+
+
+def _traced(
+    skeleton: Skeleton, module: pl.LightningModule, step: str, part: Any, batch: Any, rest: tuple[Any, ...]
+) -> Trace:
+    """The trace of a microbatch.
+
+    Raises:
+        ValueError: the step runs on a whole batch, and not on a microbatch of it.
+    """
+    try:
+        return trace_step(skeleton, module, step, part, rest)
+    except Exception as error:
+        try:
+            trace_step(skeleton, module, step, batch, rest)
+        except Exception:
+            raise error from None
+        raise ValueError(
+            f"pp: {step} runs on a batch, and not on a microbatch of it ({type(error).__name__}: {error}), so the "
+            "batch is not split as the step needs it: say with batch_split= how it is, or use num_microbatches=1, "
+            "or another axis"
+        ) from error
 
 
 @contextmanager

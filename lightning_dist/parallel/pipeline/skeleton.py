@@ -49,6 +49,7 @@ class Skeleton:
     def follow(self, module: pl.LightningModule) -> None:
         """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set."""
         self.logged = {}
+        self._take_new(module)
         vars(self.module)["_trainer"] = getattr(module, "_trainer", None)
         training = {name: child.training for name, child in module.named_modules()}
         for name, child in self.module.named_modules():
@@ -59,6 +60,39 @@ class Skeleton:
                 for key, value in vars(original).items():
                     if _is_users(key, value):
                         vars(copied)[key] = self._renamed(_loose(value))
+
+    def _take_new(self, module: nn.Module) -> None:
+        """Parts that hooks have given the module since, or taken from it."""
+        there = [(o, self._modules[id(o)]) for o in module.modules() if id(o) in self._modules]
+        for original, copied in there:
+            for name in copied._modules.keys() - original._modules.keys():
+                del copied._modules[name]
+        if not any(self._is_new(*pair) for pair in there):
+            return
+        # those that were copied first may be gone, and others have their ids
+        standins = dict(self.module.named_parameters(remove_duplicate=False))
+        named = module.named_parameters(remove_duplicate=False)
+        self._parameters = {id(p): standins[name] for name, p in named if name in standins}
+        for original, copied in there:
+            for name, child in original._modules.items():
+                if child is not None and copied._modules.get(name) is not self._modules.get(id(child), self):
+                    copied._modules[name] = self._copied(child)
+            for name in original._parameters.keys() - copied._parameters.keys():
+                copied._parameters[name] = self._standin(original._parameters[name])
+            for name in original._buffers.keys() - copied._buffers.keys():
+                buffer = original._buffers[name]
+                copied._buffers[name] = None if buffer is None else self._buffer(buffer)
+        self._rebind()
+        for name, standin in self.module.named_parameters():
+            self.names.setdefault(id(standin), name)
+
+    def _is_new(self, original: nn.Module, copied: nn.Module) -> bool:
+        children = [(copied._modules.get(name), child) for name, child in original._modules.items()]
+        return (
+            any(child is not None and mine is not self._modules.get(id(child), self) for mine, child in children)
+            or bool(original._parameters.keys() - copied._parameters.keys())
+            or bool(original._buffers.keys() - copied._buffers.keys())
+        )
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value

@@ -9,12 +9,16 @@ what pairs tensors of two stages, is sent from the rank that holds it. Random nu
 would be given are drawn and dropped, so that the streams of the ranks stay alike. In a step, and while an optimizer
 steps, they are parameters and tensors without memory, and nothing else.
 
-Under ``tp`` and ``dp_shard`` the rank that holds a parameter has a part of it; there what would be sent is refused.
+Under ``tp`` and ``dp_shard`` the rank that holds a parameter has a part of it (a
+:class:`~lightning_dist.divided.tensor.Divided`). What runs where the tensor is, runs on it as it does without stages;
+what is sent is gathered first, by the ranks that hold parts. A view of it is a view of the whole there, and a copy on
+the ranks of other stages.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,10 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
 from lightning_dist.divided.readers import meet
+from lightning_dist.divided.tensor import Divided, write_part
+from lightning_dist.divided.whole import whole as gathered
 from lightning_dist.placeholder import is_placeholder, placeholder, placeholder_parameter
 
 _DEEPEST = 60
@@ -43,17 +50,18 @@ class Place:
     Args:
         name: of the parameter.
         source: the first rank of the group that holds it.
-        group: the ranks of the pipeline; None where what they hold can't be sent.
+        group: the ranks of the pipeline; None where there are none any more.
+        divided: whether the ranks that hold it may have parts of it.
     """
 
-    def __init__(self, name: str, source: int, group: dist.ProcessGroup | None) -> None:
-        self.name, self.source, self.group = name, source, group
+    def __init__(self, name: str, source: int, group: dist.ProcessGroup | None, divided: bool) -> None:
+        self.name, self.source, self.group, self.divided = name, source, group, divided
 
     def __deepcopy__(self, _: Any) -> Place:
         return self
 
     def __reduce__(self) -> Any:
-        return Place, (self.name, self.source, None)  # a group is this process's
+        return Place, (self.name, self.source, None, self.divided)  # a group is this process's
 
 
 class _Staged:
@@ -69,7 +77,9 @@ class _Staged:
         way = way_of(func)
         with torch._C.DisableTorchFunctionSubclass():
             if way is Way.ASK or _closed or (line := _line_of_user(sys._getframe(1))) is None:
-                return func(*args, **kwargs)
+                return _here(func, args, kwargs)
+            if name_of(func) == "equal":
+                return _equal(func, args, kwargs, line)
             return _WAYS.get(way, _on_whole)(func, args, kwargs, line)
 
 
@@ -94,7 +104,22 @@ class Here(_Staged, Tensor):
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
-_CLASSES: dict[type, type] = {FakeTensor: Elsewhere, nn.Parameter: HereParameter, Tensor: Here}
+class HereDivided(_Staged, Divided):
+    """A parameter of this rank's stages of which it holds a part, its gradient, or what is computed of them."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if _closed or (line := _line_of_user(sys._getframe(1))) is None:
+            return super().__reduce_ex__(protocol)
+        return _plain(self, "pickle", line).__reduce_ex__(protocol)
+
+
+_CLASSES: dict[type, type] = {
+    FakeTensor: Elsewhere,
+    nn.Parameter: HereParameter,
+    Tensor: Here,
+    Divided: HereDivided,
+}
+_BEFORE: dict[type, type] = {HereParameter: nn.Parameter, HereDivided: Divided}
 _closed: list[None] = []
 """While not empty, staged tensors are what they are without their classes."""
 
@@ -108,25 +133,55 @@ def staged(tensor: Any, place: Place) -> Any:
     return tensor
 
 
+class States(defaultdict[Any, Any]):
+    """An optimizer's, by parameter: those of other stages' parameters are on other ranks."""
+
+    @classmethod
+    def show(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Puts them in place of the optimizer's own."""
+        if type(optimizer.state) is defaultdict:
+            optimizer.state = cls(dict, optimizer.state)
+
+    def __missing__(self, parameter: Any) -> Any:
+        if isinstance(parameter, Elsewhere) and not _closed and (line := _line_of_user(sys._getframe(1))) is not None:
+            raise RuntimeError(
+                f"pp: {_where(line)}: the optimizer's state of {_place(parameter).name} is on the rank of another "
+                "stage; read it on that one (where it is in optimizer.state), or use another axis"
+            )
+        return super().__missing__(parameter)
+
+
+def origin(tensor: Any) -> str | None:
+    """The name of the parameter that it is, or was copied from; None for what was never staged."""
+    place = vars(tensor).get(_STAGE)
+    return None if place is None else place.name
+
+
 def plain_again(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """Gives parameters of this rank's stages torch's class; returns those that had ours."""
-    found: list[Any] = [p for p in parameters if type(p) is HereParameter]
+    """Gives parameters of this rank's stages the classes that they had; returns those that had ours."""
+    found: list[Any] = [p for p in parameters if type(p) in _BEFORE]
     for parameter in found:
-        parameter.__class__ = nn.Parameter
+        parameter.__class__ = _BEFORE[type(parameter)]
+    return found
+
+
+def _staged_again(parameters: Iterable[Any]) -> list[Any]:
+    found = [p for p in parameters if type(p) in _BEFORE.values() and _STAGE in vars(p)]
+    for parameter in found:
+        parameter.__class__ = _CLASSES[type(parameter)]
     return found
 
 
 @contextmanager
 def closed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """While it lasts, these parameters are torch's own, and those of other stages tensors without memory."""
+    """While it lasts, these parameters are what they are without stages, and those of others tensors without memory."""
     found = plain_again(parameters)
     _closed.append(None)
     try:
         yield
     finally:
         _closed.pop()
-        for parameter in found:
-            parameter.__class__ = HereParameter
+        _staged_again(found)
 
 
 @contextmanager
@@ -134,9 +189,7 @@ def opened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside of :func:`closed`: staged tensors stand for the whole again."""
     before = _closed[:]
     _closed.clear()
-    found = [p for p in parameters if type(p) is nn.Parameter and _STAGE in vars(p)]
-    for parameter in found:
-        parameter.__class__ = HereParameter
+    found = _staged_again(parameters)
     try:
         yield
     finally:
@@ -147,22 +200,44 @@ def opened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 # ------------------------------------------------------------------ ways
 
 
+def _here(func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs it on what this rank has: without memory, whole, or a part."""
+    if any(isinstance(leaf, Divided) for leaf in tree_leaves((args, kwargs))):
+        return Divided.__torch_function__(func, (), args, kwargs)
+    return func(*args, **kwargs)
+
+
 def _alias(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     place = _place(_staged_in(args, kwargs)[0])
     try:
-        return tree_map(lambda leaf: staged(leaf, place), func(*args, **kwargs))
+        return tree_map(lambda leaf: staged(leaf, place), _here(func, args, kwargs))
     except Exception:
         if not any(is_placeholder(leaf) for leaf in tree_leaves((args, kwargs))):
             raise
         return _on_whole(func, args, kwargs, line)  # an index whose size depends on values
 
 
+def _view(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
+    """Where ranks have parts, a view is one of the whole, into which writes go where it is; the others get a copy."""
+    first = args[0] if args else None
+    if not isinstance(first, _Staged) or not _place(first).divided:
+        return _alias(func, args, kwargs, line)
+    place = _place(first)
+    if is_placeholder(first):
+        shapes: Any = func(*args, **kwargs)
+        return tree_map(lambda leaf: _sent(leaf, place, name_of(func), line), shapes)
+    with torch._C._EnableTorchFunction():
+        views = _here(func, args, kwargs)
+        tree_map(lambda leaf: _sent(leaf.detach(), place, name_of(func), line), views)
+    return views
+
+
 def _create(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
-    return func(*_with_memory(args), **_with_memory(kwargs))
+    return _here(func, _with_memory(args), _with_memory(kwargs))
 
 
 def _gradient(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
-    gradient = func(*args, **kwargs)
+    gradient = _here(func, args, kwargs)
     return gradient if gradient is None else staged(gradient, _place(args[0]))
 
 
@@ -171,7 +246,7 @@ def _set_gradient(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     value = _for(target, value, "the gradient of a parameter of this stage is set to", line)
     if is_placeholder(target) and isinstance(value, Tensor) and not is_placeholder(value):
         value = placeholder(value)
-    return func(target, value)
+    return _here(func, (target, value), {})
 
 
 def _set_data(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
@@ -179,7 +254,8 @@ def _set_data(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     value = _for(target, value, "assigned to `.data`, is", line)
     if not is_placeholder(target):
         with torch.no_grad():
-            return func(target, value.as_subclass(Tensor) if isinstance(value, Tensor) else value)
+            is_plain = isinstance(value, Tensor) and not isinstance(value, Divided)
+            return _here(func, (target, value.as_subclass(Tensor) if is_plain else value), {})
     return None
 
 
@@ -194,8 +270,10 @@ def _copy(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     tensor, memo = args[0], args[1] if len(args) > 1 else kwargs.get("memo", {})
     if id(tensor) in memo:
         return memo[id(tensor)]
-    if is_placeholder(tensor):
-        copied: Any = placeholder_parameter(tensor)
+    if isinstance(tensor, Divided):
+        copied: Any = _here(func, args, kwargs)
+    elif is_placeholder(tensor):
+        copied = placeholder_parameter(tensor)
     else:
         values = tensor.detach().clone()
         copied = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
@@ -209,9 +287,9 @@ def _draw(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     place = _place(tensors[0])
     if any(is_placeholder(tensor) for tensor in tensors):
         with torch.no_grad():
-            drawn = func(*_with_memory(args), **_with_memory(kwargs))  # and dropped
+            drawn = _here(func, _with_memory(args), _with_memory(kwargs))  # and dropped
         return args[0] if writes(func) and args else staged(placeholder(drawn), place)
-    return tree_map(lambda leaf: staged(leaf, place), func(*args, **kwargs))
+    return tree_map(lambda leaf: staged(leaf, place), _here(func, args, kwargs))
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
@@ -224,7 +302,7 @@ def _elementwise(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     like = first if changes else _staged_in(args, kwargs)[0]
     what = f"meets, in {name_of(func)},"
     args, kwargs = tree_map(lambda leaf: _for(like, leaf, what, line), (tuple(args), dict(kwargs)))
-    return tree_map(lambda leaf: staged(leaf, _place(like)), func(*args, **kwargs))
+    return tree_map(lambda leaf: staged(leaf, _place(like)), _here(func, args, kwargs))
 
 
 def _row_by_row(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
@@ -252,7 +330,7 @@ def _row_by_row(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
             return [value[index] for index in indices] if is_row else value
 
         if indices:
-            part = func(*map(of_rows, args), **{name: of_rows(value) for name, value in kwargs.items()})
+            part = _here(func, tuple(map(of_rows, args)), {name: of_rows(value) for name, value in kwargs.items()})
             if isinstance(part, (list, tuple)):
                 results.update(zip(indices, part, strict=True))
     if writes(func) or not results:
@@ -265,13 +343,30 @@ def _number(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     """A sum or a norm: computed where the tensor is, and sent."""
     first = args[0] if args else None
     if isinstance(first, (list, tuple)):
-        return [_number(lambda t: func([t], *args[1:], **kwargs)[0], (tensor,), {}, line) for tensor in first]
+        return [
+            _sent_number(_here(func, ([tensor], *args[1:]), kwargs)[0], tensor, func, line)
+            if isinstance(tensor, _Staged)
+            else func([tensor], *args[1:], **kwargs)[0]
+            for tensor in first
+        ]
     if not isinstance(first, _Staged):
         return func(*args, **kwargs) if not _staged_in(args, kwargs) else _on_whole(func, args, kwargs, line)
-    result = func(*args, **kwargs)
+    result = _here(func, args, kwargs)
     if not isinstance(result, Tensor):
         return _on_whole(func, args, kwargs, line)
-    return _sent(result.detach(), _place(first), name_of(func) or "number", line)
+    return _sent_number(result, first, func, line)
+
+
+def _sent_number(number: Tensor, of: Any, func: Any, line: FrameType) -> Tensor:
+    return _sent(number.detach(), _place(of), name_of(func), line)
+
+
+def _equal(func: Any, args: Any, kwargs: Any, line: FrameType) -> bool:
+    """Lightning's ``BaseFinetuning`` asks it of all pairs of parameters; few of them are sent."""
+    one, other = args
+    if one is other or one.shape != other.shape:
+        return one is other
+    return bool(_on_whole(func, args, kwargs, line))
 
 
 def _on_whole(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
@@ -291,7 +386,9 @@ def _on_whole(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
     first = args[0] if args else None
     if not writes(func) or not isinstance(first, _Staged):
         return result
-    if not is_placeholder(first):
+    if isinstance(first, Divided):
+        write_part(first, wholes[id(first)])
+    elif not is_placeholder(first):
         with torch.no_grad():
             first.detach().copy_(wholes[id(first)])  # type: ignore[attr-defined]
     return first if result is wholes[id(first)] else result
@@ -299,7 +396,7 @@ def _on_whole(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
 
 _WAYS: dict[Way, Callable[[Any, Any, Any, FrameType], Any]] = {
     Way.ALIAS: _alias,
-    Way.VIEW: _alias,
+    Way.VIEW: _view,
     Way.CREATE: _create,
     Way.GRADIENT: _gradient,
     Way.SET_GRADIENT: _set_gradient,
@@ -343,17 +440,17 @@ def _sent(tensor: Tensor, place: Place, what: str, line: FrameType) -> Tensor:
     """
     if place.group is None or not dist.is_initialized():
         raise RuntimeError(
-            f"pp: {_where(line)}: {what} {place.name}, which another stage holds: this rank knows its shape only. "
-            "Outside of steps, code under pp with tp or dp_shard, or after the process group is gone, may go through "
-            "parameters element by element, each with those of its own stage; for the norm of all gradients there is "
-            "gradient_clip_val=; else use another axis"
+            f"pp: {_where(line)}: {what} {place.name}, which the process of another stage held: this one knows its "
+            "shape only, and the process group is gone; read it in a hook of the fit, or from a checkpoint"
         )
     meet(line, dist.get_process_group_ranks(place.group))
     is_source = dist.get_rank(place.group) == place.source
-    if is_source:
-        value = tensor.as_subclass(Tensor).contiguous().clone()
-    else:
+    if not is_source:
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    elif isinstance(tensor, DTensor):
+        value = gathered(tensor).detach().contiguous()
+    else:
+        value = tensor.as_subclass(Tensor).contiguous().clone()
     dist.broadcast(value, group=place.group, group_src=place.source)
     return value
 
@@ -383,7 +480,7 @@ def _line_of_user(frame: FrameType | None) -> FrameType | None:
         if frame is None:
             return None
         name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith(_ALLOWED):
+        if name.startswith(_ALLOWED) and not name.startswith("lightning_dist.divided."):
             return None
         if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
             return None
@@ -408,6 +505,7 @@ _LIBRARIES = {
     "functools",
     "torch",
     "lightning",
+    "lightning_dist",
     "lightning_fabric",
     "torchmetrics",
     "abc",

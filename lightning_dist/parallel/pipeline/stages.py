@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_dist.parallel.pipeline.balance import balanced, stage_costs
 from lightning_dist.parallel.pipeline.batches import BatchSplit, Splitter
-from lightning_dist.parallel.pipeline.cuts import CutPoint, cut_points, named_cuts, obstacles
+from lightning_dist.parallel.pipeline.cuts import CutPoint, cut_points, label, named_cuts, obstacles
 from lightning_dist.parallel.pipeline.schedule import Schedule, schedule_named
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.parallel.pipeline.trace import Trace
@@ -80,10 +80,11 @@ class PipelineOptions:
     def microbatches(self, size: int, num_ranks: int) -> int | None:
         """How many microbatches a batch is split into; None if the schedule can't run so few.
 
-        By default four per rank, which leaves a bubble of a fifth at most; fewer if the batch has fewer samples.
+        By default four per rank, which leaves a bubble of a fifth at most; fewer if the batch has fewer samples, and
+        not of one sample each where it has two for each rank.
         """
         schedule = schedule_named(self.schedule)
-        wanted = min(self.num_microbatches or 4 * num_ranks, size)
+        wanted = min(self.num_microbatches or min(4 * num_ranks, max(num_ranks, size // 2)), size)
         return next((m for m in range(wanted, 0, -1) if schedule.takes(m, num_ranks)), None)
 
 
@@ -185,6 +186,7 @@ def find_stages(
     num_ranks: int,
     blocks: list[str],
     keep_whole: bool,
+    together: Iterable[str] = (),
 ) -> Stages:
     """Cuts a module into the stages of a schedule.
 
@@ -195,6 +197,7 @@ def find_stages(
         num_ranks: of the pipeline.
         blocks: names of its repeated parts; cuts lie between them if that balances.
         keep_whole: never cut inside of a block, since it is sharded, divided, recomputed or compiled.
+        together: names of modules whose parameters are held together, since they are divided together.
 
     Raises:
         ValueError: there are fewer cut points than needed, or none where the user wants one.
@@ -214,8 +217,17 @@ def find_stages(
             chosen = balanced(anywhere, trace.costs, num_stages)
     bounds = [point.after for point in chosen]
     used = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.parameters.items()}
-    owners = {name: used.get(name) or _near(name, used, num_stages) for name, _ in module.named_parameters()}
+    shapes = {name: p.shape for name, p in (*module.named_parameters(), *module.named_buffers())}
+    owners = {
+        name: used.get(name) or _like_its_twin(name, used, shapes) or _near(name, used, num_stages)
+        for name, _ in module.named_parameters()
+    }
+    for part in together:
+        inside = [name for name in owners if name.startswith(f"{part}.")]
+        owners.update(dict.fromkeys(inside, tuple(sorted({stage for name in inside for stage in owners[name]}))))
     buffers = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.buffers.items()}
+    twins = {name: _like_its_twin(name, buffers, shapes) for name, _ in module.named_buffers() if name not in buffers}
+    buffers.update({name: stages for name, stages in twins.items() if stages is not None})
     equal = [between[(i + 1) * len(between) // num_stages] for i in range(num_stages - 1)] if between else []
     return Stages(
         schedule,
@@ -227,6 +239,21 @@ def find_stages(
         tuple(stage_costs(equal, trace.costs)),
         tuple(point.num_bytes for point in chosen),
     )
+
+
+def _like_its_twin(
+    name: str, used: dict[str, tuple[int, ...]], shapes: dict[str, torch.Size]
+) -> tuple[int, ...] | None:
+    """Of what the step does not use: the stages of what has its shape and ends with the same names, as in a copy of a
+    network, so that pairs of both lie on one stage.
+    """
+    parts = name.split(".")
+    for begin in range(1, len(parts) - 1):
+        ending = "." + ".".join(parts[begin:])
+        for other, stages in used.items():
+            if f".{other}".endswith(ending) and shapes.get(other) == shapes[name]:
+                return stages
+    return None
 
 
 def _near(name: str, used: dict[str, tuple[int, ...]], num_stages: int) -> tuple[int, ...]:
@@ -258,10 +285,15 @@ def _too_few(
 def points_in(trace: Trace, stages: Stages) -> list[CutPoint]:
     """The cuts of the stages in another step, or in the same one on a batch of another shape.
 
+    They have the same names, or, where the step runs a copy of the network, lie where the stages' parameters do.
+
     Raises:
         ValueError: the step can't be cut there, or uses parameters in a stage that does not hold them.
     """
-    points = named_cuts(cut_points(trace), list(stages.cuts), trace)
+    there = cut_points(trace)
+    called = {label(call) for call in trace.calls}
+    points = None if called.issuperset(stages.cuts) else _between_owners(there, trace, stages)
+    points = points or named_cuts(there, list(stages.cuts), trace)
     if any(point.after >= later.after for point, later in pairwise(points)):
         raise ValueError(f"pp: this step runs the network in another order than it is cut: {', '.join(stages.cuts)}")
     bounds = [point.after for point in points]
@@ -275,6 +307,20 @@ def points_in(trace: Trace, stages: Stages) -> list[CutPoint]:
                     f"dealt, uses it in stage {stages.owners[name][0]}; name pipeline_cuts that fit both"
                 )
     return points
+
+
+def _between_owners(there: list[CutPoint], trace: Trace, stages: Stages) -> list[CutPoint] | None:
+    """Cuts after all that uses parameters of the stages before, and before what uses those of the stages after."""
+    found = []
+    for cut in range(stages.num_stages - 1):
+        before = [op for name, ops in trace.parameters.items() if max(stages.owners[name]) <= cut for op in ops]
+        after = [op for name, ops in trace.parameters.items() if min(stages.owners[name]) > cut for op in ops]
+        begin, end = max(before, default=0), min(after, default=trace.num_ops)
+        between = [p for p in there if begin <= p.after < end and (not found or p.after > found[-1].after)]
+        if not between:
+            return None
+        found.append(min(between, key=lambda point: point.num_bytes))
+    return found
 
 
 def hide_parameters(module: nn.Module, names: list[str], device: torch.device) -> None:
