@@ -24,7 +24,6 @@ LONGEST_WAIT = timedelta(minutes=2)
 """For the other ranks, where one leaves a step or an epoch that they may be in."""
 
 
-
 class Course:
     """Keeps the ranks together where one of them stops, skips a step, or has no batch left.
 

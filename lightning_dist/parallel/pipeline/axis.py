@@ -19,15 +19,17 @@ from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline import batches, check
+from lightning_dist.parallel.pipeline.asked import AskedInt, Note, attributes
 from lightning_dist.parallel.pipeline.cuts import CutPoint
 from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
+from lightning_dist.parallel.pipeline.numbers import with_numbers
 from lightning_dist.parallel.pipeline.passage import Passage
 from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.setup import MANUAL
-from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, detached, pack, share
+from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, KeptAttributes, detached, marked, pack, share
 from lightning_dist.parallel.pipeline.staged import Place, States, closed, opened, origin, staged
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
 from lightning_dist.parallel.pipeline.timeline import Timeline
@@ -45,7 +47,17 @@ class Route:
     def __init__(self, points: list[CutPoint], passages: list[Passage], trace: Trace) -> None:
         self.points, self.passages = points, passages
         self.written = trace.written
+        self.attributes = set(trace.attributes)
+        self.asked = trace.asked
         self.called = {call.name for call in trace.calls}
+
+    @property
+    def holds(self) -> bool:
+        """Whether the step would go the same way now; see [Note: a path that changes]."""
+        try:
+            return all(question() == answer for question, answer in self.asked)
+        except (AttributeError, LookupError):  # what was asked of is gone
+            return False
 
 
 class Pipelined(Alone):
@@ -85,7 +97,9 @@ class Pipelined(Alone):
         self.timeline = Timeline(device)
         """Of the steps that torch's schedules run."""
         self._gradients = StageGradients(module, stages, group, device)
-        self._routes: dict[Any, Route] = {}
+        self._routes: dict[Any, list[Route]] = {}
+        self._rest: tuple[Any, ...] = ()
+        """The arguments of the step that runs, beside the batch."""
         self._schedules: dict[Any, Any] = {}
         self._constants: dict[tuple[str, str], bool] = {}
         self._num_evaluated = 0
@@ -200,6 +214,7 @@ class Pipelined(Alone):
             else:
                 self._applied = self._scale()
                 self._run_schedule(num_parts, in_order)
+                self.inner.reshard()  # what hooks see before the backward is this rank's part
         with self._failing(self.stages.num_stages):
             pairs = zip(self._versions(), versions, strict=True)
             self._refuse_writes({name for (name, now), (_, then) in pairs if now != then})
@@ -216,12 +231,16 @@ class Pipelined(Alone):
             self._step.failure = self._step.failure or Failure(error, stage)
 
     def _begin(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
-        routes = [self._route(step, part, args[1:]) for part in parts]
+        routes = self._routes_of(step, parts, args[1:])
         wires = [Wire.of([route.points[cut] for route in routes]) for cut in range(self.stages.num_stages - 1)]
         weights = self._options.weights(parts, sizes)
         logs = RecordedLogs(self.module, weights, self._is_constant)
         self._step = _Step(step, parts, args[1:], sizes, weights, routes, wires, logs, args[0])
-        self._step.appended = AppendedLists(self.module)
+        self._step.appended, self._step.kept = AppendedLists(self.module), KeptAttributes(self.module)
+        written = {place for route in routes for place in route.attributes}
+        self._step.attributes = {
+            place: getattr(self.module.get_submodule(place[0]), place[1], None) for place in written
+        }
 
     def _check(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
         """The first time that a kind of step runs; see [Note: microbatches are compared]."""
@@ -230,7 +249,7 @@ class Pipelined(Alone):
             return
         failure = None
         if len(parts) > 1:
-            routes = [self._route(step, part, args[1:]) for part in parts]
+            routes = self._routes_of(step, parts, args[1:])
             if norm := check.batch_norm(self.module, {name for route in routes for name in route.called}):
                 failure = Failure(ValueError(norm), 0)
             elif self._divides and (written := sorted({name for route in routes for name in route.written})):
@@ -243,14 +262,12 @@ class Pipelined(Alone):
                 failure = failure or self._step.failure
             if failure is None and (difference := check.compare(step, of_whole, of_parts, len(parts))):
                 failure = Failure(ValueError(difference), self.stages.num_stages)
-            self._written_alike |= of_parts[2].keys()
+            self._written_alike |= of_parts.written.keys()
         if check.agree(failure, len(parts) > 1, self._device):
             self._checked.add(kind)
 
-    def _tried(
-        self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]
-    ) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
-        """What a step returns, logs and writes to parameters over microbatches, without gradients or randomness.
+    def _tried(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> check.Tried:
+        """What a step returns, logs, keeps and writes to parameters over microbatches, without gradients or randomness.
 
         Nothing is left of it.
         """
@@ -263,11 +280,15 @@ class Pipelined(Alone):
             with self._holding():
                 self._in_order().forward(len(parts))
             self.inner.reshard()
-            output, logged = None, {}
+            tried = check.Tried()
             with self._failing(self.stages.num_stages):
-                output = self._step.joined() if self._has_last else None
-                logged = self._step.logs.values()
-            return output, logged, {n: p.detach().clone() for n, p in parameters.items()}
+                if self._has_last:
+                    tried.output = self._step.joined()
+                    tried.kept = self._step.kept.joined(sizes, self._step.weights)
+                    tried.counted = self._counted()
+                tried.logged = self._step.logs.values()
+            tried.written = {name: p.detach().clone() for name, p in parameters.items()}
+            return tried
 
     @contextmanager
     def _own_random_streams(self, training: bool) -> Iterator[None]:
@@ -381,6 +402,8 @@ class Pipelined(Alone):
 
         vars(self.module)["_passing"] = passing
         step.appended.before_microbatch()
+        step.kept.before_microbatch()
+        self._set_attributes(step.attributes)
         try:
             return self.inner.run(step.name, step.parts[index], *step.rest)
         finally:
@@ -388,6 +411,20 @@ class Pipelined(Alone):
             step.logs.end()
             if stage == self.stages.num_stages - 1:
                 step.appended.after_microbatch()
+                step.kept.after_microbatch()
+
+    def _set_attributes(self, values: dict[tuple[str, str], Any]) -> None:
+        """Numbers that modules keep, as they were before the step, or as the last stage has left them."""
+        for (name, attribute), value in values.items():
+            own = vars(self.module.get_submodule(name))
+            if value is None:
+                own.pop(attribute, None)
+            else:
+                own[attribute] = value
+
+    def _attribute(self, place: tuple[str, str]) -> Any:
+        """None where it is not there yet."""
+        return vars(self.module.get_submodule(place[0])).get(place[1])
 
     def _end(self, index: int, output: Any, link: Tensor) -> Tensor:
         """The last stage's: the loss of a microbatch, multiplied with its share of the batch."""
@@ -413,19 +450,33 @@ class Pipelined(Alone):
 
     # ------------------------------------------------------------------ shapes
 
-    def _route(self, step: str, part: Any, rest: tuple[Any, ...]) -> Route:
-        key = step, self.module.training, _signature(part), rest[1:]  # the loader's index, not the batch's
-        if key not in self._routes:
-            self._routes[key] = self._traced(step, part, rest)
-        return self._routes[key]
+    def _routes_of(self, step: str, parts: list[Any], rest: tuple[Any, ...]) -> list[Route]:
+        self._rest = rest
+        flags = attributes(self.module)
+        return [self._route(step, part, rest, flags) for part in parts]
+
+    def _route(self, step: str, part: Any, rest: tuple[Any, ...], flags: tuple[Any, ...]) -> Route:
+        key = step, self.module.training, _signature(part), rest[1:], flags  # the loader's index, not the batch's
+        known = self._routes.setdefault(key, [])
+        found = next((route for route in known if route.holds), None)
+        if found is None:
+            found = self._traced(step, part, rest)
+            known.insert(0, found)
+            del known[_KEPT_ROUTES:]
+        return found
 
     def _traced(self, step: str, part: Any, rest: tuple[Any, ...]) -> Route:
         self._own_new()
         with kept_random_states(self._device):
-            trace = trace_step(self.skeleton, self.module, step, part, rest)
-        points = points_in(trace, self.stages)
+            trace = trace_step(self.skeleton, self.module, step, part, self._asked_rest)
+        points = [with_numbers(trace, point) for point in points_in(trace, self.stages)]
         ends: list[CutPoint | None] = [None, *points, None]
         return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace)
+
+    def _asked_rest(self, note: Note) -> tuple[Any, ...]:
+        """The step's other arguments; what is asked of the batch's index is noted."""
+        index = [AskedInt(lambda: self._rest[0], note)] if self._rest and type(self._rest[0]) is int else self._rest[:1]
+        return (*index, *self._rest[1:])
 
     def _own_new(self) -> None:
         """Parameters that hooks gave the module: a copy is where the one is that it was made of.
@@ -474,6 +525,8 @@ class Pipelined(Alone):
         """
         step, loss, rest, payload = self._step, torch.zeros((), device=self._device), None, b""
         lists: dict[Any, list[Any]] = {}
+        kept: dict[Any, Any] = {}
+        counted: dict[Any, Any] = {}
         with self._failing(self.stages.num_stages):
             if self._has_last:
                 rest = output = step.joined()
@@ -483,7 +536,10 @@ class Pipelined(Alone):
                     rest = {k: v for k, v in named.items() if k != "loss" and not _holds_placeholder(v)} or None
                 lists = step.appended.joined(step.sizes, step.weights)
                 shares = self._options.outputs or step.name == "predict_step"
-                payload = pack([rest, list(lists.items())]) if shares else b""
+                kept = marked(step.kept.joined(step.sizes, step.weights))
+                counted = self._counted()
+                everything = [rest, list(lists.items()), list(kept.items()), list(counted.items())]
+                payload = pack(everything) if shares else b""
             step.logs.replay()
         # ranks may not know in which dtype the last stage computes it
         numbers = torch.tensor([float(len(payload)), float(step.failure is not None)], device=self._device)
@@ -494,9 +550,11 @@ class Pipelined(Alone):
             self._step = _Step()
             raise_together(failure, self.group, self._device)
         if size := int(header[1]):
-            rest, items = share(payload, size, self.group, self.stages.last_rank, self._device)
-            lists = dict(items)
+            rest, *items = share(payload, size, self.group, self.stages.last_rank, self._device)
+            lists, kept, counted = map(dict, items)
         step.appended.extend(lists)
+        step.kept.keep(kept)
+        self._set_attributes(counted)
         if not training:
             return rest
         value = header[0].to(loss.dtype if self._has_last else torch.get_default_dtype())
@@ -504,6 +562,11 @@ class Pipelined(Alone):
             value = value.float()
         handed = HandOver.apply(torch.zeros((), device=self._device, requires_grad=True), self, value)
         return handed if rest is None else {**rest, "loss": handed}
+
+    def _counted(self) -> dict[tuple[str, str], Any]:
+        """Numbers that modules keep, where the last stage has left them otherwise than they were."""
+        now = {place: self._attribute(place) for place in self._step.attributes}
+        return {place: value for place, value in now.items() if value != self._step.attributes[place]}
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -577,6 +640,9 @@ class _Step:
         self.sizes, self.weights, self.routes, self.wires = sizes or [], weights or [], routes or [], wires or []
         self.outputs: list[Any] = [None] * len(self.parts)
         self.appended: Any = None
+        self.kept: Any = None
+        self.attributes: dict[tuple[str, str], Any] = {}
+        """Numbers that modules keep, before the step."""
         self.seed = 0
         self.failure: Failure | None = None
         self.alike = False
@@ -610,6 +676,9 @@ def _stage_step(module: pl.LightningModule, name: str) -> None:
     staged.passes = True  # type: ignore[attr-defined]
     vars(module)[name] = staged
 
+
+_KEPT_ROUTES = 8
+"""Of each kind of step and shape of microbatch, ways to go."""
 
 _GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
 

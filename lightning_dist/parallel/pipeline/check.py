@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,8 +32,23 @@ ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
 COARSE_ROUNDING = 0.05
 
 
-Tried = tuple[Any, dict[str, Any], dict[str, Tensor]]
-"""What a step returned (None on ranks that have not the last stage), logged by name, and wrote to parameters."""
+@dataclass
+class Tried:
+    """What came of a step.
+
+    Args:
+        output: that it returned; None on ranks that have not the last stage.
+        logged: by name.
+        kept: in attributes of the LightningModule, by their place.
+        counted: numbers in attributes of its parts, by the part's name and the attribute's.
+        written: parameters of this rank that it writes to.
+    """
+
+    output: Any = None
+    logged: dict[str, Any] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
+    counted: dict[tuple[str, str], Any] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
 
 
 def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
@@ -44,11 +60,16 @@ def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
         parts: the same of the microbatches, put together.
         num_parts: how many those are.
     """
-    found = _difference("what it returns", whole[0], parts[0])
-    for name, value in whole[1].items():
-        found = found or _difference(f"the logged {name!r}", value, parts[1].get(name))
-    for name, value in whole[2].items():
-        found = found or _difference(f"the parameter {name}, to which it writes,", value, parts[2].get(name))
+    found = _difference("what it returns", whole.output, parts.output)
+    for name, value in whole.logged.items():
+        found = found or _difference(f"the logged {name!r}", value, parts.logged.get(name))
+    for (name, key), value in whole.kept.items():
+        what = f"the attribute {name!r}" if key is None else f"the attribute {name!r}, {key!r},"
+        found = found or _difference(what, value, parts.kept.get((name, key)))
+    for (name, key), value in whole.counted.items():
+        found = found or _difference(f"the attribute {key!r} of {name!r}", value, parts.counted.get((name, key)))
+    for name, value in whole.written.items():
+        found = found or _difference(f"the parameter {name}, to which it writes,", value, parts.written.get(name))
     if not found:
         return ""
     return (

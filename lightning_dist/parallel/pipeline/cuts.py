@@ -40,6 +40,7 @@ class CutPoint:
         call: index of that call.
         after: number of the last op before the cut.
         crossing: what is sent: outputs of this call, and of earlier ones that are used later still.
+        numbers: what the last crossing holds, where it has no call; see ``numbers.py``.
     """
 
     name: str
@@ -47,6 +48,7 @@ class CutPoint:
     call: int
     after: int
     crossing: tuple[Crossing, ...]
+    numbers: tuple[Any, ...] = ()
 
     @property
     def label(self) -> str:
@@ -111,7 +113,7 @@ def _crossing(
     after = trace.calls[index].last
     if _shares_changes(values, after):
         return None
-    skipped = _outermost_skipped(trace, index)
+    skipped = skipped_indices(trace, index)
     crossing = []
     for value in values:
         places = returned.get(id(value.tensor), [])
@@ -124,7 +126,7 @@ def _crossing(
     return crossing
 
 
-def _outermost_skipped(trace: Trace, entered: int) -> set[int]:
+def skipped_indices(trace: Trace, entered: int) -> set[int]:
     """Calls that a stage which enters after a call need not run, without those inside of them.
 
     Those that ended before it and returned only placeholders and plain values: what depends on no parameter is
@@ -269,7 +271,7 @@ def _uses_draws(trace: Trace, after: int) -> bool:
 def skipped_calls(trace: Trace, point: CutPoint) -> dict[str, dict[int, Any]]:
     """What modules return that a stage entering at a cut need not run: by name and call, their recorded outputs."""
     skipped: dict[str, dict[int, Any]] = {}
-    for index in _outermost_skipped(trace, point.call):
+    for index in skipped_indices(trace, point.call):
         call = trace.calls[index]
         skipped.setdefault(call.name, {})[call.ordinal] = call.output
     return skipped

@@ -12,6 +12,13 @@ from torch import Tensor
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
+def number_kind(value: Any) -> type | None:
+    """bool, int or float; None for anything else. Subclasses of int count as int."""
+    if isinstance(value, bool):
+        return bool
+    return int if isinstance(value, int) else float if type(value) is float else None
+
+
 def leaves(value: Any) -> list[Any]:
     """What is in lists, tuples, mappings and dataclasses, at any depth, in a fixed order."""
     if isinstance(value, (list, tuple)):

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_dist.parallel.pipeline.cuts import Crossing, CutPoint, skipped_calls
-from lightning_dist.parallel.pipeline.nested import mapped, tensors
+from lightning_dist.parallel.pipeline.nested import leaves, mapped, number_kind, tensors
+from lightning_dist.parallel.pipeline.numbers import Slot, decoded, encoded
 from lightning_dist.parallel.pipeline.trace import Trace
 from lightning_dist.placeholder import is_placeholder
 
@@ -46,12 +48,20 @@ class Passage:
         self.entered_output: Any = None if enter is None else trace.calls[enter.call].output
         begin = -1 if enter is None else enter.call
         for crossing in leave.crossing if leave is not None else ():
+            if crossing.call < 0:
+                continue
             call = trace.calls[crossing.call]
             if enter is None or (crossing.call != begin and call.last > enter.after):
                 self._captured.setdefault(call.name, {}).setdefault(call.ordinal, []).append(crossing)
+        outputs = {(call.name, call.ordinal): leaves(call.output) for call in trace.calls}
+        self.returned: dict[tuple[str, int], list[Any]] = {}
+        """Of calls that return numbers which later stages take, the leaves of what they returned in the trace."""
+        for slot in leave.numbers if leave is not None else ():
+            if slot.place >= 0:
+                self.returned[slot.name, slot.key] = outputs[slot.name, slot.key]
         self.sees_metrics = enter is not None and any(op <= enter.after for op in trace.metrics)
         """Whether the step uses metrics before the entry."""
-        watched = {*self._skipped, *self._captured}
+        watched = {*self._skipped, *self._captured, *(name for name, _ in self.returned)}
         self.watched = watched | {point.name for point in (enter, leave) if point is not None}
         """Names of the modules whose calls the stage has to see."""
 
@@ -98,6 +108,9 @@ class _Run:
         self._counts: Counter[str] = Counter()
         crossing = passage.enter.crossing if passage.enter is not None else ()
         self._known: dict[int, Tensor] = {id(c.tensor): t for c, t in zip(crossing, received, strict=True)}
+        self._numbers: dict[Slot, Any] = {}
+        if passage.enter is not None and passage.enter.numbers:
+            self._numbers = decoded(passage.enter.numbers, received[-1])
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
@@ -133,11 +146,13 @@ class _Run:
                 self.entered = True
                 self._on_enter()
                 self._keep()
-                return self._received(passage.entered_output)
+                return self._received(passage.entered_output, name, ordinal)
             if ordinal in passage._skipped.get(name, {}):
                 self._counts.update(passage._inside.get((name, ordinal), {}))
-                return self._received(passage._skipped[name][ordinal])
+                return self._received(passage._skipped[name][ordinal], name, ordinal)
         output = original(*args, **kwargs)
+        if (name, ordinal) in passage.returned:
+            self._note_numbers(name, ordinal, leaves(output))
         for crossing in passage._captured.get(name, {}).get(ordinal, ()):
             self._known[id(crossing.tensor)] = tensors(output)[crossing.place]
         leave = passage.leave
@@ -155,15 +170,43 @@ class _Run:
             else:
                 owner.setdefault(attribute, {})[key] = self._known[id(tensor)]
 
-    def _received(self, output: Any) -> Any:
+        for slot, value in self._numbers.items():
+            if slot.place < 0:
+                setattr(self._module.get_submodule(slot.name), str(slot.key), value)
+
+    def _note_numbers(self, name: str, ordinal: int, found: list[Any]) -> None:
+        expected = self._passage.returned[name, ordinal]
+        if list(map(_kind, found)) != list(map(_kind, expected)):
+            raise RuntimeError(
+                f"pp: {name!r} returned {len(found)} values of other kinds than the {len(expected)} of the first batch "
+                "of this shape, which later stages expect; name pipeline_cuts before that module"
+            )
+        for place, leaf in enumerate(found):
+            kind = number_kind(leaf)
+            if kind is not None:
+                self._numbers[Slot(name, ordinal, place, kind)] = leaf
+
+    def _received(self, output: Any, name: str, ordinal: int) -> Any:
         """What was recorded, with what was received in place."""
-        return mapped(output, lambda leaf: self._known.get(id(leaf), leaf))
+        places = count()
+
+        def known(leaf: Any) -> Any:
+            place, kind = next(places), number_kind(leaf)
+            if kind is not None:
+                return self._numbers.get(Slot(name, ordinal, place, kind), leaf)
+            return self._known.get(id(leaf), leaf)
+
+        return mapped(output, known)
 
     def sent(self) -> list[Tensor]:
         """The tensors of the exit's cut, as they are now."""
         assert self._passage.leave is not None
         found = []
-        for crossing in self._passage.leave.crossing:
+        leave = self._passage.leave
+        for crossing in leave.crossing:
+            if crossing.call < 0:
+                found.append(encoded(leave.numbers, self._with_attributes(leave.numbers), found[0].device))
+                continue
             tensor = self._known.get(id(crossing.tensor))
             expected = crossing.tensor
             if is_placeholder(tensor):
@@ -180,6 +223,19 @@ class _Run:
                 )
             found.append(tensor)
         return found
+
+    def _with_attributes(self, slots: tuple[Slot, ...]) -> dict[Slot, Any]:
+        assert self._module is not None
+        there = [slot for slot in slots if slot.place < 0]
+        owners = {slot: self._module.get_submodule(slot.name) for slot in there}
+        return {**self._numbers, **{slot: getattr(owners[slot], str(slot.key), None) for slot in there}}
+
+
+def _kind(leaf: Any) -> Any:
+    """What must stay of something that a call returns."""
+    if isinstance(leaf, Tensor):
+        return Tensor
+    return number_kind(leaf) or (leaf if isinstance(leaf, str) else type(leaf))
 
 
 def _calls_inside(trace: Trace, skipped: dict[str, dict[int, Any]]) -> dict[tuple[str, int], Counter[str]]:

@@ -9,16 +9,20 @@ other ranks of the axis with the loss. Where there is nothing of the kind nothin
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dist.parallel.pipeline.batches import joined
 from lightning_dist.parallel.pipeline.nested import leaves, mapped
-from lightning_dist.placeholder import is_placeholder
+from lightning_dist.parallel.pipeline.staged import Place as StagedPlace
+from lightning_dist.parallel.pipeline.staged import staged
+from lightning_dist.placeholder import is_placeholder, placeholder
 
 Place = tuple[str, Any]
 
@@ -80,6 +84,100 @@ class AppendedLists:
                 self._lists[place].extend(items)
 
 
+class KeptAttributes:
+    """What a step puts into attributes of its module, or into dictionaries there.
+
+    Each microbatch finds them as they were before the step; afterwards they are what one step over the whole batch
+    would have left: joined as what a step returns is.
+
+    Args:
+        module: whose step is about to run.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._own = vars(module)
+        self._before = dict(self._places())
+        self._added: list[dict[Place, Any]] = []
+
+    def _places(self) -> Iterator[tuple[Place, Any]]:
+        for name, value in list(self._own.items()):
+            if name.startswith("_") or name == "training":
+                continue
+            yield (name, None), value
+            if type(value) is dict:
+                yield from (((name, key), item) for key, item in value.items())
+
+    def _changed(self) -> dict[Place, Any]:
+        return {
+            place: value
+            for place, value in self._places()
+            if value is not self._before.get(place, _NOTHING)
+            and not (place[1] is not None and (place[0], None) not in self._before)  # of a dictionary that is new
+            and _is_plain(value)
+            and _is_plain(self._before.get(place))
+        }
+
+    def before_microbatch(self) -> None:
+        """Puts them back."""
+        for name, key in self._changed():
+            owner = self._own if key is None else self._own[name]
+            if (name, key) in self._before:
+                owner[name if key is None else key] = self._before[name, key]
+            else:
+                del owner[name if key is None else key]
+
+    def after_microbatch(self) -> None:
+        """The last stage has ended one."""
+        self._added.append({place: detached(value) for place, value in self._changed().items()})
+
+    def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, Any]:
+        """What one step over the whole batch would have left.
+
+        Raises:
+            RuntimeError: some microbatches keep what others don't.
+        """
+        found: dict[Place, Any] = {}
+        for place in {place: None for added in self._added for place in added}:
+            values = [added[place] for added in self._added if place in added]
+            if len(values) < len(self._added):
+                raise RuntimeError(
+                    f"pp: the step sets {place[0]!r} for some of its microbatches, and not for others, so that it "
+                    "can't be said what it would be after the whole batch; use num_microbatches=1"
+                )
+            found[place] = _joined(values, sizes, weights)
+        return found
+
+    def keep(self, found: dict[Place, Any]) -> None:
+        """Puts what the last stage kept in place, on every rank; activations of other stages as what is elsewhere."""
+        self.before_microbatch()
+        for (name, key), value in found.items():
+            value = mapped(value, lambda leaf, name=name: leaf.there(name) if isinstance(leaf, _Elsewhere) else leaf)
+            if key is None:
+                self._own[name] = value
+            else:
+                self._own[name][key] = value
+
+
+_NOTHING = object()
+
+
+@dataclass
+class _Elsewhere:
+    """In what is sent, in place of a tensor of another stage."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def there(self, name: str) -> Tensor:
+        tensor = placeholder(torch.empty(self.shape, dtype=self.dtype, device="meta"), torch.device("cpu"))
+        return staged(tensor, StagedPlace(name, -1, None, False))
+
+
+def _is_plain(value: Any) -> bool:
+    kinds = (type(None), bool, int, float, complex, str, Tensor)
+    return all(isinstance(leaf, kinds) and not isinstance(leaf, nn.Parameter) for leaf in leaves(value))
+
+
 def detached(value: Any) -> Any:
     """Without a graph."""
     return mapped(value, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
@@ -89,7 +187,16 @@ def _joined(values: list[Any], sizes: list[int], weights: list[float]) -> Any:
     first = values[0]
     if isinstance(first, (bool, int, float, str)) and all(value == first for value in values):
         return first
+    if all(isinstance(v, Tensor) and not is_placeholder(v) for v in values):
+        by_sample = all(v.ndim and v.shape[0] == size for v, size in zip(values, sizes, strict=True))
+        if not by_sample and all(v.shape == first.shape and torch.equal(v, first) for v in values[1:]):
+            return first
     return joined(values, sizes, weights)
+
+
+def marked(value: Any) -> Any:
+    """With marks in place of tensors of other stages; see :meth:`KeptAttributes.keep`."""
+    return mapped(value, lambda leaf: _Elsewhere(tuple(leaf.shape), leaf.dtype) if is_placeholder(leaf) else leaf)
 
 
 def pack(value: Any) -> bytes:

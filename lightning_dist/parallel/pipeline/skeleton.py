@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_dist.parallel.pipeline.asked import AskedInt, AskedTrainer, Note
 from lightning_dist.placeholder import is_placeholder, placeholder
 
 
@@ -46,11 +48,17 @@ class Skeleton:
             self.names[id(standin)] = names[original]
         self._rebind()
 
-    def follow(self, module: pl.LightningModule) -> None:
-        """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set."""
+    def follow(self, module: pl.LightningModule, note: Note = lambda *_: None) -> None:
+        """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set.
+
+        Args:
+            module: that it is a copy of.
+            note: is told of what the step asks of integers and the Trainer; see ``asked.py``.
+        """
         self.logged = {}
         self._take_new(module)
-        vars(self.module)["_trainer"] = getattr(module, "_trainer", None)
+        trainer = getattr(module, "_trainer", None)
+        vars(self.module)["_trainer"] = None if trainer is None else AskedTrainer(trainer, note)
         training = {name: child.training for name, child in module.named_modules()}
         for name, child in self.module.named_modules():
             child.training = training.get(name, child.training)
@@ -60,6 +68,8 @@ class Skeleton:
                 for key, value in vars(original).items():
                     if _is_users(key, value):
                         vars(copied)[key] = self._renamed(_loose(value))
+                    if type(value) is int and original is module and _is_users(key, value):
+                        vars(copied)[key] = AskedInt(partial(vars(module).__getitem__, key), note)
 
     def _take_new(self, module: nn.Module) -> None:
         """Parts that hooks have given the module since, or taken from it."""

@@ -218,9 +218,10 @@ def find_stages(
     bounds = [point.after for point in chosen]
     used = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.parameters.items()}
     shapes = {name: p.shape for name, p in (*module.named_parameters(), *module.named_buffers())}
+    order = [name for name, _ in module.named_parameters()]
     owners = {
-        name: used.get(name) or _like_its_twin(name, used, shapes) or _near(name, used, num_stages)
-        for name, _ in module.named_parameters()
+        name: used.get(name) or _like_its_twin(name, used, shapes) or _near(name, used, order, num_stages)
+        for name in order
     }
     for part in together:
         inside = [name for name in owners if name.startswith(f"{part}.")]
@@ -245,10 +246,12 @@ def _like_its_twin(
     name: str, used: dict[str, tuple[int, ...]], shapes: dict[str, torch.Size]
 ) -> tuple[int, ...] | None:
     """Of what the step does not use: the stages of what has its shape and ends with the same names, as in a copy of a
-    network, so that pairs of both lie on one stage.
+    network, so that pairs of both lie on one stage. Blocks of one list are no copies of each other.
     """
     parts = name.split(".")
     for begin in range(1, len(parts) - 1):
+        if parts[begin - 1].isdigit():
+            return None
         ending = "." + ".".join(parts[begin:])
         for other, stages in used.items():
             if f".{other}".endswith(ending) and shapes.get(other) == shapes[name]:
@@ -256,14 +259,17 @@ def _like_its_twin(
     return None
 
 
-def _near(name: str, used: dict[str, tuple[int, ...]], num_stages: int) -> tuple[int, ...]:
-    """The stage of a parameter that the step does not use: that of its nearest relatives, else the last."""
+def _near(name: str, used: dict[str, tuple[int, ...]], order: list[str], num_stages: int) -> tuple[int, ...]:
+    """The stage of a parameter that the step does not use: that of the one before it among its nearest relatives, in
+    the order in which they were made; else the last.
+    """
     parts = name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         prefix = ".".join(parts[:depth]) + "."
-        stages = {stages[0] for other, stages in used.items() if other.startswith(prefix)}
-        if stages:
-            return (min(stages),)
+        relatives = [other for other in order if other.startswith(prefix) and (other in used or other == name)]
+        if len(relatives) > 1:
+            place = relatives.index(name)
+            return (max(used[relatives[place - 1]]) if place else min(used[relatives[1]]),)
     return (num_stages - 1,)
 
 
@@ -291,22 +297,33 @@ def points_in(trace: Trace, stages: Stages) -> list[CutPoint]:
         ValueError: the step can't be cut there, or uses parameters in a stage that does not hold them.
     """
     there = cut_points(trace)
-    called = {label(call) for call in trace.calls}
-    points = None if called.issuperset(stages.cuts) else _between_owners(there, trace, stages)
-    points = points or named_cuts(there, list(stages.cuts), trace)
+    by_name: list[CutPoint] | None = None
+    if {label(call) for call in trace.calls}.issuperset(stages.cuts):
+        by_name = named_cuts(there, list(stages.cuts), trace)
+    if by_name is None or _misplaced(by_name, trace, stages):
+        by_owner = _between_owners(there, trace, stages)
+        if by_owner is not None and not _misplaced(by_owner, trace, stages):
+            return by_owner
+    points = named_cuts(there, list(stages.cuts), trace) if by_name is None else by_name
+    if why := _misplaced(points, trace, stages):
+        raise ValueError(why)
+    return points
+
+
+def _misplaced(points: list[CutPoint], trace: Trace, stages: Stages) -> str:
+    """Why a step can't be cut there; empty if it can."""
     if any(point.after >= later.after for point, later in pairwise(points)):
-        raise ValueError(f"pp: this step runs the network in another order than it is cut: {', '.join(stages.cuts)}")
+        return f"pp: this step runs the network in another order than it is cut: {', '.join(stages.cuts)}"
     bounds = [point.after for point in points]
     for name, ops in trace.parameters.items():
         for op in ops:
             stage = bisect_left(bounds, op)
-            rank = stages.schedule.rank_of(stage, stages.num_ranks)
-            if rank not in stages.holders(name):
-                raise ValueError(
+            if stages.schedule.rank_of(stage, stages.num_ranks) not in stages.holders(name):
+                return (
                     f"pp: this step uses {name} in stage {stage}, and the training step, by which parameters were "
                     f"dealt, uses it in stage {stages.owners[name][0]}; name pipeline_cuts that fit both"
                 )
-    return points
+    return ""
 
 
 def _between_owners(there: list[CutPoint], trace: Trace, stages: Stages) -> list[CutPoint] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
-from lightning_dist.parallel.pipeline.nested import leaves, mapped, tensors
+from lightning_dist.parallel.pipeline.asked import Note
+from lightning_dist.parallel.pipeline.nested import leaves, mapped, number_kind, tensors
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.placeholder import is_placeholder, placeholder
 
@@ -89,6 +92,9 @@ class Trace:
         written: names of the parameters that the step changes in place.
         kept: tensors that modules have as attributes at the end, or in dictionaries there: the module's name, the
             attribute's, the key (None for the attribute itself) and the tensor.
+        attributes: numbers that modules have put into attributes while one was called: the module's name and the
+            attribute's; when first (the number of the last op), and the type.
+        asked: what the step's path may hang on beside the batch: a question to ask again, and the answer.
         metrics: the next ops when a metric was used.
         activation_bytes: what each op made.
         output: what the step returned; None where it looked at a value and the trace ended.
@@ -104,6 +110,8 @@ class Trace:
     buffers: dict[str, set[int]] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
     kept: list[tuple[str, str, Any, Tensor]] = field(default_factory=list)
+    attributes: dict[tuple[str, str], tuple[int, type]] = field(default_factory=dict)
+    asked: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
     metrics: list[int] = field(default_factory=list)
     activation_bytes: list[int] = field(default_factory=list)
     output: Any = None
@@ -116,7 +124,11 @@ class Trace:
 
 
 def trace_step(
-    skeleton: Skeleton, module: pl.LightningModule, name: str, part: Any, rest: tuple[Any, ...] = ()
+    skeleton: Skeleton,
+    module: pl.LightningModule,
+    name: str,
+    part: Any,
+    rest: tuple[Any, ...] | Callable[[Note], tuple[Any, ...]] = (),
 ) -> Trace:
     """Runs a step of the skeleton once, without computing what depends on a parameter.
 
@@ -125,18 +137,19 @@ def trace_step(
         module: whose state the step may ask for.
         name: of the step.
         part: a microbatch.
-        rest: the step's other arguments.
+        rest: the step's other arguments; or what makes them, from what is told of the questions that are asked of them.
 
     Returns:
         What ran.
     """
-    skeleton.follow(module)
     recorder = _Recorder(skeleton)
+    skeleton.follow(module, recorder.note)
     errors = logging.getLogger("torch._subclasses.fake_tensor")  # of what is tried again for real
     was_disabled, errors.disabled = errors.disabled, True
     try:
-        with torch.no_grad(), recorder:
-            recorder.trace.output = getattr(skeleton.module, name)(part, *rest)
+        with torch.no_grad(), recorder.seeing_attributes(), recorder:
+            others = rest(recorder.note) if callable(rest) else rest
+            recorder.trace.output = getattr(skeleton.module, name)(part, *others)
     except _NEEDS_VALUES as error:
         recorder.trace.open_end = str(error) or type(error).__name__
     except RuntimeError as error:
@@ -213,6 +226,31 @@ class _Recorder(TorchDispatchMode):
         for module in self._skeleton.module.modules():
             module.__dict__.pop("_compiled_call_impl", None)
         self._skeleton.on_metric = lambda: None
+
+    def note(self, question: Callable[[], Any], answer: Any) -> None:
+        """The step has asked something."""
+        self.trace.asked.append((question, answer))
+
+    @contextmanager
+    def seeing_attributes(self) -> Iterator[None]:
+        """While it lasts, numbers are noted that are put into attributes of modules, while a module is called.
+
+        ``nn.Module.__setattr__`` sees them all; Python has no other place that does.
+        """
+        plain = nn.Module.__setattr__
+        names = {**self._names, id(self._skeleton.module): ""}
+
+        def seen(module: nn.Module, key: str, value: Any) -> None:
+            plain(module, key, value)
+            kind = number_kind(value)
+            if kind is not None and self._stack[-1] >= 0 and id(module) in names:
+                self.trace.attributes.setdefault((names[id(module)], key), (self.trace.num_ops - 1, kind))
+
+        nn.Module.__setattr__ = seen  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.__setattr__ = plain  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ modules
 
