@@ -9,12 +9,24 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 REST = -1
 """The degree that takes whatever the other axes leave of the world."""
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the device mesh, outermost first: ``tp`` is innermost, so that it stays inside a node."""
+
+
+def forget_earlier_meshes() -> None:
+    """Empties the caches in which DTensor keeps what it inferred of equal meshes (private; seen in torch 2.14).
+
+    A mesh equals an earlier one of the same ranks, also where that one's process groups are gone, since its process
+    group was destroyed; results would then name groups that can't be found.
+    """
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,7 @@ class Layout:
 
         Communication: creates the process groups, so every rank calls it.
         """
+        forget_earlier_meshes()
         root = init_device_mesh(device_type, tuple(getattr(self, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
         return ParallelMesh(
             root=root,

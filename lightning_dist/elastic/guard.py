@@ -55,7 +55,7 @@ def say_why(store: Any, message: str) -> None:
 
 
 def tell_why_it_ended(exception: BaseException) -> None:
-    """Says to the other ranks what ends this one; or, where it ends because another is gone, notes what that one said."""
+    """Says to the other ranks what ends this one; or notes what another said, of which this one lost the connection."""
     if not dist.is_available() or not dist.is_initialized():
         return
     with contextlib.suppress(RuntimeError):  # the store may be gone as well

@@ -111,6 +111,11 @@ class RecordedLogs:
         given = kwargs.get("batch_size")
         entry.sizes.append(self._sizes[self._index] if given is None else int(given))
 
+    def replace(self, name: str, value: Any) -> None:
+        """What was logged under a name in this stage is this."""
+        if name in self._logged and not isinstance(value, Metric):
+            self._logged[name].values, self._logged[name].sizes = [value], [1.0]
+
     def replay(self) -> None:
         """Logs what was noted, for the whole batch."""
         for name, entry in self._logged.items():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.user_code.case import SPLIT, Case, evaluated
-from tests.user_code.networks import Block, Classifier, Net
+from tests.user_code.case import Case, evaluated
+from tests.user_code.networks import Block, Classifier, Manual, Net
 from tests.user_code.samples import points
 
 
@@ -247,10 +247,84 @@ class Whitened(Classifier):
         return F.cross_entropy(self.net.head(h), batch[1])
 
 
+# ---------------------------------------------------------------- steps that optimise by hand
+
+
+class ByHand(Manual):
+    """Clips, counts steps, and schedules its rate."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=0.2, gradient_clip_algorithm="norm")
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        self.log("loss", loss)
+        self.log("rate", optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class AccumulatesByHand(Manual):
+    """Steps every other batch, with torch's own clipping."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.manual_backward(loss / 2)
+        if batch_idx % 2:
+            optimizer: Any = self.optimizers()
+            nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+
+# ---------------------------------------------------------------- what hooks of the fit make
+
+
+class RateInStep(Classifier):
+    """Weighs its loss by the optimizer's rate."""
+
+    def loss(self, batch: Any) -> Tensor:
+        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        return super().loss(batch) * (1 + rate)
+
+
+class MadeInFitStart(Classifier):
+    """Makes class weights when the fit starts, and a copy of the network's weights for a penalty (EWC)."""
+
+    def on_fit_start(self) -> None:
+        self.weight = torch.tensor([1.0, 2.0, 0.5, 1.0])
+
+    def on_train_epoch_start(self) -> None:
+        self.scale = 1.0 + self.current_epoch
+
+    def loss(self, batch: Any) -> Tensor:
+        per_sample = F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+        return self.scale * (self.weight[batch[1]] * per_sample).mean()
+
+
+class LogsToLogger(Classifier):
+    """Asks its logger in the step."""
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.logger is not None and self.trainer.is_global_zero is None:
+            self.logger.log_metrics({"never": 1.0})
+        return super().loss(batch)
+
+
 TWO_EPOCHS = {"max_epochs": 2}
 
 CASES = [
-    *(Case(f"{way}_beside_tensors", lambda way=way: WithNumbers(way), numbered) for way in ("numbers", "lists", "kept")),
+    *(
+        Case(f"{way}_beside_tensors", lambda way=way: WithNumbers(way), numbered)
+        for way in ("numbers", "lists", "kept")
+    ),
     Case("number_set_by_hook", SetByHook),
     Case("calls_counted", Counting),
     *(
@@ -260,7 +334,19 @@ CASES = [
     Case("block_by_epoch", lambda: SkippingBlocks("epoch"), trainer=TWO_EPOCHS),
     Case("block_by_batch", lambda: SkippingBlocks("batch")),
     Case("block_by_value", ByValue),
-    Case("kept_by_the_step", Keeping, callbacks=lambda: [ReadsOutputs()], val=evaluated),
+    Case(
+        "kept_by_the_step",
+        Keeping,
+        callbacks=lambda: [ReadsOutputs()],
+        val=evaluated,
+        like="ddp",
+        note="as ddp: of the rank's own samples",
+    ),
+    Case("clipped_by_hand", ByHand),
+    Case("every_other_by_hand", AccumulatesByHand),
+    Case("rate_in_step", RateInStep),
+    Case("made_in_fit_start", MadeInFitStart, trainer=TWO_EPOCHS),
+    Case("logger_in_step", LogsToLogger),
     Case("summed_loss", SummedLoss, like="ddp", note="as ddp: the mean of the ranks' sums"),
     Case("mixup", Mixup, like="ddp", note="as ddp: mixed among the rank's own samples"),
     Case("whitened", Whitened, like="ddp", note="as ddp: the mean is of the rank's own samples"),

@@ -13,6 +13,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.loggers.logger import DummyLogger
+
 Note = Callable[[Callable[[], Any], Any], None]
 """Called with a question to ask again, and the answer that was given."""
 
@@ -115,12 +117,22 @@ class AskedTrainer:
     """Stands for a Trainer, and notes which of its plain values are read.
 
     Args:
-        trainer: whose they are.
+        trainer: whose they are; its loggers take nothing.
         note: is told of each.
     """
 
     def __init__(self, trainer: Any, note: Note) -> None:
         self.__dict__.update(_trainer=trainer, _note=note)
+
+    @property
+    def logger(self) -> Any:
+        """One that drops all, where the Trainer has one."""
+        return None if getattr(self._trainer, "logger", None) is None else DummyLogger()
+
+    @property
+    def loggers(self) -> list[Any]:
+        """Of the same kind."""
+        return [DummyLogger() for _ in getattr(self._trainer, "loggers", [])]
 
     @property
     def __class__(self) -> Any:

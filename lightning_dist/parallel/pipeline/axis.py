@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,17 +18,17 @@ from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
-from lightning_dist.parallel.pipeline import batches, check
+from lightning_dist.parallel.pipeline import batches, by_hand, check
 from lightning_dist.parallel.pipeline.asked import AskedInt, Note, attributes
 from lightning_dist.parallel.pipeline.cuts import CutPoint
 from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.numbers import with_numbers
-from lightning_dist.parallel.pipeline.passage import Passage
+from lightning_dist.parallel.pipeline.passage import Ghost, Passage
 from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
-from lightning_dist.parallel.pipeline.setup import MANUAL
+from lightning_dist.parallel.pipeline.setup import refuse_manual
 from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, KeptAttributes, detached, marked, pack, share
 from lightning_dist.parallel.pipeline.staged import Place, States, closed, opened, origin, staged
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
@@ -50,6 +50,12 @@ class Route:
         self.attributes = set(trace.attributes)
         self.asked = trace.asked
         self.called = {call.name for call in trace.calls}
+        self._trace = trace
+
+    @cached_property
+    def ghost(self) -> Ghost:
+        """The step without its modules; for a manual one."""
+        return Ghost(self._trace)
 
     @property
     def holds(self) -> bool:
@@ -65,9 +71,9 @@ class Pipelined(Alone):
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
     training, one back with their gradients; one all-reduce of 24 bytes with the loss, and one broadcast of what else
-    the step returned or kept, if it did. Per backward pass that reduces: one all-reduce of the gradients of parameters that are
-    tied over a cut, among the ranks that hold them. Over the data ranks, where nothing is sharded: one all-reduce of
-    the gradients, flat, and a small one of which were used.
+    the step returned or kept, if it did. Per backward pass that reduces: one all-reduce of the gradients of parameters
+    that are tied over a cut, among the ranks that hold them. Over the data ranks, where nothing is sharded: one
+    all-reduce of the gradients, flat, and a small one of which were used.
 
     Args:
         module: cut; :meth:`run_in` says what runs it on this rank.
@@ -98,6 +104,8 @@ class Pipelined(Alone):
         """Of the steps that torch's schedules run."""
         self._gradients = StageGradients(module, stages, group, device)
         self._routes: dict[Any, list[Route]] = {}
+        self._by_hand: tuple[Tensor, RecordedLogs] | None = None
+        """The loss, and the logs, of a manual step that has been computed, and not stepped yet."""
         self._rest: tuple[Any, ...] = ()
         """The arguments of the step that runs, beside the batch."""
         self._schedules: dict[Any, Any] = {}
@@ -113,8 +121,7 @@ class Pipelined(Alone):
         self._step = _Step()
         self._applied = 1.0
         """What the losses of the last schedule were multiplied with."""
-        for name in STEPS:
-            _stage_step(self.module, name)
+        self._users_steps = {name: _stage_step(self.module, name) for name in STEPS}
 
     @property
     def place(self) -> tuple[int, int]:
@@ -178,7 +185,22 @@ class Pipelined(Alone):
 
     def run(self, step: str, *args: Any) -> Any:
         with closed(self.module.parameters()):
-            return self._run(step, *args)
+            result = self._run(step, *args)
+        waiting, self._by_hand = self._by_hand, None
+        if waiting is not None:
+            self._step_by_hand(*waiting, args)
+        return result
+
+    def _step_by_hand(self, loss: Tensor, logs: RecordedLogs, args: tuple[Any, ...]) -> None:
+        """See [Note: a manual step over microbatches]."""
+        (route,) = self._routes_of("training_step", [args[0]], args[1:])
+        kept = KeptAttributes(self.module)
+        lists = AppendedLists(self.module)
+        with kept_random_states(self._device), torch.enable_grad(), by_hand.stepping(self.module, loss, logs.replace):
+            route.ghost.run(self.module, partial(self._users_steps["training_step"], *args))
+        kept.before_microbatch()
+        lists.forget()
+        logs.replay()
 
     def _refuse_writes(self, seen: set[str]) -> None:
         """Of parameters, by the step itself.
@@ -197,8 +219,6 @@ class Pipelined(Alone):
 
     def _run(self, step: str, *args: Any) -> Any:
         training = step == "training_step" and torch.is_grad_enabled()
-        if training and not self.module.automatic_optimization:
-            raise ValueError(MANUAL)
         num_parts, in_order = self._num_microbatches(self._splitter.size(args[0]))
         parts, sizes = self._splitter.split(args[0], num_parts)
         if len(parts) < num_parts:
@@ -206,7 +226,7 @@ class Pipelined(Alone):
         self._check(step, args, parts, sizes)
         self._begin(step, args, parts, sizes)
         versions = self._versions()
-        with self._step.logs.recording(), self._own_random_streams(training):
+        with self._step.logs.recording(), self._own_random_streams(training), self._computing():
             if not training:
                 with self._holding():
                     self._in_order().forward(num_parts)
@@ -221,6 +241,11 @@ class Pipelined(Alone):
         result = self._on_all_ranks(training)
         self._step = _Step()
         return result
+
+    def _computing(self) -> AbstractContextManager[None]:
+        step = self._step
+        step.is_manual = step.name == "training_step" and not self.module.automatic_optimization
+        return by_hand.computing(self.module, step.take) if step.is_manual else nullcontext()
 
     @contextmanager
     def _failing(self, stage: int) -> Iterator[None]:
@@ -276,14 +301,14 @@ class Pipelined(Alone):
         written = {name for route in self._step.routes for name in route.written}
         named = self.module.named_parameters()
         parameters = {name: p for name, p in named if name in written and not is_placeholder(p)}
-        with undone(self.module, parameters.values()), check.fixed(), self._step.logs.recording():
+        with undone(self.module, parameters.values()), check.fixed(), self._step.logs.recording(), self._computing():
             with self._holding():
                 self._in_order().forward(len(parts))
             self.inner.reshard()
             tried = check.Tried()
             with self._failing(self.stages.num_stages):
                 if self._has_last:
-                    tried.output = self._step.joined()
+                    tried.output = self._step.joined(), self._step.manual_loss
                     tried.kept = self._step.kept.joined(sizes, self._step.weights)
                     tried.counted = self._counted()
                 tried.logged = self._step.logs.values()
@@ -388,6 +413,7 @@ class Pipelined(Alone):
             found, link = [], first_link(self._device)
         number = 0 if step.alike else index
         seed_microbatch(self._device, step.seed, number)
+        step.index = index
         step.logs.begin(index, stage == 0, passage.sees_metrics)
 
         def enter() -> None:
@@ -433,6 +459,8 @@ class Pipelined(Alone):
         if step.name != "training_step" or not torch.is_grad_enabled():
             return link.reshape(1)
         loss = loss_of(output)
+        if step.name == "training_step" and not self.module.automatic_optimization:
+            loss = step.losses.get(index)
         if not isinstance(loss, Tensor):
             raise ValueError(
                 f"pp: training_step returned {type(loss).__name__} as the loss of a microbatch; under pp a step can't "
@@ -469,6 +497,8 @@ class Pipelined(Alone):
         self._own_new()
         with kept_random_states(self._device):
             trace = trace_step(self.skeleton, self.module, step, part, self._asked_rest)
+        if step == "training_step":
+            refuse_manual(self.module, self.skeleton, trace)
         points = [with_numbers(trace, point) for point in points_in(trace, self.stages)]
         ends: list[CutPoint | None] = [None, *points, None]
         return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace)
@@ -530,7 +560,9 @@ class Pipelined(Alone):
         with self._failing(self.stages.num_stages):
             if self._has_last:
                 rest = output = step.joined()
-                if training:
+                if step.manual_loss is not None:
+                    loss = step.manual_loss.reshape(()).to(self._device)
+                elif training:
                     loss = loss_of(output).detach().reshape(()).to(self._device)
                     named = output if isinstance(output, dict) else {}
                     rest = {k: v for k, v in named.items() if k != "loss" and not _holds_placeholder(v)} or None
@@ -540,7 +572,8 @@ class Pipelined(Alone):
                 counted = self._counted()
                 everything = [rest, list(lists.items()), list(kept.items()), list(counted.items())]
                 payload = pack(everything) if shares else b""
-            step.logs.replay()
+            if not step.is_manual:
+                step.logs.replay()
         # ranks may not know in which dtype the last stage computes it
         numbers = torch.tensor([float(len(payload)), float(step.failure is not None)], device=self._device)
         header = torch.cat([loss.reshape(1).double(), numbers.double()])
@@ -561,6 +594,9 @@ class Pipelined(Alone):
         if value.dtype.itemsize < 4:
             value = value.float()
         handed = HandOver.apply(torch.zeros((), device=self._device, requires_grad=True), self, value)
+        if step.is_manual:
+            self._by_hand = handed, step.logs
+            return rest
         return handed if rest is None else {**rest, "loss": handed}
 
     def _counted(self) -> dict[tuple[str, str], Any]:
@@ -645,10 +681,28 @@ class _Step:
         """Numbers that modules keep, before the step."""
         self.seed = 0
         self.failure: Failure | None = None
+        self.is_manual = False
+        self.losses: dict[int, Tensor] = {}
+        """What microbatches gave to ``manual_backward``."""
+        self.index = 0
+        """Of the microbatch that runs."""
         self.alike = False
         """Whether all microbatches begin with the same random numbers."""
         self.trained: dict[int, list[nn.Parameter]] = {}
         """Parameters of each stage of this rank, once a schedule asked."""
+
+    def take(self, loss: Tensor) -> None:
+        """The microbatch that runs called ``manual_backward``."""
+        if self.index in self.losses:
+            raise RuntimeError(by_hand.SEVERAL.format(number="several"))
+        self.losses[self.index] = loss
+
+    @property
+    def manual_loss(self) -> Tensor | None:
+        """Of the batch, where the step gave one to ``manual_backward``."""
+        if not self.losses:
+            return None
+        return batches.weighted_mean([self.losses[index].detach() for index in sorted(self.losses)], self.weights)
 
     def joined(self) -> Any:
         """What the microbatches' steps returned, as one."""
@@ -657,24 +711,25 @@ class _Step:
 
 def _write(step: str, name: str) -> str:
     return (
-        f"pp: {step} changes the parameter {name} in place, which each of its microbatches would do, and for parameters "
-        "of this rank's stages only; do so in on_train_batch_end, where all of them are there"
+        f"pp: {step} changes the parameter {name} in place, which each of its microbatches would do, and for "
+        "parameters of this rank's stages only; do so in on_train_batch_end, where all of them are there"
     )
 
 
-def _stage_step(module: pl.LightningModule, name: str) -> None:
-    """Puts the way from cut to cut around a step of the module; inside of what gathers sharded parameters."""
-    plain = getattr(module, name, None)
+def _stage_step(module: pl.LightningModule, name: str) -> Any:
+    """Puts the way from cut to cut around a step of the module, which it returns; inside of what gathers parameters."""
+    plain: Any = getattr(module, name, None)
     if plain is None or hasattr(plain, "passes"):
-        return
+        return None if plain is None else plain.passes
 
     @wraps(plain)
     def staged(*args: Any) -> Any:
         passing = vars(module).pop("_passing", None)  # a step that calls another one runs it as it is
         return plain(*args) if passing is None else passing(plain, *args)
 
-    staged.passes = True  # type: ignore[attr-defined]
+    staged.passes = plain  # type: ignore[attr-defined]
     vars(module)[name] = staged
+    return plain
 
 
 _KEPT_ROUTES = 8
@@ -684,7 +739,9 @@ _GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_g
 
 
 def _gradients_are_seen(module: pl.LightningModule) -> bool:
-    """Whether a hook of the user's runs between the backward and the optimizer's step."""
+    """Whether code of the user's runs between the backward and the optimizer's step."""
+    if not module.automatic_optimization:
+        return True
     callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
     own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
     return any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS) or any(

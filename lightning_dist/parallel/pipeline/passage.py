@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -98,6 +98,62 @@ class Passage:
         return [], output
 
 
+class Ghost:
+    """A step whose modules return what was recorded of them; what it does beside is real.
+
+    Args:
+        trace: of the step.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._returned: dict[tuple[str, int], Any] = {}
+        inside: set[int] = set()
+        for index, call in enumerate(trace.calls):
+            if call.parent in inside or (call.last >= 0 and call.returns_placeholders):
+                inside.add(index)
+                if call.parent not in inside:
+                    self._returned[call.name, call.ordinal] = call.output
+        self._inside = _calls_inside(trace, {})
+
+    def run(self, module: nn.Module, step: Callable[[], Any]) -> None:
+        """Runs the step."""
+        counts: Counter[str] = Counter()
+
+        def call(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            key = name, counts[name]
+            counts[name] += 1
+            if key not in self._returned:
+                return original(*args, **kwargs)
+            counts.update(self._inside.get(key, {}))
+            return self._returned[key]
+
+        with _standing_before(module, {name for name, _ in self._returned}, call):
+            step()
+
+
+@contextmanager
+def _standing_before(module: nn.Module, names: Iterable[str], call: Callable[..., Any]) -> Iterator[None]:
+    """Stands before the calls of modules.
+
+    torch calls ``_compiled_call_impl`` in place of a module's hooks and forward where there is one (private; seen
+    in 2.14); copies and pickles leave it out.
+    """
+    before = []
+    for name in names:
+        child = module.get_submodule(name)
+        own = vars(child).get("_compiled_call_impl")
+        before.append((child, own))
+        vars(child)["_compiled_call_impl"] = partial(call, name, own or child._call_impl)
+    try:
+        yield
+    finally:
+        for child, own in before:
+            if own is None:
+                del vars(child)["_compiled_call_impl"]
+            else:
+                vars(child)["_compiled_call_impl"] = own
+
+
 class _Run:
     """One microbatch on its way through a stage."""
 
@@ -114,26 +170,10 @@ class _Run:
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """Stands before the calls of the modules at hand.
-
-        torch calls ``_compiled_call_impl`` in place of a module's hooks and forward where there is one (private; seen
-        in 2.14); copies and pickles leave it out.
-        """
-        before = []
+        """Stands before the calls of the modules at hand."""
         self._module = module
-        for name in self._passage.watched:
-            child = module.get_submodule(name)
-            own = vars(child).get("_compiled_call_impl")
-            before.append((child, own))
-            vars(child)["_compiled_call_impl"] = partial(self._call, name, own or child._call_impl)
-        try:
+        with _standing_before(module, self._passage.watched, self._call):
             yield
-        finally:
-            for child, own in before:
-                if own is None:
-                    del vars(child)["_compiled_call_impl"]
-                else:
-                    vars(child)["_compiled_call_impl"] = own
 
     def _call(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         passage, ordinal = self._passage, self._counts[name]

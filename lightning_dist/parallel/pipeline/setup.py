@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_dist.parallel.pipeline.by_hand import SEVERAL
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, find_stages, hide_parameters
 from lightning_dist.parallel.pipeline.trace import Trace, trace_step
@@ -30,11 +32,6 @@ STEP_OF = {
     TrainerFn.PREDICTING: "predict_step",
 }
 
-
-MANUAL = (
-    "pp runs the backward of a step's microbatches inside of its schedule, and this module optimises manually: it "
-    "would step once per microbatch. Use automatic optimisation, or another axis"
-)
 
 _CUT = "_pipeline_cut"
 """Attribute of a module that has been cut. A table beside the modules would keep them alive: a cut refers to them."""
@@ -84,8 +81,6 @@ def cut_module(
         return there.run_by(options)
     assert trainer.state.fn is not None
     step = STEP_OF[trainer.state.fn]
-    if step == "training_step" and not module.automatic_optimization:
-        raise ValueError(MANUAL)
     hooked = next((n for n, p in module.named_parameters() if p._backward_hooks or _accumulates(p)), None)
     if hooked is not None:
         raise ValueError(
@@ -106,10 +101,12 @@ def cut_module(
                 "predict_step": trainer.precision_plugin.predict_step_context,
             }[step]
             rest = (0,) if _takes_index(module, step) else ()
-            with context(), _told_when():
-                trace = _traced(skeleton, module, step, part, batch, rest)
+            with context():
+                trace = _traced_early(skeleton, module, step, part, batch, rest)
         finally:
             module.train(was_training)
+    if step == "training_step":
+        refuse_manual(module, skeleton, trace)
     stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole, together)
     box: list[Any] = [stages]
     dist.broadcast_object_list(box, 0, device=device)
@@ -183,16 +180,55 @@ def _traced(
         ) from error
 
 
-@contextmanager
-def _told_when() -> Iterator[None]:
-    """Around the first run of a step, which no hook of the fit has come before."""
+def _traced_early(
+    skeleton: Skeleton, module: pl.LightningModule, step: str, part: Any, batch: Any, rest: tuple[Any, ...]
+) -> Trace:
+    """The trace of a step before any hook of the fit has run; hooks that make what it needs run on the skeleton.
+
+    Raises:
+        ValueError: the step needs what only other code makes.
+    """
     try:
-        yield
+        return _traced(skeleton, module, step, part, batch, rest)
+    except AttributeError:
+        skeleton.follow(module)
+    try:
+        for hook in _HOOKS_BEFORE:
+            getattr(skeleton.module, hook)()
+        with contextlib.suppress(TypeError):  # of a hook without the batch's index
+            skeleton.module.on_train_batch_start(part, 0)  # type: ignore[operator]
+        return _traced(skeleton, module, step, part, batch, rest)
     except AttributeError as error:
         raise ValueError(
             f"pp runs a step once to see where it can be cut, before hooks such as on_fit_start: {error}; make what "
             "the step needs in __init__, setup or configure_model"
         ) from error
+
+
+_HOOKS_BEFORE = ("on_fit_start", "on_train_start", "on_train_epoch_start")
+"""Of a LightningModule, between its set-up and the first step."""
+
+
+def refuse_manual(module: pl.LightningModule, skeleton: Skeleton, trace: Trace) -> None:
+    """Raises where a step that optimises by hand can't be run over microbatches.
+
+    Args:
+        module: whose step it is.
+        skeleton: that ran it last.
+        trace: of that.
+
+    Raises:
+        ValueError: there is not one loss, or the step asks for its value.
+    """
+    if module.automatic_optimization:
+        return
+    if trace.open_end:
+        raise ValueError(
+            f"pp: a training_step that optimises manually, and asks for the value of a tensor ({trace.open_end}), "
+            "which is on the last stage only; leave .item() out (self.log takes tensors), or use another axis"
+        )
+    if skeleton.backwards != 1:
+        raise ValueError(SEVERAL.format(number=skeleton.backwards))
 
 
 def _accumulates(parameter: Any) -> bool:

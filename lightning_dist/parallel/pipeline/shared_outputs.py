@@ -57,6 +57,11 @@ class AppendedLists:
             self._added[place].append(items[self._at[place] :])
             del items[self._at[place] :]
 
+    def forget(self) -> None:
+        """Takes off what was appended."""
+        for place, items in self._lists.items():
+            del items[self._begin[place] :]
+
     def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, list[Any]]:
         """What one step over the whole batch would have appended.
 

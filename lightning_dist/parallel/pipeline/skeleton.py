@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dist.parallel.pipeline.asked import AskedInt, AskedTrainer, Note
+from lightning_dist.parallel.pipeline.by_hand import Still, still
 from lightning_dist.placeholder import is_placeholder, placeholder
 
 
@@ -39,6 +40,9 @@ class Skeleton:
         """Called when the step uses a metric."""
         self.logged: dict[str, Any] = {}
         """What the step logged the last time, by name."""
+        self.backwards = 0
+        """How often the step called ``manual_backward`` the last time."""
+        self._configured: list[Any] = []
         self._device, self._dtype = device, dtype
         self._parameters: dict[int, nn.Parameter] = {}
         self._modules: dict[int, nn.Module] = {}
@@ -55,7 +59,7 @@ class Skeleton:
             module: that it is a copy of.
             note: is told of what the step asks of integers and the Trainer; see ``asked.py``.
         """
-        self.logged = {}
+        self.logged, self.backwards = {}, 0
         self._take_new(module)
         trainer = getattr(module, "_trainer", None)
         vars(self.module)["_trainer"] = None if trainer is None else AskedTrainer(trainer, note)
@@ -104,6 +108,22 @@ class Skeleton:
             or bool(original._buffers.keys() - copied._buffers.keys())
         )
 
+    def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """Those of the Trainer; before it has any, those that the copy configures."""
+        trainer: Any = vars(self.module)["_trainer"]
+        there: Any = [] if trainer is None else trainer.strategy.optimizers
+        if not there:
+            there = self._configured = self._configured or optimizers_in(self.module.configure_optimizers())  # type: ignore[operator]
+        return Still(there[0]) if len(there) == 1 else still(there)
+
+    def _schedulers(self) -> Any:
+        trainer: Any = vars(self.module)["_trainer"]
+        there = [] if trainer is None else [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+        return (Still(there[0]) if len(there) == 1 else still(there)) if there else Still(None)
+
+    def _backward(self, *_: Any, **__: Any) -> None:
+        self.backwards += 1
+
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value
 
@@ -122,7 +142,8 @@ class Skeleton:
         if isinstance(module, (Metric, MetricCollection)):
             _silence(new, module, self)
         if isinstance(module, pl.LightningModule):
-            vars(new).update(log=self._log, print=_nothing)
+            vars(new).update(log=self._log, print=_nothing, optimizers=self._optimizers, lr_schedulers=self._schedulers)
+            vars(new).update(manual_backward=self._backward, clip_gradients=_nothing)
         return new
 
     def _standin(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -158,6 +179,18 @@ class Skeleton:
         if type(value) is dict:
             return {key: self._renamed(item) for key, item in value.items()}
         return value
+
+
+def optimizers_in(configured: Any) -> list[Any]:
+    """Of what ``configure_optimizers`` returns."""
+    if isinstance(configured, torch.optim.Optimizer):
+        return [configured]
+    if isinstance(configured, dict):
+        return [configured["optimizer"]]
+    if isinstance(configured, (list, tuple)):
+        first = configured[0] if configured and isinstance(configured[0], (list, tuple)) else configured
+        return [one for item in first for one in optimizers_in(item)]
+    return []
 
 
 def _is_users(key: str, value: Any) -> bool:

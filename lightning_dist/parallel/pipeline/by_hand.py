@@ -1,0 +1,150 @@
+"""Steps that optimise by hand, with one ``manual_backward``.
+
+[Note: a manual step over microbatches]
+Each microbatch runs the user's step with optimizers that do nothing; what it gives to ``manual_backward`` is the loss
+that the schedule takes back through the stages. Then the step runs once more, for what it does beside the network: its
+modules return what the trace recorded, tensors without memory, nothing is logged, ``manual_backward`` puts the
+gradients of the schedule in place and reduces them, and optimizers are real. So ``zero_grad``, ``step``, clipping and
+schedulers run once a step, in the order and under the conditions that the user wrote. What it logs of the network is
+that of the microbatches; what it logs after ``manual_backward`` beside, that of the last run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_dist.placeholder import is_placeholder
+
+SEVERAL = (
+    "pp runs the backward of a step in its schedule, and this training_step calls manual_backward {number} times; one "
+    "loss a step can be trained under pp, or use another axis"
+)
+
+
+class Still:
+    """Stands for an optimizer, or a scheduler, in a step that only computes.
+
+    Args:
+        real: whose values may be read; None before there is one.
+    """
+
+    def __init__(self, real: Any) -> None:
+        self.__dict__["_real"] = real
+
+    def step(self, closure: Any = None, **_: Any) -> None:
+        """Does nothing.
+
+        Raises:
+            RuntimeError: with a closure, which would run the network.
+        """
+        if closure is not None:
+            raise RuntimeError(
+                "pp: optimizer.step(closure) in a step that optimises manually would run the network inside of the "
+                "optimizer; call manual_backward, then step(), or use another axis"
+            )
+
+    def zero_grad(self, *_: Any, **__: Any) -> None:
+        """Does nothing."""
+
+    @contextmanager
+    def toggle_model(self, *_: Any, **__: Any) -> Iterator[None]:
+        """Refused: other parameters would have gradients than in one process."""
+        raise RuntimeError(
+            "pp: a manual step that toggles its optimizers; freeze parameters in on_train_batch_start, or use another "
+            "axis"
+        )
+        yield
+
+    def __iter__(self) -> Iterator[Any]:
+        """Where it is not known yet how many there are, there are none."""
+        return iter([] if self._real is None else self._real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+
+def still(real: Any) -> Any:
+    """The same of a list."""
+    return [Still(one) for one in real] if isinstance(real, (list, tuple)) else Still(real)
+
+
+@contextmanager
+def attributes(module: pl.LightningModule, **values: Any) -> Iterator[None]:
+    """While it lasts, the module has these in place of its own methods."""
+    own = vars(module)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            own.pop(name, None)
+        own.update(before)
+
+
+def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Any:
+    """While it lasts, a step computes only.
+
+    Args:
+        module: whose step it is.
+        take: is given what the step gives to ``manual_backward``.
+    """
+    optimizers, schedulers = module.optimizers, module.lr_schedulers
+
+    def taken(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            raise RuntimeError(
+                f"pp: manual_backward with {', '.join([*map(str, args), *kwargs])}: the backward runs in the schedule, "
+                "which takes the loss alone"
+            )
+        take(loss)
+
+    return attributes(
+        module,
+        manual_backward=taken,
+        optimizers=lambda *args, **kwargs: still(optimizers(*args, **kwargs)),
+        lr_schedulers=lambda: None if schedulers() is None else still(schedulers()),
+        clip_gradients=_nothing,
+        toggle_optimizer=_refuse_toggling,
+        untoggle_optimizer=_refuse_toggling,
+    )
+
+
+def stepping(module: pl.LightningModule, loss: Tensor, logged: Callable[[str, Any], None]) -> Any:
+    """While it lasts, a step does all but compute.
+
+    Args:
+        module: whose step it is.
+        loss: that its ``manual_backward`` takes.
+        logged: is given what it logs after that, if it does not come of activations: rates, norms of gradients.
+    """
+    backward, is_over = type(module).manual_backward, False
+
+    def given(_: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal is_over
+        backward(module, loss)
+        is_over = True
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if is_over and not any(is_placeholder(leaf) for leaf in tree_leaves(value)):
+            logged(name, value)
+
+    return attributes(module, manual_backward=given, log=log)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _refuse_toggling(*_: Any, **__: Any) -> None:
+    with Still(None).toggle_model():
+        pass
