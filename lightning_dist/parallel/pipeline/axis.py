@@ -30,7 +30,16 @@ from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.setup import refuse_manual
 from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, KeptAttributes, detached, marked, pack, share
-from lightning_dist.parallel.pipeline.staged import Place, States, closed, opened, origin, staged
+from lightning_dist.parallel.pipeline.staged import (
+    Place,
+    States,
+    callable_parts,
+    closed,
+    opened,
+    origin,
+    refuse_outside,
+    staged,
+)
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
 from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import Trace, loss_of, trace_step
@@ -149,6 +158,9 @@ class Pipelined(Alone):
         return isinstance(self.inner, Sharded) or self.inner.tensor is not None
 
     def show(self) -> None:
+        if self._divides:
+            for child in callable_parts(self.module):
+                child.register_forward_pre_hook(refuse_outside, prepend=True)
         self._shown = [(n, p) for n, p in self.module.named_parameters() if not is_placeholder(p)]
         for name, parameter in self.module.named_parameters():
             staged(parameter, Place(name, self.stages.holders(name)[0], self.group, self._divides))
@@ -431,7 +443,8 @@ class Pipelined(Alone):
         step.kept.before_microbatch()
         self._set_attributes(step.attributes)
         try:
-            return self.inner.run(step.name, step.parts[index], *step.rest)
+            with by_hand.without_gradients(self.module) if step.is_manual else nullcontext():
+                return self.inner.run(step.name, step.parts[index], *step.rest)
         finally:
             vars(self.module).pop("_passing", None)
             step.logs.end()

@@ -119,6 +119,19 @@ def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Any
     )
 
 
+@contextmanager
+def without_gradients(module: pl.LightningModule) -> Iterator[None]:
+    """While it lasts, parameters have no gradients: those of other microbatches are not the step's to clip or read."""
+    there = [(p, p.grad) for p in module.parameters() if not is_placeholder(p) and p.grad is not None]
+    for parameter, _ in there:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in there:
+            parameter.grad = gradient
+
+
 def stepping(module: pl.LightningModule, loss: Tensor, logged: Callable[[str, Any], None]) -> Any:
     """While it lasts, a step does all but compute.
 

@@ -107,7 +107,7 @@ def cut_module(
             module.train(was_training)
     if step == "training_step":
         refuse_manual(module, skeleton, trace)
-    stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole, together)
+    stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole, together, skeleton.is_trained)
     box: list[Any] = [stages]
     dist.broadcast_object_list(box, 0, device=device)
     cut = Cut(skeleton, box[0], rank)

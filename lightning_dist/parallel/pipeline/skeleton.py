@@ -108,6 +108,18 @@ class Skeleton:
             or bool(original._buffers.keys() - copied._buffers.keys())
         )
 
+    def is_trained(self, name: str) -> bool:
+        """Whether an optimizer will have a parameter; also where that can't be found out."""
+        parameter = self.module.get_parameter(name)
+        if not parameter.requires_grad:
+            return False
+        if not self._configured:
+            try:
+                self._configured = optimizers_in(self.module.configure_optimizers())  # type: ignore[operator]
+            except Exception:  # it needs what is not there before the fit
+                return True
+        return any(p is parameter for o in self._configured for group in o.param_groups for p in group["params"])
+
     def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Those of the Trainer; before it has any, those that the copy configures."""
         trainer: Any = vars(self.module)["_trainer"]

@@ -197,6 +197,29 @@ def opened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         _closed[:] = before
 
 
+def callable_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a module with parameters that have a forward: its children, or those of lists and dictionaries."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from callable_parts(child)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def refuse_outside(module: nn.Module, args: Any) -> None:
+    """A hook before the forward of a part of which ranks hold parts.
+
+    Raises:
+        RuntimeError: no step is running, in which the stages take turns.
+    """
+    if not _closed and (line := _line_of_user(sys._getframe(1))) is not None:
+        raise RuntimeError(
+            f"pp beside tp or dp_shard: {_where(line)} calls a {type(module).__name__} outside of a step, and each "
+            "rank has parts of some of its layers only; call it in training_step, validation_step or predict_step, or "
+            "use pp alone"
+        )
+
+
 # ------------------------------------------------------------------ ways
 
 

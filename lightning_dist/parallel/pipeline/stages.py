@@ -187,6 +187,7 @@ def find_stages(
     blocks: list[str],
     keep_whole: bool,
     together: Iterable[str] = (),
+    is_trained: Callable[[str], bool] = lambda _: True,
 ) -> Stages:
     """Cuts a module into the stages of a schedule.
 
@@ -198,6 +199,8 @@ def find_stages(
         blocks: names of its repeated parts; cuts lie between them if that balances.
         keep_whole: never cut inside of a block, since it is sharded, divided, recomputed or compiled.
         together: names of modules whose parameters are held together, since they are divided together.
+        is_trained: of a parameter's name, whether an optimizer has it. Of what the step does not use, that is a part
+            which other steps may use; what is not trained is a copy (an average, a teacher).
 
     Raises:
         ValueError: there are fewer cut points than needed, or none where the user wants one.
@@ -220,7 +223,7 @@ def find_stages(
     shapes = {name: p.shape for name, p in (*module.named_parameters(), *module.named_buffers())}
     order = [name for name, _ in module.named_parameters()]
     owners = {
-        name: used.get(name) or _like_its_twin(name, used, shapes) or _near(name, used, order, num_stages)
+        name: used.get(name) or _like_its_twin(name, used, shapes, is_trained) or _near(name, used, order, num_stages)
         for name in order
     }
     for part in together:
@@ -243,7 +246,10 @@ def find_stages(
 
 
 def _like_its_twin(
-    name: str, used: dict[str, tuple[int, ...]], shapes: dict[str, torch.Size]
+    name: str,
+    used: dict[str, tuple[int, ...]],
+    shapes: dict[str, torch.Size],
+    is_trained: Callable[[str], bool] = lambda _: False,
 ) -> tuple[int, ...] | None:
     """Of what the step does not use: the stages of what has its shape and ends with the same names, as in a copy of a
     network, so that pairs of both lie on one stage. Blocks of one list are no copies of each other.
@@ -255,7 +261,7 @@ def _like_its_twin(
         ending = "." + ".".join(parts[begin:])
         for other, stages in used.items():
             if f".{other}".endswith(ending) and shapes.get(other) == shapes[name]:
-                return stages
+                return None if is_trained(name) else stages
     return None
 
 
