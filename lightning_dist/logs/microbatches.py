@@ -48,6 +48,8 @@ class RecordedLogs:
         self._active = True
         self.has_logged = False
         """Whether the microbatch that runs has logged."""
+        self.takes_unknown = False
+        """Whether what it logs may be without memory, to be replaced: of gradients that are not there yet."""
         self._kept: list[tuple[Metric, dict[str, Any], int, Any]] = []
 
     @contextmanager
@@ -71,7 +73,7 @@ class RecordedLogs:
             active: whether it begins at its stage's entry.
             sees_metrics: whether the step updates metrics before the entry.
         """
-        self._index, self._active, self.has_logged = index, active, False
+        self._index, self._active, self.has_logged, self.takes_unknown = index, active, False, False
         if sees_metrics and not active:
             self._kept = [
                 (m, m._copy_state_dict(), m._update_count, m._forward_cache) for m in metrics_in(self._module)
@@ -94,7 +96,7 @@ class RecordedLogs:
         if not self._active:
             return
         self.has_logged = True
-        if any(is_placeholder(leaf) for leaf in tree_leaves(value)):
+        if not self.takes_unknown and any(is_placeholder(leaf) for leaf in tree_leaves(value)):
             raise RuntimeError(
                 f"pp: the step logs {name!r}, which comes of parameters or activations of another stage, by a way that "
                 "is not seen (a hook's closure, a parameter that is read directly); log it in on_train_batch_end, "

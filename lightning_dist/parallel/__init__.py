@@ -92,7 +92,7 @@ def parallelize(
     assert pipeline_options is not None
     pipelined = Pipelined(module, cut, pipeline_options, mesh.root["pp"].get_group(), device)
     if layout.dp_shard > 1:
-        inner = _over_data(module, layout, mesh, blocks, policy, device, training)
+        inner = _over_data(module, layout, mesh, blocks, policy, device, training, one_backward=True)
         pipelined.run_in(inner)
     else:
         inner = Alone(module)
@@ -121,12 +121,13 @@ def _over_data(
     policy: MixedPrecisionPolicy,
     device: torch.device,
     training: bool,
+    one_backward: bool = False,
 ) -> Alone:
     if mesh is None or layout.num_data_ranks == 1:
         return Alone(module)
     if layout.holds_shards:  # DDP holds no DTensors: beside the tensor axis, copies are made by fully_shard too
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-        return Sharded(module, mesh.root[axes], blocks, policy, mesh.data.get_group())
+        return Sharded(module, mesh.root[axes], blocks, policy, mesh.data.get_group(), one_backward)
     return Replicated(module, mesh.data.get_group(), device) if training else Alone(module)
 
 

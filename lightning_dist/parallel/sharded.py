@@ -43,7 +43,7 @@ class Sharded(Alone):
     what was gathered: there each network of the module is a root of its own, gathered when it is called. Scalars,
     which can't be split, other parameters that fully_shard can't take (see :func:`unsharded_parameters`), and under
     manual optimisation those of the LightningModule itself, stay whole on every rank; their gradients are averaged
-    after each backward pass.
+    after each backward pass. Under a pipeline a step has one backward pass, and optimizers step after it.
 
     Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
     (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
@@ -58,10 +58,11 @@ class Sharded(Alone):
         blocks: dict[str, nn.Module],
         policy: MixedPrecisionPolicy,
         group: dist.ProcessGroup,
+        one_backward: bool = False,
     ) -> None:
         super().__init__(module)
         self.group = group
-        self.roots = shard_roots(module)
+        self.roots = {"": module} if one_backward else shard_roots(module)
         self.units = shard_units(module, blocks)
         units = {**self.units, **self.roots}
         whole = unsharded_parameters(module, units)

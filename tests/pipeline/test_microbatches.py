@@ -216,14 +216,15 @@ def _on_pipeline(kind: Callable[[], Plain], args: tuple[Any, ...], options: dict
     ],
 )
 def test_a_step_that_is_no_mean_over_samples_is_refused_on_all_ranks(kind: type[Plain], what: str) -> None:
-    with pytest.raises(RankError, match=f"training_step over 8 microbatches gives other numbers .*: {what}") as raised:
+    with pytest.raises(RankError, match=f"training_step over 4 microbatches gives other numbers .*: {what}") as raised:
         run_on_ranks(2, _on_pipeline, kind, (), {})
     assert str(raised.value).count("ValueError: pp: training_step over") == 2
 
 
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B"])
 @pytest.mark.parametrize("kind", [Summed, Contrasted, Flipped])
-def test_one_microbatch_is_the_whole_batch(kind: type[Plain]) -> None:
-    _expect(kind, num_microbatches=1, pipeline_schedule="GPipe")
+def test_one_microbatch_is_the_whole_batch(kind: type[Plain], schedule: str) -> None:
+    _expect(kind, num_microbatches=1, pipeline_schedule=schedule)
 
 
 def test_a_random_step_is_not_refused() -> None:
@@ -241,7 +242,7 @@ def _labels(part: Any) -> Tensor:
 
 def test_labels_that_are_ignored_need_a_weight() -> None:
     with pytest.raises(RankError, match=r"what it returns is nan / .* or with microbatch_weight="):
-        run_on_ranks(2, _on_pipeline, Plain, (12,), {})
+        run_on_ranks(2, _on_pipeline, Plain, (12,), {"num_microbatches": 8})
     _expect(Plain, 12, microbatch_weight=_labels)
 
 

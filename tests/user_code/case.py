@@ -26,8 +26,13 @@ PIPELINES = {
     "pr": "pp=2,dp_replicate=2",
     "ps": "pp=2,dp_shard=2",
     "pt": "pp=2,tp=2",
+    "pg": "pp=2",
+    "pi": "pp=2",
 }
 """Those of a pipeline, likewise."""
+
+SCHEDULES = {"pg": "GPipe", "pi": "Interleaved1F1B"}
+"""Of the pipelines that have another than the default."""
 
 SPLIT = ("s", "t", "st", "rs")
 """Those under which ranks hold parts of parameters."""

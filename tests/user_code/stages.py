@@ -260,6 +260,7 @@ class ByHand(Manual):
         self.manual_backward(loss)
         self.clip_gradients(optimizer, gradient_clip_val=0.2, gradient_clip_algorithm="norm")
         optimizer.step()
+        self.log("norm", torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm())
         schedule: Any = self.lr_schedulers()
         schedule.step()
         self.log("loss", loss)

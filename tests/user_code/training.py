@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_dist
 from lightning_dist import HybridStrategy
-from tests.user_code.case import BATCH_SIZE, LAYOUTS, PIPELINES, Case, num_data_ranks
+from tests.user_code.case import BATCH_SIZE, LAYOUTS, PIPELINES, SCHEDULES, Case, num_data_ranks
 from tests.user_code.measure import Part, part_of
 
 
@@ -112,7 +112,8 @@ def _fit(case: Case, layout: str | None, module: L.LightningModule, callbacks: l
     strategy: Any = "auto" if layout is None else layout
     layouts = {**LAYOUTS, **PIPELINES}
     if layout in layouts:
-        strategy = HybridStrategy(layouts[layout], **case.strategy)
+        schedule = {"pipeline_schedule": SCHEDULES[layout]} if layout in SCHEDULES else {}
+        strategy = HybridStrategy(layouts[layout], **schedule, **case.strategy)
     # Lightning's ddp would shuffle an unshuffled loader: bring its sampler
     ranks = world if layout == "ddp" else 1 if layout is None else num_data_ranks(layout)
     train_loader = case.train(BATCH_SIZE // ranks)

@@ -257,7 +257,9 @@ class Pipelined(Alone):
     def _computing(self) -> AbstractContextManager[None]:
         step = self._step
         step.is_manual = step.name == "training_step" and not self.module.automatic_optimization
-        return by_hand.computing(self.module, step.take) if step.is_manual else nullcontext()
+        if not step.is_manual:
+            return nullcontext()
+        return by_hand.computing(self.module, step.take)
 
     @contextmanager
     def _failing(self, stage: int) -> Iterator[None]:
@@ -320,7 +322,7 @@ class Pipelined(Alone):
             tried = check.Tried()
             with self._failing(self.stages.num_stages):
                 if self._has_last:
-                    tried.output = self._step.joined(), self._step.manual_loss
+                    tried.output, tried.loss = self._step.joined(), self._step.manual_loss
                     tried.kept = self._step.kept.joined(sizes, self._step.weights)
                     tried.counted = self._counted()
                 tried.logged = self._step.logs.values()
@@ -443,7 +445,7 @@ class Pipelined(Alone):
         step.kept.before_microbatch()
         self._set_attributes(step.attributes)
         try:
-            with by_hand.without_gradients(self.module) if step.is_manual else nullcontext():
+            with step.hide_gradients(self.module):
                 return self.inner.run(step.name, step.parts[index], *step.rest)
         finally:
             vars(self.module).pop("_passing", None)
@@ -695,6 +697,7 @@ class _Step:
         self.seed = 0
         self.failure: Failure | None = None
         self.is_manual = False
+        self._hidden: by_hand.HiddenGradients | None = None
         self.losses: dict[int, Tensor] = {}
         """What microbatches gave to ``manual_backward``."""
         self.index = 0
@@ -709,6 +712,14 @@ class _Step:
         if self.index in self.losses:
             raise RuntimeError(by_hand.SEVERAL.format(number="several"))
         self.losses[self.index] = loss
+        self.logs.takes_unknown = True
+        assert self._hidden is not None
+        self._hidden.show()
+
+    def hide_gradients(self, module: pl.LightningModule) -> AbstractContextManager[Any]:
+        """Around a microbatch of a manual step."""
+        self._hidden = by_hand.HiddenGradients(module) if self.is_manual else None
+        return self._hidden or nullcontext()
 
     @property
     def manual_loss(self) -> Tensor | None:

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_dist.placeholder import is_placeholder
+from lightning_dist.placeholder import is_placeholder, placeholder
 
 SEVERAL = (
     "pp runs the backward of a step in its schedule, and this training_step calls manual_backward {number} times; one "
@@ -114,21 +114,42 @@ def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Any
         optimizers=lambda *args, **kwargs: still(optimizers(*args, **kwargs)),
         lr_schedulers=lambda: None if schedulers() is None else still(schedulers()),
         clip_gradients=_nothing,
-        toggle_optimizer=_refuse_toggling,
-        untoggle_optimizer=_refuse_toggling,
+        toggle_optimizer=refuse_toggling,
+        untoggle_optimizer=refuse_toggling,
     )
 
 
-@contextmanager
-def without_gradients(module: pl.LightningModule) -> Iterator[None]:
-    """While it lasts, parameters have no gradients: those of other microbatches are not the step's to clip or read."""
-    there = [(p, p.grad) for p in module.parameters() if not is_placeholder(p) and p.grad is not None]
-    for parameter, _ in there:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in there:
+class HiddenGradients:
+    """While a microbatch runs, parameters have no gradients: those of others are not the step's to clip or read.
+
+    After its ``manual_backward`` there are gradients without memory.
+
+    Args:
+        module: whose parameters they are.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._module = module
+        self._there: dict[int, tuple[Any, Any]] = {}
+
+    def __enter__(self) -> HiddenGradients:
+        self._hide()
+        return self
+
+    def _hide(self) -> None:
+        for parameter in self._module.parameters():  # what is gathered meanwhile is another
+            if id(parameter) not in self._there:
+                self._there[id(parameter)] = parameter, parameter.grad
+                parameter.grad = None
+
+    def show(self) -> None:
+        """The step called ``manual_backward``."""
+        self._hide()
+        for parameter in self._module.parameters():
+            parameter.grad = placeholder(parameter) if parameter.requires_grad else None
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, gradient in self._there.values():
             parameter.grad = gradient
 
 
@@ -158,6 +179,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def _refuse_toggling(*_: Any, **__: Any) -> None:
+def refuse_toggling(*_: Any, **__: Any) -> None:
+    """In place of a module's ``toggle_optimizer``; see :meth:`Still.toggle_model`."""
     with Still(None).toggle_model():
         pass

@@ -38,6 +38,7 @@ class Tried:
 
     Args:
         output: that it returned; None on ranks that have not the last stage.
+        loss: that it gave to ``manual_backward``.
         logged: by name.
         kept: in attributes of the LightningModule, by their place.
         counted: numbers in attributes of its parts, by the part's name and the attribute's.
@@ -45,6 +46,7 @@ class Tried:
     """
 
     output: Any = None
+    loss: Tensor | None = None
     logged: dict[str, Any] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
     counted: dict[tuple[str, str], Any] = field(default_factory=dict)
@@ -61,6 +63,7 @@ def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
         num_parts: how many those are.
     """
     found = _difference("what it returns", whole.output, parts.output)
+    found = found or _difference("the loss", whole.loss, parts.loss)
     for name, value in whole.logged.items():
         found = found or _difference(f"the logged {name!r}", value, parts.logged.get(name))
     for (name, key), value in whole.kept.items():
@@ -155,9 +158,9 @@ def _is_close(parts: Tensor, whole: Tensor) -> bool:
 
 def _shown(value: Tensor, other: Tensor) -> str:
     if value.numel() == 1:
-        return f"{float(value):.6g}"
+        return f"{float(value):.8g}"
     place = int((value.double() - other.double()).abs().nan_to_num(torch.inf).argmax())
-    return f"{float(value.flatten()[place]):.6g} in place {place}"
+    return f"{float(value.flatten()[place]):.8g} in place {place}"
 
 
 # ------------------------------------------------------------------ while it runs

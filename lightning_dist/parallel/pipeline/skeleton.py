@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dist.parallel.pipeline.asked import AskedInt, AskedTrainer, Note
-from lightning_dist.parallel.pipeline.by_hand import Still, still
+from lightning_dist.parallel.pipeline.by_hand import Still, refuse_toggling, still
 from lightning_dist.placeholder import is_placeholder, placeholder
 
 
@@ -60,6 +60,8 @@ class Skeleton:
             note: is told of what the step asks of integers and the Trainer; see ``asked.py``.
         """
         self.logged, self.backwards = {}, 0
+        for parameter in self.module.parameters():
+            parameter.grad = None
         self._take_new(module)
         trainer = getattr(module, "_trainer", None)
         vars(self.module)["_trainer"] = None if trainer is None else AskedTrainer(trainer, note)
@@ -100,6 +102,10 @@ class Skeleton:
         for name, standin in self.module.named_parameters():
             self.names.setdefault(id(standin), name)
 
+    def copy_of(self, module: nn.Module) -> nn.Module:
+        """Of one of the user's modules, that of the skeleton; any other as it is."""
+        return self._modules.get(id(module), module)
+
     def _is_new(self, original: nn.Module, copied: nn.Module) -> bool:
         children = [(copied._modules.get(name), child) for name, child in original._modules.items()]
         return (
@@ -135,6 +141,8 @@ class Skeleton:
 
     def _backward(self, *_: Any, **__: Any) -> None:
         self.backwards += 1
+        for parameter in self.module.parameters():
+            parameter.grad = placeholder(parameter) if parameter.requires_grad else None
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value
@@ -156,6 +164,7 @@ class Skeleton:
         if isinstance(module, pl.LightningModule):
             vars(new).update(log=self._log, print=_nothing, optimizers=self._optimizers, lr_schedulers=self._schedulers)
             vars(new).update(manual_backward=self._backward, clip_gradients=_nothing)
+            vars(new).update(toggle_optimizer=refuse_toggling, untoggle_optimizer=refuse_toggling)
         return new
 
     def _standin(self, parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -21,7 +21,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
 from lightning_dist.divided.readers import meet
-from lightning_dist.divided.tensor import Divided, write_part
+from lightning_dist.divided.tensor import Divided, as_divided, write_part
 from lightning_dist.divided.whole import whole as gathered
 from lightning_dist.placeholder import is_placeholder, placeholder, placeholder_parameter
 
@@ -134,7 +134,7 @@ def staged(tensor: Any, place: Place) -> Any:
 
 
 class States(defaultdict[Any, Any]):
-    """An optimizer's, by parameter: those of other stages' parameters are on other ranks."""
+    """An optimizer's, by parameter; of a parameter of another stage, that of its rank."""
 
     @classmethod
     def show(cls, optimizer: torch.optim.Optimizer) -> None:
@@ -142,13 +142,32 @@ class States(defaultdict[Any, Any]):
         if type(optimizer.state) is defaultdict:
             optimizer.state = cls(dict, optimizer.state)
 
-    def __missing__(self, parameter: Any) -> Any:
-        if isinstance(parameter, Elsewhere) and not _closed and (line := _line_of_user(sys._getframe(1))) is not None:
-            raise RuntimeError(
-                f"pp: {_where(line)}: the optimizer's state of {_place(parameter).name} is on the rank of another "
-                "stage; read it on that one (where it is in optimizer.state), or use another axis"
-            )
-        return super().__missing__(parameter)
+    def __getitem__(self, parameter: Any) -> Any:
+        """The user's code gets what can be read, and tensors that can be written to."""
+        if isinstance(parameter, _Staged) and not _closed and (line := _line_of_user(sys._getframe(1))) is not None:
+            return _state_of(self.get(parameter, {}), parameter, line)
+        return super().__getitem__(parameter)
+
+
+def _state_of(own: dict[str, Any], parameter: Any, line: FrameType) -> Any:
+    """Communication over the pipeline: one broadcast of the names, shapes and numbers."""
+    place = _place(parameter)
+    if place.group is None or not dist.is_initialized():
+        return MappingProxyType(own)
+    meet(line, dist.get_process_group_ranks(place.group))
+    described: Any = {k: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else (v,) for k, v in own.items()}
+    box = [described]
+    dist.broadcast_object_list(box, group=place.group, group_src=place.source)
+    there: dict[str, Any] = {}
+    for key, what in box[0].items():
+        if key in own:
+            there[key] = staged(as_divided(own[key].detach()), place) if isinstance(own[key], Tensor) else own[key]
+        elif len(what) == 2:
+            like = torch.empty(what[0], dtype=what[1], device="meta")
+            there[key] = staged(placeholder(like, parameter.device), place)
+        else:
+            (there[key],) = what
+    return MappingProxyType(there)
 
 
 def origin(tensor: Any) -> str | None:
@@ -225,7 +244,13 @@ def refuse_outside(module: nn.Module, args: Any) -> None:
 
 def _here(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs it on what this rank has: without memory, whole, or a part."""
-    if any(isinstance(leaf, Divided) for leaf in tree_leaves((args, kwargs))):
+    leaves = tree_leaves((args, kwargs))
+    if any(map(is_placeholder, leaves)) and any(isinstance(leaf, (Here, HereParameter)) for leaf in leaves):
+        # tensors without memory take torch's own classes only beside them
+        args, kwargs = tree_map(
+            lambda leaf: leaf.as_subclass(Tensor) if isinstance(leaf, (Here, HereParameter)) else leaf, (args, kwargs)
+        )
+    if any(isinstance(leaf, Divided) for leaf in leaves):
         return Divided.__torch_function__(func, (), args, kwargs)
     return func(*args, **kwargs)
 

@@ -62,9 +62,9 @@ class PipelineOptions:
         return weights
 
     def refuse(self, num_ranks: int) -> None:
-        """Raises a ValueError where the schedule can't run on so many ranks."""
+        """Raises a ValueError where the schedule can't run on so many ranks. One microbatch needs no schedule."""
         schedule = schedule_named(self.schedule)
-        if self.num_microbatches is not None and not schedule.takes(self.num_microbatches, num_ranks):
+        if self.num_microbatches not in (None, 1) and not schedule.takes(self.num_microbatches, num_ranks):
             fits = [m for m in range(1, 8 * num_ranks + 1) if schedule.takes(m, num_ranks)]
             near = sorted(fits, key=lambda m: abs(m - (self.num_microbatches or 0)))[:3]
             raise ValueError(
@@ -310,7 +310,14 @@ def points_in(trace: Trace, stages: Stages) -> list[CutPoint]:
         by_owner = _between_owners(there, trace, stages)
         if by_owner is not None and not _misplaced(by_owner, trace, stages):
             return by_owner
-    points = named_cuts(there, list(stages.cuts), trace) if by_name is None else by_name
+    if by_name is None:
+        called = {label(call) for call in trace.calls}
+        raise ValueError(
+            f"pp: this step does not run {', '.join(cut for cut in stages.cuts if cut not in called)}, after which the "
+            "network is cut, and can't be cut elsewhere so that each stage has what it uses; name pipeline_cuts that "
+            "all steps have, or use another axis"
+        )
+    points = by_name
     if why := _misplaced(points, trace, stages):
         raise ValueError(why)
     return points

@@ -233,7 +233,8 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def seeing_attributes(self) -> Iterator[None]:
-        """While it lasts, numbers are noted that are put into attributes of modules, while a module is called.
+        """While it lasts, numbers are noted that are put into attributes of modules, while a module is called; and what
+        is put into attributes of the user's modules goes to the skeleton's.
 
         ``nn.Module.__setattr__`` sees them all; Python has no other place that does.
         """
@@ -241,6 +242,7 @@ class _Recorder(TorchDispatchMode):
         names = {**self._names, id(self._skeleton.module): ""}
 
         def seen(module: nn.Module, key: str, value: Any) -> None:
+            module = self._skeleton.copy_of(module)  # a hook may hold the user's own
             plain(module, key, value)
             kind = number_kind(value)
             if kind is not None and self._stack[-1] >= 0 and id(module) in names:
