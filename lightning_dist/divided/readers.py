@@ -10,6 +10,7 @@ What ``rank_zero_only`` runs is refused at once.
 from __future__ import annotations
 
 import sys
+import time
 from datetime import timedelta
 from functools import cache
 from types import CodeType, FrameType
@@ -18,6 +19,8 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
+
+from lightning_dist.elastic.guard import what_ended_another
 
 PATIENCE = timedelta(seconds=30)
 """For how long a rank waits for the others to come to a line for the first time."""
@@ -93,13 +96,21 @@ def _meet_at(line: FrameType, ranks: list[int]) -> None:
     key = f"lightning_dist/divided/{place}"
     if store.add(key, 1) == len(ranks):
         store.set(f"{key}/all", b"1")
-    try:
-        store.wait([f"{key}/all"], PATIENCE)
-    except RuntimeError as error:
-        raise RuntimeError(
-            _alone(f"{line.f_code.co_qualname}, line {line.f_lineno}, run by only some ranks,")
-        ) from error
+    until = time.monotonic() + PATIENCE.total_seconds()
+    while not _is_set(store, f"{key}/all"):
+        if said := what_ended_another():
+            raise RuntimeError(f"another rank ended before: {said}")
+        if time.monotonic() > until:
+            raise RuntimeError(_alone(f"{line.f_code.co_qualname}, line {line.f_lineno}, run by only some ranks,"))
     met.add(place)
+
+
+def _is_set(store: Any, key: str) -> bool:
+    try:
+        store.wait([key], min(PATIENCE, timedelta(seconds=1)))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _line_of_user(frame: FrameType | None) -> FrameType | None:

@@ -71,6 +71,15 @@ def tell_why_it_ended(exception: BaseException) -> None:
             say_why(store, f"{type(exception).__name__}: {exception}")
 
 
+def what_ended_another() -> str:
+    """What another rank said that ended it; empty if none did. Communication: one question to the store."""
+    with contextlib.suppress(RuntimeError):
+        store: Any = dist.distributed_c10d._get_default_store()
+        if store.check([_key()]):
+            return store.get(_key()).decode()
+    return ""
+
+
 def _key() -> str:
     return f"lightning_dist/ended/{_Runs.number}"
 

@@ -54,6 +54,18 @@ class GradientNorms(Classifier):
         self.log_dict(grad_norm(self, norm_type=2))
 
 
+class GradientsAfterStep(Classifier):
+    """Looks at gradients when the optimizer has stepped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        norms = [p.grad.norm() for p in self.parameters() if p.grad is not None]
+        self.seen.append(float(torch.stack(norms).norm()))
+
+
 class BeforeZeroGrad(Classifier):
     """on_before_zero_grad: a weight's largest number, and whether a gradient is there."""
 
@@ -245,6 +257,7 @@ CASES = [
     Case("gradient_noise", NoisyGradients),
     Case("gradients_centred", CentredGradients),
     Case("gradient_norms_logged", GradientNorms),
+    Case("gradients_after_step", GradientsAfterStep),
     Case("before_zero_grad", BeforeZeroGrad),
     Case("optimizer_step_skips", SkippedSteps),
     Case("weight_norms_logged", WeightNorms, val=evaluated),

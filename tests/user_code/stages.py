@@ -311,12 +311,13 @@ class MadeInFitStart(Classifier):
 
 
 class LogsToLogger(Classifier):
-    """Asks its logger in the step."""
+    """Logs by its logger itself, every other batch."""
 
-    def loss(self, batch: Any) -> Tensor:
-        if self.logger is not None and self.trainer.is_global_zero is None:
-            self.logger.log_metrics({"never": 1.0})
-        return super().loss(batch)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx % 2 and self.logger is not None:
+            self.logger.log_metrics({"own": float(self.global_step)})
+        return loss
 
 
 TWO_EPOCHS = {"max_epochs": 2}

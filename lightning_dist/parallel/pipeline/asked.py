@@ -119,20 +119,22 @@ class AskedTrainer:
     Args:
         trainer: whose they are; its loggers take nothing.
         note: is told of each.
+        in_step: whether a step asks, which may not log by itself.
     """
 
-    def __init__(self, trainer: Any, note: Note) -> None:
-        self.__dict__.update(_trainer=trainer, _note=note)
+    def __init__(self, trainer: Any, note: Note, in_step: bool) -> None:
+        self.__dict__.update(_trainer=trainer, _note=note, _in_step=in_step)
 
     @property
     def logger(self) -> Any:
-        """One that drops all, where the Trainer has one."""
-        return None if getattr(self._trainer, "logger", None) is None else DummyLogger()
+        """None where the Trainer has none."""
+        logger = getattr(self._trainer, "logger", None)
+        return logger if logger is None else _Logger(logger, self._in_step)
 
     @property
     def loggers(self) -> list[Any]:
-        """Of the same kind."""
-        return [DummyLogger() for _ in getattr(self._trainer, "loggers", [])]
+        """All of them."""
+        return [_Logger(logger, self._in_step) for logger in getattr(self._trainer, "loggers", [])]
 
     @property
     def __class__(self) -> Any:
@@ -149,6 +151,25 @@ class AskedTrainer:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._trainer, name, value)
+
+
+class _Logger(DummyLogger):
+    """Stands for a logger: where it writes can be asked."""
+
+    def __init__(self, logger: Any, in_step: bool) -> None:
+        super().__init__()
+        self._logger, self._in_step = logger, in_step
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("name", "version", "save_dir", "root_dir", "log_dir"):
+            return getattr(object.__getattribute__(self, "_logger"), name)
+        if not name.startswith("_") and object.__getattribute__(self, "_in_step"):
+            raise RuntimeError(
+                f"pp: a step calls {name} of its logger: each of its microbatches would, on the first rank only, which "
+                "may not have the stage; use self.log, or the logger in on_train_batch_end, where what the step "
+                "returned is on every rank"
+            )
+        return object.__getattribute__(self, name)
 
 
 def attributes(module: Any) -> tuple[Any, ...]:

@@ -113,6 +113,8 @@ class Pipelined(Alone):
         """Of the steps that torch's schedules run."""
         self._gradients = StageGradients(module, stages, group, device)
         self._routes: dict[Any, list[Route]] = {}
+        self._hidden: list[tuple[Any, Any]] = []
+        """Gradients of other stages, while an optimizer steps."""
         self._by_hand: tuple[Tensor, RecordedLogs] | None = None
         """The loss, and the logs, of a manual step that has been computed, and not stepped yet."""
         self._rest: tuple[Any, ...] = ()
@@ -165,17 +167,22 @@ class Pipelined(Alone):
         for name, parameter in self.module.named_parameters():
             staged(parameter, Place(name, self.stages.holders(name)[0], self.group, self._divides))
 
-    def stepping(self, optimizer: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def stepping(self, optimizer: Any) -> Iterator[None]:
         States.show(optimizer)
-        return closed(self.module.parameters())
+        with closed(self.module.parameters()):
+            yield
+        for parameter, gradient in self._hidden:  # hooks after the step find them as in one process
+            parameter.grad = gradient
+        self._hidden = []
 
     def hooked(self) -> AbstractContextManager[None]:
         return opened(self.module.parameters())
 
     def hide_gradients(self) -> None:
-        for parameter in self.module.parameters():
-            if is_placeholder(parameter):
-                parameter.grad = None
+        self._hidden = [(p, p.grad) for p in self.module.parameters() if is_placeholder(p) and p.grad is not None]
+        for parameter, _ in self._hidden:
+            parameter.grad = None
 
     def _show_gradients(self) -> None:
         """Where hooks look at gradients, those of other stages are there, without memory: to be sent, or to be refused.
@@ -224,6 +231,14 @@ class Pipelined(Alone):
         written = sorted((seen | traced) - self._written_alike)
         if written:
             raise RuntimeError(_write(self._step.name, written[0]))
+
+    def _runs_alone(self, name: str) -> bool:
+        """Whether a parameter's stage runs the backward of a microbatch before the next one's forward: else a write to
+        it would change what the backward needs.
+        """
+        last = self.stages.num_stages - 1
+        alone = self.stages.schedule.name == "1F1B" and self.stages.owners[name] == (last,)
+        return alone and not self._divides
 
     def _versions(self) -> list[tuple[str, int]]:
         """Of this rank's parameters, by name: how often they were written to."""
@@ -291,7 +306,7 @@ class Pipelined(Alone):
             routes = self._routes_of(step, parts, args[1:])
             if norm := check.batch_norm(self.module, {name for route in routes for name in route.called}):
                 failure = Failure(ValueError(norm), 0)
-            elif self._divides and (written := sorted({name for route in routes for name in route.written})):
+            elif written := sorted(name for route in routes for name in route.written if not self._runs_alone(name)):
                 failure = Failure(RuntimeError(_write(step, written[0])), 0)
         if len(parts) > 1 and failure is None:
             with kept_random_states(self._device):
@@ -759,17 +774,24 @@ def _stage_step(module: pl.LightningModule, name: str) -> Any:
 _KEPT_ROUTES = 8
 """Of each kind of step and shape of microbatch, ways to go."""
 
-_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+_GRADIENT_HOOKS = (
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "configure_gradient_clipping",
+    "optimizer_step",
+)
 
 
 def _gradients_are_seen(module: pl.LightningModule) -> bool:
-    """Whether code of the user's runs between the backward and the optimizer's step."""
+    """Whether code of the user's runs between a backward and the next one's zeros."""
     if not module.automatic_optimization:
         return True
     callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
     own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
     return any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS) or any(
-        is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own
+        is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:4] for callback in own
     )
 
 

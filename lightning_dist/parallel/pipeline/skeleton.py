@@ -52,19 +52,20 @@ class Skeleton:
             self.names[id(standin)] = names[original]
         self._rebind()
 
-    def follow(self, module: pl.LightningModule, note: Note = lambda *_: None) -> None:
+    def follow(self, module: pl.LightningModule, note: Note = lambda *_: None, in_step: bool = False) -> None:
         """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set.
 
         Args:
             module: that it is a copy of.
             note: is told of what the step asks of integers and the Trainer; see ``asked.py``.
+            in_step: whether a step is what comes, and not a hook.
         """
         self.logged, self.backwards = {}, 0
         for parameter in self.module.parameters():
             parameter.grad = None
         self._take_new(module)
         trainer = getattr(module, "_trainer", None)
-        vars(self.module)["_trainer"] = None if trainer is None else AskedTrainer(trainer, note)
+        vars(self.module)["_trainer"] = None if trainer is None else AskedTrainer(trainer, note, in_step)
         training = {name: child.training for name, child in module.named_modules()}
         for name, child in self.module.named_modules():
             child.training = training.get(name, child.training)

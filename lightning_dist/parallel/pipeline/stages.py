@@ -207,8 +207,9 @@ def find_stages(
     """
     schedule = schedule_named(options.schedule)
     num_stages = schedule.num_stages(num_ranks)
-    between = cut_points(trace, blocks)
-    anywhere = between if keep_whole or not blocks else cut_points(trace)
+    hooked = [name for name, child in module.named_modules() if child._backward_hooks or child._backward_pre_hooks]
+    between = cut_points(trace, [*blocks, *hooked])
+    anywhere = between if keep_whole or not blocks else cut_points(trace, hooked)
     if options.cuts is not None:
         chosen = sorted(named_cuts(anywhere, options.cuts, trace), key=lambda point: point.after)
     else:

@@ -143,7 +143,7 @@ def trace_step(
         What ran.
     """
     recorder = _Recorder(skeleton)
-    skeleton.follow(module, recorder.note)
+    skeleton.follow(module, recorder.note, in_step=True)
     errors = logging.getLogger("torch._subclasses.fake_tensor")  # of what is tried again for real
     was_disabled, errors.disabled = errors.disabled, True
     try:
@@ -299,6 +299,10 @@ class _Recorder(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         output = func(*args, **kwargs)
         made = tensors(output)
+        if self._skeleton.backwards or (not made and not func._schema.is_mutable):
+            # what a manual step does after its backward belongs to no stage; what is asked of a tensor (its device,
+            # its size) uses nothing of it
+            return output
         self._note(inputs, made, _cost(func, args, kwargs, output, inputs, made))
         self._note_changes(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
