@@ -99,18 +99,19 @@ class HybridStrategy(TuningHooks):
         pipeline_schedule: under ``pp``: ``"GPipe"``, ``"1F1B"``, ``"Interleaved1F1B"``, ``"LoopedBFS"``,
             ``"InterleavedZeroBubble"``, ``"ZBVZeroBubble"`` or ``"DualPipeV"``, of torch.distributed.pipelining. The
             first two have one stage a rank, the others two.
-        num_microbatches: into how many a batch is split under ``pp``. Default: four per rank of the axis, or as many
-            as the batch has samples.
+        num_microbatches: into how many a batch is split under ``pp``. Default: four per rank of the axis, or fewer, so
+            that each has two samples at least where the batch has two for each rank.
         pipeline_cuts: the modules after which the network is cut under ``pp``, by name. Default: those that balance
             the cost of the stages.
         pipeline_reshard: under ``pp`` with ``dp_shard``, free sharded parameters after each microbatch and gather them
             again, which saves memory. Default: they are gathered once a step.
-        pipeline_check: under ``pp``, the first time that a kind of step runs, compare what it returns and logs over
-            microbatches with what it does over the whole batch at once, for which it runs twice more without gradients;
-            another result is an error. Off, it trains on the weighted mean of the microbatches, whatever that is.
-        pipeline_outputs: under ``pp``, send what a step returns beside its loss, and what it appends to lists of the
-            module, from the last stage to every rank of the axis. Off, that stays there, where it is too large to send;
-            predictions are sent all the same.
+        pipeline_check: under ``pp``, the first time that a kind of step runs, compare what it returns, logs and keeps
+            over microbatches with what it does over the whole batch at once, for which it runs twice more without
+            gradients; another result is an error. Off, it trains on the weighted mean of the microbatches, whatever
+            that is.
+        pipeline_outputs: under ``pp``, send what a step returns beside its loss, appends to lists of the module and
+            keeps in its attributes, from the last stage to every rank of the axis. Off, that stays there, where it is
+            too large to send; predictions are sent all the same.
         batch_split: where a batch has its samples, under ``pp``: a tree like the batch, or like the upper part of it,
             of the dim for tensors, ``"each"`` for a list of one item a sample, None for what every microbatch gets as
             it is; or a function of a batch and a number of parts that returns the parts. Default: the first dim of all

@@ -48,7 +48,9 @@ class _SeesParts:
 
 @contextmanager
 def _of_torchs_class(module: nn.Module) -> Iterator[None]:
-    divided = [(t, type(t)) for t in (*module.parameters(), *module.buffers()) if isinstance(t, Divided)]
+    divided: list[tuple[Tensor, Any]] = [
+        (t, type(t)) for t in (*module.parameters(), *module.buffers()) if isinstance(t, Divided)
+    ]
     for tensor, _ in divided:
         tensor.__class__ = DTensor
     try:

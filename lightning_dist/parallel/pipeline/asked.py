@@ -136,7 +136,7 @@ class AskedTrainer:
         """All of them."""
         return [_Logger(logger, self._in_step) for logger in getattr(self._trainer, "loggers", [])]
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._trainer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,14 +18,14 @@ from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
-from lightning_dist.parallel.pipeline import batches, by_hand, check
+from lightning_dist.parallel.pipeline import by_hand, check
 from lightning_dist.parallel.pipeline.asked import AskedInt, Note, attributes
 from lightning_dist.parallel.pipeline.cuts import CutPoint
 from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.numbers import with_numbers
-from lightning_dist.parallel.pipeline.passage import Ghost, Passage
+from lightning_dist.parallel.pipeline.passage import Passage
 from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.setup import refuse_manual
@@ -41,38 +41,14 @@ from lightning_dist.parallel.pipeline.staged import (
     staged,
 )
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
+from lightning_dist.parallel.pipeline.steps import Route, Step
 from lightning_dist.parallel.pipeline.timeline import Timeline
-from lightning_dist.parallel.pipeline.trace import Trace, loss_of, trace_step
+from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
 from lightning_dist.parallel.rehearsal import undone
 from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder, placeholder
 from lightning_dist.randomness import kept_random_states
-
-
-class Route:
-    """A step on microbatches of one shape: where it is cut, and how each stage runs it."""
-
-    def __init__(self, points: list[CutPoint], passages: list[Passage], trace: Trace) -> None:
-        self.points, self.passages = points, passages
-        self.written = trace.written
-        self.attributes = set(trace.attributes)
-        self.asked = trace.asked
-        self.called = {call.name for call in trace.calls}
-        self._trace = trace
-
-    @cached_property
-    def ghost(self) -> Ghost:
-        """The step without its modules; for a manual one."""
-        return Ghost(self._trace)
-
-    @property
-    def holds(self) -> bool:
-        """Whether the step would go the same way now; see [Note: a path that changes]."""
-        try:
-            return all(question() == answer for question, answer in self.asked)
-        except (AttributeError, LookupError):  # what was asked of is gone
-            return False
 
 
 class Pipelined(Alone):
@@ -129,7 +105,7 @@ class Pipelined(Alone):
         """Parameters that a step writes to, as often as it has microbatches, with the result of once."""
         self._checked: set[Any] = set()
         """Kinds of steps that were seen to give the same over microbatches as over the whole batch."""
-        self._step = _Step()
+        self._step = Step()
         self._applied = 1.0
         """What the losses of the last schedule were multiplied with."""
         self._users_steps = {name: _stage_step(self.module, name) for name in STEPS}
@@ -266,7 +242,7 @@ class Pipelined(Alone):
             pairs = zip(self._versions(), versions, strict=True)
             self._refuse_writes({name for (name, now), (_, then) in pairs if now != then})
         result = self._on_all_ranks(training)
-        self._step = _Step()
+        self._step = Step()
         return result
 
     def _computing(self) -> AbstractContextManager[None]:
@@ -289,7 +265,7 @@ class Pipelined(Alone):
         wires = [Wire.of([route.points[cut] for route in routes]) for cut in range(self.stages.num_stages - 1)]
         weights = self._options.weights(parts, sizes)
         logs = RecordedLogs(self.module, weights, self._is_constant)
-        self._step = _Step(step, parts, args[1:], sizes, weights, routes, wires, logs, args[0])
+        self._step = Step(step, parts, args[1:], sizes, weights, routes, wires, logs, args[0])
         self._step.appended, self._step.kept = AppendedLists(self.module), KeptAttributes(self.module)
         written = {place for route in routes for place in route.attributes}
         self._step.attributes = {
@@ -610,7 +586,7 @@ class Pipelined(Alone):
         dist.all_reduce(header, group=self.group)
         if header[2]:
             failure = step.failure
-            self._step = _Step()
+            self._step = Step()
             raise_together(failure, self.group, self._device)
         if size := int(header[1]):
             rest, *items = share(payload, size, self.group, self.stages.last_rank, self._device)
@@ -643,7 +619,7 @@ class Pipelined(Alone):
         return loss
 
     def forget_step(self) -> None:
-        self._step = _Step()
+        self._step = Step()
         self._schedules.clear()
         self.inner.forget_step()
 
@@ -684,68 +660,6 @@ class Pipelined(Alone):
                 flat = torch.cat([b.detach().reshape(-1) for b in same])
                 dist.broadcast(flat, group=self.group, group_src=rank)
                 unflatten(flat, same)
-
-
-class _Step:
-    """A batch on its way through the pipeline."""
-
-    def __init__(
-        self,
-        name: str = "",
-        parts: list[Any] | None = None,
-        rest: tuple[Any, ...] = (),
-        sizes: list[int] | None = None,
-        weights: list[float] | None = None,
-        routes: list[Route] | None = None,
-        wires: list[Wire] | None = None,
-        logs: Any = None,
-        batch: Any = None,
-    ) -> None:
-        self.name, self.parts, self.rest, self.logs = name, parts or [], rest, logs
-        self.batch = batch
-        self.sizes, self.weights, self.routes, self.wires = sizes or [], weights or [], routes or [], wires or []
-        self.outputs: list[Any] = [None] * len(self.parts)
-        self.appended: Any = None
-        self.kept: Any = None
-        self.attributes: dict[tuple[str, str], Any] = {}
-        """Numbers that modules keep, before the step."""
-        self.seed = 0
-        self.failure: Failure | None = None
-        self.is_manual = False
-        self._hidden: by_hand.HiddenGradients | None = None
-        self.losses: dict[int, Tensor] = {}
-        """What microbatches gave to ``manual_backward``."""
-        self.index = 0
-        """Of the microbatch that runs."""
-        self.alike = False
-        """Whether all microbatches begin with the same random numbers."""
-        self.trained: dict[int, list[nn.Parameter]] = {}
-        """Parameters of each stage of this rank, once a schedule asked."""
-
-    def take(self, loss: Tensor) -> None:
-        """The microbatch that runs called ``manual_backward``."""
-        if self.index in self.losses:
-            raise RuntimeError(by_hand.SEVERAL.format(number="several"))
-        self.losses[self.index] = loss
-        self.logs.takes_unknown = True
-        assert self._hidden is not None
-        self._hidden.show()
-
-    def hide_gradients(self, module: pl.LightningModule) -> AbstractContextManager[Any]:
-        """Around a microbatch of a manual step."""
-        self._hidden = by_hand.HiddenGradients(module) if self.is_manual else None
-        return self._hidden or nullcontext()
-
-    @property
-    def manual_loss(self) -> Tensor | None:
-        """Of the batch, where the step gave one to ``manual_backward``."""
-        if not self.losses:
-            return None
-        return batches.weighted_mean([self.losses[index].detach() for index in sorted(self.losses)], self.weights)
-
-    def joined(self) -> Any:
-        """What the microbatches' steps returned, as one."""
-        return batches.joined(self.outputs, self.sizes, self.weights)
 
 
 def _write(step: str, name: str) -> str:

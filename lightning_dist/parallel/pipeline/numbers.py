@@ -72,7 +72,7 @@ def encoded(slots: Sequence[Slot], values: dict[Slot, Any], device: torch.device
                 f"pp: {slot.name!r}, {what}: a {type(value).__name__} where the first batch of this shape had a "
                 f"{slot.kind.__name__}, which later stages expect; name pipeline_cuts before that module"
             )
-        bits.append(struct.unpack("<q", struct.pack("<d", value))[0] if slot.kind is float else int(value))
+        bits.append(struct.unpack("<q", struct.pack("<d", value))[0] if slot.kind is float else int(value or 0))
     return torch.tensor(bits, dtype=torch.int64).to(device)
 
 

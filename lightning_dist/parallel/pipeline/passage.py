@@ -241,7 +241,7 @@ class _Run:
     def sent(self) -> list[Tensor]:
         """The tensors of the exit's cut, as they are now."""
         assert self._passage.leave is not None
-        found = []
+        found: list[Tensor] = []
         leave = self._passage.leave
         for crossing in leave.crossing:
             if crossing.call < 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -156,7 +157,7 @@ class KeptAttributes:
         """Puts what the last stage kept in place, on every rank; activations of other stages as what is elsewhere."""
         self.before_microbatch()
         for (name, key), value in found.items():
-            value = mapped(value, lambda leaf, name=name: leaf.there(name) if isinstance(leaf, _Elsewhere) else leaf)
+            value = mapped(value, partial(_there, name))
             if key is None:
                 self._own[name] = value
             else:
@@ -176,6 +177,10 @@ class _Elsewhere:
     def there(self, name: str) -> Tensor:
         tensor = placeholder(torch.empty(self.shape, dtype=self.dtype, device="meta"), torch.device("cpu"))
         return staged(tensor, StagedPlace(name, -1, None, False))
+
+
+def _there(name: str, leaf: Any) -> Any:
+    return leaf.there(name) if isinstance(leaf, _Elsewhere) else leaf
 
 
 def _is_plain(value: Any) -> bool:

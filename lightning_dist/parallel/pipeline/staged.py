@@ -83,34 +83,42 @@ class _Staged:
             return _WAYS.get(way, _on_whole)(func, args, kwargs, line)
 
 
-class Elsewhere(_Staged, FakeTensor):
-    """A parameter of another stage, or what is computed of it; see [Note: what a stage holds]."""
+class _Pickled:
+    """The user's code pickles the whole (``torch.save`` of weights, on all ranks alike); ours, what is here."""
+
+    __slots__ = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if _closed or (line := _line_of_user(sys._getframe(1))) is None:
-            return super().__reduce_ex__(protocol)
-        return _plain(self, "pickle", line).__reduce_ex__(protocol)
+        tensor: Any = self
+        line = None if _closed else _line_of_user(sys._getframe(1))
+        can_send = dist.is_initialized() and _place(self).group is not None
+        if line is not None and (can_send or isinstance(self, Elsewhere)):
+            with torch._C.DisableTorchFunctionSubclass():
+                whole = _whole(tensor, "pickle", line)
+                if isinstance(tensor, nn.Parameter):
+                    whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
+                return whole.__reduce_ex__(protocol)
+        if isinstance(tensor, (Here, HereParameter)):
+            plain = nn.Parameter if isinstance(tensor, HereParameter) else Tensor
+            with torch._C.DisableTorchFunctionSubclass():
+                return tensor.as_subclass(plain).__reduce_ex__(protocol)
+        return super().__reduce_ex__(protocol)
 
 
-class HereParameter(_Staged, nn.Parameter):
+class Elsewhere(_Pickled, _Staged, FakeTensor):
+    """A parameter of another stage, or what is computed of it; see [Note: what a stage holds]."""
+
+
+class HereParameter(_Pickled, _Staged, nn.Parameter):
     """A parameter of this rank's stages."""
 
 
-class Here(_Staged, Tensor):
+class Here(_Pickled, _Staged, Tensor):
     """A gradient of one, or what is computed of it."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
-
-class HereDivided(_Staged, Divided):
+class HereDivided(_Pickled, _Staged, Divided):
     """A parameter of this rank's stages of which it holds a part, its gradient, or what is computed of them."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if _closed or (line := _line_of_user(sys._getframe(1))) is None:
-            return super().__reduce_ex__(protocol)
-        return _plain(self, "pickle", line).__reduce_ex__(protocol)
 
 
 _CLASSES: dict[type, type] = {
@@ -473,11 +481,6 @@ def _whole(leaf: Any, what: str, line: FrameType) -> Any:
         return leaf
     assert isinstance(leaf, Tensor)
     return _sent(leaf.detach(), _place(leaf), what, line)
-
-
-def _plain(leaf: Tensor, what: str, line: FrameType) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        return _whole(leaf, what, line)
 
 
 def _sent(tensor: Tensor, place: Place, what: str, line: FrameType) -> Tensor:

@@ -342,7 +342,7 @@ def _misplaced(points: list[CutPoint], trace: Trace, stages: Stages) -> str:
 
 def _between_owners(there: list[CutPoint], trace: Trace, stages: Stages) -> list[CutPoint] | None:
     """Cuts after all that uses parameters of the stages before, and before what uses those of the stages after."""
-    found = []
+    found: list[CutPoint] = []
     for cut in range(stages.num_stages - 1):
         before = [op for name, ops in trace.parameters.items() if max(stages.owners[name]) <= cut for op in ops]
         after = [op for name, ops in trace.parameters.items() if min(stages.owners[name]) > cut for op in ops]
