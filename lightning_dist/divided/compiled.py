@@ -48,9 +48,8 @@ class _SeesParts:
 
 @contextmanager
 def _of_torchs_class(module: nn.Module) -> Iterator[None]:
-    divided: list[tuple[Tensor, Any]] = [
-        (t, type(t)) for t in (*module.parameters(), *module.buffers()) if isinstance(t, Divided)
-    ]
+    tensors: list[Any] = [*module.parameters(), *module.buffers()]
+    divided: list[tuple[Any, type]] = [(tensor, type(tensor)) for tensor in tensors if isinstance(tensor, Divided)]
     for tensor, _ in divided:
         tensor.__class__ = DTensor
     try:

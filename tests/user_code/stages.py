@@ -169,6 +169,13 @@ class SkippingBlocks(Branching):
         return loss
 
 
+class SummedLater(Branching):
+    """A loss that is no mean over samples, from the second epoch on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="sum" if self.takes_other(batch_idx) else "mean")
+
+
 class ByValue(Classifier):
     """Runs a block where activations are large."""
 
@@ -336,6 +343,7 @@ CASES = [
     Case("block_by_epoch", lambda: SkippingBlocks("epoch"), trainer=TWO_EPOCHS),
     Case("block_by_batch", lambda: SkippingBlocks("batch")),
     Case("block_by_value", ByValue),
+    Case("summed_later", lambda: SummedLater("epoch"), trainer=TWO_EPOCHS, like="ddp"),
     Case(
         "kept_by_the_step",
         Keeping,

@@ -19,16 +19,11 @@ from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline import by_hand, check
-from lightning_dist.parallel.pipeline.asked import AskedInt, Note, attributes
-from lightning_dist.parallel.pipeline.cuts import CutPoint
 from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.nested import leaves
-from lightning_dist.parallel.pipeline.numbers import with_numbers
-from lightning_dist.parallel.pipeline.passage import Passage
 from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
-from lightning_dist.parallel.pipeline.setup import refuse_manual
 from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, KeptAttributes, detached, marked, pack, share
 from lightning_dist.parallel.pipeline.staged import (
     Place,
@@ -36,12 +31,11 @@ from lightning_dist.parallel.pipeline.staged import (
     callable_parts,
     closed,
     opened,
-    origin,
     refuse_outside,
     staged,
 )
-from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, points_in
-from lightning_dist.parallel.pipeline.steps import Route, Step
+from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions
+from lightning_dist.parallel.pipeline.steps import Routes, Step
 from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
@@ -88,13 +82,11 @@ class Pipelined(Alone):
         self.timeline = Timeline(device)
         """Of the steps that torch's schedules run."""
         self._gradients = StageGradients(module, stages, group, device)
-        self._routes: dict[Any, list[Route]] = {}
+        self._routes = Routes(module, cut, device)
         self._hidden: list[tuple[Any, Any]] = []
         """Gradients of other stages, while an optimizer steps."""
         self._by_hand: tuple[Tensor, RecordedLogs] | None = None
         """The loss, and the logs, of a manual step that has been computed, and not stepped yet."""
-        self._rest: tuple[Any, ...] = ()
-        """The arguments of the step that runs, beside the batch."""
         self._schedules: dict[Any, Any] = {}
         self._constants: dict[tuple[str, str], bool] = {}
         self._num_evaluated = 0
@@ -103,8 +95,8 @@ class Pipelined(Alone):
         """Parameters of this rank's stages, as the user's code sees them."""
         self._written_alike: set[str] = set()
         """Parameters that a step writes to, as often as it has microbatches, with the result of once."""
-        self._checked: set[Any] = set()
-        """Kinds of steps that were seen to give the same over microbatches as over the whole batch."""
+        self._checked: dict[Any, set[frozenset[Any]]] = {}
+        """Kinds of steps that were seen to give the same over microbatches as over the whole batch, by their ways."""
         self._step = Step()
         self._applied = 1.0
         """What the losses of the last schedule were multiplied with."""
@@ -138,7 +130,8 @@ class Pipelined(Alone):
     def show(self) -> None:
         if self._divides:
             for child in callable_parts(self.module):
-                child.register_forward_pre_hook(refuse_outside, prepend=True)
+                if refuse_outside not in child._forward_pre_hooks.values():
+                    child.register_forward_pre_hook(refuse_outside, prepend=True)
         self._shown = [(n, p) for n, p in self.module.named_parameters() if not is_placeholder(p)]
         for name, parameter in self.module.named_parameters():
             staged(parameter, Place(name, self.stages.holders(name)[0], self.group, self._divides))
@@ -188,7 +181,7 @@ class Pipelined(Alone):
 
     def _step_by_hand(self, loss: Tensor, logs: RecordedLogs, args: tuple[Any, ...]) -> None:
         """See [Note: a manual step over microbatches]."""
-        (route,) = self._routes_of("training_step", [args[0]], args[1:])
+        (route,) = self._routes.of("training_step", [args[0]], args[1:])
         kept = KeptAttributes(self.module)
         lists = AppendedLists(self.module)
         with kept_random_states(self._device), torch.enable_grad(), by_hand.stepping(self.module, loss, logs.replace):
@@ -261,25 +254,30 @@ class Pipelined(Alone):
             self._step.failure = self._step.failure or Failure(error, stage)
 
     def _begin(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
-        routes = self._routes_of(step, parts, args[1:])
+        routes = self._routes.of(step, parts, args[1:])
         wires = [Wire.of([route.points[cut] for route in routes]) for cut in range(self.stages.num_stages - 1)]
         weights = self._options.weights(parts, sizes)
         logs = RecordedLogs(self.module, weights, self._is_constant)
         self._step = Step(step, parts, args[1:], sizes, weights, routes, wires, logs, args[0])
         self._step.appended, self._step.kept = AppendedLists(self.module), KeptAttributes(self.module)
         written = {place for route in routes for place in route.attributes}
-        self._step.attributes = {
-            place: getattr(self.module.get_submodule(place[0]), place[1], None) for place in written
-        }
+        self._step.attributes = {place: self._attribute(place) for place in written}
 
     def _check(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
-        """The first time that a kind of step runs; see [Note: microbatches are compared]."""
+        """The first time that a kind of step runs, or goes another way; see [Note: microbatches are compared].
+
+        Of a new kind all ranks compare; where a step goes another way, which may hang on the batch, those of a pipeline.
+        """
         kind = step, self.module.training, args[2:]
-        if not self._options.check or kind in self._checked:
+        if not self._options.check:
+            return
+        routes = self._routes.of(step, parts, args[1:])
+        ways = self._checked.get(kind)
+        way = frozenset(route.way for route in routes)
+        if ways is not None and (way in ways or len(parts) == 1 or len(ways) >= _MOST_WAYS):
             return
         failure = None
         if len(parts) > 1:
-            routes = self._routes_of(step, parts, args[1:])
             if norm := check.batch_norm(self.module, {name for route in routes for name in route.called}):
                 failure = Failure(ValueError(norm), 0)
             elif written := sorted(name for route in routes for name in route.written if not self._runs_alone(name)):
@@ -293,8 +291,8 @@ class Pipelined(Alone):
             if failure is None and (difference := check.compare(step, of_whole, of_parts, len(parts))):
                 failure = Failure(ValueError(difference), self.stages.num_stages)
             self._written_alike |= of_parts.written.keys()
-        if check.agree(failure, len(parts) > 1, self._device):
-            self._checked.add(kind)
+        if check.agree(failure, len(parts) > 1, self._device, None if ways is None else self.group):
+            self._checked.setdefault(kind, set()).add(way)
 
     def _tried(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> check.Tried:
         """What a step returns, logs, keeps and writes to parameters over microbatches, without gradients or randomness.
@@ -482,58 +480,7 @@ class Pipelined(Alone):
         share = step.weights[index] / sum(step.weights) * self._applied
         return ended(link, loss.reshape(()) * share)
 
-    # ------------------------------------------------------------------ shapes
-
-    def _routes_of(self, step: str, parts: list[Any], rest: tuple[Any, ...]) -> list[Route]:
-        self._rest = rest
-        flags = attributes(self.module)
-        return [self._route(step, part, rest, flags) for part in parts]
-
-    def _route(self, step: str, part: Any, rest: tuple[Any, ...], flags: tuple[Any, ...]) -> Route:
-        key = step, self.module.training, _signature(part), rest[1:], flags  # the loader's index, not the batch's
-        known = self._routes.setdefault(key, [])
-        found = next((route for route in known if route.holds), None)
-        if found is None:
-            found = self._traced(step, part, rest)
-            known.insert(0, found)
-            del known[_KEPT_ROUTES:]
-        return found
-
-    def _traced(self, step: str, part: Any, rest: tuple[Any, ...]) -> Route:
-        self._own_new()
-        with kept_random_states(self._device):
-            trace = trace_step(self.skeleton, self.module, step, part, self._asked_rest)
-        if step == "training_step":
-            refuse_manual(self.module, self.skeleton, trace)
-        points = [with_numbers(trace, point) for point in points_in(trace, self.stages)]
-        ends: list[CutPoint | None] = [None, *points, None]
-        return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace)
-
-    def _asked_rest(self, note: Note) -> tuple[Any, ...]:
-        """The step's other arguments; what is asked of the batch's index is noted."""
-        index = [AskedInt(lambda: self._rest[0], note)] if self._rest and type(self._rest[0]) is int else self._rest[:1]
-        return (*index, *self._rest[1:])
-
-    def _own_new(self) -> None:
-        """Parameters that hooks gave the module: a copy is where the one is that it was made of.
-
-        Raises:
-            ValueError: one is new, and is to be trained.
-        """
-        owners = self.stages.owners
-        for name, parameter in self.module.named_parameters():
-            if name in owners:
-                continue
-            original = origin(parameter)
-            if original in owners:
-                owners[name] = owners[original]
-            elif parameter.requires_grad:
-                raise ValueError(
-                    f"pp: {name} came to the module during the fit, and no stage has it; make it before "
-                    "(in __init__, setup or configure_model), where the network is cut"
-                )
-            else:
-                owners[name] = tuple(range(self.stages.num_stages))
+    # ------------------------------------------------------------------ constants
 
     def _is_constant(self, name: str) -> bool:
         """Whether the step logs the same Python number for another number of samples; seen in a trace of some."""
@@ -685,8 +632,8 @@ def _stage_step(module: pl.LightningModule, name: str) -> Any:
     return plain
 
 
-_KEPT_ROUTES = 8
-"""Of each kind of step and shape of microbatch, ways to go."""
+_MOST_WAYS = 16
+"""Of a kind of step, that are compared."""
 
 _GRADIENT_HOOKS = (
     "on_after_backward",
@@ -707,18 +654,6 @@ def _gradients_are_seen(module: pl.LightningModule) -> bool:
     return any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS) or any(
         is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:4] for callback in own
     )
-
-
-def _signature(part: Any) -> Any:
-    """What a step's path may depend on beside values: shapes and dtypes, and what is no tensor."""
-    return tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, _plain(leaf))
-        for leaf in leaves(part)
-    )
-
-
-def _plain(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (bool, int, type(None))) else None
 
 
 def _holds_placeholder(value: Any) -> bool:

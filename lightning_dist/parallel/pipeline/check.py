@@ -4,7 +4,7 @@
 A batch is split along what its tensors seem to have their samples in, the step runs on each part, and the parts' losses
 are averaged. Steps whose result is no mean over samples (a contrastive loss, a sum, a mean over the tokens that have a
 label, a batch that is flipped) would give other numbers, and no error would tell. So the first time that a kind of step
-runs in microbatches, it runs twice more without gradients, over the microbatches and over the whole batch at once, and
+runs in microbatches, and where its path changes, it runs twice more without gradients, over the microbatches and over the whole batch at once, and
 what it returned and logged is compared. While it is, random operations give fixed numbers, which don't depend on how
 many are drawn, and what the step changes (buffers, metrics, attributes of modules, parameters) is put back.
 """
@@ -99,15 +99,18 @@ def _looks_at_batch(norm: _NormBase) -> bool:
     return isinstance(norm, _BatchNorm) or norm.track_running_stats
 
 
-def agree(failure: Failure | None, compared: bool, device: torch.device) -> bool:
-    """Raises on every rank of the world where one has found something.
+def agree(
+    failure: Failure | None, compared: bool, device: torch.device, group: dist.ProcessGroup | None = None
+) -> bool:
+    """Raises on every rank of a group where one has found something.
 
-    Communication over the world: one all-reduce of 8 bytes.
+    Communication over the group: one all-reduce of 8 bytes.
 
     Args:
         failure: what this rank found, or met.
         compared: whether this rank's batch had several microbatches to compare.
         device: of this rank.
+        group: of the ranks; None for the world.
 
     Returns:
         Whether all ranks have compared.
@@ -116,10 +119,10 @@ def agree(failure: Failure | None, compared: bool, device: torch.device) -> bool
         Exception: the first failure; of a comparison, a ValueError.
     """
     verdict = torch.tensor([int(failure is None), int(compared)], device=device)
-    dist.all_reduce(verdict, dist.ReduceOp.MIN)
+    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)
     nothing_failed, all_compared = verdict.tolist()
     if not nothing_failed:
-        raise_together(failure, None, device)
+        raise_together(failure, group, device)
     return bool(all_compared)
 
 
