@@ -266,7 +266,7 @@ class Pipelined(Alone):
     def _check(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
         """The first time that a kind of step runs, or goes another way; see [Note: microbatches are compared].
 
-        Of a new kind all ranks compare; where a step goes another way, which may hang on the batch, those of a pipeline.
+        Of a new kind all ranks compare; of another way, which may hang on the batch, those of a pipeline.
         """
         kind = step, self.module.training, args[2:]
         if not self._options.check:

@@ -4,9 +4,10 @@
 A batch is split along what its tensors seem to have their samples in, the step runs on each part, and the parts' losses
 are averaged. Steps whose result is no mean over samples (a contrastive loss, a sum, a mean over the tokens that have a
 label, a batch that is flipped) would give other numbers, and no error would tell. So the first time that a kind of step
-runs in microbatches, and where its path changes, it runs twice more without gradients, over the microbatches and over the whole batch at once, and
-what it returned and logged is compared. While it is, random operations give fixed numbers, which don't depend on how
-many are drawn, and what the step changes (buffers, metrics, attributes of modules, parameters) is put back.
+runs in microbatches, and where its path changes, it runs twice more without gradients, over the microbatches and over
+the whole batch at once, and what it returned, logged and kept is compared. While it is, random operations give fixed
+numbers, which don't depend on how many are drawn, and what the step changes (buffers, metrics, attributes of modules,
+parameters) is put back.
 """
 
 from __future__ import annotations
