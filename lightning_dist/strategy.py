@@ -661,6 +661,7 @@ class HybridStrategy(TuningHooks):
     def _before_step(self, original: Callable[..., None], *args: Any) -> None:
         """Stands before the plugin's method that calls ``on_before_optimizer_step``, after which an optimizer steps."""
         assert self._parallel is not None
+        self._parallel.before_step_hooks()
         self._hooked(original, *args)
         self._parallel.hide_gradients()
 

@@ -61,6 +61,34 @@ def _scaled(layout: str) -> tuple[float, dict[str, torch.Tensor]]:
     return plugin.scaler.get_scale(), whole_weights(module)
 
 
+class Measuring(models.Momentum):
+    """Looks at all gradients when they are unscaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        norms = [p.grad.norm() for p in self.parameters() if p.grad is not None]
+        self.norms.append(float(torch.stack(norms).norm()))
+
+
+def _norms(layout: str) -> list[float]:
+    L.seed_everything(1, verbose=False)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    module, strategy = Measuring(), HybridStrategy(layout)
+    plugins: Any = [MixedPrecision("16-mixed", "cpu")]
+    trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, plugins=plugins, max_steps=4)
+    trainer.fit(module, DataLoader(samples(), batch_size=8))
+    return module.norms
+
+
+def test_hooks_see_unscaled_gradients_of_all_stages() -> None:
+    one = _norms("dp_shard=1")
+    for norms in run_on_ranks(2, _norms, "pp=2"):
+        assert norms == pytest.approx(one, rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("precision", "kept", "gathered", "seen"),
     [

@@ -102,6 +102,9 @@ class Alone:
         """Inside of :meth:`stepping`, while hooks run that look at gradients."""
         return nullcontext()
 
+    def before_step_hooks(self) -> None:
+        """Called before hooks that look at finished gradients, which are unscaled by then."""
+
     def hide_gradients(self) -> None:
         """Called when those hooks have run."""
 

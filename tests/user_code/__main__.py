@@ -11,8 +11,8 @@ import warnings
 import torch
 
 from tests.ranks import POOL
-from tests.user_code.case import LAYOUTS
-from tests.user_code.cases import CASES, ON_DEMAND
+from tests.user_code.case import LAYOUTS, PIPELINES
+from tests.user_code.cases import CASES, ON_DEMAND, expected
 from tests.user_code.verdict import Outcome, fits, outcomes
 
 
@@ -48,9 +48,10 @@ def main() -> None:
 
 def expected_table() -> str:
     """What the tests assert, in Markdown."""
-    rows = [f"| case | {' | '.join(LAYOUTS)} | |", f"|---|{'---|' * len(LAYOUTS)}---|"]
+    layouts = [*LAYOUTS, *PIPELINES]
+    rows = [f"| case | {' | '.join(layouts)} | |", f"|---|{'---|' * len(layouts)}---|"]
     for case in CASES.values():
-        cells = ["refused" if layout in case.refused else "exact" for layout in LAYOUTS]
+        cells = [expected(case.name, layout) for layout in layouts]
         rows.append(f"| {case.name} | {' | '.join(cells)} | {case.note} |")
     return "\n".join(rows)
 

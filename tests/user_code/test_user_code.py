@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from tests.user_code.case import LAYOUTS, PIPELINES, num_ranks
-from tests.user_code.cases import CASES, EXACT_IN_PIPELINES, ON_DEMAND, THEMES
+from tests.user_code.cases import CASES, ON_DEMAND, REFUSED_IN_PIPELINES, REFUSED_IN_SOME, THEMES, expected
 from tests.user_code.verdict import Outcome, fits, outcomes
 
 
@@ -19,7 +19,7 @@ def outcomes_of(name: str, ranks: int) -> dict[str, Outcome]:
 
 def test_names_are_used_once() -> None:
     assert len(CASES) == sum(len(theme.CASES) for theme in THEMES)
-    assert not (ON_DEMAND | EXACT_IN_PIPELINES) - CASES.keys()
+    assert not (ON_DEMAND | REFUSED_IN_PIPELINES | REFUSED_IN_SOME.keys()) - CASES.keys()
 
 
 @pytest.mark.parametrize("layout", [pytest.param(x, marks=[pytest.mark.slow] * (num_ranks(x) > 2)) for x in LAYOUTS])
@@ -29,10 +29,8 @@ def test_as_one_process_or_refused(name: str, layout: str) -> None:
     assert fits(CASES[name], layout, outcome), f"{LAYOUTS[layout]}: {outcome}"
 
 
-@pytest.mark.parametrize("layout", ["p", pytest.param("pr", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ON_DEMAND)) for n in CASES if n in EXACT_IN_PIPELINES]
-)
-def test_pipelines_as_in_one_process(name: str, layout: str) -> None:
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=[pytest.mark.slow] * (x != "p")) for x in PIPELINES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ON_DEMAND)) for n in CASES])
+def test_pipelines_as_one_process_or_refused(name: str, layout: str) -> None:
     outcome = outcomes(CASES[name], [layout])[layout]
-    assert outcome.kind == "exact", f"{PIPELINES[layout]}: {outcome}"
+    assert outcome.kind == expected(name, layout), f"{PIPELINES[layout]}: {outcome}"

@@ -141,12 +141,22 @@ class Pipelined(Alone):
         States.show(optimizer)
         with closed(self.module.parameters()):
             yield
-        for parameter, gradient in self._hidden:  # hooks after the step find them as in one process
-            parameter.grad = gradient
+        if not self._is_scaled:  # hooks after the step find them as in one process
+            for parameter, gradient in self._hidden:
+                parameter.grad = gradient
         self._hidden = []
 
     def hooked(self) -> AbstractContextManager[None]:
         return opened(self.module.parameters())
+
+    def before_step_hooks(self) -> None:
+        if self._is_scaled:
+            self._show_gradients()
+
+    @property
+    def _is_scaled(self) -> bool:
+        """Whether a scaler goes through gradients between a backward and the hooks before the optimizer's step."""
+        return getattr(self.module.trainer.precision_plugin, "scaler", None) is not None
 
     def hide_gradients(self) -> None:
         self._hidden = [(p, p.grad) for p in self.module.parameters() if is_placeholder(p) and p.grad is not None]
@@ -158,8 +168,7 @@ class Pipelined(Alone):
 
         Communication over the axis: one all-reduce of a byte per parameter, where such a hook is.
         """
-        scaler = getattr(self.module.trainer.precision_plugin, "scaler", None)
-        if scaler is not None or not _gradients_are_seen(self.module):
+        if not _gradients_are_seen(self.module):
             return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         has = [not is_placeholder(p) and p.grad is not None for p in parameters]
@@ -588,7 +597,8 @@ class Pipelined(Alone):
         if self.reduces:
             self.inner.after_backward()
             self._gradients.reduce(self._data_group, self.buffers)
-            self._show_gradients()
+            if not self._is_scaled:
+                self._show_gradients()
 
     def reshard(self) -> None:
         self.inner.reshard()
