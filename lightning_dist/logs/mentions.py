@@ -9,7 +9,7 @@ from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-READS, LOGS, SYNCS = "reads", "logs", "syncs"
+READS, LOGS, SYNCS, GRADIENTS = "reads", "logs", "syncs", "gradients"
 
 _WORDS = {
     "callback_metrics": READS,
@@ -18,6 +18,9 @@ _WORDS = {
     "log": LOGS,
     "log_dict": LOGS,
     "sync_dist": SYNCS,
+    "grad": GRADIENTS,
+    "grad_norm": GRADIENTS,
+    "clip_grad_norm_": GRADIENTS,
 }
 _LIBRARIES = {"lightning", "lightning_dist", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 _LIBRARIES |= {"torch", "torchmetrics", "torchvision", "transformers", "timm", "numpy", "builtins"}
@@ -43,8 +46,8 @@ def mentions(owner: Any, hook: str) -> frozenset[str]:
         hook: name of one of its methods.
 
     Returns:
-        some of ``READS`` (a metrics property of the trainer), ``LOGS`` (``log``, ``log_dict``) and ``SYNCS``
-        (``sync_dist``).
+        some of ``READS`` (a metrics property of the trainer), ``LOGS`` (``log``, ``log_dict``), ``SYNCS``
+        (``sync_dist``) and ``GRADIENTS`` (``grad`` and functions that go through gradients).
     """
     start = vars(owner).get(hook) or inspect.getattr_static(type(owner), hook, None)
     waiting, owners = list(_functions(start)), [owner]

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_dist.logs.mentions import GRADIENTS, mentions
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
@@ -49,7 +50,7 @@ class Pipelined(Alone):
     """Every rank of the axis runs the user's step on the same microbatches, from one cut of the network to the next.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
-    training, one back with their gradients; one all-reduce of 24 bytes with the loss, and one broadcast of what else
+    training, one back with their gradients; one all-reduce of 32 bytes with the loss, and one broadcast of what else
     the step returned or kept, if it did. Per backward pass that reduces: one all-reduce of the gradients of parameters
     that are tied over a cut, among the ranks that hold them. Over the data ranks, where nothing is sharded: one
     all-reduce of the gradients, flat, and a small one of which were used.
@@ -83,6 +84,8 @@ class Pipelined(Alone):
         """Of the steps that torch's schedules run."""
         self._gradients = StageGradients(module, stages, group, device)
         self._routes = Routes(module, cut, device)
+        self._sees_gradients: bool | None = None
+        """Whether the user's code looks at gradients; found out when there are some."""
         self._hidden: list[tuple[Any, Any]] = []
         """Gradients of other stages, while an optimizer steps."""
         self._by_hand: tuple[Tensor, RecordedLogs] | None = None
@@ -168,7 +171,9 @@ class Pipelined(Alone):
 
         Communication over the axis: one all-reduce of a byte per parameter, where such a hook is.
         """
-        if not _gradients_are_seen(self.module):
+        if self._sees_gradients is None:
+            self._sees_gradients = _gradients_are_seen(self.module)
+        if not self._sees_gradients:
             return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         has = [not is_placeholder(p) and p.grad is not None for p in parameters]
@@ -273,35 +278,54 @@ class Pipelined(Alone):
         self._step.attributes = {place: self._attribute(place) for place in written}
 
     def _check(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> None:
-        """The first time that a kind of step runs, or goes another way; see [Note: microbatches are compared].
-
-        Of a new kind all ranks compare; of another way, which may hang on the batch, those of a pipeline.
-        """
+        """The first time that a kind of step runs; see [Note: microbatches are compared]."""
         kind = step, self.module.training, args[2:]
-        if not self._options.check:
+        if not self._options.check or kind in self._checked:
             return
+        failure = self._compared(step, args, parts, sizes) if len(parts) > 1 else None
+        if check.agree(failure, len(parts) > 1, self._device):
+            self._checked[kind] = {self._way(step, parts, args)}
+
+    def _way(self, step: str, parts: list[Any], args: tuple[Any, ...]) -> frozenset[Any]:
+        return frozenset(route.way for route in self._routes.of(step, parts, args[1:]))
+
+    @property
+    def _goes_new_way(self) -> bool:
+        """Whether the step that has run went another way than those of its kind that were compared."""
+        step = self._step
+        ways = self._checked.get((step.name, self.module.training, step.rest[1:]))
+        if ways is None or len(step.parts) == 1 or len(ways) >= _MOST_WAYS:
+            return False
+        return frozenset(route.way for route in step.routes) not in ways
+
+    def _check_way(self) -> None:
+        """A rank of the pipeline has seen a new way: all compare, before the step's gradients are put in place."""
+        step, failure = self._step, None
+        step.kept.before_microbatch()
+        self._set_attributes(step.attributes)
+        if len(step.parts) > 1:
+            failure = self._compared(step.name, (step.batch, *step.rest), step.parts, step.sizes)
+        self._step = step
+        check.agree(failure, True, self._device, self.group)
+        kind = step.name, self.module.training, step.rest[1:]
+        self._checked.setdefault(kind, set()).add(frozenset(route.way for route in step.routes))
+
+    def _compared(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> Failure | None:
+        """What differs between a step over several microbatches and over the whole batch, or fails in one of them."""
         routes = self._routes.of(step, parts, args[1:])
-        ways = self._checked.get(kind)
-        way = frozenset(route.way for route in routes)
-        if ways is not None and (way in ways or len(parts) == 1 or len(ways) >= _MOST_WAYS):
-            return
-        failure = None
-        if len(parts) > 1:
-            if norm := check.batch_norm(self.module, {name for route in routes for name in route.called}):
-                failure = Failure(ValueError(norm), 0)
-            elif written := sorted(name for route in routes for name in route.written if not self._runs_alone(name)):
-                failure = Failure(RuntimeError(_write(step, written[0])), 0)
-        if len(parts) > 1 and failure is None:
-            with kept_random_states(self._device):
-                of_parts = self._tried(step, args, parts, sizes)
-                failure = self._step.failure
-                of_whole = self._tried(step, args, [args[0]], [sum(sizes)])
-                failure = failure or self._step.failure
-            if failure is None and (difference := check.compare(step, of_whole, of_parts, len(parts))):
-                failure = Failure(ValueError(difference), self.stages.num_stages)
-            self._written_alike |= of_parts.written.keys()
-        if check.agree(failure, len(parts) > 1, self._device, None if ways is None else self.group):
-            self._checked.setdefault(kind, set()).add(way)
+        if norm := check.batch_norm(self.module, {name for route in routes for name in route.called}):
+            return Failure(ValueError(norm), 0)
+        if written := sorted(name for route in routes for name in route.written if not self._runs_alone(name)):
+            return Failure(RuntimeError(_write(step, written[0])), 0)
+        with kept_random_states(self._device):
+            of_parts = self._tried(step, args, parts, sizes)
+            failure = self._step.failure
+            of_whole = self._tried(step, args, [args[0]], [sum(sizes)])
+            failure = failure or self._step.failure
+        if failure is None and (difference := check.compare(step, of_whole, of_parts, len(parts))):
+            failure = Failure(ValueError(difference), self.stages.num_stages)
+        self._written_alike |= of_parts.written.keys()
+        return failure
 
     def _tried(self, step: str, args: tuple[Any, ...], parts: list[Any], sizes: list[int]) -> check.Tried:
         """What a step returns, logs, keeps and writes to parameters over microbatches, without gradients or randomness.
@@ -509,8 +533,9 @@ class Pipelined(Alone):
     def _on_all_ranks(self, training: bool) -> Any:
         """What the step returned, on every rank; its loss with a backward that hands the gradients over.
 
-        Communication over the axis: one all-reduce of 24 bytes with the loss, a size, and the number of ranks that
-        failed; and one broadcast of what else there is to share, see [Note: what the last stage made].
+        Communication over the axis: one all-reduce of 32 bytes with the loss, a size, and the numbers of ranks that
+        failed, and that went another way than before; and one broadcast of what else there is to share, see [Note: what
+        the last stage made].
 
         Raises:
             Exception: what a stage met; see [Note: a step that fails on one stage].
@@ -537,9 +562,11 @@ class Pipelined(Alone):
             if not step.is_manual:
                 step.logs.replay()
         # ranks may not know in which dtype the last stage computes it
-        numbers = torch.tensor([float(len(payload)), float(step.failure is not None)], device=self._device)
-        header = torch.cat([loss.reshape(1).double(), numbers.double()])
+        flags = [float(len(payload)), float(step.failure is not None), float(self._goes_new_way)]
+        header = torch.cat([loss.reshape(1).double(), torch.tensor(flags, device=self._device).double()])
         dist.all_reduce(header, group=self.group)
+        if header[3] and not header[2]:
+            self._check_way()
         if header[2]:
             failure = step.failure
             self._step = Step()
@@ -645,25 +672,22 @@ def _stage_step(module: pl.LightningModule, name: str) -> Any:
 _MOST_WAYS = 16
 """Of a kind of step, that are compared."""
 
-_GRADIENT_HOOKS = (
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "configure_gradient_clipping",
-    "optimizer_step",
-)
+_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+_LATER_HOOKS = ("on_train_batch_end", "on_before_zero_grad")
+"""In which gradients are still there, and few look."""
 
 
 def _gradients_are_seen(module: pl.LightningModule) -> bool:
-    """Whether code of the user's runs between a backward and the next one's zeros."""
+    """Whether code of the user's looks at gradients between a backward and the next one's zeros."""
     if not module.automatic_optimization:
         return True
     callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
     own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
-    return any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS) or any(
-        is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:4] for callback in own
-    )
+    if any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS):
+        return True
+    if any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own):
+        return True
+    return any(GRADIENTS in mentions(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
 
 
 def _holds_placeholder(value: Any) -> bool:

@@ -35,9 +35,7 @@ class Route:
         self.asked = trace.asked
         self.called = {call.name for call in trace.calls}
         self.way = frozenset(self.called), tuple(trace.told)
-        """What tells it from other ways of the same kind of step, on all ranks of a pipeline alike: the modules that it
-        runs, and what the Trainer and the batch's index told it. What attributes tell may be a rank's own.
-        """
+        """What tells it from other ways of the same kind of step: the modules that it runs, and what it was told."""
         self._trace = trace
 
     @cached_property
