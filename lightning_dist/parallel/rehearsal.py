@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_dist.logs.mentions import is_library
 from lightning_dist.logs.metrics import metrics_in
 from lightning_dist.placeholder import is_placeholder
+
+
+def is_users_object(value: Any) -> bool:
+    """Whether it is of a class of the user's (a meter, a cache): no tensor, module or function."""
+    if isinstance(value, (Tensor, nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    if type(value).__new__ is not object.__new__:
+        return False  # such as a dictionary of a class of its own
+    return not is_library(type(value).__module__)
 
 
 @contextmanager
@@ -50,7 +60,9 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._before = module, dict(vars(module))
-        self._contents = [(v, copy.copy(v)) for v in self._before.values() if type(v) in _CONTAINERS]
+        objects = [vars(v) for v in self._before.values() if is_users_object(v)]
+        held = [*self._before.values(), *objects, *(item for values in objects for item in values.values())]
+        self._contents = [(v, copy.copy(v)) for v in held if type(v) in _CONTAINERS]
 
     def restore(self) -> None:
         own = vars(self._module)

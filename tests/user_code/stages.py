@@ -214,6 +214,34 @@ class Keeping(Classifier):
         self.seen.append(float(outputs["logits"].sum()))
 
 
+class Meter:
+    """An average, as people write it."""
+
+    def __init__(self) -> None:
+        self.sum, self.count, self.values = 0.0, 0, []  # type: ignore[var-annotated]
+
+    def update(self, value: Tensor) -> None:
+        self.sum = self.sum + value.detach()
+        self.count += 1
+        self.values.append(value.detach())
+
+
+class Metered(Classifier):
+    """Averages its loss by an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter, self.seen = Meter(), []
+
+    def loss(self, batch: Any) -> Tensor:
+        loss = super().loss(batch)
+        self.meter.update(loss)
+        return loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen += [float(self.meter.sum) / self.meter.count, float(torch.stack(self.meter.values).mean())]
+
+
 class ReadsOutputs(Callback):
     """Reads what the step returned, as a callback that draws predictions does."""
 
@@ -352,6 +380,7 @@ CASES = [
         like="ddp",
         note="as ddp: of the rank's own samples",
     ),
+    Case("metered", Metered, like="ddp", note="as ddp: of the rank's own samples"),
     Case("clipped_by_hand", ByHand),
     Case("every_other_by_hand", AccumulatesByHand),
     Case("rate_in_step", RateInStep),

@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_dist.parallel.rehearsal import is_users_object
+
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+def held_items(value: Any) -> dict[Any, Any] | None:
+    """Of a dictionary, or an object of the user's, the dictionary that has its items; None for anything else."""
+    if type(value) is dict:
+        return value
+    return vars(value) if is_users_object(value) else None
 
 
 def number_kind(value: Any) -> type | None:

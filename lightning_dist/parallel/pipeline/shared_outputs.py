@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_dist.parallel.pipeline.batches import joined
-from lightning_dist.parallel.pipeline.nested import leaves, mapped
+from lightning_dist.parallel.pipeline.nested import held_items, leaves, mapped
 from lightning_dist.parallel.pipeline.staged import Place as StagedPlace
 from lightning_dist.parallel.pipeline.staged import staged
 from lightning_dist.placeholder import is_placeholder, placeholder
@@ -29,7 +29,7 @@ Place = tuple[str, Any]
 
 
 class AppendedLists:
-    """Lists that are attributes of a module, or values of dictionaries that are, and what a step appends to them.
+    """Lists that are attributes of a module, or in dictionaries and objects that are, and what a step appends to them.
 
     Args:
         module: whose step is about to run.
@@ -42,8 +42,8 @@ class AppendedLists:
                 continue
             if type(value) is list:
                 self._lists[name, None] = value
-            elif type(value) is dict:
-                self._lists.update({(name, key): item for key, item in value.items() if type(item) is list})
+            elif (items := held_items(value)) is not None:
+                self._lists.update({(name, key): item for key, item in items.items() if type(item) is list})
         self._begin = {place: len(items) for place, items in self._lists.items()}
         self._at = dict(self._begin)
         self._added: dict[Place, list[list[Any]]] = {place: [] for place in self._lists}
@@ -91,7 +91,7 @@ class AppendedLists:
 
 
 class KeptAttributes:
-    """What a step puts into attributes of its module, or into dictionaries there.
+    """What a step puts into attributes of its module, or into dictionaries and objects of the user's there.
 
     Each microbatch finds them as they were before the step; afterwards they are what one step over the whole batch
     would have left: joined as what a step returns is.
@@ -110,8 +110,8 @@ class KeptAttributes:
             if name.startswith("_") or name == "training":
                 continue
             yield (name, None), value
-            if type(value) is dict:
-                yield from (((name, key), item) for key, item in value.items())
+            if (items := held_items(value)) is not None:
+                yield from (((name, key), item) for key, item in items.items())
 
     def _changed(self) -> dict[Place, Any]:
         return {
@@ -126,7 +126,7 @@ class KeptAttributes:
     def before_microbatch(self) -> None:
         """Puts them back."""
         for name, key in self._changed():
-            owner = self._own if key is None else self._own[name]
+            owner = self._owner(name, key)
             if (name, key) in self._before:
                 owner[name if key is None else key] = self._before[name, key]
             else:
@@ -157,11 +157,11 @@ class KeptAttributes:
         """Puts what the last stage kept in place, on every rank; activations of other stages as what is elsewhere."""
         self.before_microbatch()
         for (name, key), value in found.items():
-            value = mapped(value, partial(_there, name))
-            if key is None:
-                self._own[name] = value
-            else:
-                self._own[name][key] = value
+            self._owner(name, key)[name if key is None else key] = mapped(value, partial(_there, name))
+
+    def _owner(self, name: str, key: Any) -> dict[Any, Any]:
+        items = None if key is None else held_items(self._own[name])
+        return self._own if items is None else items
 
 
 _NOTHING = object()

@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_dist.parallel.pipeline.asked import AskedInt, AskedTrainer, Note
 from lightning_dist.parallel.pipeline.by_hand import Still, refuse_toggling, still
+from lightning_dist.parallel.rehearsal import is_users_object
 from lightning_dist.placeholder import is_placeholder, placeholder
 
 
@@ -197,7 +198,7 @@ class Skeleton:
                     vars(original)[key] = MethodType(value.__func__, self._modules[id(value.__self__)])
                 elif isinstance(value, nn.Module) and id(value) in self._modules:
                     vars(original)[key] = self._modules[id(value)]
-                elif type(value) in (list, tuple, dict):
+                elif type(value) in (list, tuple, dict) or is_users_object(value):
                     vars(original)[key] = self._renamed(value)
 
     def _renamed(self, value: Any) -> Any:
@@ -207,6 +208,11 @@ class Skeleton:
             return type(value)(self._renamed(item) for item in value)
         if type(value) is dict:
             return {key: self._renamed(item) for key, item in value.items()}
+        if is_users_object(value):
+            shell = _loose(value)  # its modules are the copies
+            inside = [(key, item) for key, item in vars(shell).items() if isinstance(item, nn.Module)]
+            vars(shell).update({key: self._modules.get(id(item), item) for key, item in inside})
+            return shell
         return value
 
 
@@ -228,6 +234,14 @@ def _is_users(key: str, value: Any) -> bool:
 
 
 def _loose(value: Any) -> Any:
+    if is_users_object(value):
+        shell = object.__new__(type(value))
+        vars(shell).update({key: _loose_once(item) for key, item in vars(value).items()})
+        return shell
+    return _loose_once(value)
+
+
+def _loose_once(value: Any) -> Any:
     # among them those of hooks: what is hooked to the module later, by fully_shard say, is not the skeleton's
     return copy.copy(value) if type(value) in (list, dict, set, OrderedDict, defaultdict) else value
 
