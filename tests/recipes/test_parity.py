@@ -1,4 +1,4 @@
-"""Twenty steps of both recipes give the numbers of one process under every layout of the data axes."""
+"""Twenty steps of both recipes give the numbers of one process under every layout of the data axes, and a pipeline."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_ranks"), [("dp_replicate=2", 2), ("dp_shard=2", 2), ("dp_replicate=2,dp_shard=2", 4)]
+    ("layout", "num_ranks"), [("dp_replicate=2", 2), ("dp_shard=2", 2), ("dp_replicate=2,dp_shard=2", 4), ("pp=2", 2)]
 )
 @pytest.mark.parametrize("recipe", RUNS)
 def test_twenty_steps_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:
