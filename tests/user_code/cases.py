@@ -85,7 +85,8 @@ REFUSED_IN_PIPELINES = {
     "gradient_clamped", "graphs", "groups_from_init", "input_gradient_penalty", "kept_in_closure",
     "lazy_layer_without_shape", "lbfgs", "logger_in_step", "maml", "mixup", "moco_assigned", "moco_in_place",
     "model_pruning", "normalised_sgd", "own_backward", "parameter_hooks", "physics_informed", "pruned_in_training",
-    "sam_by_hand", "sam_optimizer", "simclr_gathered", "simclr_own_samples", "spectral_norm", "step_returns_none",
+    "sam_by_hand", "sam_optimizer", "simclr_gathered", "simclr_own_samples", "spectral_norm", "state_carried",
+    "step_returns_none",
     "stochastic_weight_averaging", "summed_later", "summed_loss", "swav_frozen_prototypes", "swav_step", "vq_vae",
     "weight_averaging", "weight_gradient_penalty", "wgan_clamped_weights", "wgan_gradient_penalty", "whitened",
 }

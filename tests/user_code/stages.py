@@ -214,6 +214,23 @@ class Keeping(Classifier):
         self.seen.append(float(outputs["logits"].sum()))
 
 
+class Carrying(Classifier):
+    """Carries a hidden state from batch to batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def loss(self, batch: Any) -> Tensor:
+        h = self.net.stem(batch[0])
+        if self.hidden is not None and len(self.hidden) == len(h):
+            h = h + 0.1 * self.hidden
+        self.hidden = h.detach()
+        for block in self.net.blocks:
+            h = block(h)
+        return F.cross_entropy(self.net.head(h), batch[1])
+
+
 class Meter:
     """An average, as people write it."""
 
@@ -380,6 +397,7 @@ CASES = [
         like="ddp",
         note="as ddp: of the rank's own samples",
     ),
+    Case("state_carried", Carrying, like="ddp", note="as ddp: of the rank's own samples"),
     Case("metered", Metered, like="ddp", note="as ddp: of the rank's own samples"),
     Case("clipped_by_hand", ByHand),
     Case("every_other_by_hand", AccumulatesByHand),

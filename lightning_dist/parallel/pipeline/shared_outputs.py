@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -167,12 +166,11 @@ class KeptAttributes:
 _NOTHING = object()
 
 
-@dataclass
 class _Elsewhere:
     """In what is sent, in place of a tensor of another stage."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
 
     def there(self, name: str) -> Tensor:
         tensor = placeholder(torch.empty(self.shape, dtype=self.dtype, device="meta"), torch.device("cpu"))

@@ -57,15 +57,13 @@ class Skeleton:
         self,
         module: pl.LightningModule,
         note: Note = lambda *_: None,
-        note_own: Note = lambda *_: None,
         in_step: bool = False,
     ) -> None:
         """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set.
 
         Args:
             module: that it is a copy of.
-            note: is told of what the step asks of the Trainer; see ``asked.py``.
-            note_own: the same of integers that the module has.
+            note: is told of what the step asks of integers and the Trainer; see ``asked.py``.
             in_step: whether a step is what comes, and not a hook.
         """
         self.logged, self.backwards = {}, 0
@@ -84,7 +82,7 @@ class Skeleton:
                     if _is_users(key, value):
                         vars(copied)[key] = self._renamed(_loose(value))
                     if type(value) is int and original is module and _is_users(key, value):
-                        vars(copied)[key] = AskedInt(partial(vars(module).__getitem__, key), note_own)
+                        vars(copied)[key] = AskedInt(partial(vars(module).__getitem__, key), note)
 
     def _take_new(self, module: nn.Module) -> None:
         """Parts that hooks have given the module since, or taken from it."""

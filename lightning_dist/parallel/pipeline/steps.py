@@ -28,14 +28,15 @@ from lightning_dist.randomness import kept_random_states
 class Route:
     """A step on microbatches of one shape: where it is cut, and how each stage runs it."""
 
-    def __init__(self, points: list[CutPoint], passages: list[Passage], trace: Trace) -> None:
+    def __init__(self, points: list[CutPoint], passages: list[Passage], trace: Trace, flags: tuple[Any, ...]) -> None:
         self.points, self.passages = points, passages
         self.written = trace.written
         self.attributes = set(trace.attributes)
         self.asked = trace.asked
         self.called = {call.name for call in trace.calls}
-        self.way = frozenset(self.called), tuple(trace.told)
-        """What tells it from other ways of the same kind of step: the modules that it runs, and what it was told."""
+        self.way = frozenset(self.called), flags, tuple(answer for _, answer in trace.asked)
+        """What tells it from other ways of the same kind of step: the modules that it runs, the module's flags, and
+        what it was told."""
         self._trace = trace
 
     @cached_property
@@ -88,14 +89,14 @@ class Routes:
         known = self._known.pop(key, [])
         found = next((route for route in known if route.holds), None)
         if found is None:
-            found = self._traced(step, part)
+            found = self._traced(step, part, flags)
             known = [found, *known][:_MANY]
         self._known[key] = known  # the last used at the end
         for outdated in list(self._known)[: len(self._known) - _MANY * _MANY]:
             del self._known[outdated]
         return found
 
-    def _traced(self, step: str, part: Any) -> Route:
+    def _traced(self, step: str, part: Any, flags: tuple[Any, ...]) -> Route:
         self._own_new()
         with kept_random_states(self._device):
             trace = trace_step(self._skeleton, self._module, step, part, self._asked_rest)
@@ -103,7 +104,7 @@ class Routes:
             refuse_manual(self._module, self._skeleton, trace)
         points = [with_numbers(trace, point) for point in points_in(trace, self._stages)]
         ends: list[CutPoint | None] = [None, *points, None]
-        return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace)
+        return Route(points, [Passage(trace, ends[i], ends[i + 1]) for i in range(len(points) + 1)], trace, flags)
 
     def _asked_rest(self, note: Note) -> tuple[Any, ...]:
         """The step's other arguments; what is asked of the batch's index is noted."""

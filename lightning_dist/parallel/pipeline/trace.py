@@ -95,7 +95,6 @@ class Trace:
         attributes: numbers that modules have put into attributes while one was called: the module's name and the
             attribute's; when first (the number of the last op), and the type.
         asked: what the step's path may hang on beside the batch: a question to ask again, and the answer.
-        told: the answers of those that all ranks are given alike.
         metrics: the next ops when a metric was used.
         activation_bytes: what each op made.
         output: what the step returned; None where it looked at a value and the trace ended.
@@ -113,7 +112,6 @@ class Trace:
     kept: list[tuple[str, str, Any, Tensor]] = field(default_factory=list)
     attributes: dict[tuple[str, str], tuple[int, type]] = field(default_factory=dict)
     asked: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
-    told: list[Any] = field(default_factory=list)
     metrics: list[int] = field(default_factory=list)
     activation_bytes: list[int] = field(default_factory=list)
     output: Any = None
@@ -145,7 +143,7 @@ def trace_step(
         What ran.
     """
     recorder = _Recorder(skeleton)
-    skeleton.follow(module, recorder.note, recorder.note_own, in_step=True)
+    skeleton.follow(module, recorder.note, in_step=True)
     errors = logging.getLogger("torch._subclasses.fake_tensor")  # of what is tried again for real
     was_disabled, errors.disabled = errors.disabled, True
     try:
@@ -230,12 +228,7 @@ class _Recorder(TorchDispatchMode):
         self._skeleton.on_metric = lambda: None
 
     def note(self, question: Callable[[], Any], answer: Any) -> None:
-        """The step has asked the Trainer something, or the batch's index."""
-        self.note_own(question, answer)
-        self.trace.told.append(answer)
-
-    def note_own(self, question: Callable[[], Any], answer: Any) -> None:
-        """The step has asked something of an attribute."""
+        """The step has asked something."""
         self.trace.asked.append((question, answer))
 
     @contextmanager
