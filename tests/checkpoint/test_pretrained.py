@@ -108,7 +108,8 @@ class SavesAtStart(Callback):
 
 def _begin(family: str, layout: str, source: Path, target: Path) -> None:
     torch.manual_seed(1)
-    strategy: Any = HybridStrategy(layout, pretrained=source, num_microbatches=2)
+    whole = family == "torchvision"  # for BatchNorm
+    strategy: Any = HybridStrategy(layout, pretrained=source, num_microbatches=1 if whole else 2)
     world = torch.distributed.get_world_size()
     trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_steps=1, callbacks=[SavesAtStart(target)])
     module = Wrapped(family)

@@ -169,6 +169,16 @@ class SkippingBlocks(Branching):
         return loss
 
 
+class Shrinking(Classifier):
+    """Runs its first block in the first epoch only, and is cut after it or in it."""
+
+    def loss(self, batch: Any) -> Tensor:
+        h = self.net.stem(batch[0])
+        if self.current_epoch == 0:
+            h = self.net.blocks[0](h)
+        return F.cross_entropy(self.net.head(self.net.blocks[1](h)), batch[1])
+
+
 class SummedLater(Branching):
     """A loss that is no mean over samples, from the second epoch on."""
 
@@ -387,6 +397,7 @@ CASES = [
     ),
     Case("block_by_epoch", lambda: SkippingBlocks("epoch"), trainer=TWO_EPOCHS),
     Case("block_by_batch", lambda: SkippingBlocks("batch")),
+    Case("cut_by_epoch", Shrinking, trainer=TWO_EPOCHS),
     Case("block_by_value", ByValue),
     Case("summed_later", lambda: SummedLater("epoch"), trainer=TWO_EPOCHS, like="ddp"),
     Case(
