@@ -82,11 +82,11 @@ REFUSED_IN_PIPELINES = {
     "accumulated_by_hand", "activation_statistics", "actor_critic", "all_gather_over_the_world",
     "backward_of_some", "barlow_twins", "batch_norm", "block_by_value", "clip", "cyclegan_set_requires_grad",
     "dino", "dqn", "fake_for_both", "fast_gradient_sign", "gan", "gan_toggle_optimizer", "gan_toggled_optimizer",
-    "gradient_clamped", "graphs", "groups_from_init", "input_gradient_penalty", "kept_in_closure",
+    "gradient_clamped", "graphs", "groups_from_init", "history_of_block", "input_gradient_penalty", "kept_in_closure",
     "lazy_layer_without_shape", "lbfgs", "logger_in_step", "maml", "mixup", "moco_assigned", "moco_in_place",
     "model_pruning", "normalised_sgd", "own_backward", "parameter_hooks", "physics_informed", "pruned_in_training",
     "sam_by_hand", "sam_optimizer", "simclr_gathered", "simclr_own_samples", "spectral_norm", "state_carried",
-    "step_returns_none",
+    "step_returns_none", "steps_in_buffer",
     "stochastic_weight_averaging", "summed_later", "summed_loss", "swav_frozen_prototypes", "swav_step", "vq_vae",
     "weight_averaging", "weight_gradient_penalty", "wgan_clamped_weights", "wgan_gradient_penalty", "whitened",
 }

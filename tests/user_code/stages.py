@@ -241,6 +241,42 @@ class Carrying(Classifier):
         return F.cross_entropy(self.net.head(h), batch[1])
 
 
+class CountingBuffer(Classifier):
+    """Counts its steps in a buffer that nothing reads but a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.steps += 1  # type: ignore[operator, assignment]
+        return super().training_step(batch, batch_idx)
+
+
+class Remembering(Block):
+    """Keeps a history of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.history.append(x.shape[1])
+        return super().forward(x)
+
+
+class WithHistory(Classifier):
+    """Has a block with a history, which a hook reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.blocks[1] = Remembering()
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen.append(len(self.net.blocks[1].history))
+
+
 class Meter:
     """An average, as people write it."""
 
@@ -409,6 +445,8 @@ CASES = [
         note="as ddp: of the rank's own samples",
     ),
     Case("state_carried", Carrying, like="ddp", note="as ddp: of the rank's own samples"),
+    Case("steps_in_buffer", CountingBuffer),
+    Case("history_of_block", WithHistory),
     Case("metered", Metered, like="ddp", note="as ddp: of the rank's own samples"),
     Case("clipped_by_hand", ByHand),
     Case("every_other_by_hand", AccumulatesByHand),

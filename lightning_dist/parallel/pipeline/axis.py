@@ -198,10 +198,13 @@ class Pipelined(Alone):
         (route,) = self._routes.of("training_step", [args[0]], args[1:])
         kept = KeptAttributes(self.module)
         lists = AppendedLists(self.module)
+        buffers = [(b, b.detach().clone()) for b in self.module.buffers() if not is_placeholder(b)]
         with kept_random_states(self._device), torch.enable_grad(), by_hand.stepping(self.module, loss, logs.replace):
             route.ghost.run(self.module, partial(self._users_steps["training_step"], *args))
         kept.before_microbatch()
         lists.forget()
+        for buffer, value in buffers:
+            buffer.detach().copy_(value)
         logs.replay()
 
     def _refuse_writes(self, seen: set[str]) -> None:
@@ -348,6 +351,7 @@ class Pipelined(Alone):
                     tried.kept = self._step.kept.joined(sizes, self._step.weights)
                     tried.counted = self._counted()
                 tried.logged = self._step.logs.values()
+            tried.left = check.left_in(self.module)
             tried.written = {name: p.detach().clone() for name, p in parameters.items()}
             return tried
 

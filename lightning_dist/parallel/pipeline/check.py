@@ -23,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from lightning_dist.logs.metrics import metrics_in
 from lightning_dist.parallel.pipeline.failures import Failure, raise_together
+from lightning_dist.parallel.pipeline.nested import number_kind
 from lightning_dist.parallel.rehearsal import FixedNumbers
 from lightning_dist.placeholder import is_placeholder
 
@@ -43,6 +45,7 @@ class Tried:
         logged: by name.
         kept: in attributes of the LightningModule, by their place.
         counted: numbers in attributes of its parts, by the part's name and the attribute's.
+        left: buffers, and the numbers and lengths of lists of its parts, by what to call them.
         written: parameters of this rank that it writes to.
     """
 
@@ -51,6 +54,7 @@ class Tried:
     logged: dict[str, Any] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
     counted: dict[tuple[str, str], Any] = field(default_factory=dict)
+    left: dict[str, Any] = field(default_factory=dict)
     written: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -72,6 +76,8 @@ def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
         found = found or _difference(what, value, parts.kept.get((name, key)))
     for (name, key), value in whole.counted.items():
         found = found or _difference(f"the attribute {key!r} of {name!r}", value, parts.counted.get((name, key)))
+    for what, value in whole.left.items():
+        found = found or _difference(what, value, parts.left.get(what))
     for name, value in whole.written.items():
         found = found or _difference(f"the parameter {name}, to which it writes,", value, parts.written.get(name))
     if not found:
@@ -82,6 +88,23 @@ def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
         "split, or with microbatch_weight= what a microbatch counts; or use num_microbatches=1, or another axis. "
         "pipeline_check=False trains on the mean of microbatches all the same"
     )
+
+
+def left_in(module: nn.Module) -> dict[str, Any]:
+    """What a step leaves in the parts of a module: buffers, numbers and lists. What metrics have is counted by them."""
+    found: dict[str, Any] = {
+        f"the buffer {name}": buffer.detach().clone()
+        for name, buffer in module.named_buffers()
+        if not is_placeholder(buffer)
+    }
+    inside = {id(child) for metric in metrics_in(module) for child in metric.modules()}
+    for name, child in module.named_modules():
+        if name and id(child) not in inside:
+            for key, value in vars(child).items():
+                if not key.startswith("_") and (number_kind(value) or type(value) is list):
+                    what = f"the attribute {key!r} of {name!r}"
+                    found[what] = len(value) if type(value) is list else value
+    return found
 
 
 def batch_norm(module: nn.Module, called: set[str]) -> str:

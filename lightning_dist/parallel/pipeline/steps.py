@@ -79,13 +79,8 @@ class Routes:
         return [self._one(step, part, flags) for part in parts]
 
     def _one(self, step: str, part: Any, flags: tuple[Any, ...]) -> Route:
-        key = (
-            step,
-            self._module.training,
-            _signature(part),
-            self._rest[1:],
-            flags,
-        )  # the loader's index, not the batch's
+        others = self._rest[1:]  # the loader's index, not the batch's
+        key = step, self._module.training, _signature(part), others, flags
         known = self._known.pop(key, [])
         found = next((route for route in known if route.holds), None)
         if found is None:
