@@ -181,8 +181,9 @@ class Course:
             RuntimeError: some have not come in time.
         """
         store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-        number = store.add(f"lightning_dist/{place}/{rank}", 1)
-        keys = [f"lightning_dist/{place}/{number}/{other}" for other in range(dist.get_world_size())]
+        place = f"lightning_dist/{place}/{guard.number_of_run()}"
+        number = store.add(f"{place}/{rank}", 1)
+        keys = [f"{place}/{number}/{other}" for other in range(dist.get_world_size())]
         store.set(keys[rank], "1")
         try:
             store.wait(keys, self._longest_wait)

@@ -28,6 +28,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dist.checkpoint import StageRanks, gather_state, model_state
+from lightning_dist.elastic.guard import begin_run
 from lightning_dist.gathering import all_gather, refuse_uneven
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.world_calls import WorldCalls
@@ -135,6 +136,7 @@ class LayoutRanks(ParallelStrategy):
         super().setup_environment()
         self.set_world_ranks()
         if self.world_size > 1:
+            is_new = not _distributed_is_initialized()
             assert self.cluster_environment is not None
             device_id = None if self.root_device.type == "cpu" else self.root_device
             _init_dist_connection(
@@ -143,6 +145,8 @@ class LayoutRanks(ParallelStrategy):
                 timeout=self._timeout,
                 device_id=device_id,
             )
+            if is_new:
+                begin_run()
             _let_threads_end_before_forks()
             self._share_random_state()
         if self.layout is not None:
@@ -192,6 +196,19 @@ class LayoutRanks(ParallelStrategy):
     def data_rank(self) -> int:
         """Which of the data ranks this is; ranks with the same one see the same samples."""
         return self.global_rank if self.mesh is None else self.mesh.data.get_local_rank()
+
+    @property
+    def _groups(self) -> dict[str, dist.ProcessGroup]:
+        """All of the layout, by a name that is the same on the ranks of each."""
+        if not _distributed_is_initialized():
+            return {}
+        groups: dict[str, dist.ProcessGroup] = {"world": dist.distributed_c10d._get_default_group()}
+        if self.mesh is not None:
+            meshes = {axis: self.mesh.root[axis] for axis in self.mesh.root.mesh_dim_names or ()}
+            for name, mesh in {**meshes, "data": self.mesh.data, "logs": self.mesh.logs}.items():
+                group = mesh.get_group()
+                groups[f"{name} {dist.get_process_group_ranks(group)}"] = group
+        return groups
 
     @property
     def data_group(self) -> dist.ProcessGroup | None:

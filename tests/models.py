@@ -454,3 +454,52 @@ class BackwardWithGraph(Momentum):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]), create_graph=True)
+
+
+class Words(L.LightningModule):
+    """An embedding, a backbone and a head; built at once or in ``configure_model``."""
+
+    def __init__(self, deferred: bool = False, custom: Any = None, words: int = 10) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.deferred, self.words = deferred, words
+        self.events: list[str] = []
+        self.embed: Any = None
+        if not deferred:
+            self.build()
+
+    def build(self) -> None:
+        self.embed = nn.Embedding(self.words, 16)
+        self.backbone = nn.Sequential(nn.LayerNorm(16), *(FeedForward() for _ in range(4)))
+        self.head = nn.Linear(16, self.words)
+
+    def configure_model(self) -> None:
+        if self.embed is None:
+            self.build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(self.embed(x)))
+
+    def training_step(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
+
+
+class FeedForward(nn.Module):
+    """A residual pair of dense layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+def words() -> Dataset:
+    """Each word and the one after it."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randint(10, (48,), generator=generator)
+    return TensorDataset(x, (3 * x + 1) % 10)

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy={strategy}, max_epochs=1, logger=False,
                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary={summary})
     trainer.fit(Fails(), DataLoader(Samples(), batch_size=4))
-    print("done", trainer.global_rank, flush=True)
+    print(f"done {{trainer.global_rank}}\n", end="", flush=True)
 """
 ROOT = str(Path(__file__).parent.parent)
 
@@ -67,9 +67,11 @@ def start(
     rank: int = 0,
     torchrun: bool = False,
     summary: bool = False,
+    text: str | None = None,
 ) -> subprocess.Popen[str]:
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(root=ROOT, strategy=strategy, where=where, rank=rank, summary=summary))
+    own = SCRIPT.format(root=ROOT, strategy=strategy, where=where, rank=rank, summary=summary)
+    script.write_text(own if text is None else text)
     command = [sys.executable, str(script)]
     if torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]

@@ -1,10 +1,26 @@
-"""One failed rank ends the run: no rank stays behind, and the failure that came first is the one shown."""
+"""A run that ends by an exception: where it does on all ranks they may go on together, else all end, promptly.
+
+[Note: who may go on]
+Code around a fit catches exceptions: to try a smaller batch, to prune a trial. That is safe where every rank left the
+run, at the same place of the collectives: they go on as one process would. Where one left alone, others wait for it.
+If it ends, they lose the connection to it and end too. If it lives on, it is ended after :data:`PATIENCE`, or refused
+the next run.
+
+So each rank says in the process group's store how it left a run. What began the end is told beside the errors of those
+that only lost their connection.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import json
+import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -14,23 +30,157 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 GRACE = 5.0
 """Seconds that the other processes of a script get to end by themselves, so that the first to fail can say why."""
 
+PATIENCE = 30.0
+"""Seconds that a rank which left a run by an exception, and lives on, waits for the others to leave it too."""
 
-def end_children(launcher: Any, grace: float = GRACE) -> None:
-    """Ends the processes that this one started, after it failed.
+_POLL = 0.05
 
-    Where the backend notices a lost peer (gloo), they have failed by themselves and are showing why; where it does not,
-    they wait in a collective for as long as its timeout lasts.
+
+class _Runs:
+    """Of this process."""
+
+    number: ClassVar[int] = 0
+    """Of the last run in the process group; the same on all ranks."""
+    is_on: ClassVar[bool] = False
+    left: ClassVar[str | None] = None
+    """The exception by which this process left the last run; None where it ended well."""
+    children: ClassVar[list[Any]] = []
+    """Processes of the other ranks that this one started."""
+
+
+# ------------------------------------------------------------------ runs
+
+
+def begin_run() -> None:
+    """A run of a Trainer begins, on all ranks of a layout; nothing before there is a process group.
+
+    Communication: none where the last run ended well here; else this rank waits at the store for the others to have
+    left it too.
+
+    Raises:
+        RuntimeError: other ranks are still in it, or left it at another place.
+    """
+    store = _store()
+    if store is None:
+        return
+    left, _Runs.left = _Runs.left, None
+    try:
+        if left is not None and store.check([_key(dist.get_rank())]):  # else that was in another process group
+            _meet_after(left)
+    finally:
+        _Runs.number = store.add(f"lightning_dist/runs/{dist.get_rank()}", 1)
+        _Runs.is_on = True
+
+
+def number_of_run() -> int:
+    """Of the run that is going on; the same on all ranks."""
+    return _Runs.number
+
+
+def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, launcher: Any = None) -> None:
+    """This rank leaves a run; nothing if it has left it. Communication: none; it is said at the store.
 
     Args:
-        launcher: of the strategy; only that of scripts has processes to end.
+        groups: process groups of the run, by a name that all ranks of one have for it; what was done in them tells
+            whether ranks left it at the same place.
+        exception: by which it leaves, if it does.
+        launcher: of the strategy. Where it started processes and this run fails, this process ends them when it ends
+            itself.
+    """
+    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+        _Runs.children = launcher.procs
+    if exception is not None and _Runs.children:
+        atexit.unregister(_end_children)
+        atexit.register(_end_children)
+    if not _Runs.is_on:
+        return
+    _Runs.is_on = False
+    if exception is not None:
+        _tell_why_it_ended(exception)
+        _Runs.left = _words(exception)
+    with contextlib.suppress(RuntimeError):
+        store = _store()
+        if store is None:
+            return
+        # private; seen in torch 2.14: how many collectives this rank has begun in a group
+        counts = {name: group._get_sequence_number_for_group() for name, group in groups.items()}
+        store.set(_key(dist.get_rank()), json.dumps({"by": _Runs.left, "collectives": counts}))
+        if exception is not None and not _is_of_lost_peer(exception):
+            threading.Thread(target=_watch, args=(store, _Runs.number, _words(exception)), daemon=True).start()
+
+
+def _meet_after(left: str) -> None:
+    """After a run that this rank left by an exception.
+
+    Raises:
+        RuntimeError: see :func:`begin_run`.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while (absent := _absent(_store(), _Runs.number)) and time.monotonic() < deadline:
+        time.sleep(_POLL)
+    if absent:
+        raise RuntimeError(_told_of(absent, left))
+    said = [json.loads(_store().get(_key(rank))) for rank in range(dist.get_world_size())]
+    counts: dict[str, set[int]] = {}
+    for name, count in (item for one in said for item in one["collectives"].items()):
+        counts.setdefault(name, set()).add(count)
+    if any(len(of_group) > 1 for of_group in counts.values()):
+        ways = ", ".join(f"rank {rank} {_way(one['by'])}" for rank, one in enumerate(said))
+        raise RuntimeError(
+            f"the ranks left an earlier run at different places ({ways}), so what they send each other no longer fits "
+            "together; start the processes anew, or raise what ends a run on all ranks at the same place "
+            "(trainer.strategy.reduce_boolean_decision)"
+        )
+    atexit.unregister(_end_children)
+
+
+def _way(by: str | None) -> str:
+    return "at its end" if by is None else f"by {by}"
+
+
+def _absent(store: Any, number: int) -> list[int]:
+    """Ranks that have not left the run."""
+    return [rank for rank in range(dist.get_world_size()) if not store.check([_key(rank, number)])]
+
+
+def _told_of(absent: list[int], left: str) -> str:
+    ranks = f"ranks {', '.join(map(str, absent))}" if len(absent) > 1 else f"rank {absent[0]}"
+    return (
+        f"rank {dist.get_rank()} left a run by {left}, and {ranks} did not within {PATIENCE:g} s: they would wait for "
+        "this one in it for good. An exception that is caught must come on all ranks alike: agree on what it hangs on "
+        "by trainer.strategy.reduce_boolean_decision(...)"
+    )
+
+
+def _watch(store: Any, number: int, left: str) -> None:
+    """Ends this process, or those that it started, if it lives on after a run that others are still in."""
+    deadline = time.monotonic() + PATIENCE + GRACE  # a next run says it better
+    with contextlib.suppress(RuntimeError):
+        while time.monotonic() < deadline:
+            time.sleep(_POLL)
+            if _store() is not store or number != _Runs.number:
+                return  # the group was given up, or all have met
+            absent = _absent(store, number)
+            if not absent:
+                return
+        print(f"\n{_told_of(absent, left)}. It ends now.", file=sys.stderr, flush=True)
+        _end_children(0)
+        os._exit(1)
+
+
+def _end_children(grace: float = GRACE) -> None:
+    """Ends the processes that this one started, when it ends after it failed.
+
+    Where the backend notices a lost peer (gloo), they fail by themselves and show why; where it does not, they wait in
+    a collective for as long as its timeout lasts.
+
+    Args:
         grace: seconds to wait for them.
     """
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        return
     deadline = time.monotonic() + grace
-    while any(process.poll() is None for process in launcher.procs) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in launcher.procs:
+    while any(process.poll() is None for process in _Runs.children) and time.monotonic() < deadline:
+        time.sleep(_POLL)
+    for process in _Runs.children:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
 
@@ -38,28 +188,26 @@ def end_children(launcher: Any, grace: float = GRACE) -> None:
 # ------------------------------------------------------------------ last words
 
 
-class _Runs:
-    """Of this process; every rank has as many."""
-
-    number: ClassVar[int] = 0
-
-
-def begin_run() -> None:
-    """A run of a Trainer begins, on all ranks: what ended an earlier one is past. Communication: none."""
-    _Runs.number += 1
-
-
 def say_why(store: Any, message: str) -> None:
     """What ends this rank, for the others, at the store of the process group."""
     store.set(_key(), message)
 
 
-def tell_why_it_ended(exception: BaseException) -> None:
+def what_ended_another() -> str:
+    """What another rank said that ended it; empty if none did. Communication: one question to the store."""
+    with contextlib.suppress(RuntimeError):
+        store = _store()
+        if store is not None and store.check([_key()]):
+            return store.get(_key()).decode()
+    return ""
+
+
+def _tell_why_it_ended(exception: BaseException) -> None:
     """Says to the other ranks what ends this one; or notes what another said, of which this one lost the connection."""
-    if not dist.is_available() or not dist.is_initialized():
-        return
     with contextlib.suppress(RuntimeError):  # the store may be gone as well
-        store: Any = dist.distributed_c10d._get_default_store()  # private; seen in torch 2.14
+        store = _store()
+        if store is None:
+            return
         if _is_of_lost_peer(exception):
             with contextlib.suppress(RuntimeError):
                 store.wait([_key()], timedelta(seconds=2))
@@ -68,20 +216,22 @@ def tell_why_it_ended(exception: BaseException) -> None:
             if message.partition(": ")[2] not in str(exception) and message not in str(exception):
                 exception.add_note(f"another rank ended before: {message}")
         elif isinstance(exception, Exception):
-            say_why(store, f"{type(exception).__name__}: {exception}")
+            say_why(store, _words(exception))
 
 
-def what_ended_another() -> str:
-    """What another rank said that ended it; empty if none did. Communication: one question to the store."""
-    with contextlib.suppress(RuntimeError):
-        store: Any = dist.distributed_c10d._get_default_store()
-        if store.check([_key()]):
-            return store.get(_key()).decode()
-    return ""
+def _words(exception: BaseException) -> str:
+    return f"{type(exception).__name__}: {exception}"
 
 
-def _key() -> str:
-    return f"lightning_dist/ended/{_Runs.number}"
+def _store() -> Any:
+    """Of the process group; None without one (private; seen in torch 2.14)."""
+    return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None
+
+
+def _key(rank: int | None = None, number: int | None = None) -> str:
+    """Of the first words that ended a run, or of how one rank left it."""
+    run = f"lightning_dist/ended/{_Runs.number if number is None else number}"
+    return run if rank is None else f"{run}/{rank}"
 
 
 def _is_of_lost_peer(exception: BaseException) -> bool:

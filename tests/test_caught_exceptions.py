@@ -1,0 +1,203 @@
+"""An exception that user code catches: ranks that left a run together go on, else all end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy
+from lightning_dist.elastic import guard
+from tests.models import Words, words
+from tests.parity import QUIET, Watch, whole_weights
+from tests.ranks import RankError, run_on_ranks
+from tests.test_scripts import ROOT, assert_no_process_left, finish, start
+
+LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", "dp_shard=2,tp=2"]
+
+
+class Pruned(Exception):
+    """As of a search for hyper-parameters."""
+
+
+class Stops(Words):
+    """Raises at some place of the second epoch, on some ranks."""
+
+    def __init__(self, where: str, ranks: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+        super().__init__()
+        self.where, self.ranks = where, ranks
+
+    def stop(self, where: str) -> None:
+        if where == self.where and self.trainer.current_epoch == 1 and self.trainer.global_rank in self.ranks:
+            raise Pruned(where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.trainer.training:
+            self.stop("forward")
+        return super().forward(x)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.stop("backward")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.stop("step")
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.stop("validation")
+
+
+def fit(module: L.LightningModule, layout: str | None, trainer: L.Trainer | None = None) -> tuple[Any, list[float]]:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    strategy: Any = "auto" if layout is None else HybridStrategy(layout)
+    watch = Watch()
+    if trainer is None:
+        trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=2, callbacks=[watch])
+    else:
+        watch = next(callback for callback in trainer.callbacks if isinstance(callback, Watch))
+    ranks = 1 if layout is None else HybridStrategy(layout).requested.resolve(trainer.world_size).num_data_ranks
+    loader = DataLoader(words(), batch_size=8 // ranks)
+    trainer.fit(module, loader, DataLoader(words(), batch_size=4))
+    return trainer, watch.losses
+
+
+def go_on(layout: str | None, where: str, same_trainer: bool, same_module: bool) -> tuple[list[float], Any]:
+    """Catches what the first fit raises, and fits again."""
+    L.seed_everything(1, verbose=False)
+    module = Stops(where)
+    trainer = None
+    watch = Watch()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    strategy: Any = "auto" if layout is None else HybridStrategy(layout)
+    trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=2, callbacks=[watch])
+    with pytest.raises(Pruned, match=where):
+        fit(module, layout, trainer)
+    torch.manual_seed(2)
+    if same_module:
+        module.where = ""
+    else:
+        module = Stops("")
+    _, losses = fit(module, layout, trainer if same_trainer else None)
+    return losses, whole_weights(module)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("where", "same_trainer", "same_module"),
+    [
+        ("forward", False, False),
+        ("backward", True, True),
+        ("step", False, True),
+        ("validation", True, False),
+    ],
+)
+def test_ranks_that_all_raised_go_on_as_one_process(
+    layout: str, where: str, same_trainer: bool, same_module: bool
+) -> None:
+    ranks = 4 if "," in layout else 2
+    if same_module and not same_trainer and "pp" in layout:
+        pytest.skip("a module that was cut stays with its strategy")
+    expected = go_on(None, where, same_trainer, same_module)
+    for losses, weights in run_on_ranks(ranks, go_on, layout, where, same_trainer, same_module):
+        torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def left_alone(layout: str) -> str:
+    guard.PATIENCE = 2.0
+    L.seed_everything(1, verbose=False)
+    try:
+        fit(Stops("backward", (1,)), layout)
+    except Pruned:
+        began = time.monotonic()
+        try:
+            fit(Stops(""), layout)
+        except RuntimeError as error:
+            assert time.monotonic() - began < 10
+            return str(error)
+        return "went on"
+    finally:
+        guard.PATIENCE = 30.0
+    return "did not raise"
+
+
+def test_a_rank_that_raised_alone_is_refused_its_next_run() -> None:
+    with pytest.raises(RankError) as error:
+        run_on_ranks(2, left_alone, "dp_replicate=2")
+    answers = error.value.answers
+    assert "rank 1 left a run by Pruned: backward, and rank 0 did not" in answers[1]
+    assert "reduce_boolean_decision" in answers[1]
+
+
+def apart() -> str:
+    """Both ranks raise, at different places."""
+    L.seed_everything(1, verbose=False)
+    rank = dist.get_rank()
+
+    class Apart(Stops):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if rank == 1 and self.global_step == 3:
+                dist.all_reduce(torch.ones(1), async_op=True)
+            if self.global_step == 3:
+                raise Pruned(f"of {rank}")
+
+    try:
+        fit(Apart(""), "dp_replicate=2")
+    except Pruned:
+        try:
+            fit(Stops(""), "dp_replicate=2")
+        except RuntimeError as error:
+            return str(error)
+    return "went on"
+
+
+def test_ranks_that_raised_at_different_places_are_refused_together() -> None:
+    for told in run_on_ranks(2, apart):
+        assert "rank 0 by Pruned: of 0, rank 1 by Pruned: of 1" in told
+
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import lightning_dist
+from lightning_dist.elastic import guard
+from tests.test_caught_exceptions import Pruned, Stops, fit, two_ranks
+guard.PATIENCE = guard.GRACE = 1.0
+
+class Tells(Stops):
+    def on_train_start(self):
+        print(f"pid {{os.getpid()}}\\n", end="", flush=True)
+
+if __name__ == "__main__":
+    module = Tells("backward", ({rank},))
+    try:
+        fit(module, "dp_replicate=2", two_ranks())
+    except Pruned:
+        print("caught", flush=True)
+        time.sleep(60)
+"""
+
+
+def two_ranks() -> L.Trainer:
+    return L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("dp_replicate=2"), max_epochs=2, callbacks=[Watch()])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_end_where_a_rank_that_raised_alone_lives_on(rank: int, tmp_path: Path) -> None:
+    began = time.monotonic()
+    process = start(tmp_path, text=SCRIPT.format(root=ROOT, rank=rank))
+    code, output = finish(process)
+    assert code
+    assert "caught" in output
+    assert f"rank {rank} left a run by Pruned: backward, and rank {1 - rank} did not" in output
+    assert time.monotonic() - began < 50, "somebody slept"
+    assert_no_process_left(output)
