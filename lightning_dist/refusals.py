@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import lightning.pytorch as pl
 import torch
@@ -145,6 +145,25 @@ def _is_wrapper(parameter: nn.Parameter) -> bool:
     return dispatch is not torch.Tensor.__torch_dispatch__ and not (
         isinstance(parameter, DTensor) or is_placeholder(parameter)
     )
+
+
+def refuse_new_parameters(module: nn.Module, known: Mapping[int, nn.Parameter]) -> None:
+    """Where a module has been divided by an earlier run, and a hook has put whole parameters into it since.
+
+    Args:
+        module: divided.
+        known: its parameters of the earlier run, by id; empty if that was another strategy's.
+
+    Raises:
+        ValueError: there are others.
+    """
+    new = [name for name, p in module.named_parameters() if id(p) not in known and not is_placeholder(p)]
+    if known and new and len(new) < sum(1 for _ in module.parameters()):
+        raise ValueError(
+            f"{new[0]} came to the module after an earlier run had divided it over the ranks, so it would stay whole "
+            "and out of their reach; build the module anew, with that parameter, and pass ckpt_path= to go on from its "
+            "checkpoint"
+        )
 
 
 def refuse_mixed_vector(optimizer: Optimizer) -> None:

@@ -244,10 +244,14 @@ class ResumeHooks(LoaderHooks):
             self._to_resume = checkpoint.get(RESUME)
 
     @override
-    def _own_dataloaders(self, trainer: pl.Trainer) -> None:
-        super()._own_dataloaders(trainer)
+    def setup_environment(self) -> None:
         self._begun, self._last_step, self._to_resume, self._epoch = [], None, None, 0
         self._random_at_start = self._begin_again = None
+        super().setup_environment()
+
+    @override
+    def _own_dataloaders(self, trainer: pl.Trainer) -> None:
+        super()._own_dataloaders(trainer)
         loop: Any = trainer.fit_loop
         if "_load_combined_loader_states" not in vars(loop):
             loop._load_combined_loader_states = partial(self._begin_loaders, loop._load_combined_loader_states)

@@ -35,7 +35,7 @@ from lightning_dist.data import refuse_different_batches
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
-from lightning_dist.elastic.guard import begin_run, end_children, tell_why_it_ended
+from lightning_dist.elastic.guard import begin_run, end_run
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.logs import StepLogs, Uncounted, attach_metrics
@@ -70,6 +70,7 @@ from lightning_dist.refusals import (
     refuse_lazy,
     refuse_lost_hooks,
     refuse_mixed_vector,
+    refuse_new_parameters,
     refuse_wrappers,
     warn_of_axes_across_nodes,
 )
@@ -236,6 +237,8 @@ class HybridStrategy(TuningHooks):
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
+        if self.world_size > 1:
+            begin_run()
         refuse(self.lightning_module.trainer, self.layout, self.root_device)
         self._refuse_what_cannot_split(self.lightning_module)
         if self.layout is not None:
@@ -332,13 +335,12 @@ class HybridStrategy(TuningHooks):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        begin_run()
         self._own_dataloaders(trainer)
         self._compared.clear()
         self._own_clipping()
         self._own_inference(trainer)
         self._parallelize(training=trainer.state.fn == TrainerFn.FITTING)
-        self._begin_from_pretrained()
+        self._load_weights()
         self._look_at_world_calls()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -411,6 +413,8 @@ class HybridStrategy(TuningHooks):
         self.division = self._divide(module)
         refuse_wrappers(module, self.layout, parameter_splits(self.division.plan) if self.division else ())
         fresh = not was_cut and not any(isinstance(p, DTensor) for p in module.parameters())
+        if not fresh:
+            refuse_new_parameters(module, self._known_parameters)
         if fresh:
             self.model_to_device()
             if self.world_size > 1 and not (training and not self.layout.holds_shards):
@@ -724,9 +728,12 @@ class HybridStrategy(TuningHooks):
             self._saves.end()
         finally:
             self._teardown()
+            if self.world_size > 1:
+                end_run(self._groups)
 
     def _teardown(self) -> None:
         self._leave_world_calls()
+        self._forget_what_came_early()
         for loop, mode in self._inference_modes.items():
             loop.inference_mode = mode
         self._inference_modes = {}
@@ -751,9 +758,11 @@ class HybridStrategy(TuningHooks):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        tell_why_it_ended(exception)
+        if self.world_size > 1:
+            end_run(self._groups, exception, self.launcher)
+        if self._parallel is not None:
+            self._parallel.forget_step()
         self._end_saves(exception)
-        end_children(self.launcher)
 
 
 def _has_hooks(parameter: nn.Parameter) -> bool:

@@ -17,7 +17,7 @@ from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.files import METADATA, REMOVED, REST, remove_any, temporary_sibling
 from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.locations import fetched, is_remote, located, settled
-from lightning_dist.checkpoint.sharded import Shards, read_sharded, save_sharded
+from lightning_dist.checkpoint.sharded import Shards, open_sharded, read_sharded, save_sharded
 from lightning_dist.checkpoint.single import gather_state, read_single, save_single
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
 from lightning_dist.checkpoint.state import model_state
@@ -78,6 +78,7 @@ def load(
     *,
     optimizers: bool = True,
     weights_only: bool | None = None,
+    when_used: bool = False,
 ) -> dict[str, Any]:
     """Reads a checkpoint of either form, of ours or of plain Lightning, or bare weights. Every rank calls this; the
     path is rank 0's.
@@ -93,6 +94,8 @@ def load(
             that it has for them.
         optimizers: read the optimizer states too; evaluation has no use for them.
         weights_only: as in ``torch.load``: ``None`` and ``True`` execute nothing from the file.
+        when_used: the module is not in its layout yet, so weights and optimizer states of a directory are read when
+            they are loaded into it, or looked at.
 
     Returns:
         Lightning's dictionary; of bare weights, one that has a ``state_dict`` only.
@@ -107,6 +110,8 @@ def load(
         path = settled(path)
         form = form_of(path)
     if form == "sharded":
+        if when_used:
+            return open_sharded(path, optimizers, weights_only)
         return read_sharded(path, module, optimizers, weights_only)
     with together(f"read checkpoint {path}"), fetched(path) as local:
         checkpoint = read_single(local, weights_only) if form == "single" else {"state_dict": _read_weights(local)}

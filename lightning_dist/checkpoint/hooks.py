@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,6 +22,7 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
 from lightning_dist.checkpoint.agreement import from_rank_zero, together
 from lightning_dist.checkpoint.background import BackgroundSaves
+from lightning_dist.checkpoint.late import LateLoads
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.resume import ResumeHooks
 
@@ -34,6 +36,7 @@ class CheckpointHooks(ResumeHooks):
     _begun_modules: WeakSet[pl.LightningModule] | None = None  # made in the ranks: it can't be sent to them
     _saves: BackgroundSaves
     _checkpoint_path: _PATH | None = None
+    _late_loads: LateLoads | None = None
 
     @override
     def setup_environment(self) -> None:
@@ -43,17 +46,25 @@ class CheckpointHooks(ResumeHooks):
         if self.async_save:
             assert self.lightning_module is not None
             _refuse_links(self.lightning_module.trainer)
+        if self.checkpoint_format == "sharded" and self._has_own_io:
+            raise ValueError(
+                f'checkpoint_format="sharded" with a {type(self.checkpoint_io).__name__}: every rank writes its part '
+                'of a directory, and a CheckpointIO writes the whole from one; choose checkpoint_format="single", or '
+                "leave the plugin out (async_save=True writes in the background)"
+            )
         super().setup_environment()
 
     @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
+    def _has_own_io(self) -> bool:
+        """Whether the user brought what writes, reads and removes checkpoints."""
+        return type(self.checkpoint_io) is not TorchCheckpointIO
 
     @property
     def saves_shards(self) -> bool:
         """Whether a checkpoint is a directory to which every rank writes what it holds."""
-        return self.checkpoint_format == "sharded" or (self.checkpoint_format == "auto" and self._holds_shards)
+        if self.checkpoint_format == "auto":
+            return self._holds_shards and not self._has_own_io
+        return self.checkpoint_format == "sharded"
 
     @property
     def _holds_shards(self) -> bool:
@@ -81,43 +92,87 @@ class CheckpointHooks(ResumeHooks):
         checkpoint = self._with_resume(checkpoint)
         if described := descriptions(self.lightning_module):
             checkpoint[DESCRIPTIONS] = described
-        write = None
-        if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
-            write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
+        if storage_options is not None and not self._has_own_io:
+            raise TypeError(
+                "Trainer.save_checkpoint(..., storage_options=...) needs a CheckpointIO that knows what to do with "
+                "them: pass one to the Trainer's plugins"
+            )
         checkpoints.save(
             checkpoint,
             filepath,
             sharded=self.saves_shards,
-            write=write,
+            write=partial(self._write, filepath, storage_options) if self._has_own_io else None,
             stages=self.stage_ranks,
             background=self._saves if self.async_save else None,
         )
 
+    def _write(self, filepath: _PATH, storage_options: Any | None, checkpoint: dict[str, Any], _: Path) -> None:
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Before :meth:`setup`, as in one process: hooks may change the module, optimizers are made for what is there
+        then. What is loaded into parameters that are deferred is kept, and loaded in setup.
+        """
         assert self.lightning_module is not None
         self._checkpoint_path = checkpoint_path
         self._saves.wait()
-        training = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        paths = [checkpoint_path, *self._older_than_last(checkpoint_path)]
+        if not self._is_set_up:
+            self._begin_from_pretrained()
+            self._load_late(checkpoint_path)
+        checkpoint = self._read(checkpoint_path, weights_only)
+        if checkpoints.holds_no_run(checkpoint):
+            return self._without_run(checkpoint, checkpoint_path)
+        self._resume_from(checkpoint)
+        return checkpoint
+
+    @property
+    def _is_training(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+
+    def _read(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+        module = self.lightning_module
+        assert module is not None
+        if self._has_own_io and not from_rank_zero(_is_directory_of_shards(path)):
+            with together(f"read checkpoint {path}"):
+                return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        is_whole = not self._is_set_up and not any(isinstance(p, DTensor) for p in module.parameters())
+        paths = [path, *self._older_than_last(path)]
         while True:
             self._checkpoint_path = path = paths.pop(0)
             try:
-                checkpoint = checkpoints.load(
-                    path, self.lightning_module, optimizers=training, weights_only=weights_only
+                return checkpoints.load(
+                    path, module, optimizers=self._is_training, weights_only=weights_only, when_used=is_whole
                 )
             except checkpoints.DamagedCheckpoint as error:
                 if not paths:
                     raise
                 rank_zero_warn(f"{error}. This run goes on from the newest before it, {paths[0]}")
-            else:
-                if checkpoints.holds_no_run(checkpoint):
-                    return self._without_run(checkpoint, path, training)
-                self._resume_from(checkpoint)
-                return checkpoint
 
-    def _without_run(self, weights: dict[str, Any], path: _PATH, training: bool) -> dict[str, Any]:
-        if training:
+    def _load_late(self, path: _PATH) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if any(parameter.is_meta for parameter in module.parameters()):
+            self._late_loads = LateLoads(module, path)
+
+    def _load_weights(self) -> None:
+        """Those that a fit begins from, and over them a checkpoint's, where parameters were deferred until now."""
+        late, self._late_loads = self._late_loads, None
+        if late is not None:
+            late.leave()
+        self._begin_from_pretrained()
+        if late is not None:
+            late.apply()
+
+    def _forget_what_came_early(self) -> None:
+        """After an exception between the restoring and the setup."""
+        if self._late_loads is not None:
+            self._late_loads.leave()
+            self._late_loads = None
+
+    def _without_run(self, weights: dict[str, Any], path: _PATH) -> dict[str, Any]:
+        if self._is_training:
             raise ValueError(
                 f"{path} holds weights, but no run to go on with; HybridStrategy(pretrained=...) begins one from them"
             )
@@ -130,14 +185,16 @@ class CheckpointHooks(ResumeHooks):
         """
         module = self.lightning_module
         assert module is not None
-        if self.pretrained is None or module.trainer.state.fn != TrainerFn.FITTING:
+        if self.pretrained is None or not self._is_training:
             return
+        if not self._is_set_up and any(parameter.is_meta for parameter in module.parameters()):
+            return  # when they are there
         if self._begun_modules is None:
             self._begun_modules = WeakSet()
         if module in self._begun_modules:
             return
         self._begun_modules.add(module)
-        state = checkpoints.load(self.pretrained, module, optimizers=False)["state_dict"]
+        state = checkpoints.load(self.pretrained, module, optimizers=False, when_used=True)["state_dict"]
         checkpoints.load_model_state(module, state, module.strict_loading, self.pretrained)
 
     def _older_than_last(self, path: _PATH) -> list[Path]:
@@ -165,19 +222,32 @@ class CheckpointHooks(ResumeHooks):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         state = checkpoint["state_dict"]
+        if self._late_loads is not None:
+            self.lightning_module.load_state_dict(state, strict=strict)
+            return
         checkpoints.load_model_state(self.lightning_module, state, strict, self._checkpoint_path)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.lightning_module is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        states = checkpoint["optimizer_states"]
+        if states and len(states) != len(self.optimizers):  # a hook may have taken all of them out
+            raise ValueError(
+                f"checkpoint {self._checkpoint_path} has the states of {len(states)} optimizers, and "
+                f"configure_optimizers returns {len(self.optimizers)}; return what the saved run had, or begin from "
+                "its weights alone by HybridStrategy(pretrained=...)"
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=False):
             checkpoints.load_optimizer_state(self.lightning_module, optimizer, state, self._checkpoint_path)
             optimizers.settle(optimizer)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.is_global_zero:
-            self._saves.afterwards(partial(checkpoints.remove, filepath))
+            remove: Callable[[Any], None] = checkpoints.remove
+            if self._has_own_io and not _is_directory_of_shards(filepath):
+                remove = self.checkpoint_io.remove_checkpoint
+            self._saves.afterwards(partial(remove, filepath))
 
     def _end_saves(self, exception: BaseException) -> None:
         """Waits for the save in flight where an exception ends the run; what that met is told beside it."""
@@ -185,6 +255,14 @@ class CheckpointHooks(ResumeHooks):
             self._saves.wait()
         except Exception as error:
             exception.add_note(f"beside that, a checkpoint could not be written: {error}")
+
+
+def _is_directory_of_shards(path: _PATH) -> bool:
+    """Also where a user's ``CheckpointIO`` knows the path, and nobody else."""
+    try:
+        return checkpoints.is_sharded(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse_links(trainer: pl.Trainer) -> None:

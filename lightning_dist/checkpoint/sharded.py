@@ -38,6 +38,7 @@ from lightning_dist.checkpoint.directory import FORMAT, MARKER, Directory
 from lightning_dist.checkpoint.files import REST, temporary_sibling
 from lightning_dist.checkpoint.lazy import LazyTensor
 from lightning_dist.checkpoint.locations import file_system, is_remote, new_place, put_in_place, refuse_others, remove
+from lightning_dist.checkpoint.on_disk import OnDisk
 from lightning_dist.checkpoint.placement import HostMemory, boxes, empty_like_layout, local_part, on_tensor_axis
 from lightning_dist.checkpoint.state import model_state, named_parameters
 from lightning_dist.checkpoint.tree import Path as TreePath
@@ -172,6 +173,29 @@ def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_on
     return directory.joined((place, targets[key]) for key, place in wanted)
 
 
+def open_sharded(path: Path, optimizers: bool, weights_only: bool | None) -> dict[str, Any]:
+    """As :func:`read_sharded`, for a module that is not divided yet: weights and optimizer states are read when they
+    are loaded, or looked at.
+
+    Returns:
+        Lightning's dictionary, in which these are :class:`~lightning_dist.checkpoint.on_disk.OnDisk`.
+    """
+    with together(f"read checkpoint {path}"):
+        directory = Directory.open(path, weights_only)
+    if not optimizers:
+        directory.rest.pop("optimizer_states", None)
+    wanted = [(key, place) for key, place in directory.places if optimizers or place[0] != "optimizer_states"]
+    reader, made = _Reader(directory), dict[str, Any]()
+    for key, place in wanted:
+        stored = directory.index.state_dict_metadata[key]
+        if isinstance(stored, TensorStorageMetadata) and place[0] in ("state_dict", "optimizer_states"):
+            made.setdefault(key, OnDisk(reader, key, stored.size, stored.properties.dtype))
+    now = _targets(directory.index, {key: place for key, place in wanted if key not in made}, None)
+    with together(f"read checkpoint {path}"):
+        _read_parts(path, now, directory.index, weights_only)
+    return directory.joined((place, made[key] if key in made else now[key]) for key, place in wanted)
+
+
 # Saving
 
 
@@ -257,14 +281,40 @@ def _targets(index: Metadata, places: Mapping[str, TreePath], module: Module | N
         like = layouts.get(place[1]) if place[0] == "state_dict" else None
         if place[0] == "optimizer_states" and len(place) > 3:
             like = parameters.get(place[3])
-        if is_placeholder(like):  # another stage reads it
-            size, dtype = stored.size, stored.properties.dtype
-            targets[key] = placeholder(torch.empty(size, dtype=dtype, device="meta"), torch.device("cpu"))
-            continue
-        targets[key] = empty_like_layout(
-            stored.size, stored.properties.dtype, like if isinstance(like, Tensor) else None
-        )
+        targets[key] = _memory_for(stored, like)
     return targets
+
+
+def _memory_for(stored: TensorStorageMetadata, like: Any) -> Tensor:
+    """For what a rank reads of a tensor that is loaded into another one."""
+    size, dtype = stored.size, stored.properties.dtype
+    if is_placeholder(like):  # another stage reads it
+        return placeholder(torch.empty(size, dtype=dtype, device="meta"), torch.device("cpu"))
+    return empty_like_layout(size, dtype, like if isinstance(like, Tensor) else None)
+
+
+class _Reader:
+    """Of the tensors of an open directory, when they are asked for."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def whole(self, key: str) -> Tensor:
+        targets: dict[str, Any] = {key: _memory_for(self._stored(key), None)}
+        self._read(targets)
+        return targets[key]
+
+    def in_layout(self, likes: dict[str, Tensor]) -> dict[str, Tensor]:
+        targets: dict[str, Any] = {key: _memory_for(self._stored(key), like) for key, like in likes.items()}
+        with together(f"read checkpoint {self._directory.path}"):
+            self._read(targets)
+        return targets
+
+    def _stored(self, key: str) -> Any:
+        return self._directory.index.state_dict_metadata[key]
+
+    def _read(self, targets: dict[str, Any]) -> None:
+        _read_parts(self._directory.path, targets, self._directory.index, True)
 
 
 def _read_parts(path: Path, targets: dict[str, Any], index: Metadata, weights_only: bool | None) -> None:

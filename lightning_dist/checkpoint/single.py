@@ -87,9 +87,11 @@ def save_single(
         group: of all ranks, for a thread that communicates beside others. Default: the world.
     """
     with together(f"write checkpoint {path}", group):
-        if global_rank() == 0:
+        if global_rank() == 0 and write is not None:
+            write(whole, path)
+        elif global_rank() == 0:
             refuse_others(path)
-            (write or write_atomically)(whole, path)
+            write_atomically(whole, path)
 
 
 def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_dist.checkpoint.lazy import LazyTensor
+from lightning_dist.checkpoint.on_disk import in_layout_of
 from lightning_dist.checkpoint.placement import is_split, place_like, replicate_like
 from lightning_dist.checkpoint.tree import Path, map_leaves
 from lightning_dist.placeholder import is_placeholder
@@ -75,7 +76,8 @@ def optimizer_state_by_name(module: Module, optimizer: Optimizer | LightningOpti
 def load_model_state(
     module: Module, state: Mapping[str, Any], strict: bool = True, source: object = None
 ) -> tuple[list[str], list[str]]:
-    """Puts the plain model's state into a module of any layout. Nothing is communicated.
+    """Puts the plain model's state into a module of any layout. Nothing is communicated, but see
+    :func:`~lightning_dist.checkpoint.on_disk.in_layout_of` for tensors that are read now.
 
     Args:
         module: the bare LightningModule, its parameters plain tensors or DTensors.
@@ -93,13 +95,14 @@ def load_model_state(
     current = module.state_dict()
     real_name = {_plain(name): name for name in current}
     placed = type(current)()
+    versions = getattr(state, "_metadata", None)
+    state = in_layout_of(dict(state), lambda path: current.get(real_name.get(_plain(str(path[0])), "")))
     for name, value in state.items():
         name = _plain(name)
         like = current.get(real_name.get(name, name))
         value = value.read() if isinstance(value, LazyTensor) else value
         both = isinstance(value, Tensor) and isinstance(like, Tensor)
         placed[real_name.get(name, name)] = place_like(value, like) if both else value  # type: ignore[arg-type]
-    versions = getattr(state, "_metadata", None)
     if versions is not None and not any(_COMPILED in name for name in current):
         placed._metadata = versions  # type: ignore[attr-defined]
     try:
@@ -122,6 +125,7 @@ def load_optimizer_state(
 ) -> None:
     """Puts an optimizer's saved state onto parameters of any layout. Nothing is communicated.
 
+    What is read now is communicated about, see :func:`~lightning_dist.checkpoint.on_disk.in_layout_of`.
     ``optimizer.load_state_dict`` has the last word, so dtypes and devices are torch's: states of floating
     parameters get the parameter's, ``step`` stays on the CPU unless the optimizer is fused or capturable.
 
@@ -140,7 +144,9 @@ def load_optimizer_state(
     index_of = _match(state["param_groups"], names, optimizer, source)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {}
-    for saved, value in state["state"].items():
+    likes = {saved: parameters[index] for saved, index in index_of.items()}
+    saved_states = in_layout_of(dict(state["state"]), lambda path: likes.get(path[0]))
+    for saved, value in saved_states.items():
         index = index_of.get(saved)
         if index is not None and is_placeholder(parameters[index]):
             continue  # another stage's

@@ -526,7 +526,9 @@ def _where(line: FrameType) -> str:
 
 
 def _line_of_user(frame: FrameType | None) -> FrameType | None:
-    """The innermost that is no library's; None where Lightning, this package or an optimizer asks."""
+    """The innermost that is no library's; None where Lightning, this package or an optimizer asks. Lightning's
+    callbacks read and write parameters as a user's do.
+    """
     for _ in range(_DEEPEST):
         if frame is None:
             return None
@@ -535,7 +537,7 @@ def _line_of_user(frame: FrameType | None) -> FrameType | None:
             return None
         if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
             return None
-        if name.partition(".")[0] not in _LIBRARIES:
+        if name.partition(".")[0] not in _LIBRARIES or name.startswith("lightning.pytorch.callbacks"):
             return frame
         frame = frame.f_back
     return None
