@@ -58,6 +58,12 @@ class LoaderHooks(LayoutRanks):
         return dataloader
 
     def _deal_stream(self, loader: object, mode: RunningStage) -> object:
+        if self.layout is None and self.world_size > 1:
+            raise ValueError(
+                'the training loader is asked for before layout="auto" has been decided, and its samples come in a '
+                "stream, which is dealt by the layout; name the layout, or ask for it (estimated_stepping_batches) in "
+                "configure_optimizers or later"
+            )
         if self.data_group is None or self.num_data_ranks == 1:
             return loader
         dealt = deal_stream(loader, self.num_data_ranks, self.data_rank, self.data_group, mode == RunningStage.TRAINING)

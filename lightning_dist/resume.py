@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -57,6 +57,10 @@ class ResumeHooks(LoaderHooks):
     """Where each training loader began its current epoch."""
     _begin_again: Callable[[], None] | None = None
     """Puts the loaders where the run goes on, until its first batch has begun."""
+    _is_plain = False
+    """Whether the run goes on from a checkpoint that does not say where its data stood."""
+    _begun_in_place = False
+    """Whether the loaders have begun where the run goes on."""
     _parallel: Alone | None = None
 
     # ------------------------------------------------------------------ while training
@@ -131,7 +135,7 @@ class ResumeHooks(LoaderHooks):
 
     @property
     def _saves_training(self) -> bool:
-        return self._trainer.state.fn == TrainerFn.FITTING and self._last_step is not None
+        return self._last_step is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     def _with_resume(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint with the state of data and random generators, taken back to the last optimizer step.
@@ -166,6 +170,9 @@ class ResumeHooks(LoaderHooks):
         random, loaders = (list(part) for part in zip(*every, strict=True))
         self._tell_of_other_orders(loaders)
         resume = {"random": random, "loaders": loaders, **position}
+        plain = [data.plain_state(done, ended) for data in self._begun]
+        if any(state is not None for state in plain):
+            loops["fit_loop"]["state_dict"]["combined_loader"] = [state for state in plain if state is not None]
         return {**checkpoint, "loops": loops, RESUME: resume}
 
     def _tell_of_other_orders(self, loaders: list[list[Any]]) -> None:
@@ -242,11 +249,13 @@ class ResumeHooks(LoaderHooks):
         """Notes what a checkpoint says, for the loaders and the generators of the run that begins."""
         if self._trainer.state.fn == TrainerFn.FITTING:
             self._to_resume = checkpoint.get(RESUME)
+            self._is_plain = self._to_resume is None
 
     @override
     def setup_environment(self) -> None:
         self._begun, self._last_step, self._to_resume, self._epoch = [], None, None, 0
         self._random_at_start = self._begin_again = None
+        self._is_plain = self._begun_in_place = False
         super().setup_environment()
 
     @override
@@ -270,21 +279,34 @@ class ResumeHooks(LoaderHooks):
 
     def _set_up_data(self, original: Callable[[], None]) -> None:
         """Stands before Lightning's method of this name, which fetches a first batch of loaders without a length."""
+        loop = self._trainer.fit_loop
+        if self._goes_on and not self._begun_in_place:
+            loop._combined_loader = None  # that somebody asked for (estimated_stepping_batches) before
         original()
-        saved = self._to_resume
+        saved = self._to_resume if self._goes_on else None
         if saved is not None and self._random_at_start is None:
             # within an epoch that batch was there already when the run was saved
             self._random_at_start = (
                 self._saved_random(saved) if saved["batches"] else RandomStates.now(self.root_device)
             )
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the training goes on from a checkpoint whose progress Lightning has restored by now."""
+        return (self._to_resume is not None or self._is_plain) and self._trainer.fit_loop._loaded_from_state_dict
+
     def _begin_loaders(self, original: Callable[[], None]) -> None:
         """Stands before Lightning's method of this name: loaders are there, and not yet asked (seen in 2.6.6)."""
         loop = self._trainer.fit_loop
-        combined, saved, self._begin_again = loop._combined_loader, self._to_resume, None
+        combined, self._begin_again = loop._combined_loader, None
         assert combined is not None
+        saved = self._to_resume if self._goes_on else None
+        self._begun_in_place |= self._goes_on
+        has_states = bool(loop._combined_loader_states_to_load)
         if saved is None:
             original()
+        else:
+            loop._combined_loader_states_to_load = []  # which plain Lightning would go by
         self._epoch = self._epochs.processed if saved is None else saved["epoch"]
         self._begun = [
             TrainingData(loader, self.num_data_ranks, self.data_rank, self._places_kept)
@@ -295,9 +317,46 @@ class ResumeHooks(LoaderHooks):
         if saved is not None:
             self._begin_where(saved)
             self._saved_random(saved).restore(self.root_device)
+        elif self._goes_on:
+            self._begin_after_plain(has_states)
         limits = combined.limits
         combined.flattened = [data.loader for data in self._begun]
         combined.limits = limits
+
+    def _begin_after_plain(self, in_place: bool) -> None:
+        """Begins the loaders within an epoch of a run under plain Lightning, which says how many batches were done.
+
+        A step is taken to have had as many samples as here. Plain Lightning itself would go on with the first samples.
+
+        Args:
+            in_place: Lightning has put loaders that have states where they were.
+        """
+        self._is_plain = False
+        progress, combined = self._batches, self._trainer.fit_loop._combined_loader
+        assert combined is not None
+        done, epoch = progress.current.processed, self._epochs.processed
+        if not done or progress.is_last_batch or done >= max(combined.limits or [math.inf]):
+            return
+        went_on = [data.skip(done, in_place) for data in self._begun]
+        for data in self._begun:
+            data.done = done
+        if all(went_on):
+            rank_zero_info(
+                f"The checkpoint was written by plain Lightning within epoch {epoch}: this run goes on after {done} "
+                "batches, as large as those of this layout together"
+            )
+            return
+        rank_zero_warn(
+            f"the checkpoint was written by plain Lightning after {done} batches of epoch {epoch}, in an order that "
+            "can't be drawn again, so this epoch begins anew; save at the end of an epoch, or give the loader an order "
+            "of its own (a sampler with set_epoch)"
+        )
+        for data in self._begun:
+            data.begin(epoch)
+            data.done = 0
+        # where a checkpoint was written at the end of a batch, Lightning counts it when the loop is reset
+        progress.current.completed -= done
+        progress.current.ready = progress.current.started = progress.current.processed = 0
 
     def _places_kept(self) -> int:
         return int(self._trainer.accumulate_grad_batches) + 2

@@ -70,10 +70,12 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
     tracked = loader.batch_sampler
     if isinstance(tracked, _IndexBatchSamplerWrapper):  # Lightning's, which notes the indices while predicting
-        return _with_batch_sampler(
-            loader,
-            _IndexBatchSamplerWrapper(DealtBatches(tracked._batch_sampler, num_replicas, rank, seed, limited=True)),
-        )
+        own: Any = tracked._batch_sampler
+        wrapper = _IndexBatchSamplerWrapper(DealtBatches(own, num_replicas, rank, seed, limited=True))
+        for name in ("sampler", "batch_size", "drop_last"):  # a prediction writer may ask for them
+            if hasattr(own, name):
+                vars(wrapper)[name] = getattr(own, name)
+        return _with_batch_sampler(loader, wrapper)
     if stage == RunningStage.TRAINING:
         loader = _deal_training(loader, num_replicas, rank, seed)
     elif loader.batch_sampler is None:  # automatic batching is off: the sampler yields whole batches or single samples

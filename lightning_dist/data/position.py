@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from torch.utils.data import DataLoader
+from lightning.fabric.utilities.types import _Stateful  # what Lightning saves the state of; seen in 2.6.6
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_dist.data.dealing import dealt_by, items_of_batch, loader_seed
 from lightning_dist.data.streams import DealtStream
@@ -67,6 +68,44 @@ class TrainingData:
                 f"Choose them so that {taken} is a multiple of their product, or resume from the end of an epoch"
             )
         self.loader.skip(taken // self._step, state)
+
+    def skip(self, batches: int, in_place: bool) -> bool:
+        """The next iteration goes on after so many batches of this rank, of which a run under plain Lightning says no
+        more than their number; False where their order can't be drawn again, and it begins with the first.
+
+        It can where samples come one after the other, where their order hangs on the epoch (``set_epoch``), and for
+        iterable data, which is read once more.
+
+        Args:
+            batches: that were done.
+            in_place: plain Lightning has put loaders that have states where they were.
+        """
+        if in_place and isinstance(self._user_loader, _Stateful):
+            self._start = int(min(batches * self._step, self._size))
+            return True
+        if self.dealt is not None:
+            source = getattr(self.dealt.source, "sampler", self.dealt.source)
+            if not isinstance(source, SequentialSampler) and not callable(getattr(source, "set_epoch", None)):
+                return False
+            self._start = self.dealt.taken = int(min(batches * self._step, self._size))
+            return True
+        if self.loader.keeps_its_place or isinstance(getattr(self._user_loader, "sampler", None), RandomSampler):
+            return False
+        self._start = batches * self._step
+        self.loader.skip(batches, None)
+        return True
+
+    def plain_state(self, done: int, ended: bool) -> Any:
+        """What plain Lightning saves of a loader that has ``state_dict``; None for one that has not.
+
+        Args:
+            done: Lightning's count of batches.
+            ended: the next batch is the first of another epoch.
+        """
+        if not isinstance(self._user_loader, _Stateful):
+            return None
+        place = None if ended or self.dealt is not None else self.loader.state_after(done - self.done, False)["owner"]
+        return copy.deepcopy(self._user_loader.state_dict()) if place is None else place
 
     @property
     def deals_alike(self) -> bool:
@@ -170,6 +209,11 @@ class Resumable:
             generator.manual_seed(generator.initial_seed())
             for _ in range(epoch):  # each iteration draws one
                 torch.empty((), dtype=torch.int64).random_(generator=generator)
+
+    @property
+    def keeps_its_place(self) -> bool:
+        """Whether it has a state, by which it goes on."""
+        return self._owner is not None
 
     def skip(self, batches: int, state: Any) -> None:
         """The next iteration goes on after so many batches, by the state if there is one.
