@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.init import _EmptyInit  # of Trainer.init_module(empty_init=True); seen in 2.6.6
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import CheckpointIO, Precision
@@ -30,6 +31,7 @@ from typing_extensions import override
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
 from lightning_dist.checkpoint.background import BackgroundSaves
+from lightning_dist.compiled_module import CompiledModule
 from lightning_dist.course import Course
 from lightning_dist.data import refuse_different_batches
 from lightning_dist.divided import divide
@@ -149,6 +151,10 @@ class HybridStrategy(TuningHooks):
 
     strategy_name = "hybrid"
 
+    _module: pl.LightningModule | None = None
+    _compiled: CompiledModule | None = None
+    """What the user compiled whole, until it has been set up."""
+
     def __init__(
         self,
         layout: Layout | Mapping[str, int] | str = "auto",
@@ -218,6 +224,8 @@ class HybridStrategy(TuningHooks):
             pipeline_check,
             pipeline_outputs,
         )
+        self._is_in_run = False
+        """Since the environment was set up."""
         self._logs: StepLogs | None = None
         self._course: Course | None = None
         self._recorded: RecordedInit | None = None
@@ -234,17 +242,34 @@ class HybridStrategy(TuningHooks):
         self.sharding_reason = ""
         """Why ``"auto"`` chose the layout; empty where the user did."""
 
+    @property
+    def _lightning_module(self) -> pl.LightningModule | None:
+        return self._module
+
+    @_lightning_module.setter
+    def _lightning_module(self, module: pl.LightningModule | None) -> None:
+        """Set by Lightning, before it looks whether the module's steps are compiled."""
+        before, self._module = self._module, module
+        if module is not before:
+            self._compiled = None
+        if module is not None and CompiledModule.compiles(module):
+            self._compiled = CompiledModule(module)
+
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
+        self._is_in_run = True
         if self.world_size > 1:
             begin_run()
+        if self._compiled is not None:
+            self._compiled.refuse(self.layout)
         refuse(self.lightning_module.trainer, self.layout, self.root_device)
         self._refuse_what_cannot_split(self.lightning_module)
         if self.layout is not None:
             self._pipeline_options.refuse(self.layout.pp)
             warn_of_axes_across_nodes(self.layout, self.num_processes, self.num_nodes)
         super().setup_environment()
+        self._own_dataloaders(self.lightning_module.trainer)
 
     def _refuse_what_cannot_split(self, module: pl.LightningModule) -> None:
         """Before process groups form, where the network is there already; :meth:`_parallelize` asks again."""
@@ -308,9 +333,12 @@ class HybridStrategy(TuningHooks):
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """``configure_model`` runs here: what it builds is deferred where the layout shards, see ``initialization``."""
-        with self.precision_plugin.tensor_init_context(), self.root_device:
-            if self.world_size == 1 or (self.layout is not None and not self.layout.defers):
+        """``configure_model`` runs here: what it builds is deferred where the layout shards, see ``initialization``.
+
+        Outside of a run, in ``Trainer.init_module``, a module is built whole.
+        """
+        with self.precision_plugin.tensor_init_context(), self.root_device, _EmptyInit(enabled=bool(empty_init)):
+            if not self._is_in_run or self.world_size == 1 or (self.layout is not None and not self.layout.defers):
                 yield
                 return
             assert self.lightning_module is not None
@@ -335,7 +363,6 @@ class HybridStrategy(TuningHooks):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._own_dataloaders(trainer)
         self._compared.clear()
         self._own_clipping()
         self._own_inference(trainer)
@@ -357,6 +384,10 @@ class HybridStrategy(TuningHooks):
         if self.logs_group is not None:
             attach_metrics(self.lightning_module, self.logs_group)
         self._own_gathering()
+        if self._compiled is not None:
+            self._compiled.refuse(self.layout)
+            self._compiled.put_back()
+            self._compiled = None
         if trainer.state.fn != TrainerFn.FITTING:
             self._part_random_streams()
         self._epoch_of_copies = -1
@@ -732,6 +763,7 @@ class HybridStrategy(TuningHooks):
                 end_run(self._groups)
 
     def _teardown(self) -> None:
+        self._is_in_run = False
         self._leave_world_calls()
         self._forget_what_came_early()
         for loop, mode in self._inference_modes.items():

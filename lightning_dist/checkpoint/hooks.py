@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -63,7 +64,8 @@ class CheckpointHooks(ResumeHooks):
     def saves_shards(self) -> bool:
         """Whether a checkpoint is a directory to which every rank writes what it holds."""
         if self.checkpoint_format == "auto":
-            return self._holds_shards and not self._has_own_io
+            # not in the process that started others, which has whole weights
+            return self._holds_shards and not self._has_own_io and dist.is_initialized()
         return self.checkpoint_format == "sharded"
 
     @property
@@ -78,7 +80,14 @@ class CheckpointHooks(ResumeHooks):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As in Lightning's strategies, one that deals its states to the ranks (``ZeroRedundancyOptimizer``) gathers
+        them to rank 0, over its own group.
+        """
         assert self.lightning_module is not None
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict()
+            if not self.is_global_zero:
+                return {}
         return checkpoints.optimizer_state_by_name(self.lightning_module, optimizer)
 
     @override

@@ -48,11 +48,14 @@ def with_other_stages(checkpoint: Mapping[str, Any], ranks: StageRanks) -> dict[
     states = checkpoint.get("optimizer_states")
     if not states:
         return dict(checkpoint)
-    mine = [map_leaves(state["state"], _described) for state in states]
+    mine = [map_leaves(state.get("state", {}), _described) for state in states]
     everyone: list[Any] = [None] * dist.get_world_size(ranks.group)
     dist.all_gather_object(everyone, mine, ranks.group)
     completed = []
     for number, state in enumerate(states):
+        if "param_groups" not in state:
+            completed.append(state)
+            continue
         merged: dict[Any, Any] = {}
         for part in everyone:
             for name, value in part[number].items():

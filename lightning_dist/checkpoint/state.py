@@ -58,6 +58,8 @@ def optimizer_state_by_name(module: Module, optimizer: Optimizer | LightningOpti
     """
     optimizer = _unwrap(optimizer)
     packed = optimizer.state_dict()
+    if "param_groups" not in packed:  # that of a module without optimizers: Lightning's stand-in has no state
+        return packed
     groups = parameter_names(module, optimizer)
     saved_ids = [index for group in packed["param_groups"] for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -140,6 +142,9 @@ def load_optimizer_state(
         ValueError: other groups or parameters than the saved ones, named.
     """
     optimizer = _unwrap(optimizer)
+    if "param_groups" not in state:
+        optimizer.load_state_dict(dict(state))
+        return
     names = parameter_names(module, optimizer)
     index_of = _match(state["param_groups"], names, optimizer, source)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -166,7 +171,9 @@ def load_optimizer_state(
 
 
 def with_indices(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state by name as torch's ``optimizer.state_dict()`` writes it; one with indices as it is."""
+    """A state by name as torch's ``optimizer.state_dict()`` writes it; one with indices, or without, as it is."""
+    if "param_groups" not in state:
+        return dict(state)
     names = [name for group in state["param_groups"] for name in group["params"]]
     index_of = {name: index for index, name in enumerate(names)}
     numbered = iter(range(len(names)))

@@ -98,7 +98,8 @@ class Sharded(Alone):
     def forget_step(self) -> None:
         for root in self.roots.values():
             assert isinstance(root, FSDPModule)
-            root.reset_iter_state()
+            if root._get_fsdp_state()._is_root is not None:  # private; seen in torch 2.14: None before a first forward
+                root.reset_iter_state()
         self.usage.forget()
 
     @contextmanager
