@@ -25,6 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dist.data import TrainingData
+from lightning_dist.divided.averages import copies_of
 from lightning_dist.loaders import LoaderHooks
 from lightning_dist.parallel import Alone, average_buffers
 from lightning_dist.randomness import RandomStates, kept_random_states, seed_generators
@@ -239,7 +240,10 @@ class ResumeHooks(LoaderHooks):
     def _settle(self) -> None:
         """Makes buffers equal on all data ranks before they are used or saved."""
         if self.data_group is not None and self.lightning_module is not None:
-            average_buffers(self.lightning_module, self.data_group)
+            module = self.lightning_module
+            callbacks = [] if module._trainer is None else module.trainer.callbacks  # type: ignore[attr-defined]
+            for one in (module, *copies_of(module, callbacks)):
+                average_buffers(one, self.data_group)
             if self._parallel is not None:
                 self._parallel.share_buffers()
 

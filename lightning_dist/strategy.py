@@ -242,6 +242,20 @@ class HybridStrategy(TuningHooks):
         self.sharding_reason = ""
         """Why ``"auto"`` chose the layout; empty where the user did."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, and for what is sent elsewhere: without what belongs to the processes of a run."""
+        of_the_run = ("mesh", "_parallel", "_logs", "_course", "_recorded", "_world_calls", "_saves", "_begin_again")
+        return {name: value for name, value in super().__getstate__().items() if name not in of_the_run} | {
+            "_known_parameters": {},
+            "_is_set_up": False,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mesh = self._parallel = self._logs = self._course = self._recorded = None
+        self._world_calls = self._begin_again = None
+        self._saves = BackgroundSaves()
+
     @property
     def _lightning_module(self) -> pl.LightningModule | None:
         return self._module

@@ -256,14 +256,17 @@ class _LazyPlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         """Large tensors as several parts."""
         plan = super().create_local_plan()
-        parts = [part for item in plan.items for part in _parts(item, self._sources[item.index.fqn])]
+        parts = [part for item in plan.items for part in _parts(item, self._sources.get(item.index.fqn))]
         self.plan = replace(plan, items=parts)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The values of one part."""
+        source = self._sources.get(write_item.index.fqn)
+        if source is None:
+            return super().resolve_data(write_item)
         assert write_item.tensor_data is not None
-        source, chunk = self._sources[write_item.index.fqn], write_item.tensor_data.chunk
+        chunk = write_item.tensor_data.chunk
         if self._last is not None:
             # torch's writer keeps every tensor of a file until it is complete
             self._last.untyped_storage().resize_(0)
@@ -275,8 +278,10 @@ class _LazyPlanner(DefaultSavePlanner):
         return self._last
 
 
-def _parts(item: WriteItem, source: LazyTensor) -> list[WriteItem]:
+def _parts(item: WriteItem, source: LazyTensor | None) -> list[WriteItem]:
     data = item.tensor_data
+    if source is None:
+        return [item]
     assert data is not None
     if source.nbytes <= _PART or not source.ndim:
         return [item]

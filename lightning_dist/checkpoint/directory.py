@@ -59,6 +59,7 @@ class Directory:
         rest = load_pickled(path / REST, weights_only)
         check_sizes(rest, path / REST)
         index = _read_index(path)
+        _leave_out_aliases(rest, index)
         _check_parts(path, index)
         _check_sizes(path, index)
         places = _places(path, rest, index)
@@ -144,6 +145,16 @@ def _read_index(path: Path) -> Metadata:
     if not isinstance(index, Metadata) or index.storage_data is None:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {METADATA} is no index of torch.distributed.checkpoint")
     return index
+
+
+def _leave_out_aliases(rest: Any, index: Metadata) -> None:
+    """Other names of tied parameters: for the tools of others; ours know where each tensor belongs."""
+    marker = rest.get(MARKER) if isinstance(rest, dict) else None
+    names = set(marker.get("aliases", ())) if isinstance(marker, dict) else set()
+    for name in names:
+        index.state_dict_metadata.pop(name, None)
+    for where in [where for where in index.storage_data if where.fqn in names]:
+        del index.storage_data[where]
 
 
 def _check_parts(path: Path, index: Metadata) -> None:

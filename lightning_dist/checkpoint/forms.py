@@ -21,7 +21,7 @@ def form_of(path: Path) -> Form:
         ValueError: a directory that is no checkpoint, or an incomplete one.
     """
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise FileNotFoundError(f"Checkpoint file not found: {path}")
     if not path.is_dir():
         return "weights" if path.suffix == SAFETENSORS else "single"
     has_rest, has_index = (path / REST).is_file(), (path / METADATA).is_file()

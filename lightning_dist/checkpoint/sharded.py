@@ -7,15 +7,16 @@
         .metadata       its index
         checksums.json  size and CRC-32 of each of these
 
-Tensors are named ``state_dict.<name>`` and ``optimizer_<i>.state.<name>.<key>``, as in the directories that
-Lightning's strategies write.
+Tensors are named ``model.<name>`` and ``optimizer_<i>.state.<name>.<key>``, as in the directories of Lightning's
+FSDPStrategy. Beside them there is, in small, what Lightning's own consolidation asks for and we do not: the rest of the
+optimizers' states, and the other names of tied parameters, which stand for the same bytes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.utils.serialization import config as serialization_config
@@ -88,6 +90,25 @@ class Shards:
                 told[key] = tensor if copy is None else copy
         return told
 
+    def nested(self) -> dict[str, Any]:
+        """As :meth:`told`, by the paths of DCP, which keeps them, so that its own tools and Lightning's read the
+        directory.
+        """
+        told, tree = self.told(), dict[str, Any]()
+        for key, path in self.places:
+            if key in told:
+                _put(tree, _dcp_path(path), told.pop(key))  # a tied one once
+        if global_rank() == 0:
+            for number, state in enumerate(self.rest.get("optimizer_states") or []):
+                for path, value in _small_parts(state):
+                    _put(tree, (f"optimizer_{number}", *path), value)
+        return tree
+
+    def aliases(self) -> dict[str, tuple[str, TreePath]]:
+        """Other names of tied parameters, with the key of the tensor and the path of the name."""
+        paths = [(key, _dcp_path(path)) for key, path in self.places if path[0] == "state_dict"]
+        return {name: (key, path) for key, path in paths if (name := ".".join(map(str, path))) != key}
+
 
 def save_sharded(
     shards: Shards, path: Path, group: dist.ProcessGroup | None = None, planner: DefaultSavePlanner | None = None
@@ -119,13 +140,13 @@ def save_sharded(
             sums[REST] = of_file(place / REST)
     if is_remote(path):
         place = path.with_name(from_rank_zero(place.name, group))
-    writer = _Writer(place, sums, copy_ahead=10_000_000 if planner is None else 0)
+    writer = _Writer(place, sums, shards.aliases(), copy_ahead=10_000_000 if planner is None else 0)
     try:
         # The file's checksum stands for those of its records; an option of torch holds for one thread.
         _silence_torch()
         with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             dcp.save(
-                _nested(shards.told()),
+                shards.nested(),
                 storage_writer=writer,
                 planner=planner or DefaultSavePlanner(),
                 process_group=group,
@@ -234,20 +255,30 @@ def is_large(path: TreePath, value: Tensor | LazyTensor) -> bool:
 
 
 def _dcp_path(path: TreePath) -> TreePath:
-    return (f"optimizer_{path[1]}", *path[2:]) if path[0] == "optimizer_states" else path
+    if path[0] == "optimizer_states":
+        return (f"optimizer_{path[1]}", *path[2:])
+    return ("model", *path[1:]) if path[0] == "state_dict" else path
 
 
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``{"state_dict": {name: ...}}``: DCP keeps the nesting, so that its own tools read the directory."""
-    nested: dict[str, Any] = {}
-    for key, tensor in tensors.items():
-        root, _, name = key.partition(".")
-        nested.setdefault(root, {})[name] = tensor
-    return nested
+def _put(tree: dict[str, Any], path: TreePath, value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _small_parts(state: Mapping[str, Any]) -> Iterator[tuple[TreePath, Any]]:
+    """What is no large tensor of an optimizer's state."""
+    if "param_groups" in state:
+        yield ("param_groups",), state["param_groups"]
+    for name, values in state.get("state", {}).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if value is not None and not isinstance(value, (dict, list, tuple)):
+                yield ("state", name, key), value
 
 
 def _write_rest(rest: dict[str, Any], places: list[tuple[str, TreePath]], path: Path) -> None:
-    marker = {"format": FORMAT, "torch": str(torch.__version__), "tensors": places}
+    aliases = list(Shards(rest, {}, places).aliases())
+    marker = {"format": FORMAT, "torch": str(torch.__version__), "tensors": places, "aliases": aliases}
     with path.open("wb") as file:
         torch.save({**rest, MARKER: marker}, file)
         flush(file)
@@ -256,9 +287,25 @@ def _write_rest(rest: dict[str, Any], places: list[tuple[str, TreePath]], path: 
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer to the local disk or to a URL, whose index does not say where it was written."""
 
-    def __init__(self, path: Path, sums: dict[str, tuple[int, int]], copy_ahead: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        sums: dict[str, tuple[int, int]],
+        aliases: dict[str, tuple[str, TreePath]],
+        copy_ahead: int,
+    ) -> None:
         super().__init__("", sync_files=not is_remote(path), per_thread_copy_ahead=copy_ahead)
-        self.fs, self.path = file_system(path, sums), path
+        self.fs, self.path, self._aliases = file_system(path, sums), path, aliases
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes the index, in which other names of a tensor have its parts."""
+        for name, (key, path) in self._aliases.items():
+            metadata.state_dict_metadata[name] = metadata.state_dict_metadata[key]
+            metadata.planner_data[name] = path
+            for written in results:
+                same = [result for result in written if result.index.fqn == key]
+                written += [replace(result, index=replace(result.index, fqn=name)) for result in same]
+        super().finish(metadata, results)
 
     @property
     def checkpoint_id(self) -> str:

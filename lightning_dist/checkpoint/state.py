@@ -22,6 +22,10 @@ _COMPILED = "_orig_mod."
 """What ``torch.compile`` puts into the names of a module it wraps."""
 
 
+class DoesNotFit(ValueError, RuntimeError):
+    """Weights of another architecture; a ``RuntimeError``, as torch's own, for code that expects one."""
+
+
 def model_state(module: Module) -> dict[str, Any]:
     """``module.state_dict()`` under the names of the plain model; the user's own hooks and overrides are
     respected.
@@ -92,7 +96,7 @@ def load_model_state(
         Names that the state lacks, and names that only the state has; empty if ``strict``.
 
     Raises:
-        ValueError: names or shapes that do not fit, with both shapes.
+        DoesNotFit: names or shapes, with both shapes.
     """
     current = module.state_dict()
     real_name = {_plain(name): name for name in current}
@@ -112,7 +116,7 @@ def load_model_state(
     except RuntimeError as error:
         # torch's first line names the class that fully_shard made of the user's
         problems = "\n".join(str(error).splitlines()[1:]) or str(error)
-        raise ValueError(
+        raise DoesNotFit(
             f"{_origin(source)} does not fit {_class_name(module)}:\n{problems}\n"
             "Build the module with the architecture of the checkpoint; `strict_loading = False` of the "
             "LightningModule allows missing and unexpected names, not other shapes."

@@ -106,7 +106,7 @@ def _deal_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) 
 
 
 def _refuse_too_few(count: int | None, what: str, num_replicas: int) -> None:
-    if count is None or count >= num_replicas:
+    if count is None or count >= num_replicas or not count:  # Lightning trains on nothing, with a warning
         return
     raise ValueError(
         f"the training data has {count} {what} for {num_replicas} data ranks (dp_replicate x dp_shard), so some ranks "

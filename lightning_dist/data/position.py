@@ -51,7 +51,8 @@ class TrainingData:
         """
         self._start = taken
         if self.dealt is not None:
-            self.dealt.set_epoch(epoch)
+            if epoch or self.dealt.epoch:  # of the first, Lightning tells the samplers itself
+                self.dealt.set_epoch(epoch)
             self.dealt.taken = taken
             self.dealt.go_on(None if states is None else states[0])
             return
@@ -202,7 +203,7 @@ class Resumable:
         """The next iteration is that of an epoch: its order, and the seed of its workers."""
         self._skip = 0
         for sampler in (getattr(self._loader, "sampler", None), getattr(self._loader, "batch_sampler", None)):
-            if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+            if epoch and callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
         generator = getattr(self._loader, "generator", None)
         if isinstance(generator, torch.Generator) and generator.initial_seed() == loader_seed(data_rank):

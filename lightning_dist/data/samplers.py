@@ -49,6 +49,9 @@ class Dealt(Sampler[Any]):
             if callable(inner := getattr(sampler, "set_epoch", None)):
                 inner(epoch)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_source": None}  # an iteration that runs can't be sent, or copied
+
     def __iter__(self) -> Iterator[Any]:
         order = self._repeat() if self._to_repeat is not None else self._draw(self.epoch)
         rest, self.taken = order[self.taken :], 0
@@ -194,7 +197,7 @@ class DealtBatches(Dealt):
     def __len__(self) -> int:
         if self._limit is None:
             return len(self.source)
-        return self.of_each(int(min(self._limit, len(self.source))))
+        return self.of_each(len(self.source))
 
     @property
     def sampler(self) -> DealtBatches:

@@ -24,14 +24,14 @@ def divide_copies(owners: Iterable[Any], module: nn.Module) -> None:
             shape, is a copy.
         module: divided.
     """
-    for owner in owners:
-        for copied in _copies(owner, module):
-            _divide(copied, module)
+    for copied in copies_of(module, owners):
+        _divide(copied, module)
 
 
-def _copies(owner: Any, module: nn.Module) -> Iterator[nn.Module]:
+def copies_of(module: nn.Module, owners: Iterable[Any]) -> Iterator[nn.Module]:
+    """The copies of a module, or of what it averages over, that its callbacks keep; see :func:`divide_copies`."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    for value in vars(owner).values():
+    for value in [value for owner in owners for value in vars(owner).values()]:
         copied = value.module if isinstance(value, AveragedModel) else value
         if not isinstance(copied, nn.Module) or copied is module:
             continue

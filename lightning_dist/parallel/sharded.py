@@ -189,7 +189,8 @@ class _RootGathering:
         state._post_forward_hook_handle.remove()
         module._gather_root = lambda: None
         for name in ("forward", *STEPS, "_gather_root"):
-            if name in vars(module) or is_overridden(name, module):
+            # a step may be None, to have none
+            if callable(getattr(module, name)) and (name in vars(module) or is_overridden(name, module)):
                 self._gather_around(module, name)
 
         @torch.compiler.disable

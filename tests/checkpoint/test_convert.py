@@ -158,7 +158,7 @@ def test_large_tensors_become_several_parts(tmp_path: Path, monkeypatch: pytest.
     checkpoint.save({"state_dict": weights}, tmp_path / "file.ckpt", sharded=False)
     checkpoint.convert(tmp_path / "file.ckpt", tmp_path / "directory.ckpt", to="sharded")
     index = Directory.open(tmp_path / "directory.ckpt", True).index
-    assert [len(index.state_dict_metadata[f"state_dict.{name}"].chunks) for name in ("matrix", "vector")] == [6, 5]
+    assert [len(index.state_dict_metadata[f"model.{name}"].chunks) for name in ("matrix", "vector")] == [6, 5]
     found = checkpoint.load(tmp_path / "directory.ckpt")["state_dict"]
     assert all(torch.equal(found[name], value) for name, value in weights.items())
     checkpoint.convert(tmp_path / "directory.ckpt", tmp_path / "again.ckpt")

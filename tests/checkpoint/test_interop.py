@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_dist import checkpoint
+from lightning_dist import HybridStrategy, checkpoint
+from lightning_dist.checkpoint import convert
 from tests.checkpoint.test_layouts import assert_same
 from tests.checkpoint.training import Net, batch, build, make_optimizer, restore, train
+from tests.models import Words, words
+from tests.parity import QUIET, Watch, whole_weights
 from tests.ranks import run_on_ranks
 
 
@@ -138,3 +144,69 @@ def _rename(path: Path, sharded: bool) -> None:
     renamed = {name.removeprefix("old."): value for name, value in loaded.items()}
     assert checkpoint.load_model_state(other, renamed) == ([], [])
     assert torch.equal(other.hidden.weight.full_tensor(), module.hidden.weight.full_tensor())  # type: ignore[operator]
+
+
+class TiedWords(Words):
+    """With a tied head, a frozen part and a buffer."""
+
+    def build(self) -> None:
+        super().build()
+        self.head.weight = self.embed.weight
+        self.frozen = torch.nn.Linear(3, 3).requires_grad_(False)
+        self.norm = torch.nn.BatchNorm1d(16)
+
+
+def save_shards(layout: str, path: Path) -> Any:
+    L.seed_everything(1, verbose=False)
+    strategy = HybridStrategy(layout, checkpoint_format="sharded")
+    trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_epochs=1)
+    ranks = strategy.requested.resolve(trainer.world_size).num_data_ranks  # type: ignore[union-attr]
+    module = TiedWords()
+    trainer.fit(module, DataLoader(words(), batch_size=8 // ranks))
+    trainer.save_checkpoint(path)
+    return whole_weights(module)
+
+
+@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2"])
+def test_lightnings_own_consolidation_reads_our_directories(layout: str, tmp_path: Path) -> None:
+    weights = run_on_ranks(2, save_shards, layout, tmp_path / "shards.ckpt")[0]
+    command = "lightning.pytorch.utilities.consolidate_checkpoint"
+    whole = tmp_path / "whole.ckpt"
+    subprocess.run(
+        [sys.executable, "-m", command, str(tmp_path / "shards.ckpt"), "--output_file", str(whole)],
+        check=True,
+        capture_output=True,
+    )
+    consolidated = torch.load(whole, weights_only=True)
+    assert consolidated["state_dict"].keys() == weights.keys()
+    torch.testing.assert_close(dict(consolidated["state_dict"]), weights)
+    watches = []
+    for name in ("whole", "converted"):
+        if name == "converted":
+            convert(tmp_path / "shards.ckpt", tmp_path / "converted.ckpt")
+        watches.append(Watch())
+        trainer = L.Trainer(**QUIET, devices=1, max_epochs=2, callbacks=[watches[-1]])
+        L.seed_everything(2, verbose=False)
+        trainer.fit(TiedWords(), DataLoader(words(), batch_size=8), ckpt_path=tmp_path / f"{name}.ckpt")
+    assert len(watches[0].losses) == 6
+    assert watches[0].losses == watches[1].losses
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2", "pp=2"])
+def test_what_lightning_consolidated_loads_here(layout: str, tmp_path: Path) -> None:
+    run_on_ranks(2, save_shards, "dp_shard=2", tmp_path / "shards.ckpt")
+    checkpoint_of = "lightning.pytorch.utilities.consolidate_checkpoint"
+    arguments = [str(tmp_path / "shards.ckpt"), "--output_file", str(tmp_path / "whole.ckpt")]
+    subprocess.run([sys.executable, "-m", checkpoint_of, *arguments], check=True, capture_output=True)
+    losses = [run_on_ranks(2, go_on, layout, tmp_path / f"{name}.ckpt")[0] for name in ("whole", "shards")]
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def go_on(layout: str, path: Path) -> list[float]:
+    L.seed_everything(2, verbose=False)
+    watch, strategy = Watch(), HybridStrategy(layout)
+    trainer = L.Trainer(**QUIET, devices=2, strategy=strategy, max_epochs=2, callbacks=[watch])
+    ranks = strategy.requested.resolve(2).num_data_ranks  # type: ignore[union-attr]
+    trainer.fit(TiedWords(), DataLoader(words(), batch_size=8 // ranks), ckpt_path=path)
+    return watch.losses

@@ -95,8 +95,8 @@ def test_directory_holds_every_tensor_once(tmp_path: Path) -> None:
 
     stored = FileSystemReader(tmp_path / "a.ckpt").read_metadata().state_dict_metadata
     counts = {key: sum(chunk.sizes.numel() for chunk in value.chunks) for key, value in stored.items()}
-    assert counts["state_dict.embed.weight"] == module.embed.weight.numel()
-    assert "state_dict.head.weight" not in counts, "a tied parameter is written once"
+    assert counts["model.embed.weight"] == module.embed.weight.numel()
+    assert "model.head.weight" not in counts, "a tied parameter is written once"
     moments = {key: n for key, n in counts.items() if key.endswith("exp_avg")}
     assert sum(moments.values()) == sum(s["exp_avg"].numel() for s in optimizer.state.values())
 
