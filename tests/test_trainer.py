@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from lightning_dist import HybridStrategy
 from tests.models import Words, words
@@ -311,3 +314,135 @@ def test_tests_within_inference_mode(layout: str, tmp_path: Path) -> None:
     expected = without_gradients(None, tmp_path / "plain")
     for found in everywhere(layout, without_gradients, tmp_path / "ours"):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------ after a fit
+
+
+def copies(layout: str | None) -> Any:
+    L.seed_everything(1, verbose=False)
+    trainer, loader, watch = make(layout)
+    module = Validated()
+    trainer.fit(module, loader, loader)
+    pickle.dumps(trainer.strategy)
+    pickle.dumps(trainer.callbacks)
+    again = pickle.loads(pickle.dumps(trainer))
+    copied = copy.deepcopy(trainer)
+    assert again.global_step == copied.global_step == 6
+    assert trainer.strategy.broadcast("still there") == "still there"
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader, loader)
+    return watch.losses, whole_weights(module)
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2"])
+def test_a_trainer_is_copied_and_pickled_after_a_fit(layout: str) -> None:
+    expected = copies(None)
+    for found in everywhere(layout, copies):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class WithoutSteps(Validated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.validation_step = None  # type: ignore[assignment, method-assign]
+        self.test_step = None  # type: ignore[assignment]
+
+
+def twice(layout: str | None) -> Any:
+    L.seed_everything(1, verbose=False)
+    module = WithoutSteps()
+    losses = []
+    for _ in range(2):
+        trainer, loader, watch = make(layout)
+        trainer.fit(module, loader)
+        losses += watch.losses
+        assert module.validation_step is module.test_step is None
+    return losses, whole_weights(module)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_module_whose_steps_are_none_trains_twice(layout: str) -> None:
+    expected = twice(None)
+    for found in everywhere(layout, twice):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def on_nothing(layout: str | None) -> tuple[int, int]:
+    trainer, _, _ = make(layout)
+    trainer.fit(Words(), DataLoader(Subset(words(), []), batch_size=4))
+    return trainer.global_step, trainer.current_epoch
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+def test_no_data_is_no_training(layout: str) -> None:
+    assert set(everywhere(layout, on_nothing)) == {on_nothing(None)}
+
+
+class Normed(Words):
+    def build(self) -> None:
+        super().build()
+        self.norm = torch.nn.BatchNorm1d(16)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.norm(self.backbone(self.embed(x))))
+
+
+def averaged(layout: str | None, folder: Path, epochs: int, ckpt: Path | None) -> Any:
+    L.seed_everything(1, verbose=False)
+    average = EMAWeightAveraging(decay=0.8)
+    trainer, loader, watch = make(layout, max_epochs=epochs)
+    trainer.callbacks += [average]  # type: ignore[attr-defined]
+    trainer.strategy.checkpoint_format = "single"  # type: ignore[attr-defined]
+    trainer.callbacks += [SavesAtStep(folder / "a.ckpt")]  # type: ignore[attr-defined]
+    trainer.fit(Normed(), loader, ckpt_path=ckpt)
+    return watch.losses, whole_weights(trainer.lightning_module)
+
+
+class SavesAtStep(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 9:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
+def test_the_buffers_of_an_average_go_on(layout: str, tmp_path: Path) -> None:
+    whole = run_on_ranks(2, averaged, layout, tmp_path, 3, None)
+    again = run_on_ranks(2, averaged, layout, tmp_path / "on", 3, tmp_path / "a.ckpt")
+    for before, after in zip(whole, again, strict=True):
+        torch.testing.assert_close(after[0], before[0][9:], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after[1], before[1], rtol=1e-5, atol=1e-6)
+
+
+class Epochs(SequentialSampler):
+    """Notes what it is told, and when it is asked."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data)
+        self.calls: list[Any] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.calls.append(epoch)
+
+    def __iter__(self) -> Any:
+        self.calls.append("iter")
+        return super().__iter__()
+
+
+def told(layout: str | None) -> Any:
+    trainer, _, _ = make(layout, max_epochs=2, limit_val_batches=2)
+    ranks = 1 if layout is None else trainer.strategy.num_data_ranks  # type: ignore[attr-defined]
+    samplers = [Epochs(words()), Epochs(words())]
+    train, validation = (DataLoader(words(), batch_size=8 // ranks, sampler=sampler) for sampler in samplers)
+    trainer.fit(Validated(), train, validation)
+    return [sampler.calls for sampler in samplers], len(trainer.val_dataloaders)
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+def test_samplers_are_told_the_epoch_once_and_loaders_keep_their_length(layout: str) -> None:
+    expected = told(None)
+    for found in everywhere(layout, told):
+        assert found == expected

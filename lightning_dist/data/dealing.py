@@ -84,6 +84,7 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
         )
     else:
         dealt = DealtBatches(loader.batch_sampler, num_replicas, rank, seed, limited=True)
+        dealt.told_anyway = loader.sampler
         loader = _with_batch_sampler(loader, dealt)
     return _with_seeds(loader)
 

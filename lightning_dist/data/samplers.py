@@ -33,6 +33,8 @@ class Dealt(Sampler[Any]):
         self.epoch = 0
         self.taken = 0
         """What all ranks together took of the epoch before; the next iteration deals the rest."""
+        self.told_anyway: Any = None
+        """A sampler that Lightning finds by itself, and tells the epoch."""
         self._source: Iterator[Any] | None = None
         """Of the user's sampler, in the iteration that runs."""
         self._drawn: dict[str, Any] | None = None
@@ -46,7 +48,7 @@ class Dealt(Sampler[Any]):
             self.taken = 0
         self.epoch = epoch
         for sampler in (self.source, getattr(self.source, "sampler", None)):
-            if callable(inner := getattr(sampler, "set_epoch", None)):
+            if sampler is not self.told_anyway and callable(inner := getattr(sampler, "set_epoch", None)):
                 inner(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
