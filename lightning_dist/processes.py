@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import random
-import sys
-import time
 from datetime import timedelta
-from functools import cache, partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
-    _init_dist_connection,
 )
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.strategies import ParallelStrategy
@@ -27,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dist import ranks
 from lightning_dist.checkpoint import StageRanks, gather_state, model_state
 from lightning_dist.elastic.guard import begin_run
 from lightning_dist.gathering import all_gather, refuse_uneven
@@ -117,9 +111,7 @@ class LayoutRanks(ParallelStrategy):
 
     @staticmethod
     def _resolve(requested: Layout, num_ranks: int) -> Layout:
-        layout = requested.resolve(num_ranks)
-        _refuse_other_axes(layout)
-        return layout
+        return ranks.resolve(requested, num_ranks)
 
     @override
     def _configure_launcher(self) -> None:
@@ -138,17 +130,9 @@ class LayoutRanks(ParallelStrategy):
         if self.world_size > 1:
             is_new = not _distributed_is_initialized()
             assert self.cluster_environment is not None
-            device_id = None if self.root_device.type == "cpu" else self.root_device
-            _init_dist_connection(
-                self.cluster_environment,
-                self.process_group_backend,
-                timeout=self._timeout,
-                device_id=device_id,
-            )
+            ranks.join_world(self.cluster_environment, self.process_group_backend, self._timeout, self.root_device)
             if is_new:
                 begin_run()
-            _let_threads_end_before_forks()
-            self._share_random_state()
         if self.layout is not None:
             self._build_mesh()
 
@@ -159,33 +143,9 @@ class LayoutRanks(ParallelStrategy):
             self.mesh = self.layout.build_mesh(self.root_device.type)
         self.lightning_module._device_mesh = None if self.mesh is None else self.mesh.root
 
-    def _share_random_state(self) -> None:
-        """Every rank goes on with rank 0's generators: what is built or drawn from here on is alike.
-
-        Communication: a broadcast of 5 kB over the world for torch's, of 16 bytes more where there is a GPU, and of
-        objects for Python's and numpy's.
-        """
-        generators: list[Any] = [torch]
-        if self.root_device.type != "cpu":
-            generators.append(torch.get_device_module(self.root_device))
-        for generator in generators:
-            state = generator.get_rng_state().to(self.root_device)
-            dist.broadcast(state, 0)
-            generator.set_rng_state(state.cpu())
-        others: list[Any] = [random.getstate(), np.random.get_state()]
-        dist.broadcast_object_list(others, 0, device=self.root_device)
-        random.setstate(others[0])
-        np.random.set_state(others[1])
-
     def _part_random_streams(self) -> None:
-        """Data ranks draw apart from here on, in dropout and augmentation; data rank 0 goes on as one process would."""
-        state = torch.get_rng_state()
-        seed = int(torch.randint(2**31, ()))
-        torch.set_rng_state(state)
-        if self.data_rank:
-            torch.manual_seed(seed + self.data_rank)
-            np.random.seed((seed + self.data_rank) % 2**32)
-            random.seed(seed + self.data_rank)
+        """Data ranks draw apart from here on."""
+        ranks.part_random_streams(self.data_rank)
 
     @property
     def num_data_ranks(self) -> int:
@@ -251,19 +211,15 @@ class LayoutRanks(ParallelStrategy):
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
         """Over the ranks with different samples, unless another group than the world is given. One all-reduce."""
-        group = group if group is not None and group is not dist.group.WORLD else self.data_group
+        group = ranks.data_group_unless(group, self.data_group)
         if not isinstance(tensor, Tensor) or group is None:
             return tensor
-        return reduce_over(tensor, group, reduce_op)
+        return ranks.reduce_over(tensor, group, reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """The same decision on every rank. One all-reduce of one number over the world."""
-        if not _distributed_is_initialized():
-            return decision
-        verdict = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(verdict, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(verdict)
+        return ranks.decide_together(decision, all, self.root_device)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -282,7 +238,7 @@ class LayoutRanks(ParallelStrategy):
         Returns:
             (data ranks, *shape) in the order of :attr:`data_rank`; in one process the tensor as it is.
         """
-        group = group if group is not None and group is not dist.group.WORLD else self.data_group
+        group = ranks.data_group_unless(group, self.data_group)
         if self._world_calls is not None:
             self._world_calls.note_gather()
         if group is not None and self.lightning_module is not None and self.lightning_module.trainer.state.finished:
@@ -291,58 +247,11 @@ class LayoutRanks(ParallelStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if not _distributed_is_initialized():
-            return
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[self.root_device.index])
-        else:
-            dist.barrier()
+        ranks.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if not _distributed_is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-
-def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.ReduceOp | str | None) -> Tensor:
-    """The tensor reduced over the ranks of a group; a new tensor.
-
-    Lightning's own mean of an integer tensor truncates (the mean of batch sizes 6 and 7 becomes 6, seen in 2.6.6);
-    here it is taken in float64.
-
-    Args:
-        tensor: on the device of the group's backend.
-        group: the ranks that hold different values.
-        reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, a ``ReduceOp`` or None (sum).
-
-    Communication: one all-reduce over the group, none for a group of one.
-    """
-    name = reduce_op.lower() if isinstance(reduce_op, str) else None
-    mean = name in ("mean", "avg") or reduce_op == dist.ReduceOp.AVG
-    tensor = tensor.double() if mean and not tensor.is_floating_point() else tensor.clone()
-    num_ranks = dist.get_world_size(group)
-    if num_ranks == 1:
-        return tensor
-    if mean:  # gloo has no ReduceOp.AVG
-        dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
-        return tensor / num_ranks
-    op: Any = getattr(dist.ReduceOp, name.upper()) if name else reduce_op or dist.ReduceOp.SUM
-    dist.all_reduce(tensor, op, group)
-    return tensor
-
-
-@cache
-def _let_threads_end_before_forks() -> None:
-    """Keeps a fork, of a loader's workers say, away from the end of a collective.
-
-    A thread of the backend lets go of what it was given then, for which it asks for Python; a process that is forked in
-    that moment waits for good in CPython before 3.11.10 (python/cpython#112275; seen once in 300 forks).
-    """
-    if sys.version_info < (3, 11, 10) and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=partial(time.sleep, 2e-3))
+        return ranks.broadcast(obj, src)
 
 
 class _GatheringLauncher(_MultiProcessingLauncher):
@@ -358,12 +267,3 @@ class _GatheringLauncher(_MultiProcessingLauncher):
             return super()._collect_rank_zero_results(trainer, results)
         finally:
             del module.state_dict
-
-
-def _refuse_other_axes(layout: Layout) -> None:
-    ready = ("pp", "dp_replicate", "dp_shard", "tp")
-    asked = [f"{axis}={degree}" for axis, degree in layout.items() if degree > 1 and axis not in ready]
-    if asked:
-        raise ValueError(
-            f"layout {layout} asks for {', '.join(asked)}; this version trains over {', '.join(ready)} only"
-        )
