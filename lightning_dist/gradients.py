@@ -73,14 +73,24 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 @torch.no_grad()
-def clip_by_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_by_norm(
+    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
     """Scales the gradients in place so that their global norm is at most ``max_norm``, as ``clip_grad_norm_`` does.
 
     Returns:
         The norm before clipping (see :func:`global_norm`, also for the communication).
+
+    Raises:
+        RuntimeError: on every rank, before anything is scaled, if the norm is not finite and ``error_if_nonfinite``.
     """
     parameters = list(parameters)
     total = global_norm(parameters, norm_type)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"the total norm of order {norm_type} of the gradients is {float(total)}, so they can't be clipped; pass "
+            "error_if_nonfinite=False to scale them by it all the same"
+        )
     shards = [local(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
     if shards:
         torch._foreach_mul_(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))

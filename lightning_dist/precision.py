@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
+from lightning.fabric.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -18,7 +20,7 @@ SUPPORTED = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mix
 
 
 def shard_policy(precision: Precision) -> MixedPrecisionPolicy:
-    """The dtypes of a fully sharded unit under a precision plugin.
+    """The dtypes of a fully sharded unit under a precision plugin, the Trainer's or Fabric's.
 
     Mixed precision gathers parameters in 16 bits, half the bytes of float32, and reduces gradients in float32. The
     computation stays under the plugin's autocast: it runs what needs float32 in float32, as in one process, and takes
@@ -27,7 +29,7 @@ def shard_policy(precision: Precision) -> MixedPrecisionPolicy:
 
     The true precisions leave dtypes alone: the plugin converted the module.
     """
-    if isinstance(precision, MixedPrecision):
+    if isinstance(precision, (MixedPrecision, FabricMixedPrecision)):
         dtype = torch.bfloat16 if precision.precision == "bf16-mixed" else torch.float16
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -39,7 +39,7 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
         )
 
 
-def refuse_lost_hooks(module: pl.LightningModule, hooked: dict[str, nn.Parameter]) -> None:
+def refuse_lost_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> None:
     """Raises where a parameter that had hooks on its gradient is another object by now, which has none.
 
     Raises:

@@ -33,7 +33,7 @@ __all__ = [
 
 
 def parallelize(
-    module: pl.LightningModule,
+    module: nn.Module,
     layout: Layout,
     mesh: ParallelMesh | None,
     *,
@@ -54,7 +54,8 @@ def parallelize(
     May be called again for a module that has been through it: what is done stays.
 
     Args:
-        module: as the user wrote it; its parameters on ``device``, or on meta.
+        module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on ``device``, or
+            on meta.
         layout: resolved.
         mesh: of the layout; None for one process.
         division: what the tensor axis does; None without that axis.
@@ -90,6 +91,7 @@ def parallelize(
         return parallel
     assert mesh is not None
     assert pipeline_options is not None
+    assert isinstance(module, pl.LightningModule)
     pipelined = Pipelined(module, cut, pipeline_options, mesh.root["pp"].get_group(), device)
     if layout.dp_shard > 1:
         inner = _over_data(module, layout, mesh, blocks, policy, device, training, one_backward=True)
@@ -114,7 +116,7 @@ def _held_division(module: nn.Module, division: Division) -> Division:
 
 
 def _over_data(
-    module: pl.LightningModule,
+    module: nn.Module,
     layout: Layout,
     mesh: ParallelMesh | None,
     blocks: dict[str, nn.Module],
@@ -131,7 +133,7 @@ def _over_data(
     return Replicated(module, mesh.data.get_group(), device) if training else Alone(module)
 
 
-def _compile(module: pl.LightningModule, blocks: dict[str, nn.Module], options: dict[str, Any]) -> None:
+def _compile(module: nn.Module, blocks: dict[str, nn.Module], options: dict[str, Any]) -> None:
     """Compiles the blocks in place; a network without blocks as a whole. State-dict names stay."""
     targets = list(blocks.values()) or [child for child in module.children() if any(True for _ in child.parameters())]
     for target in targets:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +18,9 @@ from lightning_dist.parallel.flat import buckets, flat_broadcast, unflatten
 from lightning_dist.parallel.tensor.axis import TensorAxis
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+CALL = "_call_in_layout"
+"""What a strategy of Fabric runs in place of a step: the module's own call, an attribute of it."""
 
 
 def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -50,8 +52,8 @@ class Alone:
     buffers: WrittenBuffers | None = None
     """Of the data ranks, where there are several."""
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module) -> None:
+        self.module: nn.Module = module
         self.reduces = True
 
     def before_training_step(self) -> None:
@@ -59,9 +61,9 @@ class Alone:
         if self.buffers is not None:
             self.buffers.before_step()
 
-    def run(self, step: str, *args: Any) -> Any:
-        """Runs a step of the LightningModule."""
-        output = getattr(self.module, step)(*args)
+    def run(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs a step of the LightningModule, or what Fabric calls."""
+        output = getattr(self.module, step)(*args, **kwargs)
         if self.tensor is not None:
             self.tensor.after_step()
         return output

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from types import CellType, FrameType
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ _DEEPEST = 4
 """Containers inside of containers that are looked into."""
 
 _ROUNDS = 3
+_IN_HOOKS = "in configure_optimizers, in on_fit_start"
 _OWN = {"_parameters", "_modules", "_buffers", "_trainer", "_hparams", "_hparams_initial"}
 """Attributes of modules that are torch's or Lightning's."""
 
@@ -31,12 +31,15 @@ class Replaced:
 
     Args:
         module: as the user built it.
+        in_lists: exchange them in any list that holds them, whoever has it: under Fabric the user's own script makes
+            optimizers, and lists of parameters for them.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(self, module: nn.Module, in_lists: bool = False) -> None:
         self._before = dict(module.named_parameters())
+        self._in_lists = in_lists
 
-    def exchange(self, module: pl.LightningModule, owners: Iterable[object]) -> None:
+    def exchange(self, module: nn.Module, owners: Iterable[object]) -> None:
         """Gives those who hold an old parameter the one that is in its place.
 
         Args:
@@ -54,6 +57,8 @@ class Replaced:
         if not places:
             return
         _Exchange(places).run([*module.modules(), *owners])
+        if self._in_lists:
+            _exchange_in_lists(places)
         names = {key: name for key, (_, _, name) in places.items()}
         held = [places.pop(key)[0] for key in list(places)]
         for _ in range(_ROUNDS):
@@ -64,10 +69,11 @@ class Replaced:
             if _is_held(held, index):
                 holder = _holder(held[index], [held])
                 if holder:
+                    when, instead = ("the setup", "after it") if self._in_lists else ("the fit", _IN_HOOKS)
                     raise ValueError(
-                        f"{holder} holds the parameter {names[id(held[index])]} from before the fit; the layout "
+                        f"{holder} holds the parameter {names[id(held[index])]} from before {when}; the layout "
                         "divides it, which makes it another object, and that one would never be trained: collect "
-                        "parameters in configure_optimizers, in on_fit_start, or where they are used"
+                        f"parameters {instead}, or where they are used"
                     )
 
 
@@ -82,11 +88,25 @@ def _holder(parameter: Tensor, known: list[Any]) -> str:
             continue
         if isinstance(holder, CellType):
             return "a function (by its closure)"
+        if isinstance(holder, dict) and _is_globals(holder):
+            continue  # a loop of a script leaves its variable there
         if isinstance(holder, (list, tuple, set, dict)):
             return f"a {type(holder).__name__}"
         if not type(holder).__module__.startswith(("torch", "lightning")):
             return f"a {type(holder).__name__}"
     return ""
+
+
+def _is_globals(names: dict[Any, Any]) -> bool:
+    module = sys.modules.get(str(names.get("__name__", "")))
+    return module is not None and vars(module) is names
+
+
+def _exchange_in_lists(places: dict[int, tuple[Tensor, Tensor, str]]) -> None:
+    """In place, in all lists that hold an old one."""
+    for holder in gc.get_referrers(*(old for old, _, _ in places.values())):
+        if type(holder) is list:
+            holder[:] = [places[id(item)][1] if id(item) in places else item for item in holder]
 
 
 class _Exchange:
@@ -139,7 +159,7 @@ class _Exchange:
                 raise ValueError(
                     f"{type(optimizer).__name__} was made before the fit and has a state of "
                     f"{self._places[id(with_state[0])][2]}, which the layout divides: make it in configure_optimizers, "
-                    "and pass ckpt_path= to go on"
+                    "and pass ckpt_path= to go on (under Fabric: load its state after the setup)"
                 )
             group["params"][:] = [self._exchanged(p, 1) for p in group["params"]]
         for name, value in list(vars(optimizer).items()):

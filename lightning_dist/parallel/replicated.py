@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import prepare_for_backward
@@ -50,7 +49,7 @@ class Replicated(Alone):
     ``PATIENCE`` passes, to send no more zeros. Its flag tells "frozen" from "not used", so the ranks agree on that.
     """
 
-    def __init__(self, module: pl.LightningModule, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(module)
         self.group, self.device = group, device
         self.buffers: WrittenBuffers = WrittenBuffers(module, group)
@@ -102,12 +101,12 @@ class Replicated(Alone):
             self._patience *= 2  # so that flags of a long period don't make reducers forever
             self._wrap(left)
 
-    def run(self, step: str, *args: Any) -> Any:
+    def run(self, step: str, *args: Any, **kwargs: Any) -> Any:
         if step == "training_step":
             self._follow_flags()
         if self.wrapper is not None:
             self._token = _first_node(self._flags)
-        return super().run(step, *args)
+        return super().run(step, *args, **kwargs)
 
     def before_backward(self, loss: Tensor) -> Tensor:
         if not loss.requires_grad:

@@ -25,7 +25,7 @@ from torchmetrics import Metric
 
 from lightning_dist.divided.copies import make_copyable
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.data import STEPS, Alone
+from lightning_dist.parallel.data import CALL, STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.usage import Usage, filled, free_outdated, param_groups_of
 from lightning_dist.placeholder import is_placeholder
@@ -37,13 +37,14 @@ class Sharded(Alone):
     Units are sharded by ``fully_shard`` (FSDP2): each is gathered before its forward and its backward and freed after.
 
     [Note: the roots of sharding]
-    What is in no block belongs to a root. The LightningModule is the root of its steps: what they call, be it the
-    network, a method or a layer of it, finds its parameters gathered. In hooks between the steps, calling the module or
-    a network of it gathers too. Under manual optimisation a root must not span the step, in which optimizers change
-    what was gathered: there each network of the module is a root of its own, gathered when it is called. Scalars,
-    which can't be split, other parameters that fully_shard can't take (see :func:`unsharded_parameters`), and under
-    manual optimisation those of the LightningModule itself, stay whole on every rank; their gradients are averaged
-    after each backward pass. Under a pipeline a step has one backward pass, and optimizers step after it.
+    What is in no block belongs to a root. What Fabric calls is one. The LightningModule is the root of its steps: what
+    they call, be it the network, a method or a layer of it, finds its parameters gathered. In hooks between the steps,
+    calling the module or a network of it gathers too. Under manual optimisation a root must not span the step, in which
+    optimizers change what was gathered: there each network of the module is a root of its own, gathered when it is
+    called. Scalars, which can't be split, other parameters that fully_shard can't take (see
+    :func:`unsharded_parameters`), and under manual optimisation those of the LightningModule itself, stay whole on
+    every rank; their gradients are averaged after each backward pass. Under a pipeline a step has one backward pass,
+    and optimizers step after it.
 
     Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
     (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
@@ -53,7 +54,7 @@ class Sharded(Alone):
 
     def __init__(
         self,
-        module: pl.LightningModule,
+        module: nn.Module,
         mesh: DeviceMesh,
         blocks: dict[str, nn.Module],
         policy: MixedPrecisionPolicy,
@@ -174,7 +175,7 @@ class Sharded(Alone):
 
 
 class _RootGathering:
-    """Gathers a LightningModule around the outermost call of its steps and its forward, and of a child between them.
+    """Gathers a module around the outermost call of its steps and its forward, and of a child between them.
 
     fully_shard's own hooks of the forward would free the root at the end of ``self(x)`` in a step, for the step's end
     to gather it once more (seen in torch 2.14 and 2.15). See [Note: the roots of sharding].
@@ -188,9 +189,9 @@ class _RootGathering:
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
         module._gather_root = lambda: None
-        for name in ("forward", *STEPS, "_gather_root"):
+        for name in ("forward", *STEPS, CALL, "_gather_root"):
             # a step may be None, to have none
-            if callable(getattr(module, name)) and (name in vars(module) or is_overridden(name, module)):
+            if callable(getattr(module, name, None)) and (name in vars(module) or _has_own(module, name)):
                 self._gather_around(module, name)
 
         @torch.compiler.disable
@@ -220,7 +221,14 @@ class _RootGathering:
         setattr(module, name, outermost)
 
 
-def unsharded_parameters(module: pl.LightningModule, units: dict[str, nn.Module]) -> set[nn.Parameter]:
+def _has_own(module: nn.Module, name: str) -> bool:
+    """Whether the module's class has a method that is not Lightning's empty one."""
+    if isinstance(module, pl.LightningModule):
+        return name != CALL and is_overridden(name, module)
+    return hasattr(type(module), name)
+
+
+def unsharded_parameters(module: nn.Module, units: dict[str, nn.Module]) -> set[nn.Parameter]:
     """What ``fully_shard`` leaves alone: parameters of metrics' own networks, and what it can't split.
 
     That is scalars, parameters without elements, complex ones, and those of another dtype than most of their unit
@@ -254,7 +262,7 @@ def _of_odd_dtype(module: nn.Module, units: dict[str, nn.Module], aside: set[nn.
     return set(odd.values())
 
 
-def shard_roots(module: pl.LightningModule) -> dict[str, nn.Module]:
+def shard_roots(module: nn.Module) -> dict[str, nn.Module]:
     """The modules that own what is in no block, by name; ``""`` is the LightningModule itself.
 
     See [Note: the roots of sharding].
@@ -262,7 +270,7 @@ def shard_roots(module: pl.LightningModule) -> dict[str, nn.Module]:
     Raises:
         ValueError: two networks share a parameter under manual optimisation.
     """
-    if module.automatic_optimization:
+    if not isinstance(module, pl.LightningModule) or module.automatic_optimization:
         return {"": module}
     roots: dict[str, nn.Module] = {}
     for name, child in module.named_children():

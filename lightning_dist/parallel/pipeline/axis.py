@@ -63,6 +63,8 @@ class Pipelined(Alone):
         device: of this rank.
     """
 
+    module: pl.LightningModule
+
     def __init__(
         self,
         module: pl.LightningModule,
@@ -185,7 +187,7 @@ class Pipelined(Alone):
 
     # ------------------------------------------------------------------ steps
 
-    def run(self, step: str, *args: Any) -> Any:
+    def run(self, step: str, *args: Any, **kwargs: Any) -> Any:
         with closed(self.module.parameters()):
             result = self._run(step, *args)
         waiting, self._by_hand = self._by_hand, None
