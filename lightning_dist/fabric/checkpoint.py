@@ -1,0 +1,221 @@
+"""What ``fabric.save`` and ``fabric.load`` write and read: the user's dictionary, in files that fit every layout.
+
+[Note: the user's dictionary]
+A single file is what plain Fabric writes in one process: each module's state dict and each optimizer's, under the
+user's keys, and the rest as it is. A directory of shards has the form of this package's other ones, so that its tools
+read it: ``state_dict`` with the user's key before each name, ``optimizer_states`` by the names of parameters, and
+under ``fabric`` the keys and the rest. :func:`load` gives the user's dictionary back from both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.strategies.strategy import _apply_filter, _validate_keys_for_strict_loading
+from lightning.fabric.utilities.types import _PATH, _Stateful
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dist import checkpoint as checkpoints
+from lightning_dist import optimizers as settings
+from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, num_ranks, together
+from lightning_dist.checkpoint.checksums import verify_file
+from lightning_dist.checkpoint.forms import form_of
+from lightning_dist.checkpoint.lazy import LazyTensor
+from lightning_dist.checkpoint.locations import fetched, located, settled
+from lightning_dist.checkpoint.sharded import read_sharded
+from lightning_dist.checkpoint.single import check_sizes, load_pickled, save_single
+from lightning_dist.checkpoint.state import named_parameters, with_indices
+from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.fabric.module import bare
+
+Filter = Mapping[str, Callable[[str, Any], bool]]
+
+_KEYS = "fabric"
+"""The entry of a directory that says under which keys the user had what."""
+
+
+def save(
+    path: _PATH,
+    state: Mapping[str, Any],
+    selected: Filter,
+    sharded: bool,
+    write: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Writes the user's dictionary; every rank calls this, and the path is rank 0's. See [Note: the user's dictionary].
+
+    Args:
+        path: local, or the URL of a filesystem that fsspec knows.
+        state: modules, optimizers, what has a ``state_dict``, and anything else.
+        selected: by key, which entries of its state are kept.
+        sharded: a directory to which every rank writes its part, else a single file.
+        write: for the single file, what writes it on rank 0 (a ``CheckpointIO`` of the user's).
+
+    Communication: see :func:`lightning_dist.checkpoint.save`.
+    """
+    converted: dict[str, Any] = {}
+    owner = _together(state)
+    for key, value in state.items():
+        _apply_filter(key, dict(selected), _state_of(value, owner), converted)
+    by_kind = {
+        kind: [key for key, value in state.items() if isinstance(value, kind)] for kind in (nn.Module, Optimizer)
+    }
+    modules, optimizers = ([key for key in keys if key in converted] for keys in by_kind.values())
+    if sharded:
+        checkpoints.save(_as_directory(converted, modules, optimizers), path, sharded=True)
+        return
+    whole = checkpoints.gather_state({"": converted}).get("", {})
+    whole |= {key: _by_index(whole[key]) for key in optimizers if key in whole}
+    save_single(whole, located(from_rank_zero(path)), write)
+
+
+def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
+    """Puts what a checkpoint holds into the user's dictionary, in place; every rank calls this, and the path is rank
+    0's.
+
+    Each rank reads its part: a single file is mapped, of a directory only what overlaps with the rank's shards is read.
+
+    Args:
+        path: what :func:`save` wrote under any layout, or a file of plain Fabric.
+        state: as for :func:`save`; modules and optimizers in their layout.
+        strict: the checkpoint has all of its keys, and the names of modules.
+        weights_only: as in ``torch.load``; None and True execute nothing from the file.
+
+    Returns:
+        What of the checkpoint is under no key of ``state``, whole.
+
+    Raises:
+        KeyError: a key of ``state`` that the checkpoint lacks, if ``strict``.
+        FileNotFoundError, ValueError: on every rank, see :func:`lightning_dist.checkpoint.load`.
+
+    Communication: some verdicts, a short string a rank.
+    """
+    owner = _together(state)
+    checkpoint = _read(path, owner, weights_only)
+    _validate_keys_for_strict_loading(state.keys(), checkpoint.keys(), strict=strict)
+    for key, value in list(state.items()):
+        if key not in checkpoint:
+            continue
+        stored = checkpoint.pop(key)
+        if isinstance(value, nn.Module):
+            checkpoints.load_model_state(bare(value), stored, strict, path)
+        elif isinstance(value, Optimizer):
+            _load_optimizer(owner, value, stored, path)
+        elif isinstance(value, _Stateful):
+            value.load_state_dict(_in_memory(stored))
+        else:
+            state[key] = _in_memory(stored)
+    return {key: _in_memory(_by_index(value)) for key, value in checkpoint.items()}
+
+
+def load_raw(path: _PATH, target: nn.Module | Optimizer, strict: bool, weights_only: bool | None) -> None:
+    """Puts bare weights, or the bare state of an optimizer, into a module or an optimizer in its layout.
+
+    Args:
+        path: a file of ``torch.save``; of weights any that :func:`lightning_dist.checkpoint.load` reads.
+        target: what gets it.
+        strict: of a module, every name must be in both.
+        weights_only: as in ``torch.load``.
+    """
+    if isinstance(target, nn.Module):
+        weights = checkpoints.load(path, bare(target), optimizers=False, weights_only=weights_only)["state_dict"]
+        checkpoints.load_model_state(bare(target), weights, strict, path)
+    else:
+        _load_optimizer(nn.Module(), target, _read(path, nn.Module(), weights_only), path)
+
+
+def _together(state: Mapping[str, Any]) -> nn.Module:
+    """One module of all in the user's dictionary, under their keys."""
+    owner = nn.Module()
+    # not by add_module: a key may be any string
+    owner._modules.update({key: bare(value) for key, value in state.items() if isinstance(value, nn.Module)})
+    return owner
+
+
+def _state_of(value: Any, owner: nn.Module) -> Any:
+    if isinstance(value, nn.Module):
+        return checkpoints.model_state(bare(value))
+    if isinstance(value, Optimizer):
+        return checkpoints.optimizer_state_by_name(owner, value)
+    return value.state_dict() if isinstance(value, _Stateful) else value
+
+
+def _as_directory(converted: Mapping[str, Any], modules: list[str], optimizers: list[str]) -> dict[str, Any]:
+    apart = {*modules, *optimizers}
+    return {
+        "state_dict": {f"{key}.{name}": value for key in modules for name, value in converted[key].items()},
+        "optimizer_states": [converted[key] for key in optimizers],
+        _KEYS: {
+            "modules": modules,
+            "optimizers": optimizers,
+            "order": list(converted),
+            "rest": {key: value for key, value in converted.items() if key not in apart},
+        },
+    }
+
+
+def _from_directory(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's dictionary; what is none of Fabric's as it is."""
+    keys = checkpoint.get(_KEYS)
+    if not isinstance(keys, dict) or "order" not in keys:
+        return dict(checkpoint)
+    found = dict(keys["rest"])
+    for key in keys["modules"]:
+        prefix = f"{key}."
+        # of two keys of which one begins as the other
+        longer = tuple(f"{other}." for other in keys["modules"] if other != key and other.startswith(prefix))
+        names = [n for n in checkpoint["state_dict"] if n.startswith(prefix) and not (longer and n.startswith(longer))]
+        found[key] = {name.removeprefix(prefix): checkpoint["state_dict"][name] for name in names}
+    found |= zip(keys["optimizers"], checkpoint["optimizer_states"], strict=True)
+    return {key: found[key] for key in keys["order"]}
+
+
+def _read(path: _PATH, owner: nn.Module, weights_only: bool | None) -> dict[str, Any]:
+    there = located(from_rank_zero(path))
+    with together(f"read checkpoint {there}"):
+        there = settled(there)
+        form = form_of(there)
+    if form == "sharded":
+        return _from_directory(read_sharded(there, owner, True, weights_only))
+    if form == "weights":
+        raise ValueError(f"{there} holds weights alone; fabric.load_raw(path, model) reads them")
+    with together(f"read checkpoint {there}"), fetched(there) as local:
+        verify_file(local, global_rank(), num_ranks())
+        stored = load_pickled(local, weights_only, mmap=True)
+        check_sizes(stored, local)
+        if not isinstance(stored, dict):
+            raise ValueError(
+                f"checkpoint {there} holds a {type(stored).__name__}, where fabric.save writes a dictionary"
+            )
+    return _from_directory(stored)
+
+
+def _load_optimizer(owner: nn.Module, optimizer: Optimizer, stored: Mapping[str, Any], path: _PATH) -> None:
+    known = {id(parameter) for parameter in named_parameters(owner).values()}
+    held_by = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(id(parameter) in known for parameter in held_by):
+        stored = with_indices(stored)  # nothing says what the names of its parameters are here
+    checkpoints.load_optimizer_state(owner, optimizer, stored, path)
+    settings.settle(optimizer)
+
+
+def _by_index(value: Any) -> Any:
+    """An optimizer's state as torch writes it; anything else as it is."""
+    is_state = isinstance(value, dict) and value.keys() >= {"state", "param_groups"}
+    return with_indices(value) if is_state else value
+
+
+def _in_memory(value: Any) -> Any:
+    """Free of the file, which may be written anew."""
+    read: dict[int, Tensor] = {}
+
+    def copied(_: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, (Tensor, LazyTensor)):
+            return leaf
+        if id(leaf) not in read:
+            read[id(leaf)] = leaf.clone() if isinstance(leaf, Tensor) else leaf.read()
+        return read[id(leaf)]
+
+    return map_leaves(value, copied)

@@ -1,0 +1,145 @@
+"""A module that Fabric calls, under a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_dist.data import refuse_different_batches
+from lightning_dist.layout import ParallelMesh
+from lightning_dist.parallel import Alone, average_buffers
+from lightning_dist.parallel.data import CALL
+from lightning_dist.parallel.equal import make_copies_equal
+from lightning_dist.placeholder import held
+
+
+class InLayout(nn.Module):
+    """Stands around a module as DistributedDataParallel does: what Fabric calls goes through its forward.
+
+    [Note: which modules take part in a backward pass]
+    Fabric hands a loss over, and not what it depends on. A module takes part in all backward passes from a forward of
+    it with gradients until the next step of an optimizer that has its parameters, as the code of the loop says it, on
+    all ranks alike. For one that the loss does not depend on (a generator, in the discriminator's step) that changes
+    nothing; where it is replicated, its gradients travel.
+
+    Args:
+        module: divided, or replicated.
+        parallel: what runs it.
+        mesh: of the layout.
+        takes_part: called before each forward with gradients.
+
+    Communication: what ``parallel`` does. At the first training forward see :func:`make_copies_equal`, and under ``tp``
+    one all-reduce of a digest of the first batch in training and in evaluation; at the first forward in evaluation mode
+    after training see :func:`average_buffers`.
+    """
+
+    def __init__(
+        self, module: nn.Module, parallel: Alone, mesh: ParallelMesh, takes_part: Callable[[InLayout], None]
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.parallel = parallel
+        self.had_backward = False
+        """Whether a backward pass of Fabric's ran since the last step."""
+        self.is_unreduced = False
+        """Whether gradients were added up that no rank has had from the others."""
+        self._mesh = mesh
+        self._takes_part = takes_part
+        self._compared: set[str] = set()
+        self._has_trained = False
+        self._is_new = True
+
+    @staticmethod
+    def prepare(module: nn.Module) -> None:
+        """Called before the module is divided: names what a strategy runs. See :data:`~.parallel.data.CALL`."""
+        vars(module)[CALL] = partial(nn.Module.__call__, module)
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, or a method of it that was marked as one."""
+        with _normal_mode():
+            self._before_forward((args, kwargs))
+            output = self.parallel.run(CALL, *args, **kwargs)
+            if not torch.is_grad_enabled():
+                self.parallel.reshard()  # no backward pass will
+        return output
+
+    def _before_forward(self, batch: Any) -> None:
+        trains = self.module.training and torch.is_grad_enabled()
+        kind = "forward in training" if trains else "forward in evaluation"
+        if kind not in self._compared:
+            self._compared.add(kind)
+            refuse_different_batches(kind, (batch,), self._mesh.root["tp"].get_group())
+        if torch.is_grad_enabled():
+            self._takes_part(self)
+        if trains:
+            self._keep_copies_equal()
+            self.parallel.before_training_step()
+            self._has_trained = True
+        elif not self.module.training:
+            self.settle()
+
+    def settle(self) -> None:
+        """Makes buffers equal on all data ranks before they are used or saved, if training may have written them."""
+        if self._has_trained and self._mesh.data.size() > 1:
+            average_buffers(self.module, self._mesh.data.get_group())
+        self._has_trained = False
+
+    def _keep_copies_equal(self) -> None:
+        """Once, since code between the setup and the first step may have drawn random values for parameters."""
+        if not self._is_new:
+            return
+        self._is_new = False
+        parameters = held(self.module.parameters())
+        shards = [p for p in parameters if _is_on_axis(p, "dp_shard")]
+        apart = {id(p) for p in shards}
+        if self._mesh.data.size() > 1:
+            make_copies_equal((p for p in parameters if id(p) not in apart), self._mesh.data.get_group())
+        if shards and self._mesh.root["dp_replicate"].size() > 1:
+            make_copies_equal(shards, self._mesh.root["dp_replicate"].get_group())
+
+    def after_backward(self) -> None:
+        """Called after each backward pass in which it took part."""
+        self.parallel.after_backward()
+        self.had_backward = True
+        self.is_unreduced = not self.parallel.reduces
+
+    def reduce_held(self) -> None:
+        """Reduces what backward passes added up under ``no_backward_sync``, where none followed that reduces.
+
+        Communication: that of a backward pass that reduces.
+        """
+        if not self.is_unreduced:
+            return
+        self.is_unreduced = False
+        if type(self.parallel) is Alone:
+            self.parallel.after_backward()
+        else:
+            self.parallel.skip_backward(held=True)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The user's module of one that was set up."""
+    return module.module if isinstance(module, InLayout) else module
+
+
+def _is_on_axis(parameter: Any, axis: str) -> bool:
+    mesh = getattr(parameter, "device_mesh", None)
+    return mesh is not None and axis in (mesh.mesh_dim_names or ())
+
+
+@contextmanager
+def _normal_mode() -> Iterator[None]:
+    """Inference mode is left for one without gradients: what fully_shard gathers into would be inference tensors, which
+    training could not write to later.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield

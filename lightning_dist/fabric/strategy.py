@@ -1,0 +1,415 @@
+"""HybridFabricStrategy: Fabric's hooks; each calls the room where the work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from functools import partial, wraps
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.accelerators import Accelerator
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision, TorchCheckpointIO
+from lightning.fabric.strategies.strategy import Strategy, _BackwardSyncControl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.types import _PATH
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_dist import checkpoint as checkpoints
+from lightning_dist import gradients, optimizers, ranks
+from lightning_dist.automatic import choose_layout
+from lightning_dist.divided import divide
+from lightning_dist.divided.compiled import show_parts_to_compiled
+from lightning_dist.fabric import checkpoint as files
+from lightning_dist.fabric.loaders import Injected, deal_injected, seed_workers
+from lightning_dist.fabric.module import InLayout, bare
+from lightning_dist.fabric.processes import FabricRanks, StartMethod
+from lightning_dist.layout import Layout
+from lightning_dist.logs import attach_metrics
+from lightning_dist.parallel import Checkpointing, flat_broadcast, parallelize, refuse_no_blocks
+from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.plans import find_blocks, select_blocks
+from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
+from lightning_dist.precision import make_agreeing, shard_policy
+from lightning_dist.refusals import refuse_lazy, refuse_lost_hooks, refuse_mixed_vector, refuse_wrappers
+
+
+class HybridFabricStrategy(FabricRanks):
+    """Runs a loop that a user writes with Fabric over a layout of data, shard and tensor parallelism.
+
+    The loop, the modules and the optimizers stay as they are: ``fabric.setup``, ``fabric.backward``,
+    ``fabric.clip_gradients``, ``fabric.no_backward_sync``, ``fabric.save`` and ``fabric.load`` do what they do in one
+    process. Optimizers may be made before or after the module is set up. The arguments are those of
+    :class:`~lightning_dist.HybridStrategy`, where they say more.
+
+    Args:
+        layout: degrees of ``dp_replicate``, ``dp_shard`` and ``tp``, or ``"auto"``, which the first module that is set
+            up decides.
+        shard_units: the modules to shard one by one.
+        tensor_plan: what ``tp`` divides.
+        sequence_parallel: under ``tp``, positions stay divided between blocks.
+        activation_checkpointing: what blocks compute again in backward.
+        compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
+        checkpoint_format: ``"single"``, one file as plain Fabric writes it; ``"sharded"``, a directory to which every
+            rank writes what it holds; ``"auto"``, sharded where parameters are.
+        start_method: how Fabric starts the other processes: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+            Under torchrun, SLURM and the like they are there already.
+        process_group_backend: of torch.distributed; by default that of the device.
+        timeout: of collectives.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision: as for Fabric's strategies; Fabric
+            sets them.
+
+    Raises:
+        ValueError: see :class:`~lightning_dist.Layout`; and for ``pp``, which has to run the whole step itself.
+
+    What is communicated: see :class:`~lightning_dist.parallel.Replicated` and
+    :class:`~lightning_dist.parallel.Sharded` for a step, :class:`~lightning_dist.fabric.module.InLayout` for a forward,
+    :func:`~lightning_dist.gradients.global_norm` for clipping.
+    """
+
+    strategy_name = "hybrid"
+
+    def __init__(
+        self,
+        layout: Layout | Mapping[str, int] | str = "auto",
+        *,
+        shard_units: Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool] | None = None,
+        tensor_plan: Styles | None = None,
+        sequence_parallel: bool = False,
+        activation_checkpointing: Checkpointing = "none",
+        compile: bool | Mapping[str, Any] = False,
+        checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
+        start_method: StartMethod = "popen",
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            Layout.parse(layout),
+            _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
+            process_group_backend,
+            timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision=precision,
+        )
+        self.activation_checkpointing: Checkpointing = _one_of(
+            "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
+        )
+        self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
+        self._shard_units = shard_units
+        self._tensor_options = TensorOptions(tensor_plan, sequence_parallel)
+        self._compile_options = None if compile is False else {} if compile is True else dict(compile)
+        self._backward_sync_control = _SyncControl()
+        self._in_play: list[InLayout] = []
+        """See [Note: which modules take part in a backward pass]."""
+
+    def __repr__(self) -> str:
+        """What a Trainer shows when it is given one."""
+        return f"<{type(self).__name__}, for Fabric; for a Trainer there is HybridStrategy>"
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.world_size > 1:
+            make_agreeing(self.precision)
+
+    # ------------------------------------------------------------------ data
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """None for one data rank: the user's own sampler stays, which all ranks of ``tp`` draw alike from."""
+        if self.num_data_ranks == 1:
+            return None
+        return {"num_replicas": self.num_data_ranks, "rank": self.data_rank, "seed": Injected.of_environment()}
+
+    @override
+    def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
+        if self.num_data_ranks > 1:
+            deal_injected(dataloader, self.num_data_ranks, self.data_rank)
+        seed_workers(dataloader, self.global_rank, self.data_rank)
+        return dataloader
+
+    # ------------------------------------------------------------------ model
+
+    @override
+    def module_to_device(self, module: nn.Module) -> None:
+        meta = next((name for name, tensor in _named_tensors(module) if tensor.is_meta), None)
+        if meta is not None:
+            raise ValueError(
+                f"{meta} is on the meta device, and nothing says what its values are: build the module without "
+                'torch.device("meta"), under fabric.init_module() if you like'
+            )
+        module.to(self.root_device)
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Divides, or replicates, the module in place. All ranks call it, and go on with rank 0's values."""
+        return self._set_up(module, [])
+
+    @override
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """The optimizers, made before, are given the divided parameters."""
+        module = self._set_up(module, optimizers)
+        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+    def _set_up(self, module: nn.Module, made_before: list[Optimizer]) -> nn.Module:
+        self._decide_layout(module)
+        layout = self.layout
+        assert layout is not None
+        blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
+        refuse_no_blocks(module, blocks, self.activation_checkpointing)
+        division = self._tensor_options.divide(module, layout.tp, blocks)
+        if self.mesh is not None:
+            refuse_lazy(module)
+            _refuse_again(module)
+            refuse_wrappers(module, layout, parameter_splits(division.plan) if division else ())
+            ranks.share_random_state(self.root_device)
+            if layout.holds_shards:
+                tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
+                flat_broadcast(tensors, dist.distributed_c10d._get_default_group())
+            InLayout.prepare(module)
+        hooked = {name: p for name, p in module.named_parameters() if _has_hooks(p)}
+        replaced = Replaced(module, in_lists=True)
+        parallel = parallelize(
+            module,
+            layout,
+            self.mesh,
+            division=division,
+            blocks=blocks,
+            policy=shard_policy(self.precision),
+            device=self.root_device,
+            activation_checkpointing=self.activation_checkpointing,
+            compile_options=self._compile_options,
+            training=True,
+        )
+        if self.mesh is None:
+            return module
+        refuse_lost_hooks(module, hooked)
+        hooked.clear()
+        parallel.reshard()
+        replaced.exchange(module, [SimpleNamespace(optimizers=made_before)])
+        divide(module)
+        parallel.show()
+        show_parts_to_compiled(module)
+        attach_metrics(module, self.mesh.data.get_group())
+        _mark(module)
+        ranks.part_random_streams(self.data_rank)
+        return InLayout(module, parallel, self.mesh, self._takes_part)
+
+    def _decide_layout(self, module: nn.Module) -> None:
+        if self.layout is None:
+            self.layout, reason = choose_layout(module, self.world_size, self.root_device, self.num_processes)
+            self._build_mesh()
+            rank_zero_info(f"layout {self.layout}: {reason}")
+
+    @override
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Settles how it steps, and tries whether it may step over divided parameters.
+
+        Communication: see :func:`lightning_dist.optimizers.refuse_inexact`, where the layout divides.
+        """
+        if self.mesh is None:
+            return optimizer
+        assert self.layout is not None
+        refuse_mixed_vector(optimizer)
+        optimizers.settle(optimizer)
+        if self.layout.holds_shards:
+            optimizers.refuse_inexact(optimizer, self.layout, self.root_device)
+        # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
+        optimizer.register_step_pre_hook(lambda *_: self._reshard())
+        return optimizer
+
+    # ------------------------------------------------------------------ gradients
+
+    def _takes_part(self, module: InLayout) -> None:
+        if not any(module is other for other in self._in_play):
+            self._in_play.append(module)
+
+    def _reshard(self) -> None:
+        for module in self._in_play:
+            module.parallel.reshard()
+
+    # Where a strategy overrides ``backward``, Fabric refuses torch.autograd.grad of what a module returned, too; a
+    # method that wraps the original is not seen as one (Lightning 2.6.6). Other ways than fabric.backward are refused
+    # in optimizer_step.
+    @wraps(Strategy.backward)
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Reduces the gradients of all modules that take part, unless they are under ``no_backward_sync``."""
+        taking_part = list(self._in_play)
+        if kwargs.get("inputs") is not None and self.num_data_ranks > 1:
+            raise ValueError(
+                f"fabric.backward(..., inputs=) under layout {self.layout}: gradients of some parameters alone can't "
+                "be reduced over the data ranks; freeze the others meanwhile (requires_grad_)"
+            )
+        for one in taking_part:
+            tensor = one.parallel.before_backward(tensor)
+        super().backward(tensor, module, *args, **kwargs)
+        for one in taking_part:
+            one.after_backward()
+
+    def _of(self, optimizer: Optimizer) -> list[InLayout]:
+        """The modules in play whose parameters an optimizer has."""
+        held_by = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [one for one in self._in_play if any(id(p) in held_by for p in one.module.parameters())]
+
+    def _finish_gradients(self, optimizer: Optimizer) -> None:
+        """Before anything looks at them: reduces what was only added up so far.
+
+        Raises:
+            RuntimeError: gradients came by other ways than ``fabric.backward``.
+        """
+        modules = self._of(optimizer)
+        for one in modules:
+            one.reduce_held()
+        unknown = [one for one in modules if not one.had_backward]
+        if unknown and any(p.grad is not None for one in unknown for p in one.module.parameters()):
+            raise RuntimeError(
+                "gradients that came by loss.backward() or torch.autograd.backward are those of this rank's samples: "
+                "call fabric.backward(loss), which reduces them over the ranks"
+            )
+
+    @override
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        closure = kwargs.get("closure")
+        if closure is None:
+            self._finish_gradients(optimizer)
+        elif self.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
+            kwargs["closure"] = partial(self._with_mean_loss, closure)
+        output = super().optimizer_step(optimizer, **kwargs)
+        for one in self._of(optimizer):
+            one.had_backward = False
+            self._in_play = [other for other in self._in_play if other is not one]
+        return output
+
+    def _with_mean_loss(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        return self.all_reduce(loss.detach().clone()) if isinstance(loss, Tensor) else loss
+
+    @override
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """The norm of all gradients before clipping, the same on every rank; see
+        :func:`~lightning_dist.gradients.global_norm` for the communication.
+        """
+        self._finish_gradients(optimizer)
+        self.precision.unscale_gradients(optimizer)
+        parameters = self.precision.main_params(optimizer)
+        return gradients.clip_by_norm(parameters, max_norm, float(norm_type), error_if_nonfinite)
+
+    @override
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:
+        """Communication: none."""
+        self._finish_gradients(optimizer)
+        self.precision.unscale_gradients(optimizer)
+        gradients.clip_by_value(self.precision.main_params(optimizer), clip_val)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether a checkpoint is a directory to which every rank writes what it holds."""
+        divides = self.mesh is not None and self.layout is not None and self.layout.holds_shards
+        return self.checkpoint_format == "sharded" or (self.checkpoint_format == "auto" and divides)
+
+    @override
+    def save_checkpoint(
+        self,
+        path: _PATH,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Every rank calls it. See :func:`lightning_dist.fabric.checkpoint.save`."""
+        for module in state.values():
+            if isinstance(module, InLayout):
+                module.settle()
+        write = None
+        if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
+            write = partial(self.checkpoint_io.save_checkpoint, storage_options=storage_options)
+        files.save(path, state, filter or {}, self.saves_shards, write)
+
+    @override
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        state: nn.Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Every rank calls it. See :func:`lightning_dist.fabric.checkpoint.load`."""
+        if isinstance(state, (nn.Module, Optimizer)):
+            files.load_raw(path, state, strict, weights_only)
+            return {}
+        return files.load(path, {} if state is None else state, strict, weights_only)
+
+    @override
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        return checkpoints.model_state(bare(module))
+
+    @override
+    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        checkpoints.load_model_state(bare(module), state_dict, strict)
+
+
+class _SyncControl(_BackwardSyncControl):
+    @override
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        """While it lasts, backward passes add to the gradients of the module without reducing them."""
+        return module.parallel.accumulating() if enabled and isinstance(module, InLayout) else nullcontext()
+
+
+def _refuse_again(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor) or vars(parameter).get(_MARK, False):
+            raise ValueError(
+                f"{name} of {type(module).__name__} was set up before, in this module or in another that shares it: "
+                "set up one module that contains all that share parameters, once"
+            )
+
+
+_MARK = "_is_set_up_in_layout"
+
+
+def _mark(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        vars(parameter)[_MARK] = True
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+    return value
