@@ -61,6 +61,10 @@ class LayoutRanks(ParallelStrategy):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
 
+    def __repr__(self) -> str:
+        """What Fabric shows when it is given one."""
+        return f"<{type(self).__name__}, for a Trainer; for Fabric there is HybridFabricStrategy>"
+
     @property
     def is_distributed(self) -> bool:
         """Whether several ranks run something together now; Lightning asks strategies that are not its own.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
+from lightning import Fabric
 from torch import nn
 
 from lightning_dist.data import refuse_different_batches
@@ -59,7 +62,7 @@ class InLayout(nn.Module):
         """Called before the module is divided: names what a strategy runs. See :data:`~.parallel.data.CALL`."""
         vars(module)[CALL] = partial(nn.Module.__call__, module)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, or a method of it that was marked as one."""
         with _normal_mode():
@@ -121,6 +124,19 @@ class InLayout(nn.Module):
             self.parallel.after_backward()
         else:
             self.parallel.skip_backward(held=True)
+
+
+def users_compile_options() -> dict[str, Any] | None:
+    """Arguments of ``torch.compile``, where the module that Fabric is setting up was compiled; None else.
+
+    Fabric takes the compiled module's wrapper off before a strategy sees it, keeps these in a local variable, and
+    compiles what the strategy made of the module, our own code among it (seen in Lightning 2.6.6). That is left alone,
+    see :meth:`InLayout.forward`; a strategy compiles the blocks instead.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in (Fabric.setup.__code__, Fabric.setup_module.__code__):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("compile_kwargs")
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files
 from lightning_dist.fabric.loaders import Injected, deal_injected, seed_workers
-from lightning_dist.fabric.module import InLayout, bare
+from lightning_dist.fabric.module import InLayout, bare, users_compile_options
 from lightning_dist.fabric.processes import FabricRanks, StartMethod
 from lightning_dist.layout import Layout
 from lightning_dist.logs import attach_metrics
@@ -57,7 +57,8 @@ class HybridFabricStrategy(FabricRanks):
         tensor_plan: what ``tp`` divides.
         sequence_parallel: under ``tp``, positions stay divided between blocks.
         activation_checkpointing: what blocks compute again in backward.
-        compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
+        compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one. So is a module
+            that the user compiled.
         checkpoint_format: ``"single"``, one file as plain Fabric writes it; ``"sharded"``, a directory to which every
             rank writes what it holds; ``"auto"``, sharded where parameters are.
         start_method: how Fabric starts the other processes: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
@@ -197,7 +198,7 @@ class HybridFabricStrategy(FabricRanks):
             policy=shard_policy(self.precision),
             device=self.root_device,
             activation_checkpointing=self.activation_checkpointing,
-            compile_options=self._compile_options,
+            compile_options=self._compile_of(),
             training=True,
         )
         if self.mesh is None:
@@ -213,6 +214,12 @@ class HybridFabricStrategy(FabricRanks):
         _mark(module)
         ranks.part_random_streams(self.data_rank)
         return InLayout(module, parallel, self.mesh, self._takes_part)
+
+    def _compile_of(self) -> dict[str, Any] | None:
+        """What is asked of ``torch.compile``; in one process, Fabric compiles what the user compiled as it was."""
+        if self._compile_options is not None or self.mesh is None:
+            return self._compile_options
+        return users_compile_options()
 
     def _decide_layout(self, module: nn.Module) -> None:
         if self.layout is None:

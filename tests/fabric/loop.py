@@ -84,7 +84,7 @@ class Loop:
         count: samples; 60 leave a last batch of 4 of 8.
         schedules: the learning rate falls from step to step.
         shuffle: by a generator of the loader.
-        precision: Fabric's.
+        precision: its name, or a plugin.
         epochs: that it is trained for.
     """
 
@@ -105,7 +105,8 @@ def fabric_for(layout: str | None, precision: Any = "32-true", **options: Any) -
     """Plain Fabric in one process for None, else under a layout on the ranks that are there."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridFabricStrategy(layout, **options)
-    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy, precision=precision)
+    kind: dict[str, Any] = {"precision": precision} if isinstance(precision, str) else {"plugins": precision}
+    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy, **kind)
     fabric.launch()
     return fabric
 
