@@ -179,8 +179,8 @@ def refuse_different_batches(step: str, args: tuple[Any, ...], group: dist.Proce
     if int(least) != int(most):
         raise ValueError(
             f"the ranks of a tp or pp group were given different batches by {step}'s loader; they divide the network, "
-            "so they have to see the same samples: deal by trainer.strategy.data_rank of num_data_ranks, not by global "
-            "rank, and draw augmentation from torch's, numpy's or Python's own generators"
+            "so they have to see the same samples: deal by the strategy's data_rank of num_data_ranks, not by "
+            "global rank, and draw augmentation from torch's, numpy's or Python's own generators"
         )
 
 

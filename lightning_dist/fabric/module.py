@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning import Fabric
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_dist.data import refuse_different_batches
 from lightning_dist.layout import ParallelMesh
@@ -26,9 +27,9 @@ class InLayout(nn.Module):
 
     [Note: which modules take part in a backward pass]
     Fabric hands a loss over, and not what it depends on. A module takes part in all backward passes from a forward of
-    it with gradients until the next step of an optimizer that has its parameters, as the code of the loop says it, on
-    all ranks alike. For one that the loss does not depend on (a generator, in the discriminator's step) that changes
-    nothing; where it is replicated, its gradients travel.
+    it with gradients on, as the code of the loop says it, on all ranks alike. It leaves when another forward begins
+    after the step of an optimizer that has all that it trains. For one that the loss does not depend on (a generator,
+    in the discriminator's step) that changes nothing; where it is replicated, its gradients travel.
 
     Args:
         module: divided, or replicated.
@@ -51,6 +52,9 @@ class InLayout(nn.Module):
         """Whether a backward pass of Fabric's ran since the last step."""
         self.is_unreduced = False
         """Whether gradients were added up that no rank has had from the others."""
+        self.is_stepped = False
+        """Whether an optimizer has stepped on all that it trains since its last forward."""
+        self._parameters_of_module = {id(p): p for p in module.parameters()}  # between passes units may show others
         self._mesh = mesh
         self._takes_part = takes_part
         self._compared: set[str] = set()
@@ -86,6 +90,14 @@ class InLayout(nn.Module):
             self._has_trained = True
         elif not self.module.training:
             self.settle()
+
+    def is_trained_by(self, optimizer: Optimizer, all_of_it: bool = False) -> bool:
+        """Whether an optimizer has a parameter of the module, or all that require gradients."""
+        held_by = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = self._parameters_of_module
+        if all_of_it:
+            return all(key in held_by for key, p in own.items() if p.requires_grad)
+        return not held_by.isdisjoint(own)
 
     def settle(self) -> None:
         """Makes buffers equal on all data ranks before they are used or saved, if training may have written them."""

@@ -247,7 +247,9 @@ class HybridFabricStrategy(FabricRanks):
     # ------------------------------------------------------------------ gradients
 
     def _takes_part(self, module: InLayout) -> None:
-        if not any(module is other for other in self._in_play):
+        self._in_play = [one for one in self._in_play if not one.is_stepped or one is module]
+        module.is_stepped = False
+        if not any(module is one for one in self._in_play):
             self._in_play.append(module)
 
     def _reshard(self) -> None:
@@ -274,22 +276,17 @@ class HybridFabricStrategy(FabricRanks):
         for one in taking_part:
             one.after_backward()
 
-    def _of(self, optimizer: Optimizer) -> list[InLayout]:
-        """The modules in play whose parameters an optimizer has."""
-        held_by = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [one for one in self._in_play if any(id(p) in held_by for p in one.module.parameters())]
-
     def _finish_gradients(self, optimizer: Optimizer) -> None:
         """Before anything looks at them: reduces what was only added up so far.
 
         Raises:
             RuntimeError: gradients came by other ways than ``fabric.backward``.
         """
-        modules = self._of(optimizer)
+        modules = [one for one in self._in_play if one.is_trained_by(optimizer)]
         for one in modules:
             one.reduce_held()
-        unknown = [one for one in modules if not one.had_backward]
-        if unknown and any(p.grad is not None for one in unknown for p in one.module.parameters()):
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if has_gradients and any(not one.had_backward for one in modules):
             raise RuntimeError(
                 "gradients that came by loss.backward() or torch.autograd.backward are those of this rank's samples: "
                 "call fabric.backward(loss), which reduces them over the ranks"
@@ -303,9 +300,9 @@ class HybridFabricStrategy(FabricRanks):
         elif self.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
             kwargs["closure"] = partial(self._with_mean_loss, closure)
         output = super().optimizer_step(optimizer, **kwargs)
-        for one in self._of(optimizer):
-            one.had_backward = False
-            self._in_play = [other for other in self._in_play if other is not one]
+        for one in self._in_play:
+            if one.is_trained_by(optimizer, all_of_it=True):
+                one.had_backward, one.is_stepped = False, True
         return output
 
     def _with_mean_loss(self, closure: Callable[[], Any]) -> Any:

@@ -276,6 +276,36 @@ def with_options(layout: str | None, **options: Any) -> tuple[list[float], dict[
     return training.losses, whole_weights(training.model.module)
 
 
+class Heads(nn.Module):
+    """Two outputs, of which the second does not train the trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = Net(), nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.trunk.features(x)
+        return self.first(features), self.second(features.detach())
+
+
+def two_optimizers(layout: str | None) -> dict[str, Tensor]:
+    """One forward, then a backward pass and a step for each output."""
+    fabric = fabric_for(layout)
+    fabric.seed_everything(3, verbose=False)
+    model = Heads()
+    second = torch.optim.SGD(model.second.parameters(), 0.1, momentum=0.9)
+    first = torch.optim.SGD([*model.trunk.parameters(), *model.first.parameters()], 0.1, momentum=0.9)
+    model, first, second = fabric.setup(model, first, second)
+    for x, y in batches(fabric, layout):
+        outputs = model(x)
+        for logits, optimizer in zip(outputs, (first, second), strict=True):
+            optimizer.zero_grad()
+            fabric.backward(F.cross_entropy(logits, y), retain_graph=True)
+            fabric.clip_gradients(model, optimizer, max_norm=0.2)
+            optimizer.step()
+    return whole_weights(model.module)
+
+
 def compiled(layout: str | None) -> tuple[int, dict[str, Tensor]]:
     """The user compiles the model before the setup."""
     fabric = fabric_for(layout)
