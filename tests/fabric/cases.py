@@ -12,6 +12,7 @@ from lightning.fabric.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, WeightedRandomSampler
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_dist import Layout
 from recipes.benchmark.collectives import Collectives
@@ -274,6 +275,25 @@ def with_options(layout: str | None, **options: Any) -> tuple[list[float], dict[
     training = Training(Loop(count=32), layout, **options)
     training.epoch()
     return training.losses, whole_weights(training.model.module)
+
+
+def language_model(layout: str | None) -> dict[str, Tensor]:
+    """A model of transformers, with tied embeddings, built in init_module, called by keywords, that gives its loss."""
+    fabric = fabric_for(layout)
+    fabric.seed_everything(3, verbose=False)
+    with fabric.init_module():
+        sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    model = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    tokens = torch.randint(32, (16, 8), generator=torch.Generator().manual_seed(0))
+    model.train()
+    for batch in fabric.setup_dataloaders(DataLoader(tokens, 4 // num_data_ranks(layout))):
+        fabric.backward(model(input_ids=batch, labels=batch).loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_weights(model.module)
 
 
 class Heads(nn.Module):

@@ -31,6 +31,7 @@ def _assert_weights(expected: dict[str, torch.Tensor], found: dict[str, torch.Te
         (cases.forgotten_sync, LAYOUTS),
         (cases.optimizer_first, LAYOUTS),
         (cases.two_optimizers, LAYOUTS),
+        (cases.language_model, LAYOUTS),
         (cases.one_loss_optimizer, DATA),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
