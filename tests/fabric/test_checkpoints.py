@@ -16,8 +16,8 @@ from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Net, Training, fabric_fo
 from tests.parity import assert_equal, whole_weights
 from tests.ranks import run_on_ranks
 
-LOOP = Loop(clip={"max_norm": 0.3}, schedules=True, count=28)
-STEPS = 4  # of an epoch
+LOOP = Loop(clip={"max_norm": 0.3}, schedules=True, count=12)
+STEPS = 2  # of an epoch
 FROM = [(None, 1), *LAYOUTS]
 INTO = [*FROM, ("dp_replicate=1", 1)]
 

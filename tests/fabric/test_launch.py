@@ -35,7 +35,7 @@ def main(fabric):
         fabric.backward(model(batch).square().mean())
         optimizer.step()
         optimizer.zero_grad()
-    total = sum(float(p.sum()) for p in model.parameters())
+    total = sum(float(p.detach().sum()) for p in model.parameters())
     print(f"rank {{fabric.global_rank}} of {{fabric.world_size}}: {{fabric.strategy.layout}} {{total:.5f}}\\n", end="")
 
 if __name__ == "__main__":
