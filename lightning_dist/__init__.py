@@ -40,8 +40,11 @@ def _refuse_twin_fabric(**_: Any) -> NoReturn:
     )
 
 
-if HybridStrategy.strategy_name not in StrategyRegistry:
-    StrategyRegistry.register(HybridStrategy.strategy_name, HybridStrategy, description=_DESCRIPTION)
+# LightningCLI hands the name of a class without init_args on as a string, and the Trainer writes it in lower case
+_NAMES = (HybridStrategy.strategy_name, "hybridstrategy", "lightning_dist.hybridstrategy")
+for _name in _NAMES:
+    if _name not in StrategyRegistry:
+        StrategyRegistry.register(_name, HybridStrategy, description=_DESCRIPTION)
 if HybridFabricStrategy.strategy_name not in STRATEGY_REGISTRY:
     STRATEGY_REGISTRY.register(HybridFabricStrategy.strategy_name, HybridFabricStrategy, description=_DESCRIPTION)
 if "pytorch_lightning" in sys.modules:

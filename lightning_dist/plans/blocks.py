@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -34,8 +35,8 @@ def select_blocks(
 
     Args:
         module: the whole module.
-        choice: names of modules (``*`` matches within and across dots, ``"model.layers.*"``), names of classes,
-            classes, or a function of name and module.
+        choice: names of modules (``*`` matches within and across dots, ``"model.layers.*"``), names of classes
+            (``"Block"``, or ``"my_package.Block"`` as in a config file), classes, or a function of name and module.
 
     Raises:
         ValueError: an entry that matches nothing, with the closest names; or blocks of which one contains another.
@@ -99,7 +100,13 @@ def _kind(module: nn.Module) -> type[Any]:
 def _matches(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     if isinstance(entry, type):
         return isinstance(module, entry)
-    return fnmatchcase(name, entry) or class_name(module) == entry
+    path, _, cls = entry.rpartition(".")
+    named = getattr(sys.modules.get(path), cls, None)  # imported, or no module of the network is of it
+    return (
+        fnmatchcase(name, entry)
+        or class_name(module) == entry
+        or (isinstance(named, type) and isinstance(module, named))
+    )
 
 
 def _nothing_matches(entry: object, modules: dict[str, nn.Module]) -> str:
