@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 from hydra.errors import CompactHydraException, InstantiationException, MissingConfigException
 from omegaconf import Container, DictConfig
@@ -65,9 +66,17 @@ def told_without_traceback(what: str) -> Iterator[None]:
             cause = cause.__cause__
         if cause is None:
             raise ConfigError(f"{what}: {error}") from None
-        if isinstance(cause, (ValueError, OSError, ImportError)) or _is_wrong_call(cause):
-            raise ConfigError(f"{what}: {cause}\n{_where(error)}") from None
-        raise cause.with_traceback(_within_target(cause)) from None
+        raise _told(what, cause, _where(error)) from None
+    except ConfigError:
+        raise
+    except Exception as error:  # Hydra 1.4 lets it pass as it is, with the key as a note
+        raise _told(what, error, "".join(f"({note})" for note in getattr(error, "__notes__", ()))) from None
+
+
+def _told(what: str, error: BaseException, where: str) -> BaseException:
+    if isinstance(error, (ValueError, OSError, ImportError)) or _is_wrong_call(error):
+        return ConfigError(f"{what}: {error}\n{where}".rstrip())
+    return error.with_traceback(_within_target(error))
 
 
 def _keys_beside(error: OmegaConfBaseException) -> list[str]:
@@ -83,9 +92,16 @@ def _is_wrong_call(error: BaseException) -> bool:
 def _within_target(error: BaseException):
     """The traceback from the target's own code inwards, ``None`` if it ends in Hydra's."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith("hydra."):
+    while frames is not None and not _is_hydras(frames):  # this package's own, before it calls Hydra
+        frames = frames.tb_next
+    frames = frames or error.__traceback__
+    while frames is not None and _is_hydras(frames):
         frames = frames.tb_next
     return frames
+
+
+def _is_hydras(frames: TracebackType) -> bool:
+    return frames.tb_frame.f_globals.get("__name__", "").startswith("hydra.")
 
 
 def _where(error: InstantiationException) -> str:

@@ -8,14 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
-from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipes import job
+from recipes import job, targets
 from recipes.config_errors import explain
-from recipes.train import ROOT, count_devices
+from recipes.train import ROOT, allowed_targets, count_devices
 
 
 def from_overrides(
@@ -30,10 +29,22 @@ def from_overrides(
         ValueError: the config can't be composed or built.
     """
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(ROOT / "conf"), **targets.VERSION_BASE):
             cfg = compose("config", overrides)
         num_ranks = count_devices(cfg.trainer.devices, cfg.trainer.accelerator) * cfg.trainer.num_nodes
-        strategy = instantiate(OmegaConf.to_container(cfg.strategy, resolve=True))
+        allowed = allowed_targets(overrides)
+        with targets.allow(allowed):
+            targets.check(cfg)
+            strategy = targets.instantiate(OmegaConf.to_container(cfg.strategy, resolve=True), "strategy")
     except (CompactHydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from None
-    return lambda: job.build_module(cfg), strategy, num_ranks, lambda: job.first_batch(cfg)
+
+    def make() -> pl.LightningModule:
+        with targets.allow(allowed):
+            return job.build_module(cfg)
+
+    def first_batch() -> Any:
+        with targets.allow(allowed):
+            return job.first_batch(cfg)
+
+    return make, strategy, num_ranks, first_batch

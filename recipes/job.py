@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from recipes import targets
 from recipes.config_errors import told_without_traceback
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 def _build(name: str, node: DictConfig, **arguments: Any) -> Any:
     with told_without_traceback(name):
-        return instantiate(node, **arguments)
+        return targets.instantiate(node, name, **arguments)  # See [Note: targets]
 
 
 def build_module(cfg: DictConfig) -> pl.LightningModule:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # `python recipes/train.py`, the form that Hydra's tab completion knows
     sys.path[0] = str(ROOT)
 
-from recipes import fork_server  # noqa: E402
+from recipes import fork_server, targets  # noqa: E402
 from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
 from recipes.sweep import JobResult  # noqa: E402
 
@@ -42,7 +43,7 @@ class JobFailed(CompactHydraException):
     """A job failed; its text is all that there is to show."""
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+@hydra.main(**targets.VERSION_BASE, config_path=str(ROOT / "conf"), config_name="config")
 def train(cfg: DictConfig) -> float | None:
     """Runs one job to its end; in a sweep a failed job is logged, so that the next one runs.
 
@@ -72,7 +73,8 @@ def main() -> None:
     # Hydra then raises what it would print itself, with less to go on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        train()
+        with targets.allow(allowed_targets(sys.argv[1:])):
+            train()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -83,7 +85,15 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
+def allowed_targets(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What a config may name, by ``conf/config.yaml`` and the arguments of a command line; see [Note: targets]."""
+    conf = OmegaConf.load(ROOT / "conf" / "config.yaml")
+    assert isinstance(conf, DictConfig)
+    return targets.allowed_by_user(conf, arguments)
+
+
 def _run(cfg: DictConfig) -> dict[str, float]:
+    targets.check(cfg)
     # In a sweep even one rank gets a process of its own, so that no job finds what an earlier one left.
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     start_method = cfg.start_method or ("forkserver" if sys.platform == "linux" else "spawn")
@@ -100,7 +110,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if is_launched() or (num_processes == 1 and not in_sweep):
         return _run_here(resolved)
     hydra_cfg = HydraConfig.instance().cfg
-    return launch(_run_rank, resolved, hydra_cfg, num_processes=num_processes, start_method=start_method)[0]
+    arguments = resolved, hydra_cfg, targets.allowed()
+    return launch(_run_rank, *arguments, num_processes=num_processes, start_method=start_method)[0]
 
 
 def _run_here(cfg: DictConfig) -> dict[str, float]:
@@ -111,13 +122,14 @@ def _run_here(cfg: DictConfig) -> dict[str, float]:
     return job.run(cfg)
 
 
-def _run_rank(cfg: DictConfig, hydra_cfg: DictConfig) -> dict[str, float]:
+def _run_rank(cfg: DictConfig, hydra_cfg: DictConfig, allowed: tuple[str, ...]) -> dict[str, float]:
     setup_globals()
     HydraConfig.instance().set_config(hydra_cfg)
-    configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
-    if not _is_first_rank():
-        logging.disable(logging.INFO)
-    return _run_here(cfg)
+    with targets.allow(allowed):
+        configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+        if not _is_first_rank():
+            logging.disable(logging.INFO)
+        return _run_here(cfg)
 
 
 def _settle_processes(cfg: DictConfig) -> int:

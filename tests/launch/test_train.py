@@ -19,7 +19,8 @@ PROBE_CONF = ["--config-dir", str(Path(__file__).parent / "conf")]
 
 def command(*arguments: str, directory: Path | None = None) -> list[str]:
     places = [f"hydra.run.dir={directory}", f"hydra.sweep.dir={directory}"] if directory else []
-    return [sys.executable, "-m", "recipes.train", *PROBE_CONF, *arguments, "experiment=probe", *places]
+    own = ["experiment=probe", "targets=[tests.launch.probe]"]
+    return [sys.executable, "-m", "recipes.train", *PROBE_CONF, *arguments, *own, *places]
 
 
 def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
