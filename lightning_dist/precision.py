@@ -8,8 +8,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.plugins.precision import Precision
-from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import Tensor
+from lightning.pytorch.plugins.precision import (
+    BitsandbytesPrecision,
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    MixedPrecision,
+    TransformerEnginePrecision,
+    XLAPrecision,
+)
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
@@ -19,20 +26,55 @@ from lightning_dist.gradients import local
 SUPPORTED = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 
 
-def shard_policy(precision: Precision) -> MixedPrecisionPolicy:
+def shard_policy(precision: Precision, device: torch.device) -> MixedPrecisionPolicy:
     """The dtypes of a fully sharded unit under a precision plugin, the Trainer's or Fabric's.
 
-    Mixed precision gathers parameters in 16 bits, half the bytes of float32, and reduces gradients in float32. The
-    computation stays under the plugin's autocast: it runs what needs float32 in float32, as in one process, and takes
-    inputs of any dtype, so that no module has to be changed. The one difference from one process: parameters of ops
-    that autocast runs in float32 (norms) are rounded to 16 bits first.
+    Mixed precision gathers in 16 bits, half the bytes of float32, the parameters that autocast would round at once, see
+    :func:`cast_by_autocast`, and reduces gradients in float32. The computation stays under the plugin's autocast: it
+    runs what needs float32 in float32, as in one process, and takes inputs of any dtype, so that no module has to be
+    changed.
 
-    The true precisions leave dtypes alone: the plugin converted the module.
+    The true precisions leave dtypes alone: the plugin converted the module. So does autocast for another device.
     """
-    if isinstance(precision, (MixedPrecision, FabricMixedPrecision)):
+    if isinstance(precision, (MixedPrecision, FabricMixedPrecision)) and precision.device == device.type:
         dtype = torch.bfloat16 if precision.precision == "bf16-mixed" else torch.float16
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
+def cast_by_autocast(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters that autocast casts to 16 bits wherever they are used: of dense layers and convolutions.
+
+    The others (of norms, embeddings, recurrent layers, and what a module uses itself) are computed with in float32 in
+    one process, or cast by an operation of it. Norms on the CPU take no weights of 16 bits beside inputs of 32. One
+    that is shared with a module of another kind, an embedding say, is among the others.
+    """
+    cast: set[nn.Parameter] = set()
+    others: set[nn.Parameter] = set()
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            (cast if _casts(layer, name) else others).add(parameter)
+    return cast - others
+
+
+def _casts(layer: nn.Module, name: str) -> bool:
+    if isinstance(layer, nn.MultiheadAttention):
+        return name.startswith(("in_proj_", "q_proj_", "k_proj_", "v_proj_"))
+    forward = type(layer).forward
+    if type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers."):  # GPT-2's dense layer
+        return True
+    return any(isinstance(layer, kind) and forward is kind.forward for kind in _CASTING)
+
+
+_CASTING: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 class AgreeingGradScaler(GradScaler):
@@ -42,18 +84,6 @@ class AgreeingGradScaler(GradScaler):
 
     Communication: one all-reduce of one float over the world for each call of ``unscale_``.
     """
-
-    @classmethod
-    def like(cls, scaler: GradScaler) -> AgreeingGradScaler:
-        """A scaler with the settings of another that has not run yet."""
-        return cls(
-            device=scaler._device,
-            init_scale=scaler._init_scale,
-            growth_factor=scaler.get_growth_factor(),
-            backoff_factor=scaler.get_backoff_factor(),
-            growth_interval=scaler.get_growth_interval(),
-            enabled=scaler.is_enabled(),
-        )
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -77,7 +107,42 @@ class AgreeingGradScaler(GradScaler):
 
 
 def make_agreeing(precision: Precision) -> None:
-    """Replaces the plugin's gradient scaler, if it has torch's own, by one that all ranks agree through."""
+    """Makes the plugin's gradient scaler, torch's own or a subclass of it, one by which all ranks agree."""
     scaler: Any = getattr(precision, "scaler", None)
-    if type(scaler) is GradScaler or (scaler is not None and type(scaler).__module__.startswith("torch.cuda")):
-        precision.scaler = AgreeingGradScaler.like(scaler)  # type: ignore[attr-defined]
+    if isinstance(scaler, GradScaler) and not isinstance(scaler, AgreeingGradScaler):
+        scaler.__class__ = type(type(scaler).__name__, (AgreeingGradScaler, type(scaler)), {})
+
+
+def refuse_precision(precision: Precision, world_size: int) -> None:
+    """Raises for a plugin that works for another strategy, that several ranks are not tried with, or can't agree by.
+
+    Raises:
+        ValueError: names it, and what would do.
+    """
+    name = type(precision).__name__
+    asked: Any = getattr(precision, "precision", None)
+    does = repr(asked if asked in SUPPORTED else "bf16-mixed")
+    for kind, strategy in _OF_OTHERS.items():
+        if isinstance(precision, kind):
+            raise ValueError(
+                f"{name} works with Lightning's {strategy} only; pass Trainer(precision={does}) in its place"
+            )
+    if isinstance(precision, _ALONE) and world_size > 1:
+        raise ValueError(
+            f"{name} puts layers with weights of its own kind in the place of dense ones, which strategy 'hybrid' "
+            f"neither divides nor copies over {world_size} ranks; use Trainer(precision={does}), or strategy='ddp'"
+        )
+    scaler: Any = getattr(precision, "scaler", None)
+    if scaler is not None and not isinstance(scaler, GradScaler) and world_size > 1:
+        raise ValueError(
+            f"the scaler of {name} is a {type(scaler).__name__} and no torch.amp.GradScaler: ranks could not agree by "
+            "it which steps to skip; pass a GradScaler, or a subclass of it"
+        )
+
+
+_OF_OTHERS: dict[type[Precision], str] = {
+    DeepSpeedPrecision: "DeepSpeedStrategy",
+    FSDPPrecision: "FSDPStrategy",
+    XLAPrecision: "XLAStrategy",
+}
+_ALONE = BitsandbytesPrecision, TransformerEnginePrecision

@@ -16,6 +16,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_dist.layout import Layout
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.precision import refuse_precision
 
 
 def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
@@ -29,6 +30,7 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
     Raises:
         ValueError: what was asked, why not, and what would do.
     """
+    refuse_precision(trainer.strategy.precision_plugin, trainer.world_size)
     _refuse_averaging(trainer, layout)
     _refuse_pruning(trainer, layout)
     _refuse_batchnorm(trainer, layout, device)

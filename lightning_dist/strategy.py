@@ -479,7 +479,7 @@ class HybridStrategy(TuningHooks):
             self.mesh,
             division=self.division,
             blocks=blocks,
-            policy=shard_policy(self.precision_plugin),
+            policy=shard_policy(self.precision_plugin, self.root_device),
             device=self.root_device,
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_options,
@@ -509,7 +509,7 @@ class HybridStrategy(TuningHooks):
         """Leaves this rank the stages of the pipeline that are its own."""
         assert self.mesh is not None
         assert self.layout is not None
-        policy = shard_policy(self.precision_plugin)
+        policy = shard_policy(self.precision_plugin, self.root_device)
         if self._recorded is not None and any(buffer.is_meta for buffer in module.buffers()):
             # what depends on no parameter is traced for real
             self._recorded.materialize(module, device=self.root_device, parameters=False)

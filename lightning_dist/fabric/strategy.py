@@ -195,7 +195,7 @@ class HybridFabricStrategy(FabricRanks):
             self.mesh,
             division=division,
             blocks=blocks,
-            policy=shard_policy(self.precision),
+            policy=shard_policy(self.precision, self.root_device),
             device=self.root_device,
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_of(),

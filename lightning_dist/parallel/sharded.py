@@ -27,8 +27,10 @@ from lightning_dist.divided.copies import make_copyable
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import CALL, STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
-from lightning_dist.parallel.usage import Usage, filled, free_outdated, param_groups_of
+from lightning_dist.parallel.mixed import gather_as_kept, param_groups_of, places
+from lightning_dist.parallel.usage import Usage, filled, free_outdated
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.precision import cast_by_autocast
 
 
 class Sharded(Alone):
@@ -67,10 +69,12 @@ class Sharded(Alone):
         self.units = shard_units(module, blocks)
         units = {**self.units, **self.roots}
         whole = unsharded_parameters(module, units)
+        rounded = places(module, cast_by_autocast(module))  # of no effect where the policy rounds nothing
         for unit in units.values():
             if not isinstance(unit, FSDPModule):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
                 make_copyable(unit)
+                gather_as_kept(unit, rounded)
         left = [n for n, p in module.named_parameters() if not isinstance(p, DTensor) and not is_placeholder(p)]
         self.buffers = WrittenBuffers(module, group)
         self.usage = Usage(module, units, set(self.roots), left, group, self.buffers)

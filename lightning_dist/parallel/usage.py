@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_dist.divided import as_divided
 from lightning_dist.divided.compiled import is_compiled
 from lightning_dist.divided.gathered import is_outdated, watch
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.frozen import Flags
+from lightning_dist.parallel.mixed import make_gradients_alike, param_groups_of
 from lightning_dist.parallel.second_backward import SecondBackward
 
 
@@ -128,6 +128,7 @@ class Usage:
                     self._used.add(id(parameter))
                 elif took_part:
                     unsharded.grad = torch.zeros_like(unsharded)
+            make_gradients_alike(param_group)
         reduce(*args)
 
     def agree(self) -> list[nn.Parameter]:
@@ -181,12 +182,6 @@ def free_outdated(param_groups: list[Any], *_: Any) -> None:
     for param_group in param_groups:
         if is_outdated(param_group):
             param_group._to_sharded()
-
-
-def param_groups_of(unit: nn.Module) -> list[Any]:
-    """The groups of parameters that fully_shard communicates at once (private; seen in torch 2.14 and 2.15)."""
-    assert isinstance(unit, FSDPModule)
-    return list(unit._get_fsdp_state()._fsdp_param_groups)
 
 
 def filled(parameter: nn.Parameter) -> Tensor:

@@ -569,7 +569,7 @@ class Pipelined(Alone):
                 step.logs.replay()
         # ranks may not know in which dtype the last stage computes it
         flags = [float(len(payload)), float(step.failure is not None), float(self._goes_new_way)]
-        header = torch.cat([loss.reshape(1).double(), torch.tensor(flags, device=self._device).double()])
+        header = torch.cat([loss.reshape(1).double(), torch.tensor(flags, dtype=torch.float64, device=self._device)])
         dist.all_reduce(header, group=self.group)
         if header[3] and not header[2]:
             self._check_way()

@@ -67,7 +67,7 @@ def cut_module(
         together: names of the parts that the tensor axis divides, each of which a rank holds whole or not at all.
         keep_whole: never cut inside of a block.
         device: of this rank.
-        dtype: in which floating-point parameters are computed, where it is not their own.
+        dtype: in which parameters are computed that autocast would cast, where it is not their own.
 
     Raises:
         ValueError: it can't be cut so, or was cut for another layout.

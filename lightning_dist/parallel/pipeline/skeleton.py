@@ -18,6 +18,7 @@ from lightning_dist.parallel.pipeline.asked import AskedInt, AskedTrainer, Note
 from lightning_dist.parallel.pipeline.by_hand import Still, refuse_toggling, still
 from lightning_dist.parallel.rehearsal import is_users_object
 from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.precision import cast_by_autocast
 
 
 class Skeleton:
@@ -31,7 +32,7 @@ class Skeleton:
     Args:
         module: not yet divided, sharded or compiled; on any device, or on meta.
         device: on which the step will run.
-        dtype: of floating-point parameters, where they are computed in another than their own.
+        dtype: in which parameters are computed that autocast would cast, where it is not their own.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -45,6 +46,7 @@ class Skeleton:
         """How often the step called ``manual_backward`` the last time."""
         self._configured: list[Any] = []
         self._device, self._dtype = device, dtype
+        self._cast = set() if dtype is None else {id(p) for p in cast_by_autocast(module)}
         self._parameters: dict[int, nn.Parameter] = {}
         self._modules: dict[int, nn.Module] = {}
         names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
@@ -178,7 +180,7 @@ class Skeleton:
         if parameter is None:
             return None
         if id(parameter) not in self._parameters:
-            fake = placeholder(parameter.detach(), self._device, self._dtype)
+            fake = placeholder(parameter.detach(), self._device, self._dtype if id(parameter) in self._cast else None)
             self._parameters[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
             self._parameters[id(parameter)].__dict__.update(vars(parameter))
         return self._parameters[id(parameter)]
