@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_dist.plans.blocks import class_name
 from lightning_dist.plans.tensor import layers
+from lightning_dist.plans.tensor.gated import ELEMENTWISE, gated_layers
 from lightning_dist.plans.tensor.plan import OWN_ARGUMENTS, Part, Split, TensorPlan
 
 ATTENTION = (
@@ -77,7 +78,7 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, Part]]:
         if part := _shifted_windows(module):
             yield "", part
         return
-    part = _attention(module) or _feed_forward(module) or _sequential(module)
+    part = _attention(module) or _feed_forward(module) or _sequential(module) or _gated(module)
     if part is not None:
         yield "", part
         return
@@ -189,7 +190,10 @@ def feed_forward_part(module: nn.Module, columns: tuple[str, ...], row: str) -> 
     return Part(parameters, rows, attributes=attributes, split="by columns")
 
 
-ELEMENTWISE = (nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Mish)
+def _gated(module: nn.Module) -> Part | None:
+    """A gated feed-forward module of any names, see :mod:`~lightning_dist.plans.tensor.gated`."""
+    found = gated_layers(module)
+    return None if found is None else feed_forward_part(module, *found)
 
 
 def _sequential(module: nn.Module) -> Part | None:

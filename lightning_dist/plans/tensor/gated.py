@@ -1,0 +1,122 @@
+"""Gated feed-forward modules of any names (SwiGLU, GEGLU, ReGLU), recognised by what their forward does.
+
+As in https://arxiv.org/abs/2002.05202: ``w2(f(w1(x)) * w3(x))``, with ``f`` of one element. The forward is traced by
+torch.fx, which computes no number: two dense layers read the module's one input, nothing else does, what they give is
+worked on element by element and multiplied, and one dense layer reads that. A forward that can't be traced, or that
+does anything else between the layers, is none.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from lightning_dist.plans.tensor import layers
+
+ELEMENTWISE = (nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Mish)
+"""Layers that work on one element at a time, and have no parameters."""
+
+_FUNCTIONS: frozenset[Any] = frozenset(
+    {
+        *(F.silu, F.gelu, F.relu, F.sigmoid, F.tanh, F.leaky_relu, F.elu, F.mish, F.softplus, F.hardswish, F.dropout),
+        *(torch.relu, torch.sigmoid, torch.tanh, torch.square),
+    }
+)
+_PRODUCTS: frozenset[Any] = frozenset({operator.mul, torch.mul})
+_METHODS = frozenset({"relu", "sigmoid", "tanh", "square"})
+
+
+def gated_layers(module: nn.Module) -> tuple[tuple[str, str], str] | None:
+    """The names of the two layers that read a gated module's input and of the one that writes back; None if it is none.
+
+    Args:
+        module: whose parameters are those of three dense layers, or not.
+    """
+    dense = {name: child for name, child in module.named_modules() if name and layers.is_dense(child)}
+    owned = {id(p) for child in dense.values() for p in child.parameters()}
+    if len(dense) != 3 or isinstance(module, pl.LightningModule) or next(module.buffers(), None) is not None:
+        return None
+    if any(id(p) not in owned for p in module.parameters()) or len(owned) != sum(
+        len(list(child.parameters())) for child in dense.values()
+    ):
+        return None  # holds more than the layers, or layers that share parameters
+    try:
+        graph = _Tracer().trace(copy.copy(module))  # which a forward may set attributes of
+    except Exception:
+        return None  # a forward that looks at values, or at sizes
+    return _read(graph, module, set(dense))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return layers.is_dense(m) or isinstance(m, ELEMENTWISE)
+
+
+def _read(graph: fx.Graph, module: nn.Module, dense: set[str]) -> tuple[tuple[str, str], str] | None:
+    """Follows the input through the layers; each value is of one column layer, of their product, or behind the row."""
+    columns: list[str] = []
+    row: str | None = None
+    where: dict[fx.Node, frozenset[str]] = {}
+    """Of values between the layers: whose outputs they are made of."""
+    behind: set[fx.Node] = set()
+    entered: fx.Node | None = None
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "placeholder":
+            if node.users and entered is not None:
+                return None
+            entered = node if node.users else entered
+        elif node.op == "call_module" and node.target in dense:
+            if node.target in columns or node.target == row or len(inputs) != 1:
+                return None
+            if inputs[0] is entered:
+                columns.append(node.target)
+                where[node] = frozenset({node.target})
+            elif row is None and len(columns) == 2 and where.get(inputs[0]) == frozenset(columns):
+                row = node.target
+                behind.add(node)
+            else:
+                return None
+        elif node.op == "output":
+            if row is None or node.args[0] not in behind:
+                return None
+        elif _is_of_one_element(node, module) and len(inputs) == 1 and node.args[0] is inputs[0]:
+            if inputs[0] in where:
+                where[node] = where[inputs[0]]
+            elif inputs[0] in behind:
+                behind.add(node)
+            else:
+                return None
+        elif _is_product(node) and all(i in where for i in inputs):
+            where[node] = frozenset().union(*(where[i] for i in inputs))
+        else:
+            return None
+    if row is None or not _fit(module, columns, row):
+        return None
+    return (columns[0], columns[1]), row
+
+
+def _is_of_one_element(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), ELEMENTWISE)
+    return (node.op == "call_function" and node.target in _FUNCTIONS) or (
+        node.op == "call_method" and node.target in _METHODS
+    )
+
+
+def _is_product(node: fx.Node) -> bool:
+    return (node.op == "call_function" and node.target in _PRODUCTS) or (
+        node.op == "call_method" and node.target == "mul"
+    )
+
+
+def _fit(module: nn.Module, columns: list[str], row: str) -> bool:
+    """Whether all three have the same hidden width: none is one feature that is broadcast over the other's."""
+    hidden = layers.inputs(module.get_submodule(row))
+    return all(layers.outputs(module.get_submodule(name)) == hidden for name in columns)
