@@ -302,6 +302,41 @@ def test_sharding_rounds_only_what_autocast_rounds(precision: str, first: str) -
         assert _off(weights, rank_weights) < 1e-4
 
 
+class OverPoints(L.LightningModule):
+    """Its first block gets the data, float32, and begins with a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(models.Block(), models.Block(), nn.Linear(models.WIDTH, models.CLASSES))
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.losses.append(loss.detach().float())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _over_points(precision: str, layout: str) -> Tensor:
+    L.seed_everything(1, verbose=False)
+    module, strategy = OverPoints(), HybridStrategy(layout)
+    plugins: Any = PRECISIONS[precision][0]()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_steps=6, **plugins)
+    trainer.fit(module, DataLoader(samples(), batch_size=8 // strategy.num_data_ranks))
+    return trainer.strategy.reduce(torch.stack(module.losses))
+
+
+# at 2 ** 16, where the scale begins by default, a gradient of a rank's mean over fewer samples overflows earlier
+@pytest.mark.parametrize("precision", ["own scaler", "bf16-mixed"])
+def test_a_block_may_begin_with_a_norm_of_float32_data(precision: str) -> None:
+    one = _over_points(precision, "dp_shard=1")
+    for losses in run_on_ranks(2, _over_points, precision, "dp_shard=2"):
+        torch.testing.assert_close(losses, one, rtol=5e-3, atol=5e-3)
+
+
 def test_a_pipeline_knows_which_activations_are_float32_beside_sharding() -> None:
     _, weights = _trained("bf16-mixed", None)
     for _, rank_weights in run_on_ranks(4, _trained, "bf16-mixed", "dp_shard=2,pp=2"):
