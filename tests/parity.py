@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+def slow(*values: Any) -> Any:
+    """Arguments of a test that is run on demand."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 TOLERANCE = 1e-5
 """Relative, of float32 rounding over tens of steps."""
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy
 from lightning_dist.elastic import guard
 from tests.models import Words, words
-from tests.parity import QUIET, Watch, whole_weights
+from tests.parity import QUIET, Watch, slow, whole_weights
 from tests.ranks import RankError, run_on_ranks
 from tests.test_scripts import ROOT, assert_no_process_left, finish, start
 
@@ -90,15 +90,14 @@ def go_on(layout: str | None, where: str, same_trainer: bool, same_module: bool)
     return losses, whole_weights(module)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+PLACES = [("forward", False, False), ("backward", True, True), ("step", False, True), ("validation", True, False)]
+"""Where a step fails, and whether the Trainer and the module are the same in the next fit."""
+QUICK = [("dp_replicate=2", *PLACES[0]), ("dp_shard=2", *PLACES[1]), ("tp=2", *PLACES[2]), ("pp=2", *PLACES[3])]
+CASES = [(layout, *place) for layout in LAYOUTS for place in PLACES]
+
+
 @pytest.mark.parametrize(
-    ("where", "same_trainer", "same_module"),
-    [
-        ("forward", False, False),
-        ("backward", True, True),
-        ("step", False, True),
-        ("validation", True, False),
-    ],
+    ("layout", "where", "same_trainer", "same_module"), [case if case in QUICK else slow(*case) for case in CASES]
 )
 def test_ranks_that_all_raised_go_on_as_one_process(
     layout: str, where: str, same_trainer: bool, same_module: bool
@@ -191,7 +190,7 @@ def two_ranks() -> L.Trainer:
     return L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("dp_replicate=2"), max_epochs=2, callbacks=[Watch()])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_all_end_where_a_rank_that_raised_alone_lives_on(rank: int, tmp_path: Path) -> None:
     began = time.monotonic()
     process = start(tmp_path, text=SCRIPT.format(root=ROOT, rank=rank))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_dist import HybridStrategy
 from tests.models import Words, words
-from tests.parity import QUIET, Watch, whole_weights
+from tests.parity import QUIET, Watch, slow, whole_weights
 from tests.ranks import run_on_ranks
 
 LAYOUTS = {"dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "pp=2": 2}
@@ -140,9 +140,20 @@ def on(layout: str | None, *args: Any) -> Any:
 MOMENTS = [("batch start", 9), ("batch end", 9), ("validation", 12), ("epoch end", 12)]
 
 
-@pytest.mark.parametrize("kind", ["in order", "own place", "stream", "epochs"])
-@pytest.mark.parametrize(("moment", "step"), MOMENTS)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+KINDS = ["in order", "own place", "stream", "epochs"]
+QUICK = [("dp_shard=1", "batch end", 9, kind) for kind in KINDS] + [
+    ("dp_shard=1", "batch start", 9, "in order"),
+    ("dp_shard=1", "validation", 12, "own place"),
+    ("dp_shard=1", "epoch end", 12, "stream"),
+    ("dp_replicate=2", "batch end", 9, "in order"),
+    ("dp_shard=2", "batch end", 9, "stream"),
+]
+CASES = [(layout, *moment, kind) for layout in LAYOUTS for moment in MOMENTS for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("layout", "moment", "step", "kind"), [case if case in QUICK else slow(*case) for case in CASES]
+)
 def test_ours_goes_on_after_what_plain_lightning_has_done(
     layout: str, moment: str, step: int, kind: str, tmp_path: Path
 ) -> None:
@@ -166,7 +177,7 @@ def test_ours_goes_on_after_what_plain_lightning_has_done(
 
 
 @pytest.mark.parametrize("moment", ["batch start", "batch end"])
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", ["dp_shard=1", slow("dp_replicate=2"), "dp_shard=2", slow("pp=2")])
 def test_an_epoch_whose_order_is_gone_begins_anew_with_a_word(layout: str, moment: str, tmp_path: Path) -> None:
     fit(None, "shuffled", None, (tmp_path / "plain.ckpt", moment, 9))
     losses, _, seen, steps, told = on(layout, "shuffled", tmp_path / "plain.ckpt")
@@ -179,9 +190,10 @@ def test_an_epoch_whose_order_is_gone_begins_anew_with_a_word(layout: str, momen
         assert first == sorted(words()[index][0].item() for index in range(48))
 
 
-@pytest.mark.parametrize("kind", ["in order", "own place"])
-@pytest.mark.parametrize(("moment", "step"), MOMENTS)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("layout", "moment", "step", "kind"),
+    [case if case in QUICK else slow(*case) for case in CASES if case[3] in ("in order", "own place")],
+)
 def test_plain_lightning_goes_on_after_what_ours_has_done(
     layout: str, moment: str, step: int, kind: str, tmp_path: Path
 ) -> None:
@@ -198,7 +210,7 @@ def test_plain_lightning_goes_on_after_what_ours_has_done(
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=1", "pp=2"])
+@pytest.mark.parametrize("layout", ["dp_shard=1", slow("pp=2")])
 def test_ours_goes_on_after_ours_with_a_loader_that_has_a_place(layout: str, tmp_path: Path) -> None:
     expected = fit(None, "own place")
     on(layout, "own place", None, (tmp_path / "ours.ckpt", "batch start", 9))

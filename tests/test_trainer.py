@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from lightning_dist import HybridStrategy
 from tests.models import Words, words
-from tests.parity import QUIET, Watch, whole_weights
+from tests.parity import QUIET, Watch, slow, whole_weights
 from tests.ranks import RankError, run_on_ranks
 
 LAYOUTS = {"dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "tp=2": 2, "pp=2": 2}
+EACH = ["dp_shard=1", slow("dp_replicate=2"), "dp_shard=2", slow("tp=2"), slow("pp=2")]
 
 
 def make(layout: str | None, **arguments: Any) -> tuple[L.Trainer, DataLoader, Watch]:
@@ -57,7 +58,7 @@ class Validated(Words):
         self.log("loss", self.training_step(batch))
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", EACH)
 def test_a_module_that_no_trainer_has_run_is_saved(layout: str, tmp_path: Path) -> None:
     expected = save_unattached(None, tmp_path / "plain.ckpt")
     for keys in everywhere(layout, save_unattached, tmp_path / "ours.ckpt"):
@@ -79,7 +80,7 @@ def without_optimizer(layout: str | None, folder: Path) -> Any:
     return watch.losses, trainer.global_step, whole_weights(trainer.lightning_module)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", EACH)
 def test_a_module_without_optimizers_is_saved_and_goes_on(layout: str, tmp_path: Path) -> None:
     expected = without_optimizer(None, tmp_path / "plain")
     for found in everywhere(layout, without_optimizer, tmp_path / "ours"):
@@ -133,7 +134,7 @@ def other_optimizers(layout: str, folder: Path) -> None:
     trainer.fit(Two(), loader, ckpt_path=folder / "a.ckpt")
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("layout", EACH[:3])
 def test_another_number_of_optimizers_is_refused_in_words(layout: str, tmp_path: Path) -> None:
     with pytest.raises((RankError, ValueError), match="the states of 1 optimizers, and configure_optimizers returns 2"):
         everywhere(layout, other_optimizers, tmp_path)
@@ -159,7 +160,7 @@ def built_inside(layout: str | None, ckpt: Path) -> Any:
     return watch.losses, later.losses, whole_weights(module)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", EACH)
 def test_a_module_is_built_by_the_trainers_context(layout: str, tmp_path: Path) -> None:
     expected = built_inside(None, tmp_path / "plain.ckpt")
     for found in everywhere(layout, built_inside, tmp_path / "ours.ckpt"):
@@ -204,7 +205,7 @@ def test_a_module_that_is_compiled_whole_trains(layout: str) -> None:
         assert found[3] == expected[3]
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize("layout", EACH[2:])
 def test_a_module_that_is_compiled_whole_is_refused_where_it_is_divided(layout: str) -> None:
     with pytest.raises(RankError, match=r"pass the module itself, and HybridStrategy\(compile=True\)"):
         everywhere(layout, train_compiled, True)
@@ -247,7 +248,7 @@ def asks(layout: str | None, where: str, ckpt: Path | None, saves: Path | None) 
 
 
 @pytest.mark.parametrize("where", ["setup", "configure_optimizers"])
-@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("layout", EACH[:3])
 def test_who_asks_for_the_number_of_steps_changes_nothing(layout: str, where: str, tmp_path: Path) -> None:
     losses, steps, _ = asks(None, where, None, None)
     for found in everywhere(layout, asks, where, None, None):
@@ -281,7 +282,7 @@ def predict(layout: str | None) -> Any:
     return module.found
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", EACH)
 def test_predict_loaders_show_the_users_sampler(layout: str) -> None:
     expected = predict(None)
     assert set(everywhere(layout, predict)) == {expected}
@@ -309,7 +310,7 @@ class Tested(Words):
         self.log("loss", self.training_step(batch))
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", EACH)
 def test_tests_within_inference_mode(layout: str, tmp_path: Path) -> None:
     expected = without_gradients(None, tmp_path / "plain")
     for found in everywhere(layout, without_gradients, tmp_path / "ours"):
@@ -361,7 +362,7 @@ def twice(layout: str | None) -> Any:
     return losses, whole_weights(module)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", EACH)
 def test_a_module_whose_steps_are_none_trains_twice(layout: str) -> None:
     expected = twice(None)
     for found in everywhere(layout, twice):
@@ -374,7 +375,7 @@ def on_nothing(layout: str | None) -> tuple[int, int]:
     return trainer.global_step, trainer.current_epoch
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("layout", EACH[:3])
 def test_no_data_is_no_training(layout: str) -> None:
     assert set(everywhere(layout, on_nothing)) == {on_nothing(None)}
 
@@ -441,7 +442,7 @@ def told(layout: str | None) -> Any:
     return [sampler.calls for sampler in samplers], len(trainer.val_dataloaders)
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("layout", EACH[:3])
 def test_samplers_are_told_the_epoch_once_and_loaders_keep_their_length(layout: str) -> None:
     expected = told(None)
     for found in everywhere(layout, told):

@@ -106,7 +106,7 @@ def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, l
         counts = {name: group._get_sequence_number_for_group() for name, group in groups.items()}
         store.set(_key(dist.get_rank()), json.dumps({"by": _Runs.left, "collectives": counts}))
         if exception is not None and not _is_of_lost_peer(exception):
-            threading.Thread(target=_watch, args=(store, _Runs.number, _words(exception)), daemon=True).start()
+            threading.Thread(target=_watch, args=(_Runs.number, _words(exception)), daemon=True).start()
 
 
 def _meet_after(left: str) -> None:
@@ -152,20 +152,29 @@ def _told_of(absent: list[int], left: str) -> str:
     )
 
 
-def _watch(store: Any, number: int, left: str) -> None:
-    """Ends this process, or those that it started, if it lives on after a run that others are still in."""
+def _watch(number: int, left: str) -> None:
+    """Ends this process, or those that it started, if it lives on after a run that others are still in.
+
+    It holds the store no longer than it asks: who lets go of it last ends it.
+    """
     deadline = time.monotonic() + PATIENCE + GRACE  # a next run says it better
     with contextlib.suppress(RuntimeError):
-        while time.monotonic() < deadline:
+        absent = _still_in(number)
+        while absent and time.monotonic() < deadline:
             time.sleep(_POLL)
-            if _store() is not store or number != _Runs.number:
-                return  # the group was given up, or all have met
-            absent = _absent(store, number)
-            if not absent:
-                return
-        print(f"\n{_told_of(absent, left)}. It ends now.", file=sys.stderr, flush=True)
-        _end_children(0)
-        os._exit(1)
+            absent = _still_in(number)
+        if absent:
+            print(f"\n{_told_of(absent, left)}. It ends now.", file=sys.stderr, flush=True)
+            _end_children(0)
+            os._exit(1)
+
+
+def _still_in(number: int) -> list[int]:
+    """Ranks that have not left a run that this one left; none where that is past: in another run, or process group."""
+    store = _store()
+    if store is None or number != _Runs.number or not store.check([_key(dist.get_rank(), number)]):
+        return []
+    return _absent(store, number)
 
 
 def _end_children(grace: float = GRACE) -> None:

@@ -22,7 +22,7 @@ from lightning_dist.checkpoint import convert
 from tests.checkpoint.test_layouts import assert_same
 from tests.checkpoint.training import Net, batch, build, make_optimizer, restore, train
 from tests.models import Words, words
-from tests.parity import QUIET, Watch, whole_weights
+from tests.parity import QUIET, Watch, slow, whole_weights
 from tests.ranks import run_on_ranks
 
 
@@ -167,7 +167,7 @@ def save_shards(layout: str, path: Path) -> Any:
     return whole_weights(module)
 
 
-@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize("layout", [slow("dp_replicate=2"), "dp_shard=2", slow("tp=2"), slow("pp=2")])
 def test_lightnings_own_consolidation_reads_our_directories(layout: str, tmp_path: Path) -> None:
     weights = run_on_ranks(2, save_shards, layout, tmp_path / "shards.ckpt")[0]
     command = "lightning.pytorch.utilities.consolidate_checkpoint"
@@ -192,6 +192,7 @@ def test_lightnings_own_consolidation_reads_our_directories(layout: str, tmp_pat
     assert watches[0].losses == watches[1].losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp_shard=2", "pp=2"])
 def test_what_lightning_consolidated_loads_here(layout: str, tmp_path: Path) -> None:
     run_on_ranks(2, save_shards, "dp_shard=2", tmp_path / "shards.ckpt")
