@@ -217,8 +217,10 @@ def test_fit_validate_and_test_as_plain_lightning_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "init_args",
-    [{"layout": {"dp_shard": 2}}, {"layout": {"dp_replicate": 2}, "start_method": "spawn"}],
-    ids=["popen", "spawn"],
+    [
+        pytest.param({"layout": {"dp_shard": 2}}, id="popen"),
+        pytest.param({"layout": {"dp_replicate": 2}, "start_method": "spawn"}, id="spawn", marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_train_from_a_config_file_and_save_it(init_args: dict[str, Any], tmp_path: Path) -> None:
     script, file, root = tmp_path / "script.py", tmp_path / "config.yaml", tmp_path / "run"

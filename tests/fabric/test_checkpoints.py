@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_dist import checkpoint as checkpoints
 from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Net, Training, fabric_for, go_on, save, train
-from tests.parity import assert_equal, whole_weights
+from tests.parity import assert_equal, slow, whole_weights
 from tests.ranks import run_on_ranks
 
 LOOP = Loop(clip={"max_norm": 0.3}, schedules=True, count=12)
@@ -54,7 +54,7 @@ def test_single_file_is_that_of_plain_fabric(saved: dict[str, Path]) -> None:
     assert plain["optimizer"]["state"].keys() == ours["optimizer"]["state"].keys()
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), INTO)
+@pytest.mark.parametrize(("layout", "num_ranks"), [case if case[1] < 4 else slow(*case) for case in INTO])
 def test_goes_on_from_every_layout(layout: str | None, num_ranks: int, saved: dict[str, Path]) -> None:
     expected = train(LOOP, None)
     # plain Fabric reads files; a directory is read by ours in one process, too

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy
 from lightning_dist.plans.tensor import Split, find_tensor_plan
 from tests.models import CLASSES, WIDTH, samples
-from tests.parity import QUIET, Run, assert_parity
+from tests.parity import QUIET, Run, assert_parity, slow
 from tests.ranks import run_on_ranks
 
 
@@ -92,8 +92,11 @@ def test_gated_modules_are_divided_by_columns_and_rows(kind: str) -> None:
     assert part.parameters == {f"{name}.{leaf}": Split(0) for name in columns for leaf in ("weight", "bias")}
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), [("tp=2", 2), ("dp_shard=2,tp=2", 4)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layout", "num_ranks"),
+    [(kind, "tp=2", 2) for kind in KINDS]
+    + [(slow if kind != "SwiGLU" else pytest.param)(kind, "dp_shard=2,tp=2", 4) for kind in KINDS],
+)
 def test_gated_modules_train_as_in_one_process(kind: str, layout: str, num_ranks: int) -> None:
     assert_parity(Run(partial(Classifies, kind), samples, samples), layout, num_ranks)
 
