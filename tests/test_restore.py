@@ -131,14 +131,28 @@ def test_a_custom_object_is_refused_with_what_to_pass(layout: str, tmp_path: Pat
 # ------------------------------------------------------------------ modules that a hook changes
 
 
+class Keeps(Words):
+    """What does not fit the checkpoint stays as it was initialised."""
+
+    def __init__(self, deferred: bool) -> None:
+        super().__init__(deferred, words=12)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, state = self.state_dict(), checkpoint["state_dict"]
+        for name in list(state):
+            if state[name].shape != own[name].shape:
+                state[name] = own[name]
+        checkpoint["optimizer_states"] = []
+
+
 def save_words(layout: str | None, folder: Path, saved_as: str, deferred: bool) -> Any:
     L.seed_everything(1, verbose=False)
     return fit(layout, folder, Words(deferred), saved_as=saved_as)
 
 
-def resize(layout: str | None, folder: Path, saved_as: str, deferred: bool) -> Any:
+def resize(layout: str | None, folder: Path, saved_as: str, deferred: bool, kind: type[Words] = Resized) -> Any:
     L.seed_everything(2, verbose=False)
-    module = Resized(deferred)
+    module = kind(deferred)
     world = dist.get_world_size() if dist.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format=saved_as)  # type: ignore[arg-type]
     trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1, callbacks=[watch := Watch()])
@@ -157,6 +171,18 @@ def test_a_module_that_a_hook_replaced_is_trained(layout: str, saved_as: str, de
     assert not torch.equal(expected[1]["head.weight"][10:], expected[2])
     on(layout, save_words, tmp_path / "ours", saved_as, deferred)
     losses, weights, _ = on(layout, resize, tmp_path / "ours", saved_as, deferred)
+    torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layout", "saved_as", "deferred"), CASES)
+def test_what_does_not_fit_may_stay_as_it_was_initialised(
+    layout: str, saved_as: str, deferred: bool, tmp_path: Path
+) -> None:
+    save_words(None, tmp_path / "plain", "auto", deferred)
+    expected = resize(None, tmp_path / "plain", "auto", deferred, Keeps)
+    on(layout, save_words, tmp_path / "ours", saved_as, deferred)
+    losses, weights, _ = on(layout, resize, tmp_path / "ours", saved_as, deferred, Keeps)
     torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys  # what load_state_dict returns; no public name in torch 2.14
 
 from lightning_dist.checkpoint.state import load_model_state
@@ -50,5 +50,12 @@ class LateLoads:
         """
         self.leave()
         for state, strict in self._loads:
-            load_model_state(self._module, state, strict, self._source)
+            own = self._module.state_dict()
+            kept = {name: own[name] for name, value in state.items() if _is_meta(value) and name in own}
+            load_model_state(self._module, {**state, **kept} if kept else state, strict, self._source)
         self._loads.clear()
+
+
+def _is_meta(value: Any) -> bool:
+    """Whether it is one of the module's own, deferred, which a hook has put into the state to keep it as it is."""
+    return isinstance(value, Tensor) and value.is_meta
