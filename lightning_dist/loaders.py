@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage
+from torch.utils._pytree import tree_unflatten  # as Lightning's CombinedLoader does; no public name in torch 2.14
 from torch.utils.data import DataLoader
 
 from lightning_dist.data import (
@@ -26,10 +28,13 @@ from lightning_dist.processes import LayoutRanks
 class LoaderHooks(LayoutRanks):
     """The part of a strategy that knows loaders."""
 
+    _prepared: WeakKeyDictionary[object, object]
+    """Loaders as Lightning prepared them, by what is iterated in their place."""
     _num_evaluated = 0
     """Batches of an evaluation so far, for steps that are not told."""
 
     def _own_dataloaders(self, trainer: pl.Trainer) -> None:
+        self._prepared = WeakKeyDictionary()
         connector: Any = trainer._data_connector
         if "_prepare_dataloader" not in vars(connector):
             connector._prepare_dataloader = partial(self._prepare_dataloader, connector._prepare_dataloader)
@@ -48,6 +53,7 @@ class LoaderHooks(LayoutRanks):
             dataloader = original(dataloader, shuffle=shuffle, mode=mode)
         finally:
             connector.use_distributed_sampler = wanted
+        prepared = dataloader
         if wanted and is_stream(dataloader):
             dataloader = self._deal_stream(dataloader, mode)
         elif wanted and isinstance(dataloader, DataLoader):
@@ -55,7 +61,21 @@ class LoaderHooks(LayoutRanks):
             share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, self.data_rank)
+        if self.num_data_ranks == 1 and dataloader is not prepared:
+            self._prepared[dataloader] = prepared
+            if isinstance(prepared, DataLoader) and isinstance(dataloader, DataLoader):
+                prepared.worker_init_fn = dataloader.worker_init_fn  # as plain Lightning does
         return dataloader
+
+    def _show(self, combined: Any, loaders: Iterable[object]) -> None:
+        """Makes ``trainer.train_dataloader`` and the like give what they give in plain Lightning: for one data rank the
+        user's own loaders, not those that deal them (private; seen in Lightning 2.6.6: nothing is iterated by it).
+        """
+        own = [self._shown(loader) for loader in loaders]
+        combined._iterables = tree_unflatten(own, combined._spec)
+
+    def _shown(self, loader: Any) -> Any:
+        return self._prepared.get(loader, loader) if isinstance(loader, (DataLoader, DealtStream)) else loader
 
     def _deal_stream(self, loader: object, mode: RunningStage) -> object:
         if self.layout is None and self.world_size > 1:
@@ -86,6 +106,7 @@ class LoaderHooks(LayoutRanks):
             dealt = loader if isinstance(loader, DealtStream) else dealt_batches(loader)
             if dealt is not None:
                 limits[index] = dealt.limit(limits[index])
+        self._show(combined, combined.flattened)
 
     def _batch_index(self, args: tuple[Any, ...]) -> tuple[int, ...]:
         """Index of the batch, and of its loader; a step that takes no index is counted here."""

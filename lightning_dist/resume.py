@@ -323,9 +323,10 @@ class ResumeHooks(LoaderHooks):
             self._saved_random(saved).restore(self.root_device)
         elif self._goes_on:
             self._begin_after_plain(has_states)
-        limits = combined.limits
+        limits, shown = combined.limits, combined.flattened
         combined.flattened = [data.loader for data in self._begun]
         combined.limits = limits
+        self._show(combined, shown)
 
     def _begin_after_plain(self, in_place: bool) -> None:
         """Begins the loaders within an epoch of a run under plain Lightning, which says how many batches were done.

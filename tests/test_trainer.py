@@ -447,3 +447,46 @@ def test_samplers_are_told_the_epoch_once_and_loaders_keep_their_length(layout: 
     expected = told(None)
     for found in everywhere(layout, told):
         assert found == expected
+
+
+class Shown(Validated):
+    """Notes the loaders that the Trainer shows, in several epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[Any] = []
+
+    def on_train_epoch_end(self) -> None:
+        self.shown.append((self.trainer.train_dataloader, self.trainer.val_dataloaders))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_process_shows_the_users_loaders(shuffle: bool) -> None:
+    trainer, _, _ = make("dp_shard=1", max_epochs=2)
+    train = {"a": DataLoader(words(), 8, shuffle=shuffle), "b": [DataLoader(words(), 4)]}
+    validation = [DataLoader(words(), 8), DataLoader(words(), 4)]
+
+    class Several(Shown):
+        def training_step(self, batch: Any) -> Any:
+            return super().training_step(batch["a"])
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.training_step({"a": batch})
+
+    module = Several()
+    trainer.fit(module, train, validation)
+    for shown_train, shown_validation in module.shown:
+        assert shown_train["a"] is train["a"]
+        assert shown_train["b"][0] is train["b"][0]
+        assert all(map(lambda a, b: a is b, shown_validation, validation))
+
+
+def dealt_by_the_user(layout: str) -> bool:
+    trainer, loader, _ = make(layout, use_distributed_sampler=False)
+    module = Shown()
+    trainer.fit(module, loader, loader)
+    return all(train is validation is loader for train, validation in module.shown)
+
+
+def test_loaders_that_the_user_deals_are_shown_as_they_are() -> None:
+    assert all(run_on_ranks(2, dealt_by_the_user, "dp_replicate=2"))
