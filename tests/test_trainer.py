@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -490,3 +491,32 @@ def dealt_by_the_user(layout: str) -> bool:
 
 def test_loaders_that_the_user_deals_are_shown_as_they_are() -> None:
     assert all(run_on_ranks(2, dealt_by_the_user, "dp_replicate=2"))
+
+
+class Pickled(Words):
+    """Pickles itself in a hook, on all ranks."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        file = io.BytesIO()
+        torch.save(self, file)
+        file.seek(0)
+        self.again = torch.load(file, weights_only=False)
+
+
+def pickles_itself(layout: str | None) -> Any:
+    L.seed_everything(1, verbose=False)
+    trainer, loader, _ = make(layout, max_steps=3)
+    module = Pickled()
+    trainer.fit(module, loader)
+    again = module.again
+    assert type(again) is Pickled
+    assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in again.parameters())
+    return again.state_dict(), again(torch.tensor([1, 2])), type(module).__name__, type(module.backbone[1]).__name__
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+def test_a_module_pickles_as_a_whole_and_keeps_its_name(layout: str) -> None:
+    expected = pickles_itself(None)
+    for found in everywhere(layout, pickles_itself):
+        torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
+        assert found[2:] == expected[2:]

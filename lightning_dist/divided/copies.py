@@ -9,6 +9,7 @@ each parameter where it is used; element by element it pairs with the original o
 from __future__ import annotations
 
 import copy
+import copyreg
 from types import MethodType
 from typing import Any
 
@@ -31,6 +32,20 @@ _HOOKS = (
 def make_copyable(unit: nn.Module) -> None:
     """Lets ``copy.deepcopy`` copy a module that fully_shard took; see [Note: copies of a sharded module]."""
     vars(unit)["__deepcopy__"] = MethodType(_copy, unit)
+
+
+def pass_for_own_class(unit: nn.Module) -> None:
+    """Makes the class that fully_shard gave a module pass for the user's: by its name, after which code names files or
+    messages, and in pickles, which hold a module of the user's class.
+    """
+    own, made = _own_class(unit), type(unit)
+    made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
+    made.__reduce_ex__ = _reduced  # type: ignore[assignment, method-assign]
+
+
+def _reduced(unit: nn.Module, protocol: Any) -> Any:
+    copied = copy.deepcopy(unit)
+    return copyreg._reconstructor, (type(copied), object, None), copied.__getstate__()  # type: ignore[attr-defined]
 
 
 def _copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -59,7 +59,10 @@ class Divided(DTensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The user's code pickles the whole (``torch.save`` of weights or of a module); ours, parts."""
         if asked_by_user():
-            return whole(self).detach().__reduce_ex__(protocol)
+            value = whole(self).detach()
+            if isinstance(self, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=self.requires_grad)
+            return value.__reduce_ex__(protocol)
         return super().__reduce_ex__(protocol)
 
     def __tensor_flatten__(self) -> Any:

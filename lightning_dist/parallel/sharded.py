@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from lightning_dist.divided.copies import make_copyable
+from lightning_dist.divided.copies import make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import CALL, STEPS, Alone
 from lightning_dist.parallel.flat import buckets, unflatten
@@ -74,6 +74,7 @@ class Sharded(Alone):
             if not isinstance(unit, FSDPModule):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
                 make_copyable(unit)
+                pass_for_own_class(unit)
                 gather_as_kept(unit, rounded)
         left = [n for n, p in module.named_parameters() if not isinstance(p, DTensor) and not is_placeholder(p)]
         self.buffers = WrittenBuffers(module, group)
