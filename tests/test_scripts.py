@@ -49,7 +49,7 @@ if __name__ == "__main__":
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy={strategy}, max_epochs=1, logger=False,
                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary={summary})
     trainer.fit(Fails(), DataLoader(Samples(), batch_size=4))
-    print(f"done {{trainer.global_rank}}\n", end="", flush=True)
+    print(f"done {{trainer.global_rank}}\\n", end="", flush=True)
 """
 ROOT = str(Path(__file__).parent.parent)
 
