@@ -18,7 +18,7 @@ from lightning_dist.checkpoint import convert
 from tests import models
 from tests.checkpoint.training import damage
 from tests.models import few_samples, samples
-from tests.parity import QUIET, Watch
+from tests.parity import QUIET, Watch, slow
 from tests.ranks import RankError, run_on_ranks
 
 RANKS = {None: 1, "dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "dp_replicate=2,dp_shard=2": 4}
@@ -145,8 +145,10 @@ def _load_other(path: Path) -> None:
     trainer.validate(Other(), DataLoader(few_samples(), batch_size=4), ckpt_path=path, verbose=False)
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_shard=2"])
-@pytest.mark.parametrize("lost", ["a bit", "a part"])
+@pytest.mark.parametrize(
+    ("layout", "lost"),
+    [("dp_shard=1", "a bit"), slow("dp_shard=1", "a part"), slow("dp_shard=2", "a bit"), ("dp_shard=2", "a part")],
+)
 def test_last_that_is_damaged_gives_way_to_the_newest_before_it(layout: str, lost: str, tmp_path: Path) -> None:
     on(layout, tmp_path, layout, 3, None, "sharded", 2)
     kept = sorted(path.name for path in tmp_path.iterdir())

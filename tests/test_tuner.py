@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy, Layout
 from lightning_dist.randomness import CPU, RandomStates
 from tests import models
-from tests.parity import QUIET, Record, Watch, assert_equal, whole_weights
+from tests.parity import QUIET, Record, Watch, assert_equal, slow, whole_weights
 from tests.ranks import run_on_ranks
 
 LAYOUTS = [
@@ -175,7 +175,10 @@ def test_learning_rate_is_that_of_one_process(layout: str, ranks: int, tmp_path:
         assert_equal(record, other)
 
 
-@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [slow("dp_replicate=2", 2), ("dp_shard=2", 2), slow("dp_replicate=2,dp_shard=2", 4), slow("tp=2", 2), ("pp=2", 2)],
+)
 def test_batch_size_is_that_of_one_process(layout: str, ranks: int, tmp_path: Path) -> None:
     data_ranks = num_data_ranks(layout)
     size, record, _ = search(None, Sized, size_finder, str(tmp_path))
@@ -238,7 +241,7 @@ def tune(layout: str | None) -> tuple[list[int | None], float | None, list[float
     return sizes, finder.suggestion(), watch.losses
 
 
-@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("layout", [slow("dp_replicate=2"), "dp_shard=2"])
 def test_tuner_finds_what_it_finds_in_one_process(layout: str) -> None:
     sizes, suggestion, losses = tune(None)
     for found, suggested, other in run_on_ranks(2, tune, layout):

@@ -108,7 +108,7 @@ def check(recipe: str, optimizer: str, saving: str, loading: list[str], folder: 
     [
         ("dp_shard=1", "pp=2"),
         ("dp_replicate=2", "dp_shard=2,tp=2"),
-        ("pp=2,tp=2", "dp_shard=2"),
+        pytest.param("pp=2,tp=2", "dp_shard=2", marks=pytest.mark.slow),
         ("dp_shard=2,tp=2", "pp=2,dp_shard=2"),
     ],
 )

@@ -116,7 +116,7 @@ def test_sweep_under_torchrun_is_refused():
         ("strategy=dpp", ["Available options in 'strategy'", "Did you mean ddp"]),
         ("model=", ["Available options in 'model'"]),
         ("model.in_features=???", ["needs a value for model.in_features"]),
-        ("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
+        pytest.param("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"], marks=pytest.mark.slow),
     ],
 )
 def test_wrong_config_is_told_in_one_message(wrong: str, told: list[str], tmp_path: Path):

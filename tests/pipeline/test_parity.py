@@ -146,7 +146,7 @@ def test_twenty_steps_of_the_recipes_equal_one_process(recipe: str, schedule: st
     assert_parity(run, layout, 4 if "," in layout else 2)
 
 
-@pytest.mark.parametrize("layout", ["pp=2,tp=2", "pp=2,dp_replicate=2"])
+@pytest.mark.parametrize("layout", [pytest.param("pp=2,tp=2", marks=pytest.mark.slow), "pp=2,dp_replicate=2"])
 def test_twenty_steps_of_a_language_model_equal_one_process(layout: str) -> None:
     run = replace(RUNS["language_model"], strategy={"sequence_parallel": "tp" in layout})
     assert_parity(run, layout, 4)

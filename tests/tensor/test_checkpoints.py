@@ -17,18 +17,18 @@ from lightning_dist import HybridStrategy, Layout
 from lightning_dist.checkpoint import convert
 from recipes.image_classification import ImageClassifier
 from recipes.image_classification.models import vision_transformer
-from tests.parity import QUIET, Watch
+from tests.parity import QUIET, Watch, slow
 from tests.ranks import run_on_ranks
 from tests.recipes.test_parity import RUNS
 
 RANKS = {None: 1, "dp_shard=2": 2, "tp=2": 2, "tp=4": 4, "dp_shard=2,tp=2": 4, "dp_replicate=2,tp=2": 4}
 CASES = [
     ("tp=2", "single", None),
-    ("tp=2", "auto", "tp=4"),
+    slow("tp=2", "auto", "tp=4"),
     ("dp_shard=2,tp=2", "auto", "tp=2"),
-    ("dp_shard=2,tp=2", "single", "dp_replicate=2,tp=2"),
+    slow("dp_shard=2,tp=2", "single", "dp_replicate=2,tp=2"),
     ("dp_replicate=2,tp=2", "auto", "dp_shard=2"),
-    ("dp_shard=2", "auto", "dp_shard=2,tp=2"),
+    slow("dp_shard=2", "auto", "dp_shard=2,tp=2"),
     (None, "auto", "dp_shard=2,tp=2"),
 ]
 
