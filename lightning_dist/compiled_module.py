@@ -38,7 +38,6 @@ class CompiledModule:
             ValueError: parameters are divided.
         """
         if layout is not None and layout.holds_shards:
-            self.put_back()
             raise ValueError(
                 f"torch.compile of the whole LightningModule under layout {layout}: a rank holds parts of what it "
                 "would compile; pass the module itself, and HybridStrategy(compile=True), which compiles its blocks"

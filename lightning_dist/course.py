@@ -96,7 +96,11 @@ class Course:
 
     def _before(self, own: Callable[..., Any], *args: Any) -> Any:
         self._agree()
-        return own(*args)
+        try:
+            return own(*args)
+        except BaseException:
+            guard.say_it_leaves()
+            raise
 
     def _after(self, own: Callable[..., Any], *args: Any) -> Any:
         result = own(*args)

@@ -168,6 +168,20 @@ def refuse_new_parameters(module: nn.Module, known: Mapping[int, nn.Parameter]) 
         )
 
 
+def refuse_unknown(module: nn.Module) -> None:
+    """Where ``configure_model`` has left what an earlier run deferred, which ended before it was there.
+
+    Raises:
+        ValueError: parameters are on the meta device.
+    """
+    meta = next((name for name, parameter in module.named_parameters() if parameter.is_meta), None)
+    if meta is not None:
+        raise ValueError(
+            f"{meta} was deferred by a run that ended before it was there, and configure_model does not build it "
+            "again; build the module anew"
+        )
+
+
 def refuse_mixed_vector(optimizer: Optimizer) -> None:
     """Raises for LBFGS over parameters of which only some are divided.
 

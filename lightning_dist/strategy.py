@@ -73,6 +73,7 @@ from lightning_dist.refusals import (
     refuse_lost_hooks,
     refuse_mixed_vector,
     refuse_new_parameters,
+    refuse_unknown,
     refuse_wrappers,
     warn_of_axes_across_nodes,
 )
@@ -363,6 +364,7 @@ class HybridStrategy(TuningHooks):
                 rank_zero_warn(f"{error} It is now built whole on every rank before it is sharded.")
                 self._recorded = None
                 self.lightning_module.configure_model()
+                refuse_unknown(self.lightning_module)
             else:
                 self._recorded.bind(self.lightning_module)
 
@@ -377,6 +379,7 @@ class HybridStrategy(TuningHooks):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        self._end_restoring()
         self._compared.clear()
         self._own_clipping()
         self._own_inference(trainer)
@@ -780,6 +783,9 @@ class HybridStrategy(TuningHooks):
         self._is_in_run = False
         self._leave_world_calls()
         self._forget_what_came_early()
+        if self._compiled is not None:  # the run ended before it was set up
+            self._compiled.put_back()
+            self._compiled = None
         for loop, mode in self._inference_modes.items():
             loop.inference_mode = mode
         self._inference_modes = {}

@@ -187,6 +187,120 @@ def test_what_does_not_fit_may_stay_as_it_was_initialised(
     torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
 
 
+class Parts(Words):
+    """Loads a part of itself in the hook, from an entry of its own."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shape = (self.words, 16)
+        checkpoint["head"] = {
+            "weight": torch.linspace(-1, 1, 16 * self.words).view(shape),
+            "bias": torch.zeros(shape[0]),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in ("head.weight", "head.bias"):
+            del checkpoint["state_dict"][name]
+        self.strict_loading = False
+        self.head.load_state_dict(checkpoint.pop("head"))
+
+
+def parts(layout: str | None, folder: Path, saved_as: str, deferred: bool) -> Any:
+    L.seed_everything(1, verbose=False)
+    fit(layout, folder, Parts(deferred), saved_as=saved_as)
+    ckpt = folder / "last.ckpt"
+    return fit(layout, folder / "on", Parts(deferred), epochs=2, ckpt=ckpt, saved_as=saved_as)
+
+
+@pytest.mark.parametrize(("layout", "saved_as", "deferred"), CASES)
+def test_a_part_that_a_hook_loads_is_loaded(layout: str, saved_as: str, deferred: bool, tmp_path: Path) -> None:
+    expected = parts(None, tmp_path / "plain", "auto", deferred)
+    losses, weights = on(layout, parts, tmp_path / "ours", saved_as, deferred)
+    torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
+
+
+class Writes(Words):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.head.weight[:2].copy_(checkpoint["state_dict"]["head.weight"][:2])
+
+
+def writes(layout: str, folder: Path) -> None:
+    fit(layout, folder, Words(True))
+    fit(layout, folder / "on", Writes(True), epochs=2, ckpt=folder / "last.ckpt")
+
+
+def test_a_write_to_what_is_deferred_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"head\.weight is deferred while a checkpoint is restored"):
+        on("dp_shard=2", writes, tmp_path)
+
+
+class Makes(Words):
+    """Makes layers of what it finds in the checkpoint, and keeps some of it."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        self.embed = nn.Embedding.from_pretrained(state["embed.weight"], freeze=False)
+        self.head.bias = nn.Parameter(state["head.bias"] + 0.5)
+        state["head.bias"] = state["head.bias"] + 0.5
+        self.anchor = {name: value for name, value in state.items() if "backbone" in name}
+        if self.trainer.is_global_zero:
+            self.size = float(sum(value.norm() for value in state.values()))
+
+    def on_train_end(self) -> None:
+        self.anchors = {name: value.clone() for name, value in self.anchor.items()}
+
+
+def makes(layout: str | None, folder: Path, saved_as: str) -> Any:
+    L.seed_everything(1, verbose=False)
+    fit(layout, folder, Words(), saved_as=saved_as)
+    module = Makes()
+    losses, weights = fit(layout, folder, module, epochs=2, ckpt=folder / "last.ckpt", saved_as=saved_as)
+    return losses, weights, module.anchors
+
+
+@pytest.mark.parametrize(("layout", "saved_as"), PAIRS)
+def test_layers_that_a_hook_makes_of_a_checkpoint_are_trained(layout: str, saved_as: str, tmp_path: Path) -> None:
+    expected = makes(None, tmp_path / "plain", "auto")
+    found = on(layout, makes, tmp_path / "ours", saved_as)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Head(Words):
+    """Only its last layer is trained."""
+
+    def configure_optimizers(self) -> Any:
+        for part in (self.embed, self.backbone):
+            part.requires_grad_(False)
+        return torch.optim.Adam(self.head.parameters(), lr=1e-2)
+
+
+class LooksOnRankZero(Callback):
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
+        if trainer.is_global_zero:
+            assert all(float(value.double().norm()) >= 0 for value in checkpoint["state_dict"].values())
+
+
+def head(layout: str | None, folder: Path, saved_as: str, deferred: bool) -> Any:
+    L.seed_everything(1, verbose=False)
+    fit(layout, folder, Head(deferred), saved_as=saved_as)
+    ckpt, looks = folder / "last.ckpt", [LooksOnRankZero()]
+    return fit(layout, folder / "on", Head(deferred), epochs=2, ckpt=ckpt, saved_as=saved_as, callbacks=looks)
+
+
+@pytest.mark.parametrize(
+    ("layout", "saved_as", "deferred"), [*CASES[:-4], ("pp=2", "sharded", False), ("dp_shard=2", "sharded", True)]
+)
+def test_ranks_that_read_different_things_read_together(
+    layout: str, saved_as: str, deferred: bool, tmp_path: Path
+) -> None:
+    expected = head(None, tmp_path / "plain", "auto", deferred)
+    losses, weights = on(layout, head, tmp_path / "ours", saved_as, deferred)
+    torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------ callbacks
 
 

@@ -212,6 +212,15 @@ def test_a_module_that_is_compiled_whole_is_refused_where_it_is_divided(layout: 
         everywhere(layout, train_compiled, True)
 
 
+def test_a_module_that_is_compiled_whole_stays_so_after_a_refusal(tmp_path: Path) -> None:
+    trainer, loader, _ = make("dp_shard=1")
+    module = Words()
+    with pytest.raises(FileNotFoundError):
+        trainer.fit(torch.compile(module, backend="eager"), loader, ckpt_path=tmp_path / "gone.ckpt")
+    assert module._compiler_ctx is not None
+    assert "training_step" in vars(module)
+
+
 # ------------------------------------------------------------------ loaders
 
 

@@ -10,9 +10,10 @@ from weakref import WeakSet
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -24,6 +25,7 @@ from lightning_dist import optimizers
 from lightning_dist.checkpoint.agreement import from_rank_zero, together
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.late import LateLoads
+from lightning_dist.checkpoint.on_disk import OnDisk, read_what_is_kept
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.resume import ResumeHooks
 
@@ -133,6 +135,10 @@ class CheckpointHooks(ResumeHooks):
         if checkpoints.holds_no_run(checkpoint):
             return self._without_run(checkpoint, checkpoint_path)
         self._resume_from(checkpoint)
+        if self._late_loads is None and _has_hooks(self.lightning_module):
+            # whole as the module is by now; what is deferred may be too large for that
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: v.plain() if isinstance(v, OnDisk) else v for n, v in state.items()}
         return checkpoint
 
     @property
@@ -165,11 +171,14 @@ class CheckpointHooks(ResumeHooks):
         if any(parameter.is_meta for parameter in module.parameters()):
             self._late_loads = LateLoads(module, path)
 
+    def _end_restoring(self) -> None:
+        """Before parameters are divided: all hooks have seen the checkpoint."""
+        if self._late_loads is not None:
+            self._late_loads.leave()
+
     def _load_weights(self) -> None:
         """Those that a fit begins from, and over them a checkpoint's, where parameters were deferred until now."""
         late, self._late_loads = self._late_loads, None
-        if late is not None:
-            late.leave()
         self._begin_from_pretrained()
         if late is not None:
             late.apply()
@@ -202,9 +211,9 @@ class CheckpointHooks(ResumeHooks):
             self._begun_modules = WeakSet()
         if module in self._begun_modules:
             return
-        self._begun_modules.add(module)
         state = checkpoints.load(self.pretrained, module, optimizers=False, when_used=True)["state_dict"]
         checkpoints.load_model_state(module, state, module.strict_loading, self.pretrained)
+        self._begun_modules.add(module)
 
     def _older_than_last(self, path: _PATH) -> list[Path]:
         """Other checkpoints beside the one that ``ckpt_path="last"`` chose, newest first; none for another one."""
@@ -217,6 +226,13 @@ class CheckpointHooks(ResumeHooks):
                 beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
                 found = sorted(filter(Path.exists, beside), key=lambda p: p.stat().st_mtime, reverse=True)
         return list(from_rank_zero(found))
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        """Lightning comes here before it runs a stage, when all that it restores has been restored (seen in 2.6.6)."""
+        if name == "run-stage":
+            read_what_is_kept()
+        super().barrier(name)
 
     @override
     def on_train_start(self) -> None:
@@ -264,6 +280,13 @@ class CheckpointHooks(ResumeHooks):
             self._saves.wait()
         except Exception as error:
             exception.add_note(f"beside that, a checkpoint could not be written: {error}")
+
+
+def _has_hooks(module: pl.LightningModule) -> bool:
+    """Whether code of the user's sees the checkpoint before it is loaded."""
+    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
+    hook = "on_load_checkpoint"
+    return is_overridden(hook, module) or any(is_overridden(hook, callback, Callback) for callback in callbacks)
 
 
 def _is_directory_of_shards(path: _PATH) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -47,6 +48,7 @@ class OnDisk(Tensor):
     def __new__(cls, reader: Reader, key: str, shape: torch.Size, dtype: torch.dtype) -> OnDisk:  # noqa: D102
         made: OnDisk = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made.reader, made.key, made.value = reader, key, None
+        _made.append(weakref.ref(made))
         return made
 
     def plain(self) -> Tensor:
@@ -86,6 +88,20 @@ _OF_THE_SHAPE = {
 }
 
 
+def read_what_is_kept() -> None:
+    """Once a checkpoint has been restored: the next may replace its files, and what hooks have kept of it must stay.
+
+    Communication: none.
+    """
+    kept = [tensor for made in _made if (tensor := made()) is not None]
+    _made.clear()
+    for tensor in kept:
+        tensor.plain()
+
+
+_made: list[weakref.ref[OnDisk]] = []
+
+
 def in_layout_of(tree: Any, like: Callable[[Path], Any]) -> Any:
     """The tree with what is :class:`OnDisk` in it as the ranks hold it.
 
@@ -95,15 +111,17 @@ def in_layout_of(tree: Any, like: Callable[[Path], Any]) -> Any:
             for a placeholder of another stage's tensor, nothing. For any other it stays as it is, and is read when it
             is copied.
 
-    Communication: where anything is read, the verdict on it: an all-gather of a short string over the world.
+    Communication: where the tree has any, the verdict on what was read: an all-gather of a short string over the world.
     """
     wanted: dict[Reader, dict[str, Tensor]] = {}
 
     def note(path: Path, value: Any) -> Any:
-        if type(value) is OnDisk and value.value is None:
+        if type(value) is OnDisk:
+            of_reader = wanted.setdefault(value.reader, {})  # all ranks ask it, whatever they want
             target = like(path)
-            if is_placeholder(target) or (isinstance(target, DTensor) and target.shape == value.shape):
-                wanted.setdefault(value.reader, {}).setdefault(value.key, target)
+            is_part = isinstance(target, DTensor) and target.shape == value.shape
+            if value.value is None and target is not None and (is_part or is_placeholder(target)):
+                of_reader.setdefault(value.key, target)
         return value
 
     map_leaves(tree, note)

@@ -33,6 +33,9 @@ GRACE = 5.0
 PATIENCE = 30.0
 """Seconds that a rank which left a run by an exception, and lives on, waits for the others to leave it too."""
 
+LONGEST = 600.0
+"""Seconds that it waits for ranks that are leaving it too."""
+
 _POLL = 0.05
 
 
@@ -42,6 +45,8 @@ class _Runs:
     number: ClassVar[int] = 0
     """Of the last run in the process group; the same on all ranks."""
     is_on: ClassVar[bool] = False
+    outer: ClassVar[list[int]] = []
+    """Of runs within which this one runs: a validation in a hook of a fit, say."""
     left: ClassVar[str | None] = None
     """The exception by which this process left the last run; None where it ended well."""
     children: ClassVar[list[Any]] = []
@@ -64,12 +69,16 @@ def begin_run() -> None:
     if store is None:
         return
     left, _Runs.left = _Runs.left, None
+    if _Runs.is_on:
+        _Runs.outer.append(_Runs.number)
     try:
         if left is not None and store.check([_key(dist.get_rank())]):  # else that was in another process group
             _meet_after(left)
     finally:
         _Runs.number = store.add(f"lightning_dist/runs/{dist.get_rank()}", 1)
         _Runs.is_on = True
+        if _Runs.number == 1:  # of another process group
+            _Runs.outer.clear()
 
 
 def number_of_run() -> int:
@@ -94,19 +103,35 @@ def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, l
         atexit.register(_end_children)
     if not _Runs.is_on:
         return
-    _Runs.is_on = False
+    _Runs.is_on = bool(_Runs.outer)
     if exception is not None:
         _tell_why_it_ended(exception)
         _Runs.left = _words(exception)
     with contextlib.suppress(RuntimeError):
+        _say_how_it_left(groups, exception)
+    if _Runs.outer:
+        _Runs.number = _Runs.outer.pop()
+
+
+def _say_how_it_left(groups: Mapping[str, Any], exception: BaseException | None) -> None:
+    store = _store()
+    if store is None:
+        return
+    # private; seen in torch 2.14: how many collectives this rank has begun in a group
+    counts = {name: group._get_sequence_number_for_group() for name, group in groups.items()}
+    store.set(_key(dist.get_rank()), json.dumps({"by": _Runs.left, "collectives": counts}))
+    if exception is not None and not _is_of_lost_peer(exception):
+        threading.Thread(target=_watch, args=(_Runs.number, _words(exception)), daemon=True).start()
+
+
+def say_it_leaves() -> None:
+    """An exception has left the loop of this run, and callbacks and loggers may take their time with it, before
+    :func:`end_run`: the others wait longer. Communication: none; it is said at the store.
+    """
+    with contextlib.suppress(RuntimeError):
         store = _store()
-        if store is None:
-            return
-        # private; seen in torch 2.14: how many collectives this rank has begun in a group
-        counts = {name: group._get_sequence_number_for_group() for name, group in groups.items()}
-        store.set(_key(dist.get_rank()), json.dumps({"by": _Runs.left, "collectives": counts}))
-        if exception is not None and not _is_of_lost_peer(exception):
-            threading.Thread(target=_watch, args=(_Runs.number, _words(exception)), daemon=True).start()
+        if store is not None and _Runs.is_on:
+            store.set(f"{_key(dist.get_rank())}/leaves", "1")
 
 
 def _meet_after(left: str) -> None:
@@ -115,8 +140,11 @@ def _meet_after(left: str) -> None:
     Raises:
         RuntimeError: see :func:`begin_run`.
     """
-    deadline = time.monotonic() + PATIENCE
-    while (absent := _absent(_store(), _Runs.number)) and time.monotonic() < deadline:
+    began = time.monotonic()
+    while absent := _absent(_store(), _Runs.number):
+        longest = PATIENCE if _are_in_it(_store(), _Runs.number, absent) else LONGEST
+        if time.monotonic() - began > longest:
+            break
         time.sleep(_POLL)
     if absent:
         raise RuntimeError(_told_of(absent, left))
@@ -143,6 +171,11 @@ def _absent(store: Any, number: int) -> list[int]:
     return [rank for rank in range(dist.get_world_size()) if not store.check([_key(rank, number)])]
 
 
+def _are_in_it(store: Any, number: int, ranks: list[int]) -> bool:
+    """Whether any of the ranks, which have not left a run, is not leaving it either."""
+    return any(not store.check([f"{_key(rank, number)}/leaves"]) for rank in ranks)
+
+
 def _told_of(absent: list[int], left: str) -> str:
     ranks = f"ranks {', '.join(map(str, absent))}" if len(absent) > 1 else f"rank {absent[0]}"
     return (
@@ -157,24 +190,27 @@ def _watch(number: int, left: str) -> None:
 
     It holds the store no longer than it asks: who lets go of it last ends it.
     """
-    deadline = time.monotonic() + PATIENCE + GRACE  # a next run says it better
+    began = time.monotonic()
     with contextlib.suppress(RuntimeError):
-        absent = _still_in(number)
-        while absent and time.monotonic() < deadline:
+        absent, longest = _still_in(number)
+        while absent and time.monotonic() - began < longest + GRACE:  # a next run says it better
             time.sleep(_POLL)
-            absent = _still_in(number)
+            absent, longest = _still_in(number)
         if absent:
             print(f"\n{_told_of(absent, left)}. It ends now.", file=sys.stderr, flush=True)
             _end_children(0)
             os._exit(1)
 
 
-def _still_in(number: int) -> list[int]:
-    """Ranks that have not left a run that this one left; none where that is past: in another run, or process group."""
+def _still_in(number: int) -> tuple[list[int], float]:
+    """Ranks that have not left a run that this one left, none where that is past: in another run, or process group; and
+    how long to wait for them.
+    """
     store = _store()
     if store is None or number != _Runs.number or not store.check([_key(dist.get_rank(), number)]):
-        return []
-    return _absent(store, number)
+        return [], 0
+    absent = _absent(store, number)
+    return absent, PATIENCE if _are_in_it(store, number, absent) else LONGEST
 
 
 def _end_children(grace: float = GRACE) -> None:
