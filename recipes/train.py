@@ -99,7 +99,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     start_method = cfg.start_method or ("forkserver" if sys.platform == "linux" else "spawn")
     if start_method == "forkserver" and (in_sweep or cfg.trainer.devices != 1) and "RANK" not in os.environ:
         fork_server.start(cfg)
-    from lightning_dist.elastic import is_launched, launch  # See [Note: late imports]
+    from lightning_dist.elastic import is_launched, launch, leave_process_group  # See [Note: late imports]
 
     num_processes = _settle_processes(cfg)
     _check_layout(cfg, num_processes)
@@ -108,7 +108,9 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
     if is_launched() or (num_processes == 1 and not in_sweep):
-        return _run_here(resolved)
+        result = _run_here(resolved)
+        leave_process_group()
+        return result
     hydra_cfg = HydraConfig.instance().cfg
     arguments = resolved, hydra_cfg, targets.allowed()
     return launch(_run_rank, *arguments, num_processes=num_processes, start_method=start_method)[0]

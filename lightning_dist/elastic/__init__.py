@@ -1,5 +1,5 @@
 """Starting the ranks of a job, and ending them together."""
 
-from lightning_dist.elastic.launch import WorkerFailed, is_launched, launch
+from lightning_dist.elastic.launch import WorkerFailed, is_launched, launch, leave_process_group
 
-__all__ = ["WorkerFailed", "is_launched", "launch"]
+__all__ = ["WorkerFailed", "is_launched", "launch", "leave_process_group"]
