@@ -245,7 +245,17 @@ class HybridStrategy(TuningHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, and for what is sent elsewhere: without what belongs to the processes of a run."""
-        of_the_run = ("mesh", "_parallel", "_logs", "_course", "_recorded", "_world_calls", "_saves", "_begin_again")
+        of_the_run = (
+            "mesh",
+            "_parallel",
+            "_logs",
+            "_course",
+            "_recorded",
+            "_world_calls",
+            "_saves",
+            "_begin_again",
+            "_prepared",
+        )
         return {name: value for name, value in super().__getstate__().items() if name not in of_the_run} | {
             "_known_parameters": {},
             "_is_set_up": False,
