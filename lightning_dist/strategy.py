@@ -127,7 +127,8 @@ class HybridStrategy(TuningHooks):
             attention, and compute the rest again; ``"none"``, nothing is computed twice.
         compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
         checkpoint_format: ``"single"``, one file as Lightning writes it; ``"sharded"``, a directory to which every rank
-            writes what it holds; ``"auto"``, sharded where parameters are.
+            writes what it holds; ``"auto"``, sharded where parameters are, but for a ``CheckpointIO`` of the user's,
+            which writes one file.
         async_save: write checkpoints while the training goes on; it stops for the copy to host memory only, which takes
             as much of that as the rank's part of the checkpoint (of a single file, rank 0 takes the whole).
         pretrained: weights that a fit begins from; a checkpoint that it goes on from is read over them. A file of torch
