@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from tests.ranks import POOL
+from tests.support.ranks import POOL
 
 torch.set_num_threads(1)
 

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.checkpointing import checkpoint_activations
-from tests import models
-from tests.models import WIDTH, few_samples, samples
-from tests.parity import QUIET, Record, Run, assert_equal, train, whole_weights
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import WIDTH, few_samples, samples
+from tests.support.parity import QUIET, Record, Run, assert_equal, train, whole_weights
+from tests.support.ranks import RankError, run_on_ranks
 from tests.test_strategy import Collectives, trainer
 
 MODES = ["full", "selective"]

@@ -17,7 +17,7 @@ from lightning_dist.automatic import ROOM, choose_layout, state_bytes
 from lightning_dist.layout import Layout
 from lightning_dist.parallel.sharded import shard_roots, shard_units, unsharded_parameters
 from lightning_dist.plans import find_blocks, select_blocks
-from tests import models
+from tests.support import models
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
-from tests.models import CLASSES, WIDTH, Block, samples
-from tests.parity import QUIET, Run, assert_equal, train
-from tests.ranks import run_on_ranks
+from tests.support.models import CLASSES, WIDTH, Block, samples
+from tests.support.parity import QUIET, Run, assert_equal, train
+from tests.support.ranks import run_on_ranks
 from tests.test_strategy import Collectives
 
 LAYOUTS = [

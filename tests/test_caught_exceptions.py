@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.elastic import guard
-from tests.models import Words, words
-from tests.parity import QUIET, Watch, slow, whole_weights
-from tests.ranks import RankError, run_on_ranks
+from tests.support.models import Words, words
+from tests.support.parity import QUIET, Watch, slow, whole_weights
+from tests.support.ranks import RankError, run_on_ranks
 from tests.test_scripts import ROOT, assert_no_process_left, finish, start
 
 LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", "dp_shard=2,tp=2"]

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
-from tests.models import Classifier, samples
+from tests.support.models import Classifier, samples
 from tests.test_scripts import ROOT, finish
 
 pytestmark = pytest.mark.filterwarnings(
@@ -109,10 +109,10 @@ def test_an_axis_that_is_none_is_named_with_the_closest() -> None:
 def test_arguments_that_are_lists_mappings_and_functions() -> None:
     strategy = built(
         f"--trainer.strategy={CLASS}",
-        "--trainer.strategy.shard_units=[tests.models.Block]",
+        "--trainer.strategy.shard_units=[tests.support.models.Block]",
         '--trainer.strategy.tensor_plan={"net.stem": "colwise"}',
         "--trainer.strategy.batch_split=[0, null]",
-        "--trainer.strategy.microbatch_weight=tests.models.samples",
+        "--trainer.strategy.microbatch_weight=tests.support.models.samples",
         '--trainer.strategy.compile={"mode": "default"}',
         "--trainer.strategy.timeout=0:10:00",
         "--trainer.strategy.pipeline_cuts=[net.blocks.1]",
@@ -125,7 +125,7 @@ def test_arguments_that_are_lists_mappings_and_functions() -> None:
     assert list(strategy._blocks(Saved())) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
 
 
-@pytest.mark.parametrize("named", ["tests.models.Block", "torch.nn.LayerNorm"])
+@pytest.mark.parametrize("named", ["tests.support.models.Block", "torch.nn.LayerNorm"])
 def test_blocks_by_the_path_of_their_class(named: str) -> None:
     module = Saved()
     path, _, name = named.rpartition(".")

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from recipes.benchmark.collectives import Collectives
-from tests import models
-from tests.models import samples
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 PLAN = {"*.up": "colwise", "*.down": "rowwise"}
 

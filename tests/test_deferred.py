@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.initialization.install import RecordedInit
-from tests import models
-from tests.models import few_samples, samples
-from tests.parity import QUIET, Run, assert_parity
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import few_samples, samples
+from tests.support.parity import QUIET, Run, assert_parity
+from tests.support.ranks import run_on_ranks
 
 PLAN = {"*.up": "colwise", "*.down": "rowwise"}
 

@@ -33,9 +33,9 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_dist import HybridStrategy
-from tests import models
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 SIZE = 44
 

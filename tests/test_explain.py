@@ -18,9 +18,9 @@ from lightning_dist.explain import built
 from lightning_dist.report import LayoutReport
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
 from tests.recipes.test_parity import LENGTH, Blocks
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 VOCABULARY = 67
 

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
-from tests.models import WIDTH, Classifier, samples, wide_samples
-from tests.parity import QUIET, Run, assert_parity
-from tests.ranks import run_on_ranks
+from tests.support.models import WIDTH, Classifier, samples, wide_samples
+from tests.support.parity import QUIET, Run, assert_parity
+from tests.support.ranks import run_on_ranks
 
 LAYOUTS = [
     ("dp_replicate=2", 2),

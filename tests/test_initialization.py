@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lightning_dist.initialization import CannotDefer, record_initialization
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 SEED = 3
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils import _pytree as pytree
 
-from tests.models import CLASSES, WIDTH, Classifier, Momentum, samples
-from tests.parity import Record, Run, assert_equal, train
-from tests.ranks import run_on_ranks
+from tests.support.models import CLASSES, WIDTH, Classifier, Momentum, samples
+from tests.support.parity import Record, Run, assert_equal, train
+from tests.support.ranks import run_on_ranks
 
 PLAN = {"net.blocks.*.up": "colwise", "net.blocks.*.down": "rowwise"}
 

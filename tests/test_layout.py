@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lightning_dist import Layout
 from lightning_dist.cli import main
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dist.logs import StepLogs
-from tests import models
-from tests.models import few_samples, samples
-from tests.parity import Run, assert_equal, assert_parity, on_layout, train
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import few_samples, samples
+from tests.support.parity import Run, assert_equal, assert_parity, on_layout, train
+from tests.support.ranks import run_on_ranks
 from tests.test_strategy import Collectives, trainer
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2), pytest.param("dp_shard=2", 2)]

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist import HybridStrategy
-from tests import models
-from tests.models import CLASSES, samples
-from tests.parity import QUIET, Run, assert_parity, train
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import CLASSES, samples
+from tests.support.parity import QUIET, Run, assert_parity, train
+from tests.support.ranks import run_on_ranks
 
 
 def rank() -> int:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from lightning_dist.checkpoint import full
 from lightning_dist.placeholder import is_placeholder
-from tests import models
-from tests.models import samples
-from tests.parity import Run, assert_equal, train
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import Run, assert_equal, train
+from tests.support.ranks import run_on_ranks
 from tests.test_requires_grad import DIVIDED, LAYOUTS
 
 PIPELINES = [

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.gradients import local
-from tests import models, optimizers
-from tests.models import samples
-from tests.parity import QUIET, Run, assert_parity
-from tests.ranks import run_on_ranks
+from tests.support import models, optimizers
+from tests.support.models import samples
+from tests.support.parity import QUIET, Run, assert_parity
+from tests.support.ranks import run_on_ranks
 
 LAYOUTS = {"dp_replicate=2": 2, "dp_shard=2": 2, "tp=2": 2, "dp_shard=2,tp=2": 4, "dp_replicate=2,dp_shard=2": 4}
 BY_COST = [pytest.param(layout, marks=[pytest.mark.slow] * (ranks > 2)) for layout, ranks in LAYOUTS.items()]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
-from tests import models
-from tests.models import few_samples, samples
-from tests.parity import Run, assert_equal, assert_parity, on_layout, train
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import few_samples, samples
+from tests.support.parity import Run, assert_equal, assert_parity, on_layout, train
+from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2, id="replicate2"), pytest.param("dp_shard=2", 2, id="shard2")]
 HYBRID = pytest.param("dp_replicate=2,dp_shard=2", 4, id="replicate2-shard2")
@@ -124,7 +124,7 @@ def test_unseeded_ranks_start_from_the_weights_of_rank_0(layout: str, num_ranks:
 
 
 def _train_unseeded(layout: str) -> dict[str, torch.Tensor]:
-    from tests.parity import QUIET, HybridStrategy, whole_weights
+    from tests.support.parity import QUIET, HybridStrategy, whole_weights
 
     torch.manual_seed(torch.distributed.get_rank())
     module = models.Classifier()

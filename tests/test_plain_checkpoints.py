@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_dist import HybridStrategy
-from tests.models import Words, words
-from tests.parity import QUIET, Watch, slow, whole_weights
-from tests.ranks import run_on_ranks
+from tests.support.models import Words, words
+from tests.support.parity import QUIET, Watch, slow, whole_weights
+from tests.support.ranks import run_on_ranks
 
 LAYOUTS = {"dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "pp=2": 2}
 STEPS = 6

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_dist import HybridStrategy
 from lightning_dist.precision import cast_by_autocast, refuse_precision
-from tests import models
-from tests.models import samples
-from tests.parity import QUIET, whole_weights
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import QUIET, whole_weights
+from tests.support.ranks import run_on_ranks
 
 LAYOUTS = ["dp_replicate=2", "dp_shard=2"]
 

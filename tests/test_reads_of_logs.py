@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist import Layout
 from lightning_dist.logs import StepLogs
-from tests import models
-from tests.models import samples
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.ranks import RankError, run_on_ranks
 from tests.test_strategy import trainer
 
 FOUR = pytest.param("pp=2,dp_replicate=2", marks=pytest.mark.slow)

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy
 from lightning_dist.checkpoint import full
 from lightning_dist.parallel import replicated
-from tests import models
-from tests.models import WIDTH, Block, samples
-from tests.parity import QUIET, Run, assert_equal, train
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import WIDTH, Block, samples
+from tests.support.parity import QUIET, Run, assert_equal, train
+from tests.support.ranks import run_on_ranks
 from tests.test_strategy import Collectives
 
 LAYOUTS = [

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.checkpoint import convert
-from tests import models
 from tests.checkpoint.training import damage
-from tests.models import few_samples, samples
-from tests.parity import QUIET, Watch, slow
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import few_samples, samples
+from tests.support.parity import QUIET, Watch, slow
+from tests.support.ranks import RankError, run_on_ranks
 
 RANKS = {None: 1, "dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "dp_replicate=2,dp_shard=2": 4}
 CASES = [

@@ -19,7 +19,7 @@ import lightning_dist
 import torch
 from torch.utils.data import DataLoader
 sys.path.insert(0, {root!r})
-from tests.models import Classifier, samples
+from tests.support.models import Classifier, samples
 
 class Fails(Classifier):
     def on_train_start(self):

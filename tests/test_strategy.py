@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from lightning_dist import HybridStrategy
-from tests import models
-from tests.models import few_samples, samples
-from tests.parity import QUIET, Run, assert_equal, train, whole_weights
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import few_samples, samples
+from tests.support.parity import QUIET, Run, assert_equal, train, whole_weights
+from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = ["dp_replicate=2", "dp_shard=2"]
 

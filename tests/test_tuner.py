@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
 from lightning_dist.randomness import CPU, RandomStates
-from tests import models
-from tests.parity import QUIET, Record, Watch, assert_equal, slow, whole_weights
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.parity import QUIET, Record, Watch, assert_equal, slow, whole_weights
+from tests.support.ranks import run_on_ranks
 
 LAYOUTS = [
     ("dp_replicate=2", 2),

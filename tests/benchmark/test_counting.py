@@ -13,7 +13,7 @@ from recipes.benchmark.memory import storage_bytes
 from recipes.benchmark.tensor_parallel import Llama
 from recipes.benchmark.tensor_parallel import _collectives as _collectives_of_llama
 from recipes.benchmark.workloads import WORKLOADS
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 def _ddp_step() -> tuple[dict[str, int], dict[str, int]]:

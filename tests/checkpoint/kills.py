@@ -24,8 +24,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, checkpoint
-from tests import models
-from tests.parity import QUIET
+from tests.support import models
+from tests.support.parity import QUIET
 
 LAYOUTS = ["dp_shard=2", "dp_replicate=2", "pp=2"]
 

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, checkpoint
 from lightning_dist.checkpoint.checksums import SummingFileSystem
-from tests import models
 from tests.checkpoint.training import damage
-from tests.models import samples
-from tests.parity import QUIET
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import QUIET
+from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = [
     *[("dp_shard=1", 1), ("dp_shard=2", 2), ("dp_replicate=2", 2), ("pp=2", 2), ("dp_shard=2,tp=2", 4)],

@@ -23,7 +23,7 @@ from lightning_dist.checkpoint.opened import open_checkpoint
 from lightning_dist.cli import main
 from tests.checkpoint.test_layouts import assert_same
 from tests.checkpoint.training import Net, build, damage, make_optimizer, restore, snapshot, train
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")

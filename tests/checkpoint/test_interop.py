@@ -21,9 +21,9 @@ from lightning_dist import HybridStrategy, checkpoint
 from lightning_dist.checkpoint import convert
 from tests.checkpoint.test_layouts import assert_same
 from tests.checkpoint.training import Net, batch, build, make_optimizer, restore, train
-from tests.models import Words, words
-from tests.parity import QUIET, Watch, slow, whole_weights
-from tests.ranks import run_on_ranks
+from tests.support.models import Words, words
+from tests.support.parity import QUIET, Watch, slow, whole_weights
+from tests.support.ranks import run_on_ranks
 
 
 def trainer(folder: Path, epochs: int, **arguments: Any) -> L.Trainer:

@@ -23,7 +23,7 @@ from tests.checkpoint.training import (
     snapshot,
     train,
 )
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 LONG = [("shard", True), ("one", False), ("hybrid", True), ("replicate", True), ("shard", False)]
 """Layouts a run goes through, and whether the checkpoint at the end of each is sharded."""

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import HybridStrategy, checkpoint
 from tests.checkpoint.training import build
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 SMALL: Any = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96,

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from lightning_dist import checkpoint
 from lightning_dist.checkpoint import sharded as sharded_form
 from tests.checkpoint.training import build, damage, make_optimizer, restore, snapshot
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 class Bomb:

@@ -19,11 +19,11 @@ from upath import UPath
 
 from lightning_dist import HybridStrategy, checkpoint
 from lightning_dist.checkpoint import locations
-from tests import models
 from tests.checkpoint.training import build, make_optimizer, restore, snapshot, train
-from tests.models import samples
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 FORMS = pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 

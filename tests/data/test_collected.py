@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests import models
 from tests.data.strategies import LAYOUTS, strategy_of
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 
 class Meter:

@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from tests import models
 from tests.data.strategies import layouts, strategy_of
-from tests.parity import QUIET, Run, assert_parity, whole_weights
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.parity import QUIET, Run, assert_parity, whole_weights
+from tests.support.ranks import RankError, run_on_ranks
 
 HOOKS = ["on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_epoch_start"]
 

@@ -19,11 +19,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from tests import models
 from tests.data.strategies import layouts, strategy_of
 from tests.data.test_streams import Losses
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 
 class Indexed(torch.utils.data.Dataset):  # type: ignore[type-arg]

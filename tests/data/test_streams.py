@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tests import models
 from tests.data.strategies import layouts, strategy_of
-from tests.parity import QUIET, whole_weights
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.parity import QUIET, whole_weights
+from tests.support.ranks import RankError, run_on_ranks
 
 
 class Plain(IterableDataset):  # type: ignore[type-arg]

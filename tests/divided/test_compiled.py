@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import HybridStrategy
-from tests.parity import QUIET
-from tests.ranks import RankError, run_on_ranks
+from tests.support.parity import QUIET
+from tests.support.ranks import RankError, run_on_ranks
 
 WIDTH = 4
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lightning_dist.divided import Divided, as_divided, readers
 from lightning_dist.parallel.tensor.shards import local_part, placement
 from tests.divided.functions import READS, WHOLE, WRITES
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 def rows(whole: Tensor) -> DTensor:

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
-from tests import models
-from tests.models import few_samples, samples
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support import models
+from tests.support.models import few_samples, samples
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 
 def _trainer(layout: str, **options: Any) -> L.Trainer:

@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_dist import Layout
 from recipes.benchmark.collectives import Collectives
 from tests.fabric.loop import Loop, Net, Training, fabric_for, momentum
-from tests.models import CLASSES, WIDTH, samples
-from tests.parity import whole_weights
+from tests.support.models import CLASSES, WIDTH, samples
+from tests.support.parity import whole_weights
 
 
 def num_data_ranks(layout: str | None) -> int:

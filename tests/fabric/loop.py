@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridFabricStrategy, Layout
-from tests.models import CLASSES, WIDTH, samples
-from tests.parity import Record, whole_weights
+from tests.support.models import CLASSES, WIDTH, samples
+from tests.support.parity import Record, whole_weights
 
 TOLERANCE = 2e-5
 """Relative, of float32 rounding over tens of steps."""

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_dist import checkpoint as checkpoints
 from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Net, Training, fabric_for, go_on, save, train
-from tests.parity import assert_equal, slow, whole_weights
-from tests.ranks import run_on_ranks
+from tests.support.parity import assert_equal, slow, whole_weights
+from tests.support.ranks import run_on_ranks
 
 LOOP = Loop(clip={"max_norm": 0.3}, schedules=True, count=12)
 STEPS = 2  # of an epoch

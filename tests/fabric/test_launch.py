@@ -16,8 +16,8 @@ from lightning import Fabric
 
 from lightning_dist import HybridFabricStrategy, HybridStrategy
 from tests.fabric.loop import Loop, Training, train
-from tests.parity import assert_equal
-from tests.ranks import run_on_ranks
+from tests.support.parity import assert_equal
+from tests.support.ranks import run_on_ranks
 
 SCRIPT = """
 import torch

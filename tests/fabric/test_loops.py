@@ -12,7 +12,7 @@ import torch
 
 from tests.fabric import cases
 from tests.fabric.loop import LAYOUTS, TOLERANCE
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 DATA = LAYOUTS[:2]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Tied, momentum, train
-from tests.parity import Record, assert_equal
-from tests.ranks import run_on_ranks
+from tests.support.parity import Record, assert_equal
+from tests.support.ranks import run_on_ranks
 
 LOOPS = {
     "norm": Loop(clip={"max_norm": 0.3}, schedules=True),

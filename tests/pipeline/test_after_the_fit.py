@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_dist import HybridStrategy
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 from tests.user_code.networks import Classifier
 from tests.user_code.samples import loader, points
 

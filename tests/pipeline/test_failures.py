@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.asked import AskedInt
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 WIDTH = 8
 

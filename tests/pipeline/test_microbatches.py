@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.batches import EACH, Splitter
 from lightning_dist.parallel.rehearsal import FixedNumbers, undone
-from tests.parity import QUIET
-from tests.ranks import RankError, run_on_ranks
+from tests.support.parity import QUIET
+from tests.support.ranks import RankError, run_on_ranks
 
 WIDTH, IGNORED = 8, -100
 

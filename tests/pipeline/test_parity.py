@@ -20,11 +20,11 @@ from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.schedule import SCHEDULES
 from lightning_dist.placeholder import is_placeholder
 from recipes.benchmark.collectives import StepCollectives
-from tests import models
-from tests.models import few_samples, samples
-from tests.parity import QUIET, Record, Run, Watch, assert_equal, assert_parity, on_layout, train
-from tests.ranks import RankError, RankPool, run_on_ranks
 from tests.recipes.test_parity import RUNS
+from tests.support import models
+from tests.support.models import few_samples, samples
+from tests.support.parity import QUIET, Record, Run, Watch, assert_equal, assert_parity, on_layout, train
+from tests.support.ranks import RankError, RankPool, run_on_ranks
 
 ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
 

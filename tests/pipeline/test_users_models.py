@@ -16,8 +16,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lightning_dist import HybridStrategy
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 SIZE = 64
 

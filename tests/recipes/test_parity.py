@@ -14,7 +14,7 @@ from recipes.image_classification.models import vision_transformer
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
-from tests.parity import Run, assert_parity
+from tests.support.parity import Run, assert_parity
 
 VOCABULARY, LENGTH = 64, 16
 

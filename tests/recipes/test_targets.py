@@ -65,11 +65,11 @@ def test_an_interpolated_target_is_seen() -> None:
 
 
 def test_the_command_line_and_conf_add_packages() -> None:
-    node = {"_target_": "tests.models.Block", "width": 4}
+    node = {"_target_": "tests.support.models.Block", "width": 4}
     empty = OmegaConf.create({"targets": []})
     for allowed in (
-        targets.allowed_by_user(empty, ["-m", "seed=1", "targets=[tests.models,elsewhere]"]),
-        targets.allowed_by_user(empty, ["++targets=tests.models.Block"]),
+        targets.allowed_by_user(empty, ["-m", "seed=1", "targets=[tests.support.models,elsewhere]"]),
+        targets.allowed_by_user(empty, ["++targets=tests.support.models.Block"]),
         targets.allowed_by_user(OmegaConf.create({"targets": ["tests"]}), []),
     ):
         with targets.allow(allowed):

@@ -17,9 +17,9 @@ from lightning_dist import HybridStrategy, Layout
 from lightning_dist.checkpoint import convert
 from recipes.image_classification import ImageClassifier
 from recipes.image_classification.models import vision_transformer
-from tests.parity import QUIET, Watch, slow
-from tests.ranks import run_on_ranks
 from tests.recipes.test_parity import RUNS
+from tests.support.parity import QUIET, Watch, slow
+from tests.support.ranks import run_on_ranks
 
 RANKS = {None: 1, "dp_shard=2": 2, "tp=2": 2, "tp=4": 4, "dp_shard=2,tp=2": 4, "dp_replicate=2,tp=2": 4}
 CASES = [

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from tests.tensor.families import FAMILIES
 
 

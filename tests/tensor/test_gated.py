@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.plans.tensor import Split, find_tensor_plan
-from tests.models import CLASSES, WIDTH, samples
-from tests.parity import QUIET, Run, assert_parity, slow
-from tests.ranks import run_on_ranks
+from tests.support.models import CLASSES, WIDTH, samples
+from tests.support.parity import QUIET, Run, assert_parity, slow
+from tests.support.ranks import run_on_ranks
 
 
 class Gated(nn.Module):

@@ -16,7 +16,7 @@ from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
-from tests.ranks import RankError, run_on_ranks
+from tests.support.ranks import RankError, run_on_ranks
 from tests.tensor.families import FAMILIES
 from tests.tensor.test_families import Counted, whole
 from tests.tensor.test_positions import Network, _inputs

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_dist.parallel.tensor.logits import VocabLogits
 from lightning_dist.parallel.tensor.vocabulary import Vocabulary
-from tests.ranks import RankError, run_on_ranks
+from tests.support.ranks import RankError, run_on_ranks
 from tests.tensor.test_families import Counted
 
 ROWS = 6

@@ -19,9 +19,9 @@ from lightning_dist import HybridStrategy
 from recipes.benchmark.memory import HeldBytes
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
-from tests.parity import QUIET
-from tests.ranks import run_on_ranks
 from tests.recipes.test_parity import LENGTH, VOCABULARY, Blocks
+from tests.support.parity import QUIET
+from tests.support.ranks import run_on_ranks
 
 BATCH, WIDTH, LARGE = 8, 32, 4096
 

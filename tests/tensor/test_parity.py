@@ -15,8 +15,8 @@ from recipes.image_classification import ImageClassifier
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
-from tests.parity import Run, assert_parity, on_layout, train
 from tests.recipes.test_parity import RUNS, VOCABULARY
+from tests.support.parity import Run, assert_parity, on_layout, train
 
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
 SLOW = pytest.mark.slow

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.plans.tensor import find_tensor_plan
-from tests import models
-from tests.models import samples
-from tests.parity import Run, on_layout
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import Run, on_layout
+from tests.support.ranks import RankError, run_on_ranks
 
 WIDTH, HEADS = 32, 4
 

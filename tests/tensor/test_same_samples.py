@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_dist import HybridStrategy
-from tests import models
-from tests.models import samples
-from tests.parity import QUIET
-from tests.ranks import RankError, run_on_ranks
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import QUIET
+from tests.support.ranks import RankError, run_on_ranks
 
 
 class ByRank(IterableDataset):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.parity import TOLERANCE
-from tests.ranks import run_on_ranks
+from tests.support.parity import TOLERANCE
+from tests.support.ranks import run_on_ranks
 from tests.tensor.test_families import Counted, whole
 from tests.tensor.test_hooks import _divided
 from tests.tensor.test_positions import Network, _inputs

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dist.plans.tensor import find_tensor_plan
-from tests.parity import Record, Run, on_layout, train
+from tests.support.parity import Record, Run, on_layout, train
 from tests.tensor.families import FAMILIES
 from tests.tensor.test_families import WITHOUT_CHAIN
 

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from tests.ranks import POOL
+from tests.support.ranks import POOL
 from tests.user_code.case import LAYOUTS, PIPELINES
 from tests.user_code.cases import CASES, ON_DEMAND, expected
 from tests.user_code.verdict import Outcome, fits, outcomes

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.ranks import POOL, RankError, run_on_ranks
+from tests.support.ranks import POOL, RankError, run_on_ranks
 from tests.user_code.case import LAYOUTS, PIPELINES, Case, Degrees, degrees, num_data_ranks, num_ranks
 from tests.user_code.measure import whole
 from tests.user_code.training import Record, start, train

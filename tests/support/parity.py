@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lightning_dist import HybridStrategy, Layout, gradients
 from lightning_dist.checkpoint import full
 from lightning_dist.placeholder import is_placeholder
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 MAX_RANKS = 4
 MAX_THREADS = 80
 IMPORTED = [
-    "tests.parity",
+    "tests.support.parity",
     "recipes.language_model.module",
     "recipes.image_classification.module",
     "timm",

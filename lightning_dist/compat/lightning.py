@@ -1,0 +1,3 @@
+"""Private names of Lightning."""
+
+from __future__ import annotations

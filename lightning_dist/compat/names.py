@@ -1,0 +1,95 @@
+"""The register of private names of other projects: what each is used for, and the version it was seen in."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SEEN_IN = {"torch": "2.14.1", "lightning": "2.6.6", "torchmetrics": "1.9.0", "transformers": "5.24.0"}
+"""The versions whose private names were read."""
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A name that its project may take away.
+
+    Args:
+        path: dotted, from the package: ``"torch.distributed.tensor.DTensor._local_tensor"``.
+        purpose: what it is used for, one sentence.
+        user: of this package, what stands on it.
+    """
+
+    path: str
+    purpose: str
+    user: str
+
+    @property
+    def seen_in(self) -> str:
+        """The version in which it was read."""
+        return SEEN_IN[self.path.partition(".")[0]]
+
+    def is_there(self) -> bool:
+        """Whether the installed release has it: as an attribute of its module or class, or set on instances of it."""
+        return _is_there(self.path)
+
+    def __str__(self) -> str:
+        """The sentence that a failing test shows."""
+        return f"{self.path} (seen in {self.seen_in}) is gone; {self.user} used it: {self.purpose}"
+
+
+REGISTER: list[PrivateName] = []
+
+
+def uses(*paths: str) -> Callable[[F], F]:
+    """Registers the private names that a function or class stands on; its docstring says what for."""
+
+    def register(user: F) -> F:
+        purpose = inspect.cleandoc(user.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        REGISTER.extend(PrivateName(path, purpose, user.__qualname__) for path in paths)
+        return user
+
+    return register
+
+
+def hands_on(path: str, purpose: str) -> None:
+    """Registers a private name that a file of ``compat`` imports for others under its own name."""
+    REGISTER.append(PrivateName(path, purpose, path.rpartition(".")[2]))
+
+
+def _is_there(path: str) -> bool:
+    names = path.split(".")
+    for length in range(len(names), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(names[:length]))
+        except ImportError:
+            continue
+        break
+    else:
+        return False
+    for name in names[length:]:
+        if not hasattr(found, name):
+            return inspect.isclass(found) and any(_sets(kind, name) for kind in found.__mro__)
+        found = getattr(found, name)
+    return True
+
+
+def _sets(kind: type, name: str) -> bool:
+    """Whether a method of the class sets this attribute of its instance, or the class annotates it."""
+    if name in getattr(kind, "__annotations__", {}):
+        return True
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return False
+    stored = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+    literal = (
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)
+    )  # super().__setattr__("_parameters", ...)
+    return any(attribute.attr == name for attribute in stored) or name in literal

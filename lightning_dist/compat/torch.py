@@ -1,0 +1,3 @@
+"""Private names of torch beside those of fully_shard."""
+
+from __future__ import annotations

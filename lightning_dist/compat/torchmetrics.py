@@ -1,0 +1,3 @@
+"""Private names of torchmetrics."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Private names of transformers and other model libraries."""
+
+from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What tests stand on: groups of ranks, parity with one process, models, counters of collectives."""
