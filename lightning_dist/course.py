@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_dist.elastic import guard
-from lightning_dist.parallel import Alone
+from lightning_dist.parallel import SingleProcessRunner
 
 LONGEST_WAIT = timedelta(minutes=2)
 """For the other ranks, where one leaves a step or an epoch that they may be in."""
@@ -49,7 +49,9 @@ class Course:
     around each epoch and validation.
     """
 
-    def __init__(self, trainer: pl.Trainer, parallel: Alone, device: torch.device, timeout: timedelta) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, parallel: SingleProcessRunner, device: torch.device, timeout: timedelta
+    ) -> None:
         self.trainer, self._parallel, self._device = trainer, parallel, device
         self._longest_wait = min(timeout, LONGEST_WAIT)
         self._shadows: list[tuple[Any, str, Any]] = []

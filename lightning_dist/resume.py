@@ -27,7 +27,7 @@ from typing_extensions import override
 from lightning_dist.data import TrainingData
 from lightning_dist.divided.averages import copies_of
 from lightning_dist.loaders import LoaderHooks
-from lightning_dist.parallel import Alone, average_buffers
+from lightning_dist.parallel import SingleProcessRunner, average_buffers
 from lightning_dist.random_states import RandomStates, kept_random_states, seed_generators
 
 RESUME = "lightning_dist_resume"
@@ -62,7 +62,7 @@ class ResumeHooks(LoaderHooks):
     """Whether the run goes on from a checkpoint that does not say where its data stood."""
     _begun_in_place = False
     """Whether the loaders have begun where the run goes on."""
-    _parallel: Alone | None = None
+    runner: SingleProcessRunner | None = None
 
     # ------------------------------------------------------------------ while training
 
@@ -244,8 +244,8 @@ class ResumeHooks(LoaderHooks):
             callbacks = [] if module._trainer is None else module.trainer.callbacks  # type: ignore[attr-defined]
             for one in (module, *copies_of(module, callbacks)):
                 average_buffers(one, self.data_group)
-            if self._parallel is not None:
-                self._parallel.share_buffers()
+            if self.runner is not None:
+                self.runner.share_buffers()
 
     # ------------------------------------------------------------------ resuming
 

@@ -42,14 +42,14 @@ from lightning_dist.initialization import CannotDefer, RecordedInit, record_init
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.logs import StepLogs, Uncounted, attach_metrics
 from lightning_dist.parallel import (
-    Alone,
     Checkpointing,
-    Replicated,
-    Sharded,
+    DDPRunner,
+    FSDPRunner,
+    SingleProcessRunner,
     parallelize,
     refuse_no_blocks,
 )
-from lightning_dist.parallel.equal import make_copies_equal
+from lightning_dist.parallel.equal_copies import make_copies_equal
 from lightning_dist.parallel.pipeline import (
     BatchSplit,
     Cut,
@@ -60,6 +60,7 @@ from lightning_dist.parallel.pipeline import (
     plan_stages,
 )
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions, parameter_splits
@@ -145,8 +146,8 @@ class HybridStrategy(TuningHooks):
         ValueError: see :class:`~lightning_dist.Layout`; a layout that does not fit the number of processes is refused
             when the Trainer is made, before any process starts.
 
-    What is communicated: see :class:`~lightning_dist.parallel.Replicated` and
-    :class:`~lightning_dist.parallel.Sharded` for a step, :func:`~lightning_dist.gradients.global_norm` for clipping,
+    What is communicated: see :class:`~lightning_dist.parallel.DDPRunner` and
+    :class:`~lightning_dist.parallel.FSDPRunner` for a step, :func:`~lightning_dist.gradients.global_norm` for clipping,
     :class:`~lightning_dist.logs.StepLogs` for logged values.
     """
 
@@ -210,7 +211,9 @@ class HybridStrategy(TuningHooks):
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
         self.recomputed_blocks: list[str] = []
         """Names of the modules that compute their forward again in backward, once a fit has been set up."""
-        self._parallel: Alone | None = None
+        self.runner: SingleProcessRunner | None = None
+        self.patches = Patches()
+        """What is put on the module for a run."""
         self.division: Division | None = None
         """What ``tp`` divides, once the strategy has been set up."""
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
@@ -247,7 +250,8 @@ class HybridStrategy(TuningHooks):
         """For copies, and for what is sent elsewhere: without what belongs to the processes of a run."""
         of_the_run = (
             "mesh",
-            "_parallel",
+            "runner",
+            "patches",
             "_logs",
             "_course",
             "_recorded",
@@ -263,9 +267,10 @@ class HybridStrategy(TuningHooks):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.mesh = self._parallel = self._logs = self._course = self._recorded = None
+        self.mesh = self.runner = self._logs = self._course = self._recorded = None
         self._world_calls = self._begin_again = None
         self._saves = BackgroundSaves()
+        self.patches = Patches()
 
     @property
     def _lightning_module(self) -> pl.LightningModule | None:
@@ -401,12 +406,12 @@ class HybridStrategy(TuningHooks):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        stage = self._parallel.place if isinstance(self._parallel, Pipelined) else None
+        stage = self.runner.place if isinstance(self.runner, Pipelined) else None
         self._logs = StepLogs(trainer, self._monitored(trainer), self.logs_group, self._dealt, stage)
         self._logs.attach()
         if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
-            assert self._parallel is not None
-            self._course = Course(trainer, self._parallel, self.root_device, self._timeout or default_pg_timeout)
+            assert self.runner is not None
+            self._course = Course(trainer, self.runner, self.root_device, self._timeout or default_pg_timeout)
             self._course.attach()
         if self.logs_group is not None:
             attach_metrics(self.lightning_module, self.logs_group)
@@ -430,8 +435,8 @@ class HybridStrategy(TuningHooks):
     @property
     def sharded_units(self) -> list[str]:
         """Names of the modules that are sharded one by one."""
-        parallel = self._parallel.inner if isinstance(self._parallel, Pipelined) else self._parallel
-        return list(parallel.units) if isinstance(parallel, Sharded) else []
+        parallel = self.runner.inner if isinstance(self.runner, Pipelined) else self.runner
+        return list(parallel.units) if isinstance(parallel, FSDPRunner) else []
 
     def _own_clipping(self) -> None:
         """Lightning clips through the precision plugin, over what one rank holds."""
@@ -484,7 +489,7 @@ class HybridStrategy(TuningHooks):
         replaced = Replaced(module)
         cut = self._cut(module, list(blocks)) if self.layout.pp > 1 else None
         self.recomputed_blocks = list(blocks) if training and self.activation_checkpointing != "none" else []
-        self._parallel = parallelize(
+        self.runner = parallelize(
             module,
             self.layout,
             self.mesh,
@@ -495,17 +500,18 @@ class HybridStrategy(TuningHooks):
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_options,
             training=training,
+            patches=self.patches,
             cut=cut,
             pipeline_options=self._pipeline_options,
         )
         refuse_lost_hooks(module, hooked)
-        self._parallel.reshard()
+        self.runner.reshard()
         self._materialize(module)
         hooked.clear()
         replaced.exchange(module, self._owners(module.trainer))
         divide(module)
-        self._parallel.show()
-        show_parts_to_compiled(module)
+        self.runner.show()
+        show_parts_to_compiled(module, self.patches)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         self.model = module
         self._has_run_backward = False
@@ -543,9 +549,9 @@ class HybridStrategy(TuningHooks):
 
     def pipeline_report(self) -> PipelineReport | None:
         """Of the stages, once the strategy has been set up; None without a pipeline."""
-        if not isinstance(self._parallel, Pipelined):
+        if not isinstance(self.runner, Pipelined):
             return None
-        return PipelineReport.of(self._parallel.module, self._parallel.stages, self._pipeline_options)
+        return PipelineReport.of(self.runner.module, self.runner.stages, self._pipeline_options)
 
     def _sync_batchnorm(self, training: bool) -> None:
         if self._layer_sync is not None and training and self.world_size > 1:
@@ -578,7 +584,7 @@ class HybridStrategy(TuningHooks):
             if self._holds_shards:
                 optimizers.refuse_inexact(optimizer, self.layout, self.root_device)
             # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
-            optimizer.register_step_pre_hook(lambda *_: self._parallel.reshard() if self._parallel else None)
+            optimizer.register_step_pre_hook(lambda *_: self.runner.reshard() if self.runner else None)
 
     def _monitored(self, trainer: pl.Trainer) -> set[str]:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -595,7 +601,7 @@ class HybridStrategy(TuningHooks):
     # ------------------------------------------------------------------ steps
 
     def _run(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self._parallel is not None
+        assert self.runner is not None
         if self.mesh is not None and step not in self._compared:
             self._compared.add(step)
             for axis in ("pp", "tp"):
@@ -603,13 +609,13 @@ class HybridStrategy(TuningHooks):
         logs = nullcontext() if self._logs is None else self._logs.of_step()
         calls = nullcontext() if self._world_calls is None else self._world_calls.of_step()
         with self._trial(), logs, calls:
-            return self._parallel.run(step, *args, **kwargs)
+            return self.runner.run(step, *args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        assert self._parallel is not None
+        assert self.runner is not None
         self._keep_copies_equal()
-        self._parallel.before_training_step()
+        self.runner.before_training_step()
         with self.precision_plugin.train_step_context():
             return self._run("training_step", args, kwargs)
 
@@ -647,9 +653,9 @@ class HybridStrategy(TuningHooks):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator:
-        assert self._parallel is not None
+        assert self.runner is not None
         # what looks at gradients after a micro-step sees those of one process: they are reduced at each
-        with nullcontext() if self._gradients_are_watched else self._parallel.accumulating():
+        with nullcontext() if self._gradients_are_watched else self.runner.accumulating():
             yield
 
     @property
@@ -661,7 +667,7 @@ class HybridStrategy(TuningHooks):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self._parallel is not None
+        assert self.runner is not None
         if kwargs.get("inputs") is not None and self.num_data_ranks > 1:
             raise ValueError(
                 f"manual_backward(..., inputs=) under layout {self.layout}: gradients of some parameters alone can't "
@@ -669,21 +675,21 @@ class HybridStrategy(TuningHooks):
             )
         self._has_run_backward = True
         with self._trial(), self._apart():
-            return super().backward(self._parallel.before_backward(closure_loss), optimizer, *args, **kwargs)
+            return super().backward(self.runner.before_backward(closure_loss), optimizer, *args, **kwargs)
 
     def _after_backward(self, original: Callable[..., Tensor], *args: Any) -> Tensor:
         """Stands before the plugin's method that calls ``on_after_backward``, which sees finished gradients."""
-        assert self._parallel is not None
-        self._parallel.after_backward()
+        assert self.runner is not None
+        self.runner.after_backward()
         return original(*args)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         if self.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
             closure = partial(self._with_mean_loss, closure)
-        assert self._parallel is not None
+        assert self.runner is not None
         self._refuse_unreduced(optimizer)
-        with self._parallel.stepping(optimizer):
+        with self.runner.stepping(optimizer):
             return super().optimizer_step(optimizer, partial(self._hooked, closure), *args, **kwargs)
 
     def _refuse_unreduced(self, optimizer: Optimizer) -> None:
@@ -697,7 +703,7 @@ class HybridStrategy(TuningHooks):
         if self.num_data_ranks == 1:
             return
         held_by = [p for group in optimizer.param_groups for p in group["params"]]
-        manual = isinstance(self._parallel, Replicated) and not self.lightning_module.automatic_optimization
+        manual = isinstance(self.runner, DDPRunner) and not self.lightning_module.automatic_optimization
         if manual and not self._has_run_backward and any(p.grad is not None for p in held_by):
             raise RuntimeError(
                 "gradients that came by loss.backward() or torch.autograd.backward are those of this rank's samples: "
@@ -714,16 +720,16 @@ class HybridStrategy(TuningHooks):
 
     def _hooked(self, run: Callable[..., Any], *args: Any) -> Any:
         """What an optimizer's step calls of Lightning's, with the user's hooks in it."""
-        assert self._parallel is not None
-        with self._parallel.hooked():
+        assert self.runner is not None
+        with self.runner.hooked():
             return run(*args)
 
     def _before_step(self, original: Callable[..., None], *args: Any) -> None:
         """Stands before the plugin's method that calls ``on_before_optimizer_step``, after which an optimizer steps."""
-        assert self._parallel is not None
-        self._parallel.before_step_hooks()
+        assert self.runner is not None
+        self.runner.before_step_hooks()
         self._hooked(original, *args)
-        self._parallel.hide_gradients()
+        self.runner.hide_gradients()
 
     def _with_mean_loss(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
@@ -767,8 +773,8 @@ class HybridStrategy(TuningHooks):
 
     @override
     def on_validation_end(self) -> None:
-        assert self._parallel is not None
-        self._parallel.reshard()
+        assert self.runner is not None
+        self.runner.reshard()
 
     @override
     def on_train_end(self) -> None:
@@ -806,8 +812,8 @@ class HybridStrategy(TuningHooks):
             del vars(self.lightning_module)["all_gather"]
         if self._logs is not None:
             self._logs.detach()
-        if self._parallel is not None:
-            self._parallel.reshard()
+        if self.runner is not None:
+            self.runner.reshard()
         if self._holds_shards:  # DTensors stay where their mesh is
             assert self.accelerator is not None
             self.precision_plugin.teardown()
@@ -820,8 +826,8 @@ class HybridStrategy(TuningHooks):
     def on_exception(self, exception: BaseException) -> None:
         if self.world_size > 1:
             end_run(self._groups, exception, self.launcher)
-        if self._parallel is not None:
-            self._parallel.forget_step()
+        if self.runner is not None:
+            self.runner.forget_step()
         self._end_saves(exception)
 
 

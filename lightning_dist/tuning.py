@@ -29,7 +29,7 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist.checkpoint.hooks import CheckpointHooks
 from lightning_dist.collectives import broadcast_object
 from lightning_dist.data.dealing import dealt_by
-from lightning_dist.parallel import Replicated
+from lightning_dist.parallel import DDPRunner
 from lightning_dist.random_states import RandomStates
 
 _BATCH_SIZE, _LEARNING_RATE = ".scale_batch_size_", ".lr_find_"
@@ -110,8 +110,8 @@ class TuningHooks(CheckpointHooks):
         return nullcontext() if search is None or search.fits is None else search.fits.agreed(self._forget_step)
 
     def _forget_step(self) -> None:
-        assert self._parallel is not None
-        self._parallel.forget_step()
+        assert self.runner is not None
+        self.runner.forget_step()
 
     def _apart(self) -> Any:
         """Around a backward pass: in a trial copies reduce no gradients, so that none waits for another in it.
@@ -119,8 +119,8 @@ class TuningHooks(CheckpointHooks):
         The weights of a trial are thrown away.
         """
         search = self._search
-        is_apart = search is not None and search.fits is not None and isinstance(self._parallel, Replicated)
-        return self._parallel.accumulating() if is_apart and self._parallel is not None else nullcontext()
+        is_apart = search is not None and search.fits is not None and isinstance(self.runner, DDPRunner)
+        return self.runner.accumulating() if is_apart and self.runner is not None else nullcontext()
 
     @override
     def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.checkpoint import full
-from lightning_dist.parallel import replicated
+from lightning_dist.parallel import ddp
 from tests.support import models
 from tests.support.models import WIDTH, Block, samples
 from tests.support.parity import QUIET, Run, assert_equal, train
@@ -317,16 +317,16 @@ class Resting(Stack):
         set_requires_grad([self.net.stem, self.net.blocks[2]], not 1 <= batch_idx <= 5)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        parallel = getattr(self.trainer.strategy, "_parallel", None)
+        parallel = getattr(self.trainer.strategy, "runner", None)
         self.seen.append(("", False, float(len(getattr(parallel, "_trained", [])))))
 
 
 def _rest(run: Run) -> Any:
-    before, replicated.PATIENCE = replicated.PATIENCE, 3
+    before, ddp.PATIENCE = ddp.PATIENCE, 3
     try:
         return train_noting_flags(run, "dp_replicate=2")
     finally:
-        replicated.PATIENCE = before
+        ddp.PATIENCE = before
 
 
 def test_zeros_of_what_stays_frozen_are_not_sent_for_long() -> None:

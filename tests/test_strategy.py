@@ -221,8 +221,8 @@ def _count(layout: str) -> dict[str, dict[str, int]]:
         def backward(self, *args: Any, **kwargs: Any) -> Any:
             with Collectives() as seen:
                 loss = super().backward(*args, **kwargs)
-            assert self._parallel is not None
-            found["reduce" if self._parallel.reduces else "accumulate"] = dict(seen.counts)
+            assert self.runner is not None
+            found["reduce" if self.runner.reduces else "accumulate"] = dict(seen.counts)
             return loss
 
         def _clip_by_norm(self, *args: Any) -> None:

@@ -36,6 +36,7 @@ from lightning_dist.layout import Layout
 from lightning_dist.logs import attach_metrics
 from lightning_dist.parallel import Checkpointing, parallelize, refuse_no_blocks
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
@@ -71,9 +72,9 @@ class HybridFabricStrategy(FabricRanks):
     Raises:
         ValueError: see :class:`~lightning_dist.Layout`; and for ``pp``, which has to run the whole step itself.
 
-    What is communicated: see :class:`~lightning_dist.parallel.Replicated` and
-    :class:`~lightning_dist.parallel.Sharded` for a step, :class:`~lightning_dist.fabric.module.InLayout` for a forward,
-    :func:`~lightning_dist.gradients.global_norm` for clipping.
+    What is communicated: see :class:`~lightning_dist.parallel.DDPRunner` and
+    :class:`~lightning_dist.parallel.FSDPRunner` for a step, :class:`~lightning_dist.fabric.module.InLayout` for a
+    forward, :func:`~lightning_dist.gradients.global_norm` for clipping.
     """
 
     strategy_name = "hybrid"
@@ -113,6 +114,8 @@ class HybridFabricStrategy(FabricRanks):
         )
         self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
         self._shard_units = shard_units
+        self.patches = Patches()
+        """What is put on the modules that were set up."""
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel)
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
         self._backward_sync_control = _SyncControl()
@@ -200,6 +203,7 @@ class HybridFabricStrategy(FabricRanks):
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_of(),
             training=True,
+            patches=self.patches,
         )
         if self.mesh is None:
             return module
@@ -209,7 +213,7 @@ class HybridFabricStrategy(FabricRanks):
         replaced.exchange(module, [SimpleNamespace(optimizers=made_before)])
         divide(module)
         parallel.show()
-        show_parts_to_compiled(module)
+        show_parts_to_compiled(module, self.patches)
         attach_metrics(module, self.mesh.data.get_group())
         _mark(module)
         random_states.part_random_streams(self.data_rank)

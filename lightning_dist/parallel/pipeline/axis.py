@@ -18,7 +18,7 @@ from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.logs.mentions import GRADIENTS, mentions
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.data import STEPS, Alone
+from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.pipeline import by_hand, check
 from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
@@ -39,13 +39,13 @@ from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import loss_of, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
 from lightning_dist.parallel.rehearsal import undone
-from lightning_dist.parallel.sharded import Sharded
+from lightning_dist.parallel.single_process import STEPS, SingleProcessRunner
 from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder, placeholder
 from lightning_dist.pytree import deep_leaves
 from lightning_dist.random_states import kept_random_states, seed_microbatch
 
 
-class Pipelined(Alone):
+class Pipelined(SingleProcessRunner):
     """Every rank of the axis runs the user's step on the same microbatches, from one cut of the network to the next.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
@@ -111,7 +111,7 @@ class Pipelined(Alone):
         """The rank in the pipeline, and that of the last stage."""
         return self._rank, self.stages.last_rank
 
-    def run_in(self, inner: Alone, data_group: dist.ProcessGroup | None = None) -> None:
+    def run_in(self, inner: SingleProcessRunner, data_group: dist.ProcessGroup | None = None) -> None:
         """What runs a step on this rank.
 
         Args:
@@ -129,7 +129,7 @@ class Pipelined(Alone):
     @property
     def _divides(self) -> bool:
         """Whether ranks may have parts only of the parameters of their stages."""
-        return isinstance(self.inner, Sharded) or self.inner.tensor is not None
+        return isinstance(self.inner, FSDPRunner) or self.inner.tensor is not None
 
     def show(self) -> None:
         if self._divides:
@@ -374,7 +374,7 @@ class Pipelined(Alone):
         """Of a batch of so many samples, and whether it runs in plain order, as too small for the schedule."""
         number = self._options.microbatches(size, self.stages.num_ranks)
         num_parts = number or min(size, self._options.num_microbatches or size)
-        if not isinstance(self.inner, Sharded) or not self._options.reshard:
+        if not isinstance(self.inner, FSDPRunner) or not self._options.reshard:
             return num_parts, number is None
         # each microbatch gathers the shards anew, so the data ranks have to have as many
         agreed = torch.tensor([num_parts, int(number is not None)], device=self._device)
@@ -398,13 +398,13 @@ class Pipelined(Alone):
     @property
     def _plain(self) -> list[nn.Parameter]:
         """Parameters whose gradients autograd itself puts in place; fully_shard puts those of what it gathers."""
-        if isinstance(self.inner, Sharded):
-            return [*self.inner.usage.whole, *self.inner.usage.parts]
+        if isinstance(self.inner, FSDPRunner):
+            return [*self.inner.unused.whole, *self.inner.unused.parts]
         return held(self.module.parameters())
 
     def _holding(self) -> AbstractContextManager[None]:
         """Sharded parameters are gathered once for all microbatches, unless the user wants the memory."""
-        if isinstance(self.inner, Sharded):
+        if isinstance(self.inner, FSDPRunner):
             return self.inner.over_microbatches(self._options.reshard)
         return nullcontext()
 
@@ -615,7 +615,7 @@ class Pipelined(Alone):
         """Puts the gradients of the last schedule in place; called by the loss's backward."""
         ratio = float(scale) / self._applied
         self._gradients.hand_over(ratio)
-        if isinstance(self.inner, Sharded):
+        if isinstance(self.inner, FSDPRunner):
             if abs(ratio - 1) > 1e-6:
                 raise ValueError(
                     "pp with dp_shard: the loss was scaled between training_step and its backward, by "
