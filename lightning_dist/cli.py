@@ -129,7 +129,7 @@ def _explain(options: argparse.Namespace) -> None:
     if not isinstance(strategy, HybridStrategy):
         raise ValueError(f"{type(strategy).__name__} has no layout to explain; choose strategy=hybrid")
     module = built(make)
-    batch = first_batch() if first_batch is not None and strategy.cuts(ranks) else None
+    batch = first_batch() if first_batch is not None and strategy.ranks.has_pipeline(ranks) else None
     strategy.explain(module, ranks, batch).print()
 
 

@@ -19,7 +19,7 @@ from lightning_dist.report.division import DivisionReport, rank_bytes, size_in_w
 from lightning_dist.report.pipeline import PipelineReport
 
 if TYPE_CHECKING:
-    from lightning_dist.strategy import HybridStrategy
+    pass
 
 MEANING = {
     "pp": "stages of the network",
@@ -59,23 +59,23 @@ class LayoutReport:
     pipeline: PipelineReport | None = None
 
     @classmethod
-    def of(cls, strategy: HybridStrategy) -> LayoutReport:
-        """The report of a strategy that has set up its module."""
-        module, layout = strategy.lightning_module, strategy.layout
-        assert module is not None
-        assert layout is not None
+    def of(cls, module: nn.Module, layout: Layout, division: Division | None, **more: Any) -> LayoutReport:
+        """The report of a module that has been set up.
+
+        Args:
+            module: over the layout.
+            layout: resolved.
+            division: what the tensor axis did to it.
+            more: of the report's other arguments.
+        """
         parameters = list(module.parameters())
         return cls(
             layout=layout,
-            reason=strategy.sharding_reason,
-            units=strategy.sharded_units,
-            recomputed=strategy.recomputed_blocks,
-            checkpointing=strategy.activation_checkpointing,
             num_parameters=sum(p.numel() for p in parameters),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters),
             rank_bytes=sum(_local_bytes(p) for p in parameters),
-            division=None if strategy.division is None else DivisionReport.of(module, strategy.division, layout),
-            pipeline=strategy.pipeline_report(),
+            division=None if division is None else DivisionReport.of(module, division, layout),
+            **more,
         )
 
     @classmethod
