@@ -78,7 +78,7 @@ from lightning_dist.refusals import (
     warn_of_axes_across_nodes,
 )
 from lightning_dist.report import LayoutReport, PipelineReport
-from lightning_dist.tuning import TuningHooks
+from lightning_dist.tuning_hooks import TuningHooks
 from lightning_dist.uneven import Gathering
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
