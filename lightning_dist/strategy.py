@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dist import gradients, optimizers
-from lightning_dist.automatic import choose_layout
+from lightning_dist.auto_layout import choose_layout
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.compiled_module import CompiledModule
 from lightning_dist.course import Course
@@ -38,6 +38,7 @@ from lightning_dist.divided import divide
 from lightning_dist.divided.averages import divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.elastic.guard import begin_run, end_run
+from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.logs import StepLogs, Uncounted, attach_metrics
@@ -58,7 +59,6 @@ from lightning_dist.parallel.pipeline import (
     PipelineOptions,
     cut_module,
     cut_of,
-    plan_stages,
 )
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.placeholder import held
@@ -77,7 +77,7 @@ from lightning_dist.refusals import (
     refuse_wrappers,
     warn_of_axes_across_nodes,
 )
-from lightning_dist.report import LayoutReport, PipelineReport
+from lightning_dist.report import DivisionReport, LayoutReport, PipelineReport
 from lightning_dist.tuning import TuningHooks
 from lightning_dist.uneven import Gathering
 
@@ -317,29 +317,16 @@ class HybridStrategy(TuningHooks):
         Raises:
             ValueError: as a fit would.
         """
-        reason = ""
-        if self.requested is None:
-            layout, reason = choose_layout(module, num_ranks, torch.device("cpu"), num_ranks)
-        else:
-            layout = self._resolve(self.requested, num_ranks)
-        blocks = self._blocks(module)
-        refuse_no_blocks(module, blocks, self.activation_checkpointing)
-        stages = None
-        if layout.pp > 1:
-            self._pipeline_options.refuse(layout.pp)
-            stages = plan_stages(
-                module, self._pipeline_options, layout.pp, list(blocks), self._keeps_blocks_whole(layout), batch
-            )
-        return LayoutReport.planned(
+        return plan_report(
             module,
-            layout,
-            self._tensor_options.divide(module, layout.tp, blocks),
-            list(blocks),
-            stages,
-            pipeline=None if stages is None else PipelineReport.of(module, stages, self._pipeline_options),
-            reason=reason,
-            recomputed=list(blocks) if self.activation_checkpointing != "none" else [],
-            checkpointing=self.activation_checkpointing,
+            num_ranks,
+            None if self.requested is None else self._resolve(self.requested, num_ranks),
+            self._blocks(module),
+            self._tensor_options,
+            self._pipeline_options,
+            self._keeps_blocks_whole,
+            self.activation_checkpointing,
+            batch,
         )
 
     def cuts(self, num_ranks: int) -> bool:
@@ -420,13 +407,18 @@ class HybridStrategy(TuningHooks):
             self._part_random_streams()
         self._epoch_of_copies = -1
         self._is_set_up = True
-        LayoutReport.of(self).show(trainer)
+        self.report().show(trainer)
 
     def _own_gathering(self) -> None:
         module, group = self.lightning_module, self.data_group
         if module is None or group is None or self.num_data_ranks == 1 or "all_gather" in vars(module):
             return
         vars(module)["all_gather"] = Gathering(module, group, lambda: self._logs is None or not self._logs.repeats)
+
+    @property
+    def pipeline_runner(self) -> Pipelined | None:
+        """What runs the steps under ``pp``, once the strategy has been set up; None without."""
+        return self._parallel if isinstance(self._parallel, Pipelined) else None
 
     @property
     def sharded_units(self) -> list[str]:
@@ -544,11 +536,22 @@ class HybridStrategy(TuningHooks):
         recomputes = self.activation_checkpointing != "none"
         return layout.holds_parts_of_blocks or self._compile_options is not None or recomputes
 
-    def pipeline_report(self) -> PipelineReport | None:
-        """Of the stages, once the strategy has been set up; None without a pipeline."""
-        if not isinstance(self._parallel, Pipelined):
-            return None
-        return PipelineReport.of(self._parallel.module, self._parallel.stages, self._pipeline_options)
+    def report(self) -> LayoutReport:
+        """What this rank holds, once the strategy has been set up."""
+        module, layout, runner = self.lightning_module, self.layout, self.pipeline_runner
+        assert module is not None
+        assert layout is not None
+        stages = None if runner is None else PipelineReport.of(runner.module, runner.stages, self._pipeline_options)
+        return LayoutReport.of(
+            module,
+            layout,
+            reason=self.sharding_reason,
+            units=self.sharded_units,
+            recomputed=self.recomputed_blocks,
+            checkpointing=self.activation_checkpointing,
+            division=None if self.division is None else DivisionReport.of(module, self.division, layout),
+            pipeline=stages,
+        )
 
     def _sync_batchnorm(self, training: bool) -> None:
         if self._layer_sync is not None and training and self.world_size > 1:

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import gradients, optimizers, ranks
-from lightning_dist.automatic import choose_layout
+from lightning_dist.auto_layout import choose_layout
 from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files

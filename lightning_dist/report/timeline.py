@@ -72,8 +72,7 @@ class PipelineTimeline(Callback):
 
 
 def _pipelined(trainer: pl.Trainer) -> Pipelined | None:
-    parallel = getattr(trainer.strategy, "_parallel", None)
-    return parallel if isinstance(parallel, Pipelined) else None
+    return getattr(trainer.strategy, "pipeline_runner", None)  # another strategy has none
 
 
 def waiting(by_rank: list[list[Event]]) -> float:
