@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import gradients, optimizers
-from lightning_dist.automatic import choose_layout
+from lightning_dist.auto_layout import choose_layout
 from lightning_dist.compat import fabric as private
 from lightning_dist.compat.lightning import Path
 from lightning_dist.divided import divide

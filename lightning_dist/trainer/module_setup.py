@@ -17,11 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.automatic import choose_layout
+from lightning_dist.auto_layout import choose_layout
 from lightning_dist.compat import lightning as private
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import copies_of, divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
+from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.parallel import (
@@ -33,7 +34,7 @@ from lightning_dist.parallel import (
     parallelize,
     refuse_no_blocks,
 )
-from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, cut_of, plan_stages
+from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, cut_of
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, TensorOptions, parameter_splits
@@ -49,7 +50,7 @@ from lightning_dist.refusals import (
     refuse_unknown,
     refuse_wrappers,
 )
-from lightning_dist.report import LayoutReport, PipelineReport
+from lightning_dist.report import DivisionReport, LayoutReport, PipelineReport
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
@@ -315,11 +316,12 @@ class ModuleSetup:
 
     def report(self, module: pl.LightningModule) -> LayoutReport:
         """What was done to the module."""
+        plan = self.division
         assert self._ranks.layout is not None
         return LayoutReport.of(
             module,
             self._ranks.layout,
-            self.division,
+            division=None if plan is None else DivisionReport.of(module, plan, self._ranks.layout),
             reason=self.reason,
             units=self.sharded_units,
             recomputed=self.recomputed_blocks,
@@ -333,29 +335,17 @@ class ModuleSetup:
 
     def explain(self, module: pl.LightningModule, num_ranks: int, batch: Any = None) -> LayoutReport:
         """What would be done to a module on so many ranks, without processes; see ``HybridStrategy.explain``."""
-        requested, reason = self._ranks.requested, ""
-        if requested is None:
-            layout, reason = choose_layout(module, num_ranks, torch.device("cpu"), num_ranks)
-        else:
-            layout = resolve(requested, num_ranks)
-        options = self.options
-        blocks = options.blocks(module)
-        refuse_no_blocks(module, blocks, options.activation_checkpointing)
-        stages = None
-        if layout.pp > 1:
-            options.pipeline.refuse(layout.pp)
-            whole = options.keeps_blocks_whole(layout)
-            stages = plan_stages(module, options.pipeline, layout.pp, list(blocks), whole, batch)
-        return LayoutReport.planned(
+        requested, options = self._ranks.requested, self.options
+        return plan_report(
             module,
-            layout,
-            options.tensor.divide(module, layout.tp, blocks),
-            list(blocks),
-            stages,
-            pipeline=None if stages is None else PipelineReport.of(module, stages, options.pipeline),
-            reason=reason,
-            recomputed=list(blocks) if options.recomputes else [],
-            checkpointing=options.activation_checkpointing,
+            num_ranks,
+            None if requested is None else resolve(requested, num_ranks),
+            options.blocks(module),
+            options.tensor,
+            options.pipeline,
+            options.keeps_blocks_whole,
+            options.activation_checkpointing,
+            batch,
         )
 
 
