@@ -114,9 +114,7 @@ def _explain(options: argparse.Namespace) -> None:
         raise ValueError(f"{type(strategy).__name__} has no layout to explain; choose strategy=hybrid")
     num_ranks = options.ranks or subject.num_ranks
     module = build_deferred(subject.make)
-    batch = (
-        subject.first_batch() if subject.first_batch is not None and strategy.ranks.has_pipeline(num_ranks) else None
-    )
+    batch = first_batch() if first_batch is not None and strategy.ranks.has_pipeline(num_ranks) else None
     strategy.explain(module, num_ranks, batch).print()
 
 

@@ -24,6 +24,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dist import collectives
 from lightning_dist.checkpoint.on_disk import read_what_is_kept
 from lightning_dist.compat import lightning as private
 from lightning_dist.compiled_module import CompiledModule
@@ -33,7 +34,7 @@ from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import Styles, TensorOptions
-from lightning_dist.ranks import LayoutRanks, barrier, broadcast, decide_together
+from lightning_dist.ranks import LayoutRanks
 from lightning_dist.refusals import refuse, warn_of_axes_across_nodes
 from lightning_dist.report import LayoutReport
 from lightning_dist.trainer.checkpoints import Checkpoints, Format
@@ -304,7 +305,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decide_together(decision, all, self.root_device)
+        return collectives.reduce_decision(decision, all, self.root_device)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -315,11 +316,11 @@ class HybridStrategy(ParallelStrategy):
         if name == "run-stage":  # all that Lightning restores has been restored (seen in 2.6.6)
             read_what_is_kept()
         self.tuning.raise_if_broken()
-        barrier(self.root_device)
+        collectives.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        return broadcast(obj, src)
+        return collectives.broadcast_object(obj, src)
 
     # ------------------------------------------------------------------ the set-up of a run
 

@@ -22,13 +22,13 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist.checkpoint.agreement import from_rank_zero
+from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import num_collectives
 from lightning_dist.data.dealing import dealt_by
 from lightning_dist.parallel import Alone, Replicated
 from lightning_dist.patches import Patches
-from lightning_dist.randomness import RandomStates
+from lightning_dist.random_states import RandomStates
 from lightning_dist.ranks import LayoutRanks
 
 _BATCH_SIZE, _LEARNING_RATE = ".scale_batch_size_", ".lr_find_"
@@ -147,7 +147,7 @@ class Search:
 
     def __init__(self, kind: str, path: Any, trainer: pl.Trainer, ranks: LayoutRanks, position: Any) -> None:
         self.kind, self.ranks, self.position = kind, ranks, position
-        self.path: str = from_rank_zero(str(path))
+        self.path: str = broadcast_object(str(path))
         self.random = RandomStates.now(ranks.device)
         self.fits: Agreement | None = None
         self._trainer, self._loop, self._patches = trainer, private.running_loop(trainer), Patches()

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist import gradients, optimizers
+from lightning_dist import collectives, gradients, optimizers
 from lightning_dist.auto_layout import choose_layout
 from lightning_dist.compat import fabric as private
 from lightning_dist.compat.lightning import Path
@@ -37,13 +37,14 @@ from lightning_dist.fabric.module import InLayout, bare, users_compile_options
 from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.logs import attach_metrics
-from lightning_dist.parallel import Checkpointing, flat_broadcast, parallelize, refuse_no_blocks
+from lightning_dist.parallel import Checkpointing, parallelize, refuse_no_blocks
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
-from lightning_dist.ranks import LayoutRanks, barrier, broadcast, decide_together, reduce_over, share_random_state
+from lightning_dist.random_states import share_random_state
+from lightning_dist.ranks import LayoutRanks
 from lightning_dist.refusals import has_hooks, refuse_lazy, refuse_lost_hooks, refuse_mixed_vector, refuse_wrappers
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -207,7 +208,7 @@ class HybridFabricStrategy(ParallelStrategy):
         group = self._group(group)
         if not isinstance(tensor, Tensor) or group is None:
             return tensor
-        result = reduce_over(tensor.detach(), group, reduce_op)
+        result = collectives.reduce_tensor(tensor.detach(), group, reduce_op)
         if result.dtype != tensor.dtype:
             return result
         with torch.no_grad():
@@ -221,15 +222,15 @@ class HybridFabricStrategy(ParallelStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decide_together(decision, all, self.root_device)
+        return collectives.reduce_decision(decision, all, self.root_device)
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        barrier(self.root_device)
+        collectives.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        return broadcast(obj, src)
+        return collectives.broadcast_object(obj, src)
 
     # ------------------------------------------------------------------ data
 
@@ -287,7 +288,7 @@ class HybridFabricStrategy(ParallelStrategy):
             share_random_state(self.root_device)
             if layout.holds_shards:
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
-                flat_broadcast(tensors, self.ranks.groups["world"])
+                collectives.broadcast_tensors(tensors, None)
             InLayout.prepare(module)
         hooked = {name: p for name, p in module.named_parameters() if has_hooks(p)}
         replaced = Replaced(module, in_lists=True)

@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
 from lightning_dist.checkpoint import StageRanks
-from lightning_dist.checkpoint.agreement import from_rank_zero, together
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.late import LateLoads
 from lightning_dist.checkpoint.on_disk import OnDisk
+from lightning_dist.collectives import broadcast_object, raise_on_all_ranks
 from lightning_dist.compat import lightning as private
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.ranks import LayoutRanks
@@ -202,8 +202,8 @@ class Checkpoints:
         return self._trainer.state.fn == TrainerFn.FITTING
 
     def _read(self, path: private.Path, weights_only: bool | None) -> dict[str, Any]:
-        if self._has_own_io and not from_rank_zero(_is_directory_of_shards(path)):
-            with together(f"read checkpoint {path}"):
+        if self._has_own_io and not broadcast_object(_is_directory_of_shards(path)):
+            with raise_on_all_ranks(f"read checkpoint {path}"):
                 return self._io.load_checkpoint(path, weights_only=weights_only)
         is_whole = not self._is_set_up and not any(isinstance(p, DTensor) for p in self._module.parameters())
         paths = [path, *self._older_than_last(path)]
@@ -230,11 +230,11 @@ class Checkpoints:
         found: list[Path] = []
         callbacks = self._trainer.checkpoint_callbacks
         last = set[Path]().union(*(_last_checkpoints(callback, self._trainer) for callback in callbacks))
-        with together("list checkpoints"):
+        with raise_on_all_ranks("list checkpoints"):
             if self._ranks.rank == 0 and Path(path).resolve() in last:
                 beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
                 found = sorted(filter(Path.exists, beside), key=lambda p: p.stat().st_mtime, reverse=True)
-        return list(from_rank_zero(found))
+        return list(broadcast_object(found))
 
     def load_model_state(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads a checkpoint's weights into the module."""

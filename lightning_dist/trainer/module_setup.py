@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.auto_layout import choose_layout
+from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.compat import lightning as private
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import copies_of, divide_copies
@@ -30,7 +30,6 @@ from lightning_dist.parallel import (
     Checkpointing,
     Sharded,
     average_buffers,
-    flat_broadcast,
     parallelize,
     refuse_no_blocks,
 )
@@ -211,8 +210,7 @@ class ModuleSetup:
     def _give_all_ranks_the_same(self, module: pl.LightningModule, layout: Layout, training: bool) -> None:
         to_device(module, self._ranks.device)
         if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
-            assert dist.group.WORLD is not None
-            flat_broadcast([t for t in _tensors(module) if not t.is_meta], dist.group.WORLD)
+            broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
 
     def _apply(self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool) -> Alone:
         ranks, options = self._ranks, self.options

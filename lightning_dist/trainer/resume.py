@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_dist.compat import lightning as private
 from lightning_dist.data import TrainingData
 from lightning_dist.patches import Patches
-from lightning_dist.randomness import RandomStates, kept_random_states, seed_generators
+from lightning_dist.random_states import RandomStates, kept_random_states, seed_generators
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.loaders import Loaders
 from lightning_dist.trainer.loop_states import leave_epoch_that_has_not_started, reopen_epoch, take_back
