@@ -324,9 +324,12 @@ class HybridStrategy(ParallelStrategy):
 
     # ------------------------------------------------------------------ the set-up of a run
 
-    def module_changed(self, module: pl.LightningModule | None) -> None:
-        """Called when Lightning sets another module, before it looks whether the module's steps are compiled."""
-        self._compiled = CompiledModule(module) if module is not None and CompiledModule.compiles(module) else None
+    def take_module(self, module: pl.LightningModule | None, is_new: bool) -> None:
+        """Called when Lightning sets the module, before it looks whether the module's steps are compiled."""
+        if module is not None and CompiledModule.compiles(module):
+            self._compiled = CompiledModule(module)
+        elif is_new:
+            self._compiled = None
 
     @override
     def setup_environment(self) -> None:
@@ -500,21 +503,24 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
         self.module_setup.share_buffers()
-        return self.checkpoints.model_state()
+        return self.checkpoints.model_state(self.lightning_module)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return self.checkpoints.optimizer_state(optimizer)
+        assert self.lightning_module is not None
+        return self.checkpoints.optimizer_state(self.lightning_module, optimizer)
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: private.Path, storage_options: Any | None = None
     ) -> None:
         # that of a finder begins its search
-        assert self.lightning_module is not None
-        filepath = self.tuning.begin(filepath, self.lightning_module.trainer, self.ranks, self.resume.last_step)
-        self.checkpoints.save(checkpoint, filepath, storage_options)
+        module = self.lightning_module
+        assert module is not None
+        filepath = self.tuning.begin(filepath, module.trainer, self.ranks, self.resume.last_step)
+        self.checkpoints.save(module, checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: private.Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -539,7 +545,8 @@ class HybridStrategy(ParallelStrategy):
 
     def whole_state(self) -> dict[str, Any]:
         """The module's state dict, whole, on rank 0: for the process that started the others."""
-        return self.checkpoints.whole_model_state()
+        assert self.lightning_module is not None
+        return self.checkpoints.whole_model_state(self.lightning_module)
 
     # ------------------------------------------------------------------ the end
 

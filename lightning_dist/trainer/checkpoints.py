@@ -108,15 +108,15 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ saving
 
-    def model_state(self) -> dict[str, Any]:
+    def model_state(self, module: pl.LightningModule) -> dict[str, Any]:
         """The module's state dict as of the last optimizer step; what ranks hold parts of, as parts."""
-        return self._resume.buffers_at_step(checkpoints.model_state(self._module))
+        return self._resume.buffers_at_step(checkpoints.model_state(module))
 
-    def whole_model_state(self) -> dict[str, Any]:
+    def whole_model_state(self, module: pl.LightningModule) -> dict[str, Any]:
         """The module's state dict, whole, on rank 0."""
-        return checkpoints.gather_state(checkpoints.model_state(self._module), stage_ranks(self._ranks))
+        return checkpoints.gather_state(checkpoints.model_state(module), stage_ranks(self._ranks))
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, module: pl.LightningModule, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state by the names of parameters.
 
         As in Lightning's strategies, one that deals its states to the ranks (``ZeroRedundancyOptimizer``) gathers them
@@ -126,16 +126,22 @@ class Checkpoints:
             optimizer.consolidate_state_dict()
             if self._ranks.rank:
                 return {}
-        return checkpoints.optimizer_state_by_name(self._module, optimizer)
+        return checkpoints.optimizer_state_by_name(module, optimizer)
 
-    def save(self, checkpoint: dict[str, Any], path: private.Path, storage_options: Any | None = None) -> None:
+    def save(
+        self,
+        module: pl.LightningModule,
+        checkpoint: dict[str, Any],
+        path: private.Path,
+        storage_options: Any | None = None,
+    ) -> None:
         """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated.
 
         In the background, it returns when the state has been copied to host memory; the next save, the end of the run,
         an exception and a signal wait for the one in flight, and raise what it met.
         """
         checkpoint = self._resume.added_to(checkpoint)
-        if described := descriptions(self._module):
+        if described := descriptions(module):
             checkpoint[DESCRIPTIONS] = described
         if storage_options is not None and not self._has_own_io:
             raise TypeError(

@@ -87,7 +87,7 @@ def started_processes(launcher: Any) -> list[Any]:
 def told_of_module(strategy: S) -> S:
     """Tells a strategy class of the module at once: Lightning sets it, then refuses what the user compiled.
 
-    ``strategy.module_changed(module)`` is called when another one, or none, is set.
+    ``strategy.take_module(module, is_new)`` is called when it is set.
     """
 
     def get(self: Any) -> Any:
@@ -95,8 +95,7 @@ def told_of_module(strategy: S) -> S:
 
     def set_to(self: Any, module: Any) -> None:
         before, self._module = get(self), module
-        if module is not before:
-            self.module_changed(module)
+        self.take_module(module, module is not before)
 
     strategy._lightning_module = property(get, set_to)  # type: ignore[attr-defined]
     return strategy
