@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint
+from lightning_dist.checkpoint.formats import DamagedCheckpoint
 
 _SHARED_TYPES: tuple[type[Exception], ...] = (
     DamagedCheckpoint,

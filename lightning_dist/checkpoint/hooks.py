@@ -24,8 +24,8 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
 from lightning_dist.checkpoint.agreement import from_rank_zero, together
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.late import LateLoads
-from lightning_dist.checkpoint.on_disk import OnDisk, read_what_is_kept
+from lightning_dist.checkpoint.late_loads import LateLoads
+from lightning_dist.checkpoint.lazy_tensors import OnDisk, read_kept_tensors
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.resume import ResumeHooks
 
@@ -90,7 +90,7 @@ class CheckpointHooks(ResumeHooks):
             optimizer.consolidate_state_dict()
             if not self.is_global_zero:
                 return {}
-        return checkpoints.optimizer_state_by_name(self.lightning_module, optimizer)
+        return checkpoints.optimizer_state_by_name(optimizer, checkpoints.parameter_names(self.lightning_module))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -231,7 +231,7 @@ class CheckpointHooks(ResumeHooks):
     def barrier(self, name: str | None = None) -> None:
         """Lightning comes here before it runs a stage, when all that it restores has been restored (seen in 2.6.6)."""
         if name == "run-stage":
-            read_what_is_kept()
+            read_kept_tensors()
         super().barrier(name)
 
     @override
@@ -262,8 +262,9 @@ class CheckpointHooks(ResumeHooks):
                 f"configure_optimizers returns {len(self.optimizers)}; return what the saved run had, or begin from "
                 "its weights alone by HybridStrategy(pretrained=...)"
             )
+        names = checkpoints.parameter_names(self.lightning_module)
         for optimizer, state in zip(self.optimizers, states, strict=False):
-            checkpoints.load_optimizer_state(self.lightning_module, optimizer, state, self._checkpoint_path)
+            checkpoints.load_optimizer_state(optimizer, state, names, self._checkpoint_path)
             optimizers.settle(optimizer)
 
     @override
@@ -311,7 +312,7 @@ def _warn_of_unseen_last(callback: Any) -> None:
     folder = getattr(callback, "dirpath", None)
     if not isinstance(callback, ModelCheckpoint) or folder is None:
         return
-    folder = checkpoints.located(folder)
+    folder = checkpoints.as_path(folder)
     if isinstance(folder, Path) or not folder.exists():
         return
     found = sorted(str(file) for file in folder.iterdir() if file.name.startswith(callback.CHECKPOINT_NAME_LAST))
