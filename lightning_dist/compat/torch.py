@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from io import IOBase
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -109,3 +114,72 @@ def forget_iterator(loader: Any) -> None:
 def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     """A module's children by name, which may be any string here."""
     return module._modules
+
+
+# --- checkpoint ---
+
+hands_on("torch._subclasses.fake_tensor.FakeTensorMode", "makes tensors with a shape and a place in a file, unread")
+
+
+hands_on("torch.nn.modules.module._IncompatibleKeys", "what load_state_dict returns")
+
+
+hands_on("torch.utils._python_dispatch.TorchDispatchMode", "sees each operator that runs")
+
+
+CLASSES_OF_A_DCP_INDEX = {
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+for _module, _name in CLASSES_OF_A_DCP_INDEX:
+    hands_on(f"{_module}.{_name}", "is pickled in the index of torch.distributed.checkpoint")
+
+
+@uses("torch.distributed.checkpoint.utils._create_file_view")
+def part_of_file(file: IO[bytes], offset: int, length: int) -> Any:
+    """A part of a file as a file, as torch's own reader of distributed checkpoints makes it."""
+    return _create_file_view(cast(IOBase, file), offset, length)
+
+
+@uses("torch.UntypedStorage._checkpoint_offset")
+def place_in_file(fake: Tensor) -> int | None:
+    """Where in a file the storage of a tensor begins that was loaded under a ``FakeTensorMode``."""
+    # documented with skip_data, for all its underscore
+    offset: int | None = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
+    return offset
+
+
+@uses("torch.UntypedStorage._cdata")
+def storage_id(tensor: Tensor) -> int:
+    """Tells whether two tensors share their memory, also where they have none (on meta)."""
+    return tensor.untyped_storage()._cdata
+
+
+@uses("torch._ops.OpOverload._schema")
+def written_arguments(operator: Any, args: tuple[Any, ...]) -> list[Any]:
+    """The arguments by position that an operator writes to."""
+    schema = operator._schema
+    if not schema.is_mutable:
+        return []
+    return [value for argument, value in zip(schema.arguments, args, strict=False) if argument.is_write]
+
+
+@uses("torch.Tensor._make_wrapper_subclass")
+def wrapper_tensor(kind: type[Any], size: list[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a class of ours that has a shape and no memory."""
+    return Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
+
+
+@uses("torch.nn.Module._metadata")
+def versions_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The versions of the parts of a module that a state dict is of, by their names; None if it has none."""
+    return getattr(state_dict, "_metadata", None)
+
+
+@uses("torch.nn.Module._metadata")
+def set_versions(state_dict: Any, versions: dict[str, Any]) -> None:
+    """Gives a state dict the versions of the parts of its module."""
+    state_dict._metadata = versions
