@@ -61,9 +61,10 @@ from lightning_dist.parallel.pipeline import (
     plan_stages,
 )
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import Division, Styles, TensorOptions, parameter_splits
+from lightning_dist.plans.tensor import ShardingPlan, Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.refusals import (
     has_lazy_parameters,
@@ -211,8 +212,9 @@ class HybridStrategy(TuningHooks):
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
         self.recomputed_blocks: list[str] = []
         """Names of the modules that compute their forward again in backward, once a fit has been set up."""
+        self._patches = Patches()
         self._parallel: Alone | None = None
-        self.division: Division | None = None
+        self.sharding_plan: ShardingPlan | None = None
         """What ``tp`` divides, once the strategy has been set up."""
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
         cuts: Any = pipeline_cuts if pipeline_cuts is None or isinstance(pipeline_cuts, str) else list(pipeline_cuts)
@@ -301,7 +303,7 @@ class HybridStrategy(TuningHooks):
         """Before process groups form, where the network is there already; :meth:`_parallelize` asks again."""
         if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
             return
-        self._divide(module)
+        self._sharding_plan(module)
         if module.trainer.state.fn == TrainerFn.FITTING and self.activation_checkpointing != "none":
             refuse_no_blocks(module, self._blocks(module), self.activation_checkpointing)
 
@@ -333,7 +335,7 @@ class HybridStrategy(TuningHooks):
         return LayoutReport.planned(
             module,
             layout,
-            self._tensor_options.divide(module, layout.tp, blocks),
+            self._tensor_options.sharding_plan(module, layout.tp, blocks),
             list(blocks),
             stages,
             pipeline=None if stages is None else PipelineReport.of(module, stages, self._pipeline_options),
@@ -346,10 +348,10 @@ class HybridStrategy(TuningHooks):
         """Whether the layout has a pipeline on so many ranks."""
         return self.requested is not None and self._resolve(self.requested, num_ranks).pp > 1
 
-    def _divide(self, module: pl.LightningModule) -> Division | None:
+    def _sharding_plan(self, module: pl.LightningModule) -> ShardingPlan | None:
         if self.layout is None:
             return None
-        return self._tensor_options.divide(module, self.layout.tp, self._blocks(module))
+        return self._tensor_options.sharding_plan(module, self.layout.tp, self._blocks(module))
 
     def _blocks(self, module: pl.LightningModule) -> dict[str, nn.Module]:
         return find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
@@ -469,8 +471,10 @@ class HybridStrategy(TuningHooks):
             self._build_mesh()
             refuse(module.trainer, self.layout, self.root_device)
         self._refuse_other_mesh(module)
-        self.division = self._divide(module)
-        refuse_wrappers(module, self.layout, parameter_splits(self.division.plan) if self.division else ())
+        self.sharding_plan = self._sharding_plan(module)
+        refuse_wrappers(
+            module, self.layout, parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ()
+        )
         fresh = not was_cut and not any(isinstance(p, DTensor) for p in module.parameters())
         if not fresh:
             refuse_new_parameters(module, self._known_parameters)
@@ -491,13 +495,14 @@ class HybridStrategy(TuningHooks):
             module,
             self.layout,
             self.mesh,
-            division=self.division,
+            sharding_plan=self.sharding_plan,
             blocks=blocks,
             policy=shard_policy(self.precision_plugin, self.root_device),
             device=self.root_device,
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_options,
             training=training,
+            patches=self._patches,
             cut=cut,
             pipeline_options=self._pipeline_options,
         )
@@ -533,7 +538,7 @@ class HybridStrategy(TuningHooks):
             self._pipeline_options,
             self.mesh.root["pp"].get_group(),
             blocks,
-            together=[] if self.division is None else list(self.division.plan),
+            together=[] if self.sharding_plan is None else list(self.sharding_plan.tensor_plan),
             keep_whole=self._keeps_blocks_whole(self.layout),
             device=self.root_device,
             dtype=policy.param_dtype if self.layout.dp_shard > 1 else None,

@@ -36,6 +36,7 @@ from lightning_dist.layout import Layout
 from lightning_dist.logs import attach_metrics
 from lightning_dist.parallel import Checkpointing, flat_broadcast, parallelize, refuse_no_blocks
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
@@ -177,11 +178,11 @@ class HybridFabricStrategy(FabricRanks):
         assert layout is not None
         blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
         refuse_no_blocks(module, blocks, self.activation_checkpointing)
-        division = self._tensor_options.divide(module, layout.tp, blocks)
+        sharding_plan = self._tensor_options.sharding_plan(module, layout.tp, blocks)
         if self.mesh is not None:
             refuse_lazy(module)
             _refuse_again(module)
-            refuse_wrappers(module, layout, parameter_splits(division.plan) if division else ())
+            refuse_wrappers(module, layout, parameter_splits(sharding_plan.tensor_plan) if sharding_plan else ())
             ranks.share_random_state(self.root_device)
             if layout.holds_shards:
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
@@ -193,13 +194,14 @@ class HybridFabricStrategy(FabricRanks):
             module,
             layout,
             self.mesh,
-            division=division,
+            sharding_plan=sharding_plan,
             blocks=blocks,
             policy=shard_policy(self.precision, self.root_device),
             device=self.root_device,
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_of(),
             training=True,
+            patches=Patches(),  # what Fabric set up stays so
         )
         if self.mesh is None:
             return module

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.parallel.pipeline import Stages
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.plans.tensor import Division, parameter_splits
-from lightning_dist.report.division import DivisionReport, rank_bytes, size_in_words
+from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
 from lightning_dist.report.pipeline import PipelineReport
+from lightning_dist.report.sharding_plan import ShardingPlanReport, rank_bytes, size_in_words
 
 if TYPE_CHECKING:
     from lightning_dist.strategy import HybridStrategy
@@ -43,7 +43,7 @@ class LayoutReport:
         num_parameters: of the whole module.
         whole_bytes: of the whole module's parameters.
         rank_bytes: of what this rank keeps of them between steps.
-        division: what the tensor axis divides; None without it.
+        sharding_plan: what the tensor axis divides; None without it.
         pipeline: the stages; None without that axis.
     """
 
@@ -55,7 +55,7 @@ class LayoutReport:
     num_parameters: int
     whole_bytes: int
     rank_bytes: int
-    division: DivisionReport | None = None
+    sharding_plan: ShardingPlanReport | None = None
     pipeline: PipelineReport | None = None
 
     @classmethod
@@ -74,7 +74,9 @@ class LayoutReport:
             num_parameters=sum(p.numel() for p in parameters),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters),
             rank_bytes=sum(_local_bytes(p) for p in parameters),
-            division=None if strategy.division is None else DivisionReport.of(module, strategy.division, layout),
+            sharding_plan=None
+            if strategy.sharding_plan is None
+            else ShardingPlanReport.of(module, strategy.sharding_plan, layout),
             pipeline=strategy.pipeline_report(),
         )
 
@@ -83,7 +85,7 @@ class LayoutReport:
         cls,
         module: nn.Module,
         layout: Layout,
-        division: Division | None,
+        sharding_plan: ShardingPlan | None,
         units: list[str],
         stages: Stages | None = None,
         **more: Any,
@@ -93,13 +95,13 @@ class LayoutReport:
         Args:
             module: whole.
             layout: resolved.
-            division: what the tensor axis will do to it.
+            sharding_plan: what the tensor axis will do to it.
             units: names of the modules that will be sharded one by one.
             stages: into which it will be cut; None without a pipeline.
             more: of the report's other arguments.
         """
         parameters = dict(module.named_parameters())
-        splits = {} if division is None else parameter_splits(division.plan)
+        splits = {} if sharding_plan is None else parameter_splits(sharding_plan.tensor_plan)
         held = {n: rank_bytes(p, splits.get(n), layout) for n, p in parameters.items()}
         most = sum(held.values())
         if stages is not None:
@@ -110,7 +112,7 @@ class LayoutReport:
             num_parameters=sum(p.numel() for p in parameters.values()),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
             rank_bytes=most,
-            division=None if division is None else DivisionReport.of(module, division, layout),
+            sharding_plan=None if sharding_plan is None else ShardingPlanReport.of(module, sharding_plan, layout),
             **{"reason": "", "recomputed": [], "checkpointing": "none", **more},
         )
 
@@ -150,8 +152,8 @@ class LayoutReport:
         console.print(self.table())
         if self.pipeline is not None:
             console.print(self.pipeline.table())
-        if self.division is not None:
-            console.print(self.division.table())
+        if self.sharding_plan is not None:
+            console.print(self.sharding_plan.table())
 
 
 def _local_bytes(parameter: Tensor) -> int:
