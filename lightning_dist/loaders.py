@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage
-from torch.utils._pytree import tree_unflatten  # as Lightning's CombinedLoader does; no public name in torch 2.14
 from torch.utils.data import DataLoader
 
 from lightning_dist.data import (
@@ -23,6 +22,7 @@ from lightning_dist.data import (
     share_generator,
 )
 from lightning_dist.processes import LayoutRanks
+from lightning_dist.pytree import tree_unflatten
 
 
 class LoaderHooks(LayoutRanks):

@@ -21,7 +21,7 @@ from torch.amp import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from lightning_dist.gradients import local
+from lightning_dist.dtensors import local_part
 
 SUPPORTED = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 
@@ -89,7 +89,7 @@ class AgreeingGradScaler(GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         # torch's own loop works on plain tensors: show it what this rank holds (seen in torch 2.14 and 2.15)
-        shards = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        shards = [local_part(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if any(shard.dtype == torch.float16 for shard in shards) and not allow_fp16:
             raise ValueError("Attempting to unscale FP16 gradients.")
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dist import ranks
+from lightning_dist import collectives, random_states, ranks
 from lightning_dist.checkpoint import StageRanks, gather_state, model_state
 from lightning_dist.elastic.guard import begin_run
 from lightning_dist.gathering import all_gather, refuse_uneven
@@ -149,7 +149,7 @@ class LayoutRanks(ParallelStrategy):
 
     def _part_random_streams(self) -> None:
         """Data ranks draw apart from here on."""
-        ranks.part_random_streams(self.data_rank)
+        random_states.part_random_streams(self.data_rank)
 
     @property
     def num_data_ranks(self) -> int:
@@ -218,12 +218,12 @@ class LayoutRanks(ParallelStrategy):
         group = ranks.data_group_unless(group, self.data_group)
         if not isinstance(tensor, Tensor) or group is None:
             return tensor
-        return ranks.reduce_over(tensor, group, reduce_op)
+        return collectives.reduce_tensor(tensor, group, reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """The same decision on every rank. One all-reduce of one number over the world."""
-        return ranks.decide_together(decision, all, self.root_device)
+        return collectives.reduce_decision(decision, all, self.root_device)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -251,11 +251,11 @@ class LayoutRanks(ParallelStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        ranks.barrier(self.root_device)
+        collectives.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        return ranks.broadcast(obj, src)
+        return collectives.broadcast_object(obj, src)
 
 
 class _GatheringLauncher(_MultiProcessingLauncher):

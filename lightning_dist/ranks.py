@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from datetime import timedelta
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _distributed_is_initialized, _init_dist_connection
-from torch import Tensor
+from lightning.fabric.utilities.distributed import _init_dist_connection
 
 from lightning_dist.layout import Layout
-
-T = TypeVar("T")
+from lightning_dist.random_states import share_random_state
 
 
 def resolve(requested: Layout, num_ranks: int) -> Layout:
@@ -49,36 +45,6 @@ def join_world(environment: ClusterEnvironment, backend: str, timeout: timedelta
     share_random_state(device)
 
 
-def share_random_state(device: torch.device) -> None:
-    """Every rank goes on with rank 0's generators: what is built or drawn from here on is alike.
-
-    Communication: a broadcast of 5 kB over the world for torch's, of 16 bytes more where there is a GPU, and of
-    objects for Python's and numpy's.
-    """
-    generators: list[Any] = [torch]
-    if device.type != "cpu":
-        generators.append(torch.get_device_module(device))
-    for generator in generators:
-        state = generator.get_rng_state().to(device)
-        dist.broadcast(state, 0)
-        generator.set_rng_state(state.cpu())
-    others: list[Any] = [random.getstate(), np.random.get_state()]
-    dist.broadcast_object_list(others, 0, device=device)
-    random.setstate(others[0])
-    np.random.set_state(others[1])
-
-
-def part_random_streams(data_rank: int) -> None:
-    """Data ranks draw apart from here on, in dropout and augmentation; data rank 0 goes on as one process would."""
-    state = torch.get_rng_state()
-    seed = int(torch.randint(2**31, ()))
-    torch.set_rng_state(state)
-    if data_rank:
-        torch.manual_seed(seed + data_rank)
-        np.random.seed((seed + data_rank) % 2**32)
-        random.seed(seed + data_rank)
-
-
 def data_group_unless(group: Any, data_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group that a user named, or the ranks with different samples where that is none, or the world.
 
@@ -86,67 +52,6 @@ def data_group_unless(group: Any, data_group: dist.ProcessGroup | None) -> dist.
     of ``tp`` and ``pp``.
     """
     return data_group if group is None or group is dist.group.WORLD else group
-
-
-def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.ReduceOp | str | None) -> Tensor:
-    """The tensor reduced over the ranks of a group; a new tensor.
-
-    Lightning's own mean of an integer tensor truncates (the mean of batch sizes 6 and 7 becomes 6, seen in 2.6.6);
-    here it is taken in float64.
-
-    Args:
-        tensor: on the device of the group's backend.
-        group: the ranks that hold different values.
-        reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, a ``ReduceOp`` or None (sum).
-
-    Communication: one all-reduce over the group, none for a group of one.
-    """
-    name = reduce_op.lower() if isinstance(reduce_op, str) else None
-    mean = name in ("mean", "avg") or reduce_op == dist.ReduceOp.AVG
-    tensor = tensor.double() if mean and not tensor.is_floating_point() else tensor.clone()
-    num_ranks = dist.get_world_size(group)
-    if num_ranks == 1:
-        return tensor
-    if mean:  # gloo has no ReduceOp.AVG
-        dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
-        return tensor / num_ranks
-    op: Any = getattr(dist.ReduceOp, name.upper()) if name else reduce_op or dist.ReduceOp.SUM
-    dist.all_reduce(tensor, op, group)
-    return tensor
-
-
-def decide_together(decision: bool, all: bool, device: torch.device) -> bool:
-    """The same decision on every rank: whether all of them, or any, say so. One all-reduce of a number over the world.
-
-    Args:
-        decision: of this rank.
-        all: whether all have to.
-        device: of this rank.
-    """
-    if not _distributed_is_initialized():
-        return decision
-    verdict = torch.tensor(int(decision), device=device)
-    dist.all_reduce(verdict, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-    return bool(verdict)
-
-
-def barrier(device: torch.device) -> None:
-    """Waits for all ranks of the world."""
-    if not _distributed_is_initialized():
-        return
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[device.index])
-    else:
-        dist.barrier()
-
-
-def broadcast(obj: T, src: int = 0) -> T:
-    """The object of one rank on all ranks. One broadcast of the pickled object over the world."""
-    if not _distributed_is_initialized():
-        return obj
-    box = [obj]
-    dist.broadcast_object_list(box, src)
-    return box[0]
 
 
 @cache

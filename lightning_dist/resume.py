@@ -28,7 +28,7 @@ from lightning_dist.data import TrainingData
 from lightning_dist.divided.averages import copies_of
 from lightning_dist.loaders import LoaderHooks
 from lightning_dist.parallel import Alone, average_buffers
-from lightning_dist.randomness import RandomStates, kept_random_states, seed_generators
+from lightning_dist.random_states import RandomStates, kept_random_states, seed_generators
 
 RESUME = "lightning_dist_resume"
 """The entry of a checkpoint that says where the data and the random generators stood."""

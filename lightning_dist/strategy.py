@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.init import _EmptyInit  # of Trainer.init_module(empty_init=True); seen in 2.6.6
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -31,6 +30,7 @@ from typing_extensions import override
 from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
 from lightning_dist.checkpoint.background import BackgroundSaves
+from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.compiled_module import CompiledModule
 from lightning_dist.course import Course
 from lightning_dist.data import refuse_different_batches
@@ -46,7 +46,6 @@ from lightning_dist.parallel import (
     Checkpointing,
     Replicated,
     Sharded,
-    flat_broadcast,
     parallelize,
     refuse_no_blocks,
 )
@@ -481,9 +480,7 @@ class HybridStrategy(TuningHooks):
         if fresh:
             self.model_to_device()
             if self.world_size > 1 and not (training and not self.layout.holds_shards):
-                flat_broadcast(
-                    [t for t in _tensors(module) if not t.is_meta], dist.distributed_c10d._get_default_group()
-                )
+                broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
         if not self.layout.defers:
             self._materialize(module)
         blocks = self._blocks(module)

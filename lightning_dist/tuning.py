@@ -26,11 +26,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist.checkpoint.agreement import from_rank_zero
 from lightning_dist.checkpoint.hooks import CheckpointHooks
+from lightning_dist.collectives import broadcast_object
 from lightning_dist.data.dealing import dealt_by
 from lightning_dist.parallel import Replicated
-from lightning_dist.randomness import RandomStates
+from lightning_dist.random_states import RandomStates
 
 _BATCH_SIZE, _LEARNING_RATE = ".scale_batch_size_", ".lr_find_"
 """How the names of the finders' checkpoints begin (seen in Lightning 2.6.6)."""
@@ -154,7 +154,7 @@ class Search:
 
     def __init__(self, kind: str, path: _PATH, trainer: Any, strategy: TuningHooks) -> None:
         self.kind, self.trainer, self._strategy = kind, trainer, strategy
-        self.path: str = from_rank_zero(str(path))
+        self.path: str = broadcast_object(str(path))
         self.random = RandomStates.now(strategy.root_device)
         self.last_step = strategy._last_step
         self.loop = trainer._active_loop

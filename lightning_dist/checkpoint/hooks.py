@@ -22,10 +22,10 @@ from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
-from lightning_dist.checkpoint.agreement import from_rank_zero, together
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.late import LateLoads
 from lightning_dist.checkpoint.on_disk import OnDisk, read_what_is_kept
+from lightning_dist.collectives import broadcast_object, raise_on_all_ranks
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.resume import ResumeHooks
 
@@ -149,8 +149,8 @@ class CheckpointHooks(ResumeHooks):
     def _read(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
         module = self.lightning_module
         assert module is not None
-        if self._has_own_io and not from_rank_zero(_is_directory_of_shards(path)):
-            with together(f"read checkpoint {path}"):
+        if self._has_own_io and not broadcast_object(_is_directory_of_shards(path)):
+            with raise_on_all_ranks(f"read checkpoint {path}"):
                 return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         is_whole = not self._is_set_up and not any(isinstance(p, DTensor) for p in module.parameters())
         paths = [path, *self._older_than_last(path)]
@@ -221,11 +221,11 @@ class CheckpointHooks(ResumeHooks):
         trainer = self.lightning_module.trainer
         found: list[Path] = []
         last = set[Path]().union(*(_last_checkpoints(callback, trainer) for callback in trainer.checkpoint_callbacks))
-        with together("list checkpoints"):
+        with raise_on_all_ranks("list checkpoints"):
             if self.is_global_zero and Path(path).resolve() in last:
                 beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
                 found = sorted(filter(Path.exists, beside), key=lambda p: p.stat().st_mtime, reverse=True)
-        return list(from_rank_zero(found))
+        return list(broadcast_object(found))
 
     @override
     def barrier(self, name: str | None = None) -> None:

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers as settings
-from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, num_ranks, together
 from lightning_dist.checkpoint.checksums import verify_file
 from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.lazy import LazyTensor
@@ -28,8 +27,9 @@ from lightning_dist.checkpoint.locations import fetched, located, settled
 from lightning_dist.checkpoint.sharded import read_sharded
 from lightning_dist.checkpoint.single import check_sizes, load_pickled, save_single
 from lightning_dist.checkpoint.state import named_parameters, with_indices
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.collectives import broadcast_object, global_rank, num_ranks, raise_on_all_ranks
 from lightning_dist.fabric.module import bare
+from lightning_dist.pytree import map_leaves
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -68,7 +68,7 @@ def save(
         return
     whole = checkpoints.gather_state({"": converted}).get("", {})
     whole |= {key: _by_index(whole[key]) for key in optimizers if key in whole}
-    save_single(whole, located(from_rank_zero(path)), write)
+    save_single(whole, located(broadcast_object(path)), write)
 
 
 def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
@@ -173,15 +173,15 @@ def _from_directory(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: _PATH, owner: nn.Module, weights_only: bool | None) -> dict[str, Any]:
-    there = located(from_rank_zero(path))
-    with together(f"read checkpoint {there}"):
+    there = located(broadcast_object(path))
+    with raise_on_all_ranks(f"read checkpoint {there}"):
         there = settled(there)
         form = form_of(there)
     if form == "sharded":
         return _from_directory(read_sharded(there, owner, True, weights_only))
     if form == "weights":
         raise ValueError(f"{there} holds weights alone; fabric.load_raw(path, model) reads them")
-    with together(f"read checkpoint {there}"), fetched(there) as local:
+    with raise_on_all_ranks(f"read checkpoint {there}"), fetched(there) as local:
         verify_file(local, global_rank(), num_ranks())
         stored = load_pickled(local, weights_only, mmap=True)
         check_sizes(stored, local)

@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dist import ranks
+from lightning_dist import collectives, ranks
 from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout, ParallelMesh
 
@@ -145,7 +145,7 @@ class FabricRanks(ParallelStrategy):
         group = self._group(group)
         if not isinstance(tensor, Tensor) or group is None:
             return tensor
-        result = ranks.reduce_over(tensor.detach(), group, reduce_op)
+        result = collectives.reduce_tensor(tensor.detach(), group, reduce_op)
         if result.dtype != tensor.dtype:
             return result
         with torch.no_grad():
@@ -165,15 +165,15 @@ class FabricRanks(ParallelStrategy):
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """The same decision on every rank. One all-reduce of one number over the world."""
-        return ranks.decide_together(decision, all, self.root_device)
+        return collectives.reduce_decision(decision, all, self.root_device)
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        ranks.barrier(self.root_device)
+        collectives.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        return ranks.broadcast(obj, src)
+        return collectives.broadcast_object(obj, src)
 
 
 def _refuse_pipeline(layout: Layout) -> None:

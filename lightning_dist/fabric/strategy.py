@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision, TorchCheckpointIO
 from lightning.fabric.strategies.strategy import Strategy, _BackwardSyncControl
@@ -24,8 +23,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist import gradients, optimizers, ranks
+from lightning_dist import gradients, optimizers, random_states
 from lightning_dist.automatic import choose_layout
+from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files
@@ -34,7 +34,7 @@ from lightning_dist.fabric.module import InLayout, bare, users_compile_options
 from lightning_dist.fabric.processes import FabricRanks, StartMethod
 from lightning_dist.layout import Layout
 from lightning_dist.logs import attach_metrics
-from lightning_dist.parallel import Checkpointing, flat_broadcast, parallelize, refuse_no_blocks
+from lightning_dist.parallel import Checkpointing, parallelize, refuse_no_blocks
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
@@ -183,10 +183,10 @@ class HybridFabricStrategy(FabricRanks):
             refuse_lazy(module)
             _refuse_again(module)
             refuse_wrappers(module, layout, parameter_splits(sharding_plan.tensor_plan) if sharding_plan else ())
-            ranks.share_random_state(self.root_device)
+            random_states.share_random_state(self.root_device)
             if layout.holds_shards:
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
-                flat_broadcast(tensors, dist.distributed_c10d._get_default_group())
+                broadcast_tensors(tensors, None)
             InLayout.prepare(module)
         hooked = {name: p for name, p in module.named_parameters() if _has_hooks(p)}
         replaced = Replaced(module, in_lists=True)
@@ -214,7 +214,7 @@ class HybridFabricStrategy(FabricRanks):
         show_parts_to_compiled(module)
         attach_metrics(module, self.mesh.data.get_group())
         _mark(module)
-        ranks.part_random_streams(self.data_rank)
+        random_states.part_random_streams(self.data_rank)
         return InLayout(module, parallel, self.mesh, self._takes_part)
 
     def _compile_of(self) -> dict[str, Any] | None:

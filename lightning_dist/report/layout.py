@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lightning_dist.dtensors import local_part
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.parallel.pipeline import Stages
 from lightning_dist.placeholder import is_placeholder
@@ -159,8 +159,7 @@ class LayoutReport:
 def _local_bytes(parameter: Tensor) -> int:
     if is_placeholder(parameter):
         return 0
-    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return own.numel() * own.element_size()
+    return local_part(parameter).nbytes
 
 
 def _shorten(names: list[str], limit: int = 3) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.divided import whole
+from lightning_dist.dtensors import full
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.patches import Patches
@@ -67,8 +67,7 @@ def _taken_off(module: nn.Module, patches: Patches) -> None:
         for name, parameter in owner.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((owner, name))
     for parameter, where in places.items():
-        values = whole(parameter) if isinstance(parameter, DTensor) else parameter.detach()
-        plain = nn.Parameter(values, parameter.requires_grad)
+        plain = nn.Parameter(full(parameter), parameter.requires_grad)
         for owner, name in where:
             setattr(owner, name, plain)
 

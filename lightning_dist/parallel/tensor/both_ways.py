@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.compat.torch import MODULE_REGISTRIES, disable_current_modes
 from lightning_dist.parallel.rehearsal import FixedNumbers
 from lightning_dist.parallel.tensor.region import Region, whole
+from lightning_dist.pytree import tree_leaves, tree_map
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of outputs that is taken for rounding."""

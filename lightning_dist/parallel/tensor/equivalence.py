@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.compat.torch import disable_current_modes
 from lightning_dist.parallel.rehearsal import FixedNumbers, undone
@@ -33,6 +32,7 @@ from lightning_dist.parallel.tensor.both_ways import (
 from lightning_dist.parallel.tensor.region import Region, whole
 from lightning_dist.parallel.tensor.shards import shard_of
 from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
+from lightning_dist.pytree import tree_leaves, tree_map
 
 
 class EquivalenceCheck:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from lightning_dist.compat.torch import FORWARD_HOOKS, FORWARD_PRE_HOOKS
 from lightning_dist.parallel.tensor.activation_placement import ActivationPlacement, find_placements
@@ -31,6 +30,7 @@ from lightning_dist.parallel.tensor.overrides import overridden
 from lightning_dist.parallel.tensor.region import Region, is_whole
 from lightning_dist.parallel.tensor.users_hooks import BACKWARD, FORWARD, users_hooks, without_users_hooks
 from lightning_dist.parallel.tensor.whole_hooks import Call, WholeHooks, refuse_hook
+from lightning_dist.pytree import tree_leaves
 
 _running: list[nn.Module] = []
 """The module whose hooks are seen to, if there is one; what is below it need not."""

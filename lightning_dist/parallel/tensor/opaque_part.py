@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided.functions import Way, way_of
+from lightning_dist.pytree import tree_flatten, tree_map, tree_unflatten
 
 
 class OpaquePart(Tensor):

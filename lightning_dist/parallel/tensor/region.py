@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
-from torch.utils._pytree import tree_map
 
 from lightning_dist.compat.torch import own_parameters
 from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather, reduce_from_tensor_region
@@ -29,11 +28,12 @@ from lightning_dist.parallel.tensor.opaque_part import made_opaque, without_opaq
 from lightning_dist.parallel.tensor.overrides import overridden
 from lightning_dist.parallel.tensor.partial import seen_in_part
 from lightning_dist.parallel.tensor.positions import Positions
-from lightning_dist.parallel.tensor.randomness import own_stream, shared_again
 from lightning_dist.parallel.tensor.shards import on_axis, shard_of
 from lightning_dist.patches import Patches
+from lightning_dist.pytree import tree_map
+from lightning_dist.random_states import own_stream, shared_again
 
-_ATTRIBUTE = "_tensor_region"
+_ATTRIBUTE = "lightning_dist_tensor_region"
 
 
 class FirstRunCheck(Protocol):

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather
 from lightning_dist.parallel.tensor.positions import DIM
-from lightning_dist.parallel.tensor.randomness import own_stream
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.users_hooks import refuse_hooks
+from lightning_dist.pytree import tree_leaves, tree_map
+from lightning_dist.random_states import own_stream
 
 
 @dataclass

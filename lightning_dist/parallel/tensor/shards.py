@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
-from lightning_dist.compat.torch import own_parameters
+from lightning_dist.compat.torch import StridedShard, own_parameters
 from lightning_dist.divided import whole
 
 
 def placement(dim: int, packed: int = 1) -> Placement:
     """Split along a dim; of each of ``packed`` equal pieces along it (q, k, v in one matrix) if there are several.
 
-    The packed form is torch's ``_StridedShard``, which is private (seen in torch 2.14 and 2.15).
+    See [Note: placements on the tensor axis].
     """
-    return Shard(dim) if packed == 1 else _StridedShard(dim, split_factor=packed)
+    return Shard(dim) if packed == 1 else StridedShard(dim, split_factor=packed)
 
 
 def shard_of(tensor: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
@@ -28,7 +28,7 @@ def shard_of(tensor: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
         place: from :func:`placement`.
         mesh: of one axis.
     """
-    assert isinstance(place, (Shard, _StridedShard))
+    assert isinstance(place, (Shard, StridedShard))
     pieces = tensor.chunk(getattr(place, "split_factor", 1), place.dim)
     mine = [_chunk(piece, place.dim, mesh) for piece in pieces]
     return torch.cat(mine, place.dim).clone()

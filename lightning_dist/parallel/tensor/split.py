@@ -15,7 +15,6 @@ from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
 from lightning_dist.parallel.tensor.hooks import HooksInside
 from lightning_dist.parallel.tensor.mappings import reduce_from_tensor_region
 from lightning_dist.parallel.tensor.positions import Positions
-from lightning_dist.parallel.tensor.randomness import shared_again
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.sequence_block import SequenceBlock
 from lightning_dist.parallel.tensor.shards import placement, split_parameter
@@ -25,6 +24,7 @@ from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import OWN_ARGUMENTS, ModulePlan, ShardingPlan, TensorPlan
 from lightning_dist.plans.tensor.layers import inputs
+from lightning_dist.random_states import shared_again
 
 
 def split(module: nn.Module, plan: ShardingPlan, mesh: DeviceMesh, *, patches: Patches) -> None:

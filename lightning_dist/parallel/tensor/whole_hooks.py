@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dist.compat.torch import (
     FORWARD_HOOKS,
@@ -19,6 +18,7 @@ from lightning_dist.compat.torch import (
 from lightning_dist.parallel.tensor.activation_placement import ActivationPlacement
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.users_hooks import is_users
+from lightning_dist.pytree import tree_flatten, tree_unflatten
 
 Call = tuple[list[ActivationPlacement | None], list[ActivationPlacement | None], list[ActivationPlacement | None]]
 """The places of positional arguments, of arguments by name and of outputs, of one call of a module."""

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, tensor_attributes, writes_in_place
 from lightning_dist.parallel.tensor.vocab_parallel.operators import OF_AUTOGRAD, OVER_VOCABULARY
 from lightning_dist.parallel.tensor.vocab_parallel.sharding_rules import BY_ANY_ARGUMENT, BY_FIRST_ARGUMENT, IN_PLACE
 from lightning_dist.parallel.tensor.vocab_parallel.split_tensor import VocabTensor
 from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
+from lightning_dist.pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 
 class VocabLogits(VocabTensor):

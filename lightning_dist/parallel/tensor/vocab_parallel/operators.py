@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from lightning_dist.compat.torch import legacy_reduction
 from lightning_dist.parallel.tensor.vocab_parallel.cross_entropy import vocab_cross_entropy
 from lightning_dist.parallel.tensor.vocab_parallel.largest import Largest
 from lightning_dist.parallel.tensor.vocab_parallel.split_tensor import VocabTensor
+from lightning_dist.pytree import tree_map_only
 
 
 def _cross_entropy(
