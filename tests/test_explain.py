@@ -62,7 +62,7 @@ def test_what_is_explained_is_what_the_ranks_hold(layout: str) -> None:
     assert planned.num_parameters == sum(p.numel() for p in build_deferred(uneven_decoder).parameters())
 
 
-def test_the_division_is_told_block_by_block() -> None:
+def test_the_sharding_plan_is_told_block_by_block() -> None:
     sharding_plan = (
         HybridStrategy("tp=2", sequence_parallel=True).explain(build_deferred(uneven_decoder), 2).sharding_plan
     )
@@ -122,7 +122,7 @@ def test_what_can_not_be_explained_is_one_line(
     assert LENGTH
 
 
-def test_the_start_of_a_run_shows_the_division(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_start_of_a_run_shows_the_sharding_plan(capsys: pytest.CaptureFixture[str]) -> None:
     HybridStrategy("tp=2").explain(build_deferred(uneven_decoder), 2).print()
     output = capsys.readouterr().out
     assert "whole on every rank" in output
