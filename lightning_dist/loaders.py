@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_unflatten  # as Lightning's CombinedLoader 
 from torch.utils.data import DataLoader
 
 from lightning_dist.data import (
-    DealtBatches,
-    DealtStream,
-    deal,
-    deal_stream,
-    dealt_batches,
+    DistributedBatches,
+    DistributedStream,
+    distributed_batches,
     is_stream,
     seed_loader,
+    shard_loader,
+    shard_stream,
     share_generator,
 )
 from lightning_dist.processes import LayoutRanks
@@ -57,7 +57,7 @@ class LoaderHooks(LayoutRanks):
         if wanted and is_stream(dataloader):
             dataloader = self._deal_stream(dataloader, mode)
         elif wanted and isinstance(dataloader, DataLoader):
-            dataloader = deal(dataloader, self.num_data_ranks, self.data_rank, mode)
+            dataloader = shard_loader(dataloader, self.num_data_ranks, self.data_rank, mode)
             share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, self.data_rank)
@@ -75,7 +75,7 @@ class LoaderHooks(LayoutRanks):
         combined._iterables = tree_unflatten(own, combined._spec)
 
     def _shown(self, loader: Any) -> Any:
-        return self._prepared.get(loader, loader) if isinstance(loader, (DataLoader, DealtStream)) else loader
+        return self._prepared.get(loader, loader) if isinstance(loader, (DataLoader, DistributedStream)) else loader
 
     def _deal_stream(self, loader: object, mode: RunningStage) -> object:
         if self.layout is None and self.world_size > 1:
@@ -86,8 +86,10 @@ class LoaderHooks(LayoutRanks):
             )
         if self.data_group is None or self.num_data_ranks == 1:
             return loader
-        dealt = deal_stream(loader, self.num_data_ranks, self.data_rank, self.data_group, mode == RunningStage.TRAINING)
-        if isinstance(dealt, DealtStream) and isinstance(loader, DataLoader):
+        dealt = shard_stream(
+            loader, self.num_data_ranks, self.data_rank, self.data_group, mode == RunningStage.TRAINING
+        )
+        if isinstance(dealt, DistributedStream) and isinstance(loader, DataLoader):
             seed_loader(loader, data_rank=0)  # every rank reads the same stream
             share_generator(loader)
         return dealt
@@ -103,7 +105,7 @@ class LoaderHooks(LayoutRanks):
             return
         limits = loop.max_batches if hasattr(loop, "_predictions") else loop._max_batches
         for index, loader in enumerate(combined.flattened):
-            dealt = loader if isinstance(loader, DealtStream) else dealt_batches(loader)
+            dealt = loader if isinstance(loader, DistributedStream) else distributed_batches(loader)
             if dealt is not None:
                 limits[index] = dealt.limit(limits[index])
         self._show(combined, combined.flattened)
@@ -113,7 +115,7 @@ class LoaderHooks(LayoutRanks):
         self._num_evaluated += 1
         return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
 
-    def _dealt(self, dataloader_idx: int) -> DealtBatches | DealtStream | None:
+    def _dealt(self, dataloader_idx: int) -> DistributedBatches | DistributedStream | None:
         """The batches of an evaluation loader that are this rank's; None where the user deals them."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -122,7 +124,7 @@ class LoaderHooks(LayoutRanks):
         loaders = combined.flattened if combined is not None else []
         if combined is None or dataloader_idx >= len(loaders):
             return None
-        dealt = [loader if isinstance(loader, DealtStream) else dealt_batches(loader) for loader in loaders]
+        dealt = [loader if isinstance(loader, DistributedStream) else distributed_batches(loader) for loader in loaders]
         if combined._mode == "sequential":
             return dealt[dataloader_idx]
         # a batch of all loaders is this rank's own for as long as that of the longest is

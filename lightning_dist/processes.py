@@ -23,8 +23,9 @@ from typing_extensions import override
 from lightning_dist import ranks
 from lightning_dist.checkpoint import StageRanks, gather_state, model_state
 from lightning_dist.elastic.guard import begin_run
-from lightning_dist.gathering import all_gather, refuse_uneven
+from lightning_dist.gathering import all_gather, validate_even
 from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.patches import Patches
 from lightning_dist.world_calls import WorldCalls
 
 
@@ -184,17 +185,15 @@ class LayoutRanks(ParallelStrategy):
         """The ranks that log different values: of other samples or other stages; None for one process."""
         return None if self.mesh is None else self.mesh.logs.get_group()
 
-    def _look_at_world_calls(self) -> None:
+    def _look_at_world_calls(self, patches: Patches) -> None:
         """From here on, until :meth:`_leave_world_calls`, a user's own collectives over the world are looked at."""
         self._leave_world_calls()
         if self.layout is not None and self.world_size > self.num_data_ranks:
             self._world_calls = WorldCalls(self.layout)
-            self._world_calls.attach()
+            self._world_calls.attach(patches)
 
     def _leave_world_calls(self) -> None:
-        if self._world_calls is not None:
-            self._world_calls.detach()
-            self._world_calls = None
+        self._world_calls = None
 
     @property
     def stage_ranks(self) -> StageRanks | None:
@@ -246,7 +245,7 @@ class LayoutRanks(ParallelStrategy):
         if self._world_calls is not None:
             self._world_calls.note_gather()
         if group is not None and self.lightning_module is not None and self.lightning_module.trainer.state.finished:
-            refuse_uneven(tensor, group)  # rows that an evaluation left; its own all_gather is gone with it
+            validate_even(tensor, group)  # rows that an evaluation left; its own all_gather is gone with it
         return tensor if group is None else all_gather(tensor, group, sync_grads)
 
     @override

@@ -179,11 +179,11 @@ class ResumeHooks(LoaderHooks):
     def _tell_of_other_orders(self, loaders: list[list[Any]]) -> None:
         """Where the ranks' samplers drew apart; said at a save, which has gathered what each drew."""
         for number, data in enumerate(self._begun):
-            if data.dealt is None:
+            if data.order is None:
                 continue
             digests = {of_rank[number]["digest"] for of_rank in loaders if of_rank[number] is not None}
             if len(digests) > 1:
-                kind = type(getattr(data.dealt.source, "sampler", data.dealt.source)).__name__
+                kind = type(getattr(data.order.source, "sampler", data.order.source)).__name__
                 rank_zero_warn(
                     f"the data ranks drew different orders from the {kind} of training loader {number}, so an epoch "
                     "repeats samples and leaves others out; seed what it draws from alike on all ranks, or let it draw "

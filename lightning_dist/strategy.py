@@ -32,15 +32,16 @@ from lightning_dist import gradients, optimizers
 from lightning_dist.automatic import choose_layout
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.compiled_module import CompiledModule
-from lightning_dist.course import Course
-from lightning_dist.data import refuse_different_batches
+from lightning_dist.control_flow import ControlFlow
+from lightning_dist.data import validate_same_batches
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.elastic.guard import begin_run, end_run
+from lightning_dist.gathering import UnevenAllGather
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
-from lightning_dist.logs import StepLogs, Uncounted, attach_metrics
+from lightning_dist.logs import RepeatedBatch, StepLogs, attach_logs, attach_metrics
 from lightning_dist.parallel import (
     Alone,
     Checkpointing,
@@ -61,25 +62,25 @@ from lightning_dist.parallel.pipeline import (
     plan_stages,
 )
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
-from lightning_dist.refusals import (
-    has_lazy_parameters,
-    refuse,
-    refuse_early_hooks,
-    refuse_lazy,
-    refuse_lost_hooks,
-    refuse_mixed_vector,
-    refuse_new_parameters,
-    refuse_unknown,
-    refuse_wrappers,
-    warn_of_axes_across_nodes,
-)
 from lightning_dist.report import LayoutReport, PipelineReport
 from lightning_dist.tuning_hooks import TuningHooks
-from lightning_dist.uneven import Gathering
+from lightning_dist.validation import (
+    has_lazy_parameters,
+    validate_built,
+    validate_gradient_hooks,
+    validate_kept_hooks,
+    validate_lbfgs,
+    validate_no_lazy,
+    validate_no_new_parameters,
+    validate_parameter_kinds,
+    validate_trainer,
+    warn_of_axes_across_nodes,
+)
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
@@ -226,10 +227,12 @@ class HybridStrategy(TuningHooks):
             pipeline_check,
             pipeline_outputs,
         )
+        self._patches = Patches()
+        """What a run changes on objects of others."""
         self._is_in_run = False
         """Since the environment was set up."""
         self._logs: StepLogs | None = None
-        self._course: Course | None = None
+        self._control_flow: ControlFlow | None = None
         self._recorded: RecordedInit | None = None
         self._has_run_backward = False
         """Whether a backward pass of this run was the strategy's."""
@@ -250,10 +253,11 @@ class HybridStrategy(TuningHooks):
             "mesh",
             "_parallel",
             "_logs",
-            "_course",
+            "_control_flow",
             "_recorded",
             "_world_calls",
             "_saves",
+            "_patches",
             "_begin_again",
             "_prepared",
         )
@@ -264,9 +268,12 @@ class HybridStrategy(TuningHooks):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.mesh = self._parallel = self._logs = self._course = self._recorded = None
+        self.mesh = self._parallel = self._logs = self._control_flow = self._recorded = None
         self._world_calls = self._begin_again = None
-        self._saves = BackgroundSaves()
+        self._saves, self._patches = BackgroundSaves(), Patches()
+
+    def _is_even(self) -> bool:
+        return all(data.is_even for data in self._begun)
 
     @property
     def _lightning_module(self) -> pl.LightningModule | None:
@@ -288,8 +295,8 @@ class HybridStrategy(TuningHooks):
         if self.world_size > 1:
             begin_run()
         if self._compiled is not None:
-            self._compiled.refuse(self.layout)
-        refuse(self.lightning_module.trainer, self.layout, self.root_device)
+            self._compiled.validate(self.layout)
+        validate_trainer(self.lightning_module.trainer, self.layout, self.root_device)
         self._refuse_what_cannot_split(self.lightning_module)
         if self.layout is not None:
             self._pipeline_options.refuse(self.layout.pp)
@@ -375,7 +382,7 @@ class HybridStrategy(TuningHooks):
                 rank_zero_warn(f"{error} It is now built whole on every rank before it is sharded.")
                 self._recorded = None
                 self.lightning_module.configure_model()
-                refuse_unknown(self.lightning_module)
+                validate_built(self.lightning_module)
             else:
                 self._recorded.bind(self.lightning_module)
 
@@ -396,24 +403,27 @@ class HybridStrategy(TuningHooks):
         self._own_inference(trainer)
         self._parallelize(training=trainer.state.fn == TrainerFn.FITTING)
         self._load_weights()
-        self._look_at_world_calls()
+        self._look_at_world_calls(self._patches)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
         stage = self._parallel.place if isinstance(self._parallel, Pipelined) else None
-        self._logs = StepLogs(trainer, self._monitored(trainer), self.logs_group, self._dealt, stage)
-        self._logs.attach()
+        self._logs = attach_logs(
+            trainer, self._patches, self._monitored(trainer), self.logs_group, self._dealt, stage, self._is_even
+        )
         if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             assert self._parallel is not None
-            self._course = Course(trainer, self._parallel, self.root_device, self._timeout or default_pg_timeout)
-            self._course.attach()
+            self._control_flow = ControlFlow(
+                trainer, self._parallel, self.root_device, self._timeout or default_pg_timeout, self._is_even
+            )
+            self._control_flow.attach(self._patches)
         if self.logs_group is not None:
-            attach_metrics(self.lightning_module, self.logs_group)
+            attach_metrics(self.lightning_module, self.logs_group, self._patches)
         self._own_gathering()
         if self._compiled is not None:
-            self._compiled.refuse(self.layout)
+            self._compiled.validate(self.layout)
             self._compiled.put_back()
             self._compiled = None
         if trainer.state.fn != TrainerFn.FITTING:
@@ -426,7 +436,8 @@ class HybridStrategy(TuningHooks):
         module, group = self.lightning_module, self.data_group
         if module is None or group is None or self.num_data_ranks == 1 or "all_gather" in vars(module):
             return
-        vars(module)["all_gather"] = Gathering(module, group, lambda: self._logs is None or not self._logs.repeats)
+        gather = UnevenAllGather(module, group, lambda: self._logs is None or not self._logs.repeats)
+        self._patches.set(module, "all_gather", gather)
 
     @property
     def sharded_units(self) -> list[str]:
@@ -457,7 +468,7 @@ class HybridStrategy(TuningHooks):
         module = self.lightning_module
         assert module is not None
         if self.world_size > 1:
-            refuse_lazy(module)
+            validate_no_lazy(module)
         self._sync_batchnorm(training)
         was_cut = cut_of(module) is not None  # its ranks hold different parameters by now, and placeholders for others
         if not was_cut:
@@ -467,13 +478,13 @@ class HybridStrategy(TuningHooks):
                 module, self.world_size, self.root_device, self.num_processes
             )
             self._build_mesh()
-            refuse(module.trainer, self.layout, self.root_device)
+            validate_trainer(module.trainer, self.layout, self.root_device)
         self._refuse_other_mesh(module)
         self.division = self._divide(module)
-        refuse_wrappers(module, self.layout, parameter_splits(self.division.plan) if self.division else ())
+        validate_parameter_kinds(module, self.layout, parameter_splits(self.division.plan) if self.division else ())
         fresh = not was_cut and not any(isinstance(p, DTensor) for p in module.parameters())
         if not fresh:
-            refuse_new_parameters(module, self._known_parameters)
+            validate_no_new_parameters(module, self._known_parameters)
         if fresh:
             self.model_to_device()
             if self.world_size > 1 and not (training and not self.layout.holds_shards):
@@ -501,7 +512,7 @@ class HybridStrategy(TuningHooks):
             cut=cut,
             pipeline_options=self._pipeline_options,
         )
-        refuse_lost_hooks(module, hooked)
+        validate_kept_hooks(module, hooked)
         self._parallel.reshard()
         self._materialize(module)
         hooked.clear()
@@ -576,7 +587,7 @@ class HybridStrategy(TuningHooks):
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            refuse_mixed_vector(optimizer)
+            validate_lbfgs(optimizer)
             optimizers.settle(optimizer)
             if self._holds_shards:
                 optimizers.refuse_inexact(optimizer, self.layout, self.root_device)
@@ -602,7 +613,7 @@ class HybridStrategy(TuningHooks):
         if self.mesh is not None and step not in self._compared:
             self._compared.add(step)
             for axis in ("pp", "tp"):
-                refuse_different_batches(step, args, self.mesh.root[axis].get_group())
+                validate_same_batches(step, args, self.mesh.root[axis].get_group())
         logs = nullcontext() if self._logs is None else self._logs.of_step()
         calls = nullcontext() if self._world_calls is None else self._world_calls.of_step()
         with self._trial(), logs, calls:
@@ -631,19 +642,19 @@ class HybridStrategy(TuningHooks):
         """Each rank predicts its own batches, in order: batch i of data rank r is the loader's batch i * n + r."""
         assert self.lightning_module is not None
         index = self._batch_index(args)
-        repeated = None if self._counts(*index) else Uncounted(self.lightning_module.trainer)
+        repeated = None if self._counts(*index) else RepeatedBatch(self.lightning_module.trainer)
         with self.precision_plugin.predict_step_context():
             prediction = self._run("predict_step", args, kwargs)
         if repeated is None:
             return prediction
-        repeated.put_back()
+        repeated.undo()
         return self._drop_prediction(*index)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self._course is not None:
-            self._course.before_batch()
+        if self._control_flow is not None:
+            self._control_flow.before_batch()
 
     # ------------------------------------------------------------------ gradients
 
@@ -746,7 +757,7 @@ class HybridStrategy(TuningHooks):
         if self.mesh is None or self.layout is None or epoch == self._epoch_of_copies:
             return
         self._epoch_of_copies = epoch
-        refuse_early_hooks(self.lightning_module, self.layout)
+        validate_gradient_hooks(self.lightning_module, self.layout)
         parameters = held(self.lightning_module.parameters())
         shards = [p for p in parameters if self.layout.dp_shard > 1 and isinstance(p, DTensor)]
         if self.layout.num_data_ranks > 1:
@@ -802,13 +813,8 @@ class HybridStrategy(TuningHooks):
         self._inference_modes = {}
         self._is_set_up = False
         self._leave_search()
-        if self._course is not None:
-            self._course.detach()
-            self._course = None
-        if self.lightning_module is not None and isinstance(vars(self.lightning_module).get("all_gather"), Gathering):
-            del vars(self.lightning_module)["all_gather"]
-        if self._logs is not None:
-            self._logs.detach()
+        self._control_flow = None
+        self._patches.undo()
         if self._parallel is not None:
             self._parallel.reshard()
         if self._holds_shards:  # DTensors stay where their mesh is

@@ -10,7 +10,7 @@ that they save to, on the loss that the finder sees, and on whether a step fits 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +27,8 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist.checkpoint.agreement import from_rank_zero
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import num_collectives
-from lightning_dist.data.dealing import dealt_by
+from lightning_dist.data.sharding import distributed_sampler
+from lightning_dist.layout import Layout
 from lightning_dist.parallel import Alone, Replicated
 from lightning_dist.patches import Patches
 from lightning_dist.randomness import RandomStates
@@ -46,21 +47,21 @@ class SearchRanks:
         rank: of the world.
         world_size: all ranks.
         num_data_ranks: those that see different samples.
-        layout: its name, for messages.
+        layout: for messages.
         device: of this rank.
-        groups: process groups in which a step communicates; none for one rank.
+        groups: process groups in which a step communicates, by any name; none for one rank.
         timeout: of collectives.
-        mean: a tensor's mean over the data ranks.
+        reduce: gives a tensor's mean over the data ranks.
     """
 
     rank: int
     world_size: int
     num_data_ranks: int
-    layout: str
+    layout: Layout | None
     device: torch.device
-    groups: Sequence[dist.ProcessGroup]
+    groups: Mapping[str, dist.ProcessGroup]
     timeout: timedelta
-    mean: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor]
 
 
 class Tuning:
@@ -80,13 +81,13 @@ class Tuning:
         """Whether a finder looks for its answer, from its save to its removal of the checkpoint."""
         return self._search is not None
 
-    def begin(self, path: Any, trainer: pl.Trainer, ranks: Callable[[], SearchRanks], position: Any) -> Any:
+    def begin(self, path: Any, trainer: pl.Trainer, ranks: SearchRanks, position: Any) -> Any:
         """A checkpoint is about to be saved: that of a finder begins a search.
 
         Args:
             path: of the checkpoint on this rank.
             trainer: that saves.
-            ranks: asked for a search.
+            ranks: that save.
             position: of the training when it begins, which :meth:`end` and :meth:`leave` give back.
 
         Returns:
@@ -95,7 +96,7 @@ class Tuning:
         kind = _kind_of_search(path)
         if kind is None:
             return path
-        self._search = Search(kind, path, trainer, ranks(), position)
+        self._search = Search(kind, path, trainer, ranks, position)
         return self._search.path
 
     def path(self, path: Any) -> Any:
@@ -189,10 +190,10 @@ class Search:
     def _with_own_length(self, set_up: Callable[[], None]) -> None:
         """Wraps Lightning's method: its finder stops at a batch of the whole data set, here of a rank's part."""
         set_up()
-        combined = private.combined_loader(self._loop)
+        combined = private.loaders_of(self._loop)
         if combined is None or private.DATASET_LENGTH in vars(combined):
             return
-        if any(dealt_by(loader) is not None for loader in combined.flattened):
+        if any(distributed_sampler(loader) is not None for loader in combined.flattened):
             self._patches.wrap(combined, private.DATASET_LENGTH, lambda whole: -(-whole() // self.ranks.num_data_ranks))
 
     def watch_losses(self) -> None:
@@ -207,12 +208,12 @@ class Search:
         """Communication: one all-reduce of the loss over the data ranks."""
         if outputs:
             loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
-            outputs = {"loss": self.ranks.mean(loss.detach())}
+            outputs = {"loss": self.ranks.reduce(loss.detach())}
         original(trainer, module, outputs, *args)
 
     def begin_data_again(self) -> None:
         """The training's loaders begin as if nothing had been drawn; as the finder of a learning rate does itself."""
-        private.drop_combined_loader(self._loop)
+        private.forget_loaders(self._loop)
         self._loop.setup_data()
 
     def end(self) -> None:
@@ -292,7 +293,7 @@ class Agreement:
     @property
     def _collectives(self) -> tuple[int, ...]:
         """How many this rank has begun in each group."""
-        return tuple(num_collectives(group) for group in self._ranks.groups)
+        return tuple(num_collectives(group) for group in self._ranks.groups.values())
 
     def end(self) -> None:
         """Gives the process group up."""

@@ -25,11 +25,11 @@ class TuningHooks(CheckpointHooks):
             rank=self.global_rank,
             world_size=self.world_size,
             num_data_ranks=self.num_data_ranks,
-            layout=str(self.layout),
+            layout=self.layout,
             device=self.root_device,
-            groups=list(self._groups.values()),
+            groups=self._groups,
             timeout=self._timeout or default_pg_timeout,
-            mean=self.reduce,
+            reduce=self.reduce,
         )
 
     @override
@@ -41,7 +41,7 @@ class TuningHooks(CheckpointHooks):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """As that of :class:`CheckpointHooks`; a finder's begins a search."""
-        filepath = self._tuning.begin(filepath, self._trainer, self._search_ranks, self._last_step)
+        filepath = self._tuning.begin(filepath, self._trainer, self._search_ranks(), self._last_step)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

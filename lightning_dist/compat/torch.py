@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
+from torch.distributed import _functional_collectives
 
 from lightning_dist.compat.names import hands_on, name_of, uses
 
 # --- logs, data, elastic ---
 
+functional_collectives = _functional_collectives
 hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
 
 RANK_NOT_IN_GROUP = name_of(
@@ -39,26 +39,26 @@ def hooks_after_accumulation(parameter: nn.Parameter) -> Iterable[Any]:
     return (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
 
 
-class KeepsWorkers:
-    """For what is iterated in the place of a ``DataLoader``: its iterator is seen, by which Lightning ends its workers.
+class StandsForLoader:
+    """Shows Lightning the iterator of a ``DataLoader`` in whose place it is iterated, by which it ends the workers.
 
     Args:
-        kept: the loader.
+        loader: the user's.
     """
 
-    def __init__(self, kept: Any) -> None:
-        self._kept_loader = kept
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
 
     @property
     @uses("torch.utils.data.DataLoader._iterator")
     def _iterator(self) -> Any:
         """Shows Lightning the iterator of the loader itself."""
-        return getattr(self._kept_loader, "_iterator", None)
+        return getattr(self.loader, "_iterator", None)
 
     @_iterator.setter
     def _iterator(self, value: Any) -> None:
-        if hasattr(self._kept_loader, "_iterator"):
-            self._kept_loader._iterator = value
+        if hasattr(self.loader, "_iterator"):
+            self.loader._iterator = value
 
 
 def forget_iterator(loader: Any) -> None:

@@ -29,17 +29,18 @@ from lightning_dist.automatic import choose_layout
 from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files
-from lightning_dist.fabric.loaders import Injected, deal_injected, seed_workers
+from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
 from lightning_dist.fabric.module import InLayout, bare, users_compile_options
 from lightning_dist.fabric.processes import FabricRanks, StartMethod
 from lightning_dist.layout import Layout
 from lightning_dist.logs import attach_metrics
 from lightning_dist.parallel import Checkpointing, flat_broadcast, parallelize, refuse_no_blocks
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
-from lightning_dist.refusals import refuse_lazy, refuse_lost_hooks, refuse_mixed_vector, refuse_wrappers
+from lightning_dist.validation import validate_kept_hooks, validate_lbfgs, validate_no_lazy, validate_parameter_kinds
 
 
 class HybridFabricStrategy(FabricRanks):
@@ -142,7 +143,7 @@ class HybridFabricStrategy(FabricRanks):
     @override
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
         if self.num_data_ranks > 1:
-            deal_injected(dataloader, self.num_data_ranks, self.data_rank)
+            shard_injected(dataloader, self.num_data_ranks, self.data_rank)
         seed_workers(dataloader, self.global_rank, self.data_rank)
         return dataloader
 
@@ -179,9 +180,9 @@ class HybridFabricStrategy(FabricRanks):
         refuse_no_blocks(module, blocks, self.activation_checkpointing)
         division = self._tensor_options.divide(module, layout.tp, blocks)
         if self.mesh is not None:
-            refuse_lazy(module)
+            validate_no_lazy(module)
             _refuse_again(module)
-            refuse_wrappers(module, layout, parameter_splits(division.plan) if division else ())
+            validate_parameter_kinds(module, layout, parameter_splits(division.plan) if division else ())
             ranks.share_random_state(self.root_device)
             if layout.holds_shards:
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
@@ -203,14 +204,14 @@ class HybridFabricStrategy(FabricRanks):
         )
         if self.mesh is None:
             return module
-        refuse_lost_hooks(module, hooked)
+        validate_kept_hooks(module, hooked)
         hooked.clear()
         parallel.reshard()
         replaced.exchange(module, [SimpleNamespace(optimizers=made_before)])
         divide(module)
         parallel.show()
         show_parts_to_compiled(module)
-        attach_metrics(module, self.mesh.data.get_group())
+        attach_metrics(module, self.mesh.data.get_group(), Patches())
         _mark(module)
         ranks.part_random_streams(self.data_rank)
         return InLayout(module, parallel, self.mesh, self._takes_part)
@@ -236,7 +237,7 @@ class HybridFabricStrategy(FabricRanks):
         if self.mesh is None:
             return optimizer
         assert self.layout is not None
-        refuse_mixed_vector(optimizer)
+        validate_lbfgs(optimizer)
         optimizers.settle(optimizer)
         if self.layout.holds_shards:
             optimizers.refuse_inexact(optimizer, self.layout, self.root_device)

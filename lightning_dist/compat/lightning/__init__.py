@@ -1,0 +1,3 @@
+"""Private names of Lightning."""
+
+from lightning_dist.compat.lightning.logs import *
