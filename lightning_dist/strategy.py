@@ -53,14 +53,15 @@ from lightning_dist.parallel import (
 from lightning_dist.parallel.equal import make_copies_equal
 from lightning_dist.parallel.pipeline import (
     BatchSplit,
-    Cut,
-    Pipelined,
+    PartitionedModule,
     PipelineOptions,
-    cut_module,
-    cut_of,
+    PipelineRunner,
+    partition_module,
+    partition_of,
     plan_stages,
 )
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Division, Styles, TensorOptions, parameter_splits
@@ -402,7 +403,7 @@ class HybridStrategy(TuningHooks):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        stage = self._parallel.place if isinstance(self._parallel, Pipelined) else None
+        stage = self._parallel.place if isinstance(self._parallel, PipelineRunner) else None
         self._logs = StepLogs(trainer, self._monitored(trainer), self.logs_group, self._dealt, stage)
         self._logs.attach()
         if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
@@ -431,7 +432,7 @@ class HybridStrategy(TuningHooks):
     @property
     def sharded_units(self) -> list[str]:
         """Names of the modules that are sharded one by one."""
-        parallel = self._parallel.inner if isinstance(self._parallel, Pipelined) else self._parallel
+        parallel = self._parallel.inner if isinstance(self._parallel, PipelineRunner) else self._parallel
         return list(parallel.units) if isinstance(parallel, Sharded) else []
 
     def _own_clipping(self) -> None:
@@ -459,7 +460,9 @@ class HybridStrategy(TuningHooks):
         if self.world_size > 1:
             refuse_lazy(module)
         self._sync_batchnorm(training)
-        was_cut = cut_of(module) is not None  # its ranks hold different parameters by now, and placeholders for others
+        was_cut = (
+            partition_of(module) is not None
+        )  # its ranks hold different parameters by now, and placeholders for others
         if not was_cut:
             self.precision_plugin.convert_module(module)
         if self.layout is None:
@@ -485,7 +488,7 @@ class HybridStrategy(TuningHooks):
         blocks = self._blocks(module)
         hooked = {name: p for name, p in module.named_parameters() if _has_hooks(p)}
         replaced = Replaced(module)
-        cut = self._cut(module, list(blocks)) if self.layout.pp > 1 else None
+        partitioned = self._partition(module, list(blocks)) if self.layout.pp > 1 else None
         self.recomputed_blocks = list(blocks) if training and self.activation_checkpointing != "none" else []
         self._parallel = parallelize(
             module,
@@ -498,8 +501,9 @@ class HybridStrategy(TuningHooks):
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_options,
             training=training,
-            cut=cut,
+            partitioned=partitioned,
             pipeline_options=self._pipeline_options,
+            patches=Patches(),
         )
         refuse_lost_hooks(module, hooked)
         self._parallel.reshard()
@@ -519,7 +523,7 @@ class HybridStrategy(TuningHooks):
         """Who may have collected parameters of the module before it was divided."""
         return [*trainer.callbacks, *filter(None, [trainer.datamodule])]
 
-    def _cut(self, module: pl.LightningModule, blocks: list[str]) -> Cut:
+    def _partition(self, module: pl.LightningModule, blocks: list[str]) -> PartitionedModule:
         """Leaves this rank the stages of the pipeline that are its own."""
         assert self.mesh is not None
         assert self.layout is not None
@@ -527,16 +531,17 @@ class HybridStrategy(TuningHooks):
         if self._recorded is not None and any(buffer.is_meta for buffer in module.buffers()):
             # what depends on no parameter is traced for real
             self._recorded.materialize(module, device=self.root_device, parameters=False)
-        return cut_module(
+        return partition_module(
             module,
             module.trainer,
             self._pipeline_options,
             self.mesh.root["pp"].get_group(),
             blocks,
-            together=[] if self.division is None else list(self.division.plan),
+            undivided=[] if self.division is None else list(self.division.plan),
             keep_whole=self._keeps_blocks_whole(self.layout),
             device=self.root_device,
             dtype=policy.param_dtype if self.layout.dp_shard > 1 else None,
+            patches=Patches(),
         )
 
     def _keeps_blocks_whole(self, layout: Layout) -> bool:
@@ -546,7 +551,7 @@ class HybridStrategy(TuningHooks):
 
     def pipeline_report(self) -> PipelineReport | None:
         """Of the stages, once the strategy has been set up; None without a pipeline."""
-        if not isinstance(self._parallel, Pipelined):
+        if not isinstance(self._parallel, PipelineRunner):
             return None
         return PipelineReport.of(self._parallel.module, self._parallel.stages, self._pipeline_options)
 
@@ -556,7 +561,7 @@ class HybridStrategy(TuningHooks):
             self._layer_sync.apply(self.model)
 
     def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
-        cut = cut_of(module)
+        cut = partition_of(module)
         if cut is not None:
             assert self.layout is not None
             cut.refuse_other(0 if self.mesh is None else self.mesh.root["pp"].get_local_rank(), self.layout.pp)

@@ -102,9 +102,9 @@ def _write(tree: dict[str, Any], path: Path, advance: Callable[[int], None]) -> 
                 fakes[id(value)] = torch.empty(value.shape, dtype=value.dtype)
         return fakes[id(value)]
 
-    skeleton = map_leaves(tree, stand_in)
+    fake_module = map_leaves(tree, stand_in)
     with torch.serialization.skip_data(materialize_fake_tensors=True), path.open("wb") as file:
-        torch.save(skeleton, file)
+        torch.save(fake_module, file)
     with FakeTensorMode(allow_non_fake_inputs=True):
         # made just now, by us: what it holds was admitted when the source was opened
         written = torch.load(path, weights_only=False)

@@ -36,6 +36,7 @@ from lightning_dist.layout import Layout
 from lightning_dist.logs import attach_metrics
 from lightning_dist.parallel import Checkpointing, flat_broadcast, parallelize, refuse_no_blocks
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
@@ -200,6 +201,7 @@ class HybridFabricStrategy(FabricRanks):
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_of(),
             training=True,
+            patches=Patches(),
         )
         if self.mesh is None:
             return module
