@@ -109,12 +109,12 @@ def _explain(options: argparse.Namespace) -> None:
     sys.path.insert(0, os.getcwd())  # as for python -m
     names_class = bool(options.what) and ":" in options.what[0] and "=" not in options.what[0]
     subject = _subject_of_class(options) if names_class else _subject_of_recipe(options)
-    strategy = subject.strategy
+    strategy, first_batch = subject.strategy, subject.first_batch
     if not isinstance(strategy, HybridStrategy):
         raise ValueError(f"{type(strategy).__name__} has no layout to explain; choose strategy=hybrid")
     num_ranks = options.ranks or subject.num_ranks
     module = build_deferred(subject.make)
-    batch = subject.first_batch() if subject.first_batch is not None and strategy.cuts(num_ranks) else None
+    batch = first_batch() if first_batch is not None and strategy.ranks.has_pipeline(num_ranks) else None
     strategy.explain(module, num_ranks, batch).print()
 
 

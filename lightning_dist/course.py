@@ -127,7 +127,7 @@ class Course:
         combined = self.trainer.fit_loop._combined_loader
         assert combined is not None
         length = sized_len(combined)
-        dealt = all(data.deals_alike for data in self.trainer.strategy._begun)  # type: ignore[attr-defined]
+        dealt = all(data.deals_alike for data in self.trainer.strategy.resume.training_data)  # type: ignore[attr-defined]
         # as many on all ranks, or not known
         least, most = (-1, -1) if length is None else (-length, length)
         lengths = torch.tensor([least, most], device=self._device)

@@ -56,6 +56,11 @@ def refuse_lost_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> Non
             )
 
 
+def has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether a user's hook runs when the parameter's gradient is there."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def refuse_early_hooks(module: pl.LightningModule, layout: Layout) -> None:
     """Raises where a hook on a plain parameter's gradient would run before the data ranks have averaged it.
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import convert_to_tensors, move_data_to_device
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_structure
+
+from lightning_dist.pytree import tree_flatten, tree_map, tree_structure
 
 _EVEN_HOOKS = ("on_train_epoch_end", "on_train_end")
 """While training, only here may ranks hold different numbers of rows: batches have as many."""

@@ -63,6 +63,12 @@ def hands_on(path: str, purpose: str) -> None:
     REGISTER.append(PrivateName(path, purpose, path.rpartition(".")[2]))
 
 
+def name_of(path: str, purpose: str) -> str:
+    """Registers a private name, and gives its last part: of a method that is patched, say."""
+    hands_on(path, purpose)
+    return path.rpartition(".")[2]
+
+
 def _is_there(path: str) -> bool:
     names = path.split(".")
     for length in range(len(names), 0, -1):

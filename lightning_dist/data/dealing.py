@@ -16,12 +16,12 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_dataset
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_dist.checkpoint.agreement import from_rank_zero
+from lightning_dist.collectives import broadcast_object
 from lightning_dist.data.samplers import Dealt, DealtBatches, DealtSampler, SeededBatches
-from lightning_dist.randomness import seed_generators
+from lightning_dist.pytree import tree_leaves
+from lightning_dist.random_states import seed_generators
 
 
 def share_generator(loader: object) -> None:
@@ -33,7 +33,7 @@ def share_generator(loader: object) -> None:
     own = [getattr(loader, "generator", None), None if dealt is None else dealt.generator]
     for generator in {id(generator): generator for generator in own}.values():
         if isinstance(generator, torch.Generator):
-            generator.set_state(from_rank_zero(generator.get_state()))
+            generator.set_state(broadcast_object(generator.get_state()))
 
 
 def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_dist.data.dealing import dealt_by, items_of_batch, loader_seed
 from lightning_dist.data.streams import DealtStream
-from lightning_dist.randomness import CPU, RandomStates, kept_random_states
+from lightning_dist.random_states import CPU, RandomStates, kept_random_states
 
 
 class TrainingData:

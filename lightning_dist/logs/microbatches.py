@@ -10,11 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lightning_dist.logs.metrics import metrics_in
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import tree_leaves
 
 
 @dataclass

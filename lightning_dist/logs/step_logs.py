@@ -231,7 +231,7 @@ class StepLogs(JointResults):
     @property
     def _deals_alike(self) -> bool:
         strategy: Any = self.trainer.strategy
-        return all(data.deals_alike for data in strategy._begun)
+        return all(data.deals_alike for data in strategy.resume.training_data)
 
     def _on_batch_start(self, own: Any, batch: Any, dataloader_idx: int | None = None) -> None:
         own(batch, dataloader_idx)

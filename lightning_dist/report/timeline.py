@@ -72,7 +72,8 @@ class PipelineTimeline(Callback):
 
 
 def _pipelined(trainer: pl.Trainer) -> Pipelined | None:
-    return getattr(trainer.strategy, "pipeline_runner", None)  # another strategy has none
+    parallel = getattr(getattr(trainer.strategy, "module_setup", None), "runner", None)
+    return parallel if isinstance(parallel, Pipelined) else None
 
 
 def waiting(by_rank: list[list[Event]]) -> float:
