@@ -14,31 +14,37 @@ from rich.table import Table
 
 from lightning_dist.compat import names
 
-OTHERS = ("__init__", "__main__", "names")
+FOLDER = Path(__file__).parent
+REGISTERING = ("uses", "hands_on", "name_of")
+OTHERS = [FOLDER / name for name in ("__init__.py", "__main__.py", "names.py")]
 """Files of ``compat`` that touch no other project."""
 
 
 def find_gone() -> list[names.PrivateName]:
     """The registered names that the installed releases lack, also of a file that no longer imports for that."""
     gone = []
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        if file.stem in OTHERS:
-            continue
+    for file in sorted(set(FOLDER.rglob("*.py")) - set(OTHERS)):
+        path = ".".join(file.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__")
         try:
-            importlib.import_module(f"lightning_dist.compat.{file.stem}")
+            importlib.import_module(f"lightning_dist.compat.{path}")
         except (ImportError, AttributeError) as error:
             lost = [name for name in registered_in(file) if not name.is_there()]
-            project = "torch" if file.stem == "fsdp" else file.stem
-            gone += lost or [names.PrivateName(project, f"{type(error).__name__}: {error}", f"compat/{file.name}")]
+            what = f"{type(error).__name__}: {error}"
+            gone += lost or [names.PrivateName(_project(path), what, f"compat/{file.name}")]
     return list(dict.fromkeys(gone + [name for name in names.REGISTER if not name.is_there()]))
+
+
+def _project(path: str) -> str:
+    first = path.partition(".")[0]
+    return {"fsdp": "torch", "fabric": "lightning"}.get(first, first)
 
 
 def registered_in(file: Path) -> Iterator[names.PrivateName]:
     """What a file registers by :func:`~lightning_dist.compat.names.uses` and ``hands_on``, without importing it."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("uses", "hands_on"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in REGISTERING:
             texts = [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
-            purpose = texts.pop() if node.func.id == "hands_on" else ""
+            purpose = texts.pop() if node.func.id != "uses" else ""
             yield from (names.PrivateName(path, purpose, f"compat/{file.name}") for path in texts)
 
 

@@ -32,7 +32,7 @@ def test_a_file_that_does_not_import_tells_all_that_it_lacks(tmp_path: Path, mon
         f"hands_on('torch.nn._lost', 'is used')\n@uses('{THERE.path}', '{GONE.path}')\ndef f(): ...\n"
     )
     monkeypatch.setattr(names, "REGISTER", [])
-    monkeypatch.setattr(command, "__file__", str(tmp_path / "__main__.py"))
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
     monkeypatch.setattr(command.importlib, "import_module", _fails(command.importlib.import_module))
     assert [(name.path, name.user) for name in command.find_gone()] == [
         ("torch.nn._lost", "compat/torch.py"),
