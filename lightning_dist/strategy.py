@@ -35,7 +35,6 @@ from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import Styles, TensorOptions
 from lightning_dist.ranks import LayoutRanks
-from lightning_dist.refusals import refuse, warn_of_axes_across_nodes
 from lightning_dist.report import LayoutReport
 from lightning_dist.trainer.checkpoints import Checkpoints, Format
 from lightning_dist.trainer.coordination import Coordination
@@ -45,6 +44,7 @@ from lightning_dist.trainer.optimization import Optimization
 from lightning_dist.trainer.resume import Resume
 from lightning_dist.trainer.steps import Steps
 from lightning_dist.tuning import Tuning, validate_tuner
+from lightning_dist.validation import validate_trainer, warn_of_axes_across_nodes
 
 
 @private.told_of_module
@@ -356,8 +356,8 @@ class HybridStrategy(ParallelStrategy):
     def _refuse(self, module: pl.LightningModule) -> None:
         """Raises before process groups form."""
         if self._compiled is not None:
-            self._compiled.refuse(self.layout)
-        refuse(module.trainer, self.layout, self.root_device)
+            self._compiled.validate(self.layout)
+        validate_trainer(module.trainer, self.layout, self.root_device)
         self.module_setup.refuse_what_cannot_split(module)
         if self.layout is not None:
             self._module_options.pipeline.refuse(self.layout.pp)
@@ -396,7 +396,7 @@ class HybridStrategy(ParallelStrategy):
         self.steps.attach()
         self.coordination.attach(trainer, {str(c.monitor) for c in self.lr_scheduler_configs}, self._setup_patches)
         if self._compiled is not None:
-            self._compiled.refuse(self.layout)
+            self._compiled.validate(self.layout)
         self._compile_again()
         if not training:
             self.ranks.part_random_streams()

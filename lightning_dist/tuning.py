@@ -25,7 +25,7 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import num_collectives
-from lightning_dist.data.dealing import dealt_by
+from lightning_dist.data.sharding import distributed_sampler
 from lightning_dist.parallel import Alone, Replicated
 from lightning_dist.patches import Patches
 from lightning_dist.random_states import RandomStates
@@ -60,7 +60,7 @@ class Tuning:
         Args:
             path: of the checkpoint on this rank.
             trainer: that saves.
-            ranks: of the run.
+            ranks: that save.
             position: of the training when it begins, which :meth:`end` and :meth:`leave` give back.
 
         Returns:
@@ -163,10 +163,10 @@ class Search:
     def _with_own_length(self, set_up: Callable[[], None]) -> None:
         """Wraps Lightning's method: its finder stops at a batch of the whole data set, here of a rank's part."""
         set_up()
-        combined = private.combined_loader(self._loop)
+        combined = private.loaders_of(self._loop)
         if combined is None or private.DATASET_LENGTH in vars(combined):
             return
-        if any(dealt_by(loader) is not None for loader in combined.flattened):
+        if any(distributed_sampler(loader) is not None for loader in combined.flattened):
             self._patches.wrap(combined, private.DATASET_LENGTH, lambda whole: -(-whole() // self.ranks.num_data_ranks))
 
     def watch_losses(self) -> None:
@@ -186,7 +186,7 @@ class Search:
 
     def begin_data_again(self) -> None:
         """The training's loaders begin as if nothing had been drawn; as the finder of a learning rate does itself."""
-        private.drop_combined_loader(self._loop)
+        private.forget_loaders(self._loop)
         self._loop.setup_data()
 
     def end(self) -> None:

@@ -82,6 +82,12 @@ def num_collectives(group: dist.ProcessGroup) -> int:
     return group._get_sequence_number_for_group()  # type: ignore[attr-defined]
 
 
+@uses("torch.Tensor._backward_hooks")
+def has_backward_hooks(tensor: Tensor) -> bool:
+    """Whether ``register_hook`` was called on a tensor."""
+    return bool(tensor._backward_hooks)
+
+
 @uses("torch.Tensor._post_accumulate_grad_hooks")
 def hooks_after_accumulation(parameter: nn.Parameter) -> Iterable[Any]:
     """The hooks of ``register_post_accumulate_grad_hook``."""
@@ -298,3 +304,28 @@ def is_plain_feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDeco
     """Whether a transformer layer of torch runs its two dense layers as torch wrote it, not as a subclass did."""
     plain = (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
     return type(layer)._ff_block in plain
+
+
+# --- logs, data, elastic ---
+
+
+class StandsForLoader:
+    """Shows Lightning the iterator of a ``DataLoader`` in whose place it is iterated, by which it ends the workers.
+
+    Args:
+        loader: the user's.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    @property
+    @uses("torch.utils.data.DataLoader._iterator")
+    def _iterator(self) -> Any:
+        """Shows Lightning the iterator of the loader itself."""
+        return getattr(self.loader, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        if hasattr(self.loader, "_iterator"):
+            self.loader._iterator = value

@@ -32,7 +32,7 @@ from lightning_dist.compat.lightning import Path
 from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files
-from lightning_dist.fabric.loaders import Injected, deal_injected, seed_workers
+from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
 from lightning_dist.fabric.module import InLayout, bare, users_compile_options
 from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout, ParallelMesh
@@ -45,7 +45,13 @@ from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.random_states import share_random_state
 from lightning_dist.ranks import LayoutRanks
-from lightning_dist.refusals import has_hooks, refuse_lazy, refuse_lost_hooks, refuse_mixed_vector, refuse_wrappers
+from lightning_dist.validation import (
+    has_hooks,
+    validate_kept_hooks,
+    validate_lbfgs,
+    validate_no_lazy,
+    validate_parameter_kinds,
+)
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -245,7 +251,7 @@ class HybridFabricStrategy(ParallelStrategy):
     @override
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
         if self.num_data_ranks > 1:
-            deal_injected(dataloader, self.num_data_ranks, self.data_rank)
+            shard_injected(dataloader, self.num_data_ranks, self.data_rank)
         seed_workers(dataloader, self.global_rank, self.data_rank)
         return dataloader
 
@@ -282,9 +288,11 @@ class HybridFabricStrategy(ParallelStrategy):
         refuse_no_blocks(module, blocks, self.activation_checkpointing)
         sharding_plan = self._tensor_options.sharding_plan(module, layout.tp, blocks)
         if self.mesh is not None:
-            refuse_lazy(module)
+            validate_no_lazy(module)
             _refuse_again(module)
-            refuse_wrappers(module, layout, parameter_splits(sharding_plan.tensor_plan) if sharding_plan else ())
+            validate_parameter_kinds(
+                module, layout, parameter_splits(sharding_plan.tensor_plan) if sharding_plan else ()
+            )
             share_random_state(self.root_device)
             if layout.holds_shards:
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
@@ -307,14 +315,14 @@ class HybridFabricStrategy(ParallelStrategy):
         )
         if self.mesh is None:
             return module
-        refuse_lost_hooks(module, hooked)
+        validate_kept_hooks(module, hooked)
         hooked.clear()
         parallel.reshard()
         replaced.exchange(module, [SimpleNamespace(optimizers=made_before)])
         divide(module)
         parallel.show()
         show_parts_to_compiled(module)
-        attach_metrics(module, self.mesh.data.get_group())
+        attach_metrics(module, self.mesh.data.get_group(), self._patches)
         _mark(module)
         self.ranks.part_random_streams()
         return InLayout(module, parallel, self.mesh, self._takes_part)
@@ -341,7 +349,7 @@ class HybridFabricStrategy(ParallelStrategy):
         if self.mesh is None:
             return optimizer
         assert self.layout is not None
-        refuse_mixed_vector(optimizer)
+        validate_lbfgs(optimizer)
         optimizers.settle(optimizer)
         if self.layout.holds_shards:
             optimizers.refuse_inexact(optimizer, self.layout, self.root_device)

@@ -11,15 +11,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_dist.course import Course
-from lightning_dist.gathering import all_gather, refuse_uneven
-from lightning_dist.logs import StepLogs, attach_metrics
+from lightning_dist.control_flow import ControlFlow
+from lightning_dist.gathering import UnevenAllGather, all_gather, validate_even
+from lightning_dist.logs import StepLogs, attach_logs, attach_metrics
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.loaders import Loaders
 from lightning_dist.trainer.module_setup import ModuleSetup
 from lightning_dist.trainer.resume import Resume
-from lightning_dist.uneven import Gathering
 from lightning_dist.world_calls import WorldCalls
 
 
@@ -37,7 +36,7 @@ class Coordination:
         self._ranks, self._loaders, self._setup, self._resume = ranks, loaders, setup, resume
         self._trainer: Any = None
         self._logs: StepLogs | None = None
-        self._course: Course | None = None
+        self._control_flow: ControlFlow | None = None
         self._world_calls: WorldCalls | None = None
         """Where several ranks see the same samples."""
 
@@ -50,32 +49,31 @@ class Coordination:
             patches: of what is set up.
         """
         self._trainer, ranks, setup = trainer, self._ranks, self._setup
-        patches.also(self._detach)
+        self._logs = self._control_flow = self._world_calls = None
         names = monitored | _monitored(trainer)
-        self._logs = StepLogs(trainer, names, ranks.logs_group, self._loaders.dealt, setup.stage)
-        self._logs.attach()
+        self._logs = attach_logs(
+            trainer, patches, names, ranks.logs_group, self._loaders.dealt, setup.stage, self._resume.is_even
+        )
         if trainer.state.fn == TrainerFn.FITTING and ranks.world_size > 1:
             assert setup.runner is not None
-            self._course = Course(trainer, setup.runner, ranks.device, ranks.timeout)
-            self._course.attach()
-        if ranks.logs_group is not None:
-            attach_metrics(trainer.lightning_module, ranks.logs_group)
+            self._control_flow = ControlFlow(trainer, setup.runner, ranks.device, ranks.timeout, self._resume.is_even)
+            self._control_flow.attach(patches)
         module, group = trainer.lightning_module, ranks.data_group
+        if ranks.logs_group is not None:
+            attach_metrics(module, ranks.logs_group, patches)
         if group is not None and ranks.num_data_ranks > 1 and "all_gather" not in vars(module):
-            patches.set(module, "all_gather", Gathering(module, group, self._counts))
+            patches.set(module, "all_gather", UnevenAllGather(module, group, self._counts))
         if ranks.layout is not None and ranks.world_size > ranks.num_data_ranks:
             self._world_calls = WorldCalls(ranks.layout)
-            self._world_calls.attach()
+            self._world_calls.attach(patches)
+        patches.also(self._detach)
 
     def _counts(self) -> bool:
         """Whether the batch that runs is this rank's own."""
         return self._logs is None or not self._logs.repeats
 
     def _detach(self) -> None:
-        for part in (self._world_calls, self._course, self._logs):
-            if part is not None:
-                part.detach()
-        self._logs = self._course = self._world_calls = None
+        self._logs = self._control_flow = self._world_calls = None
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
@@ -87,8 +85,8 @@ class Coordination:
 
     def before_batch(self) -> None:
         """A training batch begins."""
-        if self._course is not None:
-            self._course.before_batch()
+        if self._control_flow is not None:
+            self._control_flow.before_batch()
 
     def note_place(self, name: str) -> None:
         """Somebody reads ``global_rank`` or ``world_size``, which count ranks with the same samples."""
@@ -115,7 +113,7 @@ class Coordination:
         if self._world_calls is not None:
             self._world_calls.note_gather()
         if group is not None and self._trainer is not None and self._trainer.state.finished:
-            refuse_uneven(tensor, group)  # rows that an evaluation left; its own all_gather is gone with it
+            validate_even(tensor, group)  # rows that an evaluation left; its own all_gather is gone with it
         return tensor if group is None else all_gather(tensor, group, sync_grads)
 
 

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 
 from lightning_dist.compat import lightning as private
 from lightning_dist.data import (
-    DealtBatches,
-    DealtStream,
-    deal,
-    deal_stream,
-    dealt_batches,
+    DistributedBatches,
+    DistributedStream,
+    distributed_batches,
     is_stream,
     seed_loader,
+    shard_loader,
+    shard_stream,
     share_generator,
 )
 from lightning_dist.patches import Patches
@@ -72,7 +72,7 @@ class Loaders:
         if wanted and is_stream(dataloader):
             dataloader = self._deal_stream(dataloader, mode)
         elif wanted and isinstance(dataloader, DataLoader):
-            dataloader = deal(dataloader, ranks.num_data_ranks, ranks.data_rank, mode)
+            dataloader = shard_loader(dataloader, ranks.num_data_ranks, ranks.data_rank, mode)
             share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, ranks.data_rank)
@@ -89,7 +89,7 @@ class Loaders:
         private.show_loaders(combined, [self._shown(loader) for loader in loaders])
 
     def _shown(self, loader: Any) -> Any:
-        return self._prepared.get(loader, loader) if isinstance(loader, (DataLoader, DealtStream)) else loader
+        return self._prepared.get(loader, loader) if isinstance(loader, (DataLoader, DistributedStream)) else loader
 
     def _deal_stream(self, loader: object, mode: RunningStage) -> object:
         ranks = self._ranks
@@ -102,8 +102,8 @@ class Loaders:
         if ranks.data_group is None or ranks.num_data_ranks == 1:
             return loader
         is_training = mode == RunningStage.TRAINING
-        dealt = deal_stream(loader, ranks.num_data_ranks, ranks.data_rank, ranks.data_group, is_training)
-        if isinstance(dealt, DealtStream) and isinstance(loader, DataLoader):
+        dealt = shard_stream(loader, ranks.num_data_ranks, ranks.data_rank, ranks.data_group, is_training)
+        if isinstance(dealt, DistributedStream) and isinstance(loader, DataLoader):
             seed_loader(loader, data_rank=0)  # every rank reads the same stream
             share_generator(loader)
         return dealt
@@ -119,7 +119,7 @@ class Loaders:
             return
         limits = private.limits_of(loop)
         for index, loader in enumerate(combined.flattened):
-            dealt = loader if isinstance(loader, DealtStream) else dealt_batches(loader)
+            dealt = loader if isinstance(loader, DistributedStream) else distributed_batches(loader)
             if dealt is not None:
                 limits[index] = dealt.limit(limits[index])
         self.show(combined, combined.flattened)
@@ -131,13 +131,13 @@ class Loaders:
         self._num_evaluated += 1
         return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
 
-    def dealt(self, dataloader_idx: int) -> DealtBatches | DealtStream | None:
+    def dealt(self, dataloader_idx: int) -> DistributedBatches | DistributedStream | None:
         """The batches of an evaluation loader that are this rank's; None where the user deals them."""
         combined = private.loaders_of(private.evaluation_loop(self._trainer))
         loaders = combined.flattened if combined is not None else []
         if combined is None or dataloader_idx >= len(loaders):
             return None
-        dealt = [loader if isinstance(loader, DealtStream) else dealt_batches(loader) for loader in loaders]
+        dealt = [loader if isinstance(loader, DistributedStream) else distributed_batches(loader) for loader in loaders]
         if private.mode_of(combined) == "sequential":
             return dealt[dataloader_idx]
         # a batch of all loaders is this rank's own for as long as that of the longest is

@@ -40,17 +40,17 @@ from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
-from lightning_dist.refusals import (
+from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
+from lightning_dist.validation import (
     has_hooks,
     has_lazy_parameters,
-    refuse,
-    refuse_lazy,
-    refuse_lost_hooks,
-    refuse_new_parameters,
-    refuse_unknown,
-    refuse_wrappers,
+    validate_built,
+    validate_kept_hooks,
+    validate_no_lazy,
+    validate_no_new_parameters,
+    validate_parameter_kinds,
+    validate_trainer,
 )
-from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
 
 ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
@@ -167,7 +167,7 @@ class ModuleSetup:
             rank_zero_warn(f"{error} It is now built whole on every rank before it is sharded.")
             self._recorded = None
             module.configure_model()
-            refuse_unknown(module)
+            validate_built(module)
         else:
             self._recorded.bind(module)
 
@@ -196,16 +196,18 @@ class ModuleSetup:
         """
         self._module = module
         if self._ranks.world_size > 1:
-            refuse_lazy(module)
+            validate_no_lazy(module)
         was_cut = cut_of(module) is not None  # its ranks hold different parameters by now, and placeholders for others
         if not was_cut:
             precision.convert_module(module)
         layout = self._decide_layout(module)
         self._refuse_other_mesh(module)
         self.sharding_plan = self._plan(module)
-        refuse_wrappers(module, layout, parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ())
+        validate_parameter_kinds(
+            module, layout, parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ()
+        )
         if was_cut or any(isinstance(p, DTensor) for p in module.parameters()):
-            refuse_new_parameters(module, self.known_parameters)
+            validate_no_new_parameters(module, self.known_parameters)
         else:
             self._give_all_ranks_the_same(module, layout, training)
         if not layout.defers:
@@ -242,7 +244,7 @@ class ModuleSetup:
             cut=cut,
             pipeline_options=options.pipeline,
         )
-        refuse_lost_hooks(module, hooked)
+        validate_kept_hooks(module, hooked)
         runner.reshard()
         self._materialize(module)
         hooked.clear()
@@ -279,7 +281,7 @@ class ModuleSetup:
             ranks.layout, self.reason = choose_layout(module, ranks.world_size, ranks.device, ranks.num_processes)
             ranks.form_mesh()
             private.show_mesh(module, None if ranks.mesh is None else ranks.mesh.root)
-            refuse(module.trainer, ranks.layout, ranks.device)
+            validate_trainer(module.trainer, ranks.layout, ranks.device)
         return ranks.layout
 
     def _refuse_other_mesh(self, module: pl.LightningModule) -> None:

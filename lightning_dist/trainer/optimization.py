@@ -22,8 +22,8 @@ from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.precision import make_agreeing
 from lightning_dist.ranks import LayoutRanks
-from lightning_dist.refusals import refuse_early_hooks, refuse_mixed_vector
 from lightning_dist.trainer.module_setup import ModuleSetup
+from lightning_dist.validation import validate_gradient_hooks, validate_lbfgs
 
 
 class Optimization:
@@ -69,7 +69,7 @@ class Optimization:
         Raises:
             ValueError: it would not do over parts what it does over whole parameters.
         """
-        refuse_mixed_vector(optimizer)
+        validate_lbfgs(optimizer)
         optimizers.settle(optimizer)
         if self._ranks.holds_shards:
             assert self._ranks.layout is not None
@@ -89,7 +89,7 @@ class Optimization:
         if mesh is None or layout is None or epoch == self._epoch_of_copies:
             return
         self._epoch_of_copies = epoch
-        refuse_early_hooks(module, layout)
+        validate_gradient_hooks(module, layout)
         parameters = held(module.parameters())
         shards = [p for p in parameters if layout.dp_shard > 1 and isinstance(p, DTensor)]
         if layout.num_data_ranks > 1:

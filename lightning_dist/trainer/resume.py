@@ -85,6 +85,10 @@ class Resume:
         patches.wrap(loop.epoch_loop, private.BEFORE_FETCH, self._before_fetch)
         patches.wrap(loop.epoch_loop, "on_run_start", self._before_epoch)
 
+    def is_even(self) -> bool:
+        """Whether each training batch has as many samples on every data rank, as all of them know."""
+        return all(data.is_even for data in self.training_data)
+
     # ------------------------------------------------------------------ while training
 
     def on_train_start(self) -> None:
@@ -190,11 +194,11 @@ class Resume:
     def _tell_of_other_orders(self, loaders: list[list[Any]]) -> None:
         """Where the ranks' samplers drew apart; said at a save, which has gathered what each drew."""
         for number, data in enumerate(self.training_data):
-            if data.dealt is None:
+            if data.order is None:
                 continue
             digests = {of_rank[number]["digest"] for of_rank in loaders if of_rank[number] is not None}
             if len(digests) > 1:
-                kind = type(getattr(data.dealt.source, "sampler", data.dealt.source)).__name__
+                kind = type(getattr(data.order.source, "sampler", data.order.source)).__name__
                 rank_zero_warn(
                     f"the data ranks drew different orders from the {kind} of training loader {number}, so an epoch "
                     "repeats samples and leaves others out; seed what it draws from alike on all ranks, or let it draw "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lightning_dist.data import refuse_different_batches
-from lightning_dist.logs import Uncounted
+from lightning_dist.data import validate_same_batches
+from lightning_dist.logs import RepeatedBatch
 from lightning_dist.parallel import Alone
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.coordination import Coordination
@@ -57,7 +57,7 @@ class Steps:
         if self._ranks.mesh is not None and step not in self._compared:
             self._compared.add(step)
             for axis in ("pp", "tp"):
-                refuse_different_batches(step, args, self._ranks.mesh.root[axis].get_group())
+                validate_same_batches(step, args, self._ranks.mesh.root[axis].get_group())
         with self.trial(), self._coordination.of_step():
             return self.runner.run(step, *args, **kwargs)
 
@@ -65,11 +65,11 @@ class Steps:
         """Each rank predicts its own batches, in order: batch i of data rank r is the loader's batch i * n + r."""
         module: Any = self.runner.module
         index = self._loaders.index_of_batch(args)
-        repeated = None if self._loaders.counts(*index) else Uncounted(module.trainer)
+        repeated = None if self._loaders.counts(*index) else RepeatedBatch(module.trainer)
         prediction = self.run("predict_step", args, kwargs)
         if repeated is None:
             return prediction
-        repeated.put_back()
+        repeated.undo()
         return self._loaders.drop_prediction(*index)
 
     def trial(self) -> AbstractContextManager[None]:

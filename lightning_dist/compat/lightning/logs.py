@@ -1,4 +1,4 @@
-"""Private names of Lightning around logged values, loops and finders."""
+"""Private names of Lightning around logged values, loops, loaders and finders."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.types import _Stateful as Stateful
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper as IndexBatchSamplerWrapper
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector as LoggerConnector
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata as Metadata
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection as ResultCollection
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric as ResultMetric
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Sync as Sync
-from lightning.pytorch.tuner.lr_finder import _LRCallback as LearningRateCallback
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _Metadata,
+    _ResultCollection,
+    _ResultMetric,
+    _Sync,
+)
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities.data import _extract_batch_size, _update_dataloader
 from torch import Tensor
 
@@ -28,6 +30,11 @@ from lightning_dist.compat.names import hands_on, name_of, uses
 _RESULT = "lightning.pytorch.trainer.connectors.logger_connector.result"
 _CONNECTOR = "lightning.pytorch.trainer.connectors.logger_connector.logger_connector._LoggerConnector"
 
+LoggerConnector = _LoggerConnector
+ResultCollection = _ResultCollection
+ResultMetric = _ResultMetric
+Metadata = _Metadata
+Sync = _Sync
 hands_on(_CONNECTOR, "Says when somebody is about to read logged values.")
 hands_on(f"{_RESULT}._ResultCollection", "Holds what a loop logs, by name.")
 hands_on(f"{_RESULT}._ResultMetric", "Holds one logged value; made where only other ranks logged it.")
@@ -165,13 +172,13 @@ def running_loop(trainer: pl.Trainer) -> Any:
 
 
 @uses(f"{_FIT}._combined_loader")
-def combined_loader(loop: Any) -> Any:
+def loaders_of(loop: Any) -> Any:
     """All loaders of a loop; None before they were asked for."""
     return loop._combined_loader
 
 
 @uses(f"{_FIT}._combined_loader")
-def drop_combined_loader(loop: Any) -> None:
+def forget_loaders(loop: Any) -> None:
     """Lets a loop ask for its loaders anew."""
     loop._combined_loader = None
 
@@ -210,12 +217,14 @@ def call_training_step(trainer: pl.Trainer, *args: Any) -> Any:
 
 # --- loaders ---
 
+Stateful = _Stateful
+IndexBatchSamplerWrapper = _IndexBatchSamplerWrapper
 hands_on("lightning.fabric.utilities.types._Stateful", "Tells what Lightning saves the state of.")
 hands_on("lightning.pytorch.overrides.distributed._IndexBatchSamplerWrapper", "Notes the indices while predicting.")
 
 
 @uses("lightning.pytorch.utilities.data._update_dataloader")
-def with_sampler(loader: Any, sampler: Any, stage: Any) -> Any:
+def with_sampler(loader: Any, sampler: Any, stage: Any = None) -> Any:
     """A loader made as this one was, of the user's own class also, with another sampler."""
     return _update_dataloader(loader, sampler, mode=stage)
 
@@ -228,6 +237,7 @@ def without_index_wrapper(batch_sampler: Any) -> Any:
 
 # --- callbacks ---
 
+LearningRateCallback = _LRCallback
 hands_on("lightning.pytorch.tuner.lr_finder._LRCallback", "Sees the losses of the finder of a learning rate.")
 
 
@@ -242,6 +252,7 @@ def is_of_tuner(finder: Any) -> bool:
 
 # --- trainer, strategies and launchers ---
 
+SubprocessScriptLauncher = _SubprocessScriptLauncher
 hands_on("lightning.pytorch.strategies.launchers._SubprocessScriptLauncher", "Starts the other processes of a script.")
 
 
@@ -258,12 +269,14 @@ def layer_sync(strategy: Any) -> Any:
 
 
 @uses("lightning.pytorch.LightningModule._compiler_ctx")
-def compiler_context(module: Any) -> dict[str, Any] | None:
-    """What Lightning keeps of ``torch.compile`` of a whole module; None of one that is not compiled."""
+def compiled_steps(module: Any) -> dict[str, Any] | None:
+    """What says how the steps of a module were compiled, where ``torch.compile`` was given the LightningModule."""
     return getattr(module, "_compiler_ctx", None)
 
 
 @uses("lightning.pytorch.LightningModule._compiler_ctx")
-def set_compiler_context(module: Any, context: dict[str, Any]) -> None:
-    """Makes Lightning take a module for compiled as a whole."""
+def compile_steps(module: Any, steps: Iterable[str], context: dict[str, Any]) -> None:
+    """Compiles the steps of a module as Lightning did."""
+    for step in steps:
+        setattr(module, step, context["dynamo_ctx"](getattr(module, step)))
     module._compiler_ctx = context

@@ -1,11 +1,10 @@
-"""What one rank decides of a training's course: all ranks do it, or all end."""
+"""What one rank decides of a training's control flow: all ranks do it, or all end."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,18 +12,20 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_dist.compat import lightning as private
+from lightning_dist.compat.torch import default_store
 from lightning_dist.elastic import guard
 from lightning_dist.parallel import Alone
+from lightning_dist.patches import Patches
 
 LONGEST_WAIT = timedelta(minutes=2)
 """For the other ranks, where one leaves a step or an epoch that they may be in."""
 
 
-class Course:
+class ControlFlow:
     """Keeps the ranks together where one of them stops, skips a step, or has no batch left.
 
     [Note: what is agreed]
@@ -32,7 +33,7 @@ class Course:
     broadcasts before each batch whether rank 0 was told to end (a SIGTERM); that broadcast is replaced by an all-reduce
     of both after the batch, so a step costs what it did.
 
-    Loaders that a user deals, of unknown or of different length, may end apart: where a rank has its last batch, the
+    Loaders that a user shards, of unknown or of different length, may end apart: where a rank has its last batch, the
     epoch ends for all. That is agreed on before the step, in an all-reduce that other loaders do not have.
 
     What has no collective to travel with is met about: a rank whose ``training_step`` returns None, or that leaves an
@@ -44,43 +45,39 @@ class Course:
         parallel: what gradients are reduced by.
         device: of the collectives.
         timeout: of collectives; the wait for others is at most :data:`LONGEST_WAIT`.
+        is_even: whether every data rank has as many training batches, since the strategy shards them.
 
     Communication: over the world, per batch one all-reduce of 8 bytes in place of a broadcast; the same once more
     around each epoch and validation.
     """
 
-    def __init__(self, trainer: pl.Trainer, parallel: Alone, device: torch.device, timeout: timedelta) -> None:
-        self.trainer, self._parallel, self._device = trainer, parallel, device
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        parallel: Alone,
+        device: torch.device,
+        timeout: timedelta,
+        is_even: Callable[[], bool],
+    ) -> None:
+        self.trainer, self._parallel, self._device, self._is_even = trainer, parallel, device, is_even
         self._longest_wait = min(timeout, LONGEST_WAIT)
-        self._shadows: list[tuple[Any, str, Any]] = []
         self._end_apart = False
         """Whether the training loaders may end on some ranks before they do on others, as all ranks know."""
         self._told_to_end = False
 
-    def attach(self) -> None:
-        """Starts to agree. Works around private parts of Lightning, as seen in 2.6.6."""
+    def attach(self, patches: Patches) -> None:
+        """Starts to agree, until an undo."""
         fit: Any = self.trainer.fit_loop
         epoch = fit.epoch_loop
-        connector: Any = self.trainer._logger_connector
-        self._shadow(fit, "run", partial(self._before, fit.run))
-        self._shadow(fit, "on_run_start", partial(self._after, fit.on_run_start))
-        self._shadow(fit, "on_advance_end", partial(self._after, fit.on_advance_end))
-        self._shadow(epoch, "on_run_start", partial(self._begin_epoch, epoch.on_run_start))
-        self._shadow(epoch.val_loop, "run", partial(self._after, epoch.val_loop.run))
-        self._shadow(epoch, "_broadcast_sigterm_tensor", self._end_if_told)
-        self._shadow(epoch, "advance", partial(self._advance, epoch.advance))
-        self._shadow(connector, "on_batch_end", partial(self._on_batch_end, connector.on_batch_end))
-        self._shadow(epoch.automatic_optimization, "_training_step", self._training_step)
-
-    def detach(self) -> None:
-        """Gives Lightning its methods back."""
-        for owner, name, before in reversed(self._shadows):
-            vars(owner).pop(name) if before is None else vars(owner).update({name: before})
-        self._shadows.clear()
-
-    def _shadow(self, owner: Any, name: str, method: Any) -> None:
-        self._shadows.append((owner, name, vars(owner).get(name)))
-        vars(owner)[name] = method
+        patches.wrap(fit, "run", self._before)
+        patches.wrap(fit, "on_run_start", self._after)
+        patches.wrap(fit, "on_advance_end", self._after)
+        patches.wrap(epoch, "on_run_start", self._begin_epoch)
+        patches.wrap(epoch.val_loop, "run", self._after)
+        patches.set(epoch, private.SIGTERM_BROADCAST, self._end_if_told)
+        patches.wrap(epoch, "advance", self._advance)
+        patches.wrap(private.logger_connector(self.trainer), "on_batch_end", self._on_batch_end)
+        patches.set(epoch.automatic_optimization, private.AUTOMATIC_STEP, self._training_step)
 
     # ------------------------------------------------------------------ stopping
 
@@ -124,16 +121,14 @@ class Course:
     def _begin_epoch(self, own: Callable[[Any], None], data_fetcher: Any) -> None:
         own(data_fetcher)
         self._agree()
-        combined = self.trainer.fit_loop._combined_loader
-        assert combined is not None
-        length = sized_len(combined)
-        dealt = all(data.deals_alike for data in self.trainer.strategy.resume.training_data)  # type: ignore[attr-defined]
+        length = sized_len(private.loaders_of(self.trainer.fit_loop))
         # as many on all ranks, or not known
         least, most = (-1, -1) if length is None else (-length, length)
         lengths = torch.tensor([least, most], device=self._device)
-        if not dealt:
+        is_even = self._is_even()
+        if not is_even:
             dist.all_reduce(lengths, dist.ReduceOp.MAX)
-        self._end_apart = not dealt and (length is None or int(lengths[0]) != -int(lengths[1]))
+        self._end_apart = not is_even and (length is None or int(lengths[0]) != -int(lengths[1]))
 
     def before_batch(self) -> None:
         """Called when a batch is there, before its step."""
@@ -145,7 +140,7 @@ class Course:
             progress.is_last_batch = True
             rank_zero_warn(
                 "the training loaders of the ranks have different numbers of batches, so this epoch ends where the "
-                "first of them does; deal the samples so that each rank has as many"
+                "first of them does; shard the samples so that each rank has as many"
             )
 
     def _advance(self, own: Callable[[Any], None], data_fetcher: Any) -> None:
@@ -163,9 +158,9 @@ class Course:
     # ------------------------------------------------------------------ steps without a loss
 
     def _training_step(self, kwargs: Any) -> ClosureResult:
-        """Stands for Lightning's method of this name, which refuses None over several processes (seen in 2.6.6)."""
+        """In place of Lightning's method of this name, which refuses None over several processes (seen in 2.6.6)."""
         trainer = self.trainer
-        output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
+        output = private.call_training_step(trainer, *kwargs.values())
         trainer.strategy.post_training_step()
         if output is None:
             self._meet(
@@ -184,7 +179,7 @@ class Course:
         Raises:
             RuntimeError: some have not come in time.
         """
-        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        store, rank = default_store(), dist.get_rank()
         place = f"lightning_dist/{place}/{guard.number_of_run()}"
         number = store.add(f"{place}/{rank}", 1)
         keys = [f"{place}/{number}/{other}" for other in range(dist.get_world_size())]

@@ -34,7 +34,7 @@ def is_library(module_name: str) -> bool:
     return module_name.partition(".")[0] in _LIBRARIES
 
 
-def mentions(owner: Any, hook: str) -> frozenset[str]:
+def scan_hook(owner: Any, hook: str) -> frozenset[str]:
     """What the user's code in ``owner.hook``, and in what it calls, mentions.
 
     Which is seen by name: of functions and classes that the code can reach over its module, its closure, its owner, and

@@ -1,4 +1,4 @@
-"""Which data rank reads what: loaders with their samplers dealt, and the random streams of loaders."""
+"""Loaders sharded over the data ranks, and the random streams of loaders."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.data import _update_dataloader, has_iterable_dataset
+from lightning.pytorch.utilities.data import has_iterable_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dist.collectives import broadcast_object
-from lightning_dist.data.samplers import Dealt, DealtBatches, DealtSampler, SeededBatches
+from lightning_dist.compat.lightning import IndexBatchSamplerWrapper, with_sampler, without_index_wrapper
+from lightning_dist.compat.torch import forget_iterator
+from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples, SeededBatches
 from lightning_dist.pytree import tree_leaves
 from lightning_dist.random_states import seed_generators
 
 
 def share_generator(loader: object) -> None:
-    """Makes the generators that a user's loader and sampler bring the same on all ranks: they deal one order.
+    """Makes the generators that a user's loader and sampler bring the same on all ranks: they draw one order.
 
     Communication: one broadcast of a state, 5 kB, over the world, for each.
     """
-    dealt = dealt_by(loader)
-    own = [getattr(loader, "generator", None), None if dealt is None else dealt.generator]
+    order = distributed_sampler(loader)
+    own = [getattr(loader, "generator", None), None if order is None else order.generator]
     for generator in {id(generator): generator for generator in own}.values():
         if isinstance(generator, torch.Generator):
             generator.set_state(broadcast_object(generator.get_state()))
 
 
-def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:
+def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:
     """The loader of this data rank: the user's own order, with each rank's part of it.
 
-    An evaluation loader has the length of one process until :meth:`DealtBatches.limit` was called.
+    An evaluation loader has the length of one process until :meth:`DistributedBatches.limit` was called.
 
-    Training deals samples (batches where the user brought a batch sampler of their own); evaluation deals whole
+    Training shards samples (batches where the user brought a batch sampler of their own); evaluation shards whole
     batches, so that each batch is the one of one process and is counted once. Iterable data sets and loaders
     with a ``DistributedSampler`` stay as they are.
 
@@ -57,7 +58,7 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
     if isinstance(loader.sampler, DistributedSampler):
         if (loader.sampler.num_replicas, loader.sampler.rank) != (num_replicas, rank):
             raise ValueError(
-                f"the loader's DistributedSampler deals to {loader.sampler.num_replicas} ranks, and is rank "
+                f"the loader's DistributedSampler is for {loader.sampler.num_replicas} ranks, as rank "
                 f"{loader.sampler.rank} of them; the layout has {num_replicas} data ranks (dp_replicate x dp_shard), "
                 f"of which this is {rank}: pass them as num_replicas= and rank=, or leave the sampler out, which is "
                 "not needed"
@@ -65,48 +66,48 @@ def deal(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage |
         return loader
     if has_iterable_dataset(loader):
         return loader
-    loader = copy.copy(loader)  # the user may pass the same one again: it must not be dealt twice
-    object.__setattr__(loader, "_iterator", None)
+    loader = copy.copy(loader)  # the user may pass the same one again: it must not be sharded twice
+    forget_iterator(loader)
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
     tracked = loader.batch_sampler
-    if isinstance(tracked, _IndexBatchSamplerWrapper):  # Lightning's, which notes the indices while predicting
-        own: Any = tracked._batch_sampler
-        wrapper = _IndexBatchSamplerWrapper(DealtBatches(own, num_replicas, rank, seed, limited=True))
+    if isinstance(tracked, IndexBatchSamplerWrapper):  # Lightning's, which notes the indices while predicting
+        own = without_index_wrapper(tracked)
+        wrapper = IndexBatchSamplerWrapper(DistributedBatches(own, num_replicas, rank, seed, limited=True))
         for name in ("sampler", "batch_size", "drop_last"):  # a prediction writer may ask for them
             if hasattr(own, name):
                 vars(wrapper)[name] = getattr(own, name)
         return _with_batch_sampler(loader, wrapper)
     if stage == RunningStage.TRAINING:
-        loader = _deal_training(loader, num_replicas, rank, seed)
+        loader = _shard_training(loader, num_replicas, rank, seed)
     elif loader.batch_sampler is None:  # automatic batching is off: the sampler yields whole batches or single samples
-        loader = _update_dataloader(
-            loader, DealtBatches(loader.sampler, num_replicas, rank, seed, limited=True), mode=stage
-        )
+        batches = DistributedBatches(loader.sampler, num_replicas, rank, seed, limited=True)
+        loader = with_sampler(loader, batches, stage)
     else:
-        dealt = DealtBatches(loader.batch_sampler, num_replicas, rank, seed, limited=True)
-        dealt.told_anyway = loader.sampler
-        loader = _with_batch_sampler(loader, dealt)
+        batches = DistributedBatches(loader.batch_sampler, num_replicas, rank, seed, limited=True)
+        batches.told_by_lightning = loader.sampler
+        loader = _with_batch_sampler(loader, batches)
     return _with_seeds(loader)
 
 
 def _with_seeds(loader: DataLoader) -> DataLoader:
-    dealt = dealt_by(loader)
+    order = distributed_sampler(loader)
     own = loader.worker_init_fn is not None or "PL_GLOBAL_SEED" not in os.environ
-    if own or dealt is None or not loader.num_workers or loader.batch_sampler is None:
+    if own or order is None or not loader.num_workers or loader.batch_sampler is None:
         return loader
-    return _with_batch_sampler(loader, SeededBatches(loader.batch_sampler, dealt, items_of_batch(loader)))
+    return _with_batch_sampler(loader, SeededBatches(loader.batch_sampler, order, items_of_batch(loader)))
 
 
-def _deal_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) -> DataLoader:
+def _shard_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) -> DataLoader:
     # a loader that made its batch sampler itself knows its batch size
     if loader.batch_sampler is not None and loader.batch_size is None:
-        _refuse_too_few(sized_len(loader.batch_sampler), "batches", num_replicas)
-        return _with_batch_sampler(loader, DealtBatches(loader.batch_sampler, num_replicas, rank, seed))
-    _refuse_too_few(sized_len(loader.sampler), "samples", num_replicas)
-    return _update_dataloader(loader, DealtSampler(loader.sampler, num_replicas, rank, seed, loader.drop_last))
+        _validate_count(sized_len(loader.batch_sampler), "batches", num_replicas)
+        return _with_batch_sampler(loader, DistributedBatches(loader.batch_sampler, num_replicas, rank, seed))
+    _validate_count(sized_len(loader.sampler), "samples", num_replicas)
+    samples = DistributedSamples(loader.sampler, num_replicas, rank, seed, loader.drop_last)
+    return with_sampler(loader, samples)
 
 
-def _refuse_too_few(count: int | None, what: str, num_replicas: int) -> None:
+def _validate_count(count: int | None, what: str, num_replicas: int) -> None:
     if count is None or count >= num_replicas or not count:  # Lightning trains on nothing, with a warning
         return
     raise ValueError(
@@ -121,39 +122,39 @@ def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
     return loader
 
 
-def dealt_by(loader: object) -> Dealt | None:
-    """What deals the samples or the batches of a loader; None for one that :func:`deal` left as it is."""
+def distributed_sampler(loader: object) -> DistributedOrder | None:
+    """What shards the samples or the batches of a loader; None for one that :func:`shard_loader` left as it is."""
     sampler = getattr(loader, "batch_sampler", None)
     if sampler is None:
         sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, SeededBatches):
-        return sampler.dealt
-    sampler = getattr(sampler, "_batch_sampler", sampler)
-    if not isinstance(sampler, Dealt):
+        return sampler.order
+    sampler = without_index_wrapper(sampler)
+    if not isinstance(sampler, DistributedOrder):
         sampler = getattr(sampler, "sampler", None)
-    return sampler if isinstance(sampler, Dealt) else None
+    return sampler if isinstance(sampler, DistributedOrder) else None
 
 
 def items_of_batch(loader: Any) -> int:
-    """How many of the items that :func:`dealt_by` deals make a batch of a rank; samples, where it deals none.
+    """How many items of the :func:`distributed_sampler` make a batch of a rank; samples, where there is none.
 
     1 where nothing says how large batches are.
     """
     size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return 1 if isinstance(dealt_by(loader), DealtBatches) or size is None else int(size)
+    return 1 if isinstance(distributed_sampler(loader), DistributedBatches) or size is None else int(size)
 
 
-def dealt_batches(loader: object) -> DealtBatches | None:
-    """The dealt batch sampler of a loader that went through :func:`deal` for evaluation."""
-    dealt = dealt_by(loader)
-    return dealt if isinstance(dealt, DealtBatches) else None
+def distributed_batches(loader: object) -> DistributedBatches | None:
+    """The distributed batch sampler of a loader that went through :func:`shard_loader` for evaluation."""
+    order = distributed_sampler(loader)
+    return order if isinstance(order, DistributedBatches) else None
 
 
-def refuse_different_batches(step: str, args: tuple[Any, ...], group: dist.ProcessGroup) -> None:
+def validate_same_batches(step: str, args: tuple[Any, ...], group: dist.ProcessGroup) -> None:
     """Raises on every rank of the group if they were given different batches.
 
-    Ranks that divide layers between them share their samples; a data set that deals by global rank, or a transform
-    that draws from a generator of its own, would train each on its own ones without a word.
+    Ranks that divide layers between them share their samples; a data set that shards itself by global rank, or a
+    transform that draws from a generator of its own, would train each on its own ones without a word.
 
     Args:
         step: its name, for the message.
@@ -179,7 +180,7 @@ def refuse_different_batches(step: str, args: tuple[Any, ...], group: dist.Proce
     if int(least) != int(most):
         raise ValueError(
             f"the ranks of a tp or pp group were given different batches by {step}'s loader; they divide the network, "
-            "so they have to see the same samples: deal by the strategy's data_rank of num_data_ranks, not by "
+            "so they have to see the same samples: shard by the strategy's data_rank of num_data_ranks, not by "
             "global rank, and draw augmentation from torch's, numpy's or Python's own generators"
         )
 

@@ -14,12 +14,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
+from lightning_dist.compat.lightning import detects_anomaly, layer_sync
+from lightning_dist.compat.torch import has_backward_hooks, hooks_after_accumulation
 from lightning_dist.layout import Layout
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.precision import refuse_precision
 
 
-def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
+def validate_trainer(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
     """Raises for a Trainer whose parts don't work together under the layout.
 
     Args:
@@ -31,17 +33,17 @@ def refuse(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> 
         ValueError: what was asked, why not, and what would do.
     """
     refuse_precision(trainer.strategy.precision_plugin, trainer.world_size)
-    _refuse_averaging(trainer, layout)
-    _refuse_pruning(trainer, layout)
-    _refuse_batchnorm(trainer, layout, device)
-    if layout is not None and layout.tp > 1 and getattr(trainer, "_detect_anomaly", False):
+    _validate_averaging(trainer, layout)
+    _validate_pruning(trainer, layout)
+    _validate_batchnorm(trainer, layout, device)
+    if layout is not None and layout.tp > 1 and detects_anomaly(trainer):
         raise ValueError(
             f"Trainer(detect_anomaly=True) under layout {layout}: torch looks for nan in gradients by an operator that "
             "divided ones don't have; use it with data axes alone"
         )
 
 
-def refuse_lost_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> None:
+def validate_kept_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> None:
     """Raises where a parameter that had hooks on its gradient is another object by now, which has none.
 
     Raises:
@@ -58,10 +60,10 @@ def refuse_lost_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> Non
 
 def has_hooks(parameter: nn.Parameter) -> bool:
     """Whether a user's hook runs when the parameter's gradient is there."""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return has_backward_hooks(parameter) or bool(hooks_after_accumulation(parameter))
 
 
-def refuse_early_hooks(module: pl.LightningModule, layout: Layout) -> None:
+def validate_gradient_hooks(module: pl.LightningModule, layout: Layout) -> None:
     """Raises where a hook on a plain parameter's gradient would run before the data ranks have averaged it.
 
     Raises:
@@ -71,8 +73,8 @@ def refuse_early_hooks(module: pl.LightningModule, layout: Layout) -> None:
         return
     whose = "each microbatch, which are added" if layout.pp > 1 else "this rank's samples, which is averaged"
     for name, parameter in module.named_parameters():
-        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-        own = [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("lightning_dist")]
+        hooks = hooks_after_accumulation(parameter)
+        own = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("lightning_dist")]
         if own and (layout.pp > 1 or not isinstance(parameter, DTensor)):
             raise ValueError(
                 f"register_post_accumulate_grad_hook on {name}: under layout {layout} it would see the gradient of "
@@ -80,7 +82,7 @@ def refuse_early_hooks(module: pl.LightningModule, layout: Layout) -> None:
             )
 
 
-def _refuse_averaging(trainer: pl.Trainer, layout: Layout | None) -> None:
+def _validate_averaging(trainer: pl.Trainer, layout: Layout | None) -> None:
     if layout is None or layout.pp == 1:
         return
     averaging = next((c for c in trainer.callbacks if _averages_weights(c)), None)  # type: ignore[attr-defined]
@@ -96,7 +98,7 @@ def _averages_weights(callback: Callback) -> bool:
     return isinstance(callback, StochasticWeightAveraging) or "WeightAveraging" in names
 
 
-def _refuse_pruning(trainer: pl.Trainer, layout: Layout | None) -> None:
+def _validate_pruning(trainer: pl.Trainer, layout: Layout | None) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if layout is not None and layout.holds_shards and any(isinstance(c, ModelPruning) for c in callbacks):
         raise ValueError(
@@ -110,7 +112,7 @@ def has_lazy_parameters(module: nn.Module) -> bool:
     return any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-def refuse_lazy(module: nn.Module) -> None:
+def validate_no_lazy(module: nn.Module) -> None:
     """Raises for parameters without a shape, which ranks can neither divide nor send to each other.
 
     Raises:
@@ -125,7 +127,7 @@ def refuse_lazy(module: nn.Module) -> None:
         )
 
 
-def refuse_wrappers(module: nn.Module, layout: Layout, split: Collection[str]) -> None:
+def validate_parameter_kinds(module: nn.Module, layout: Layout, split: Collection[str]) -> None:
     """Raises for parameters that are tensors of another kind, quantised ones say: a part of them is a plain tensor.
 
     Args:
@@ -154,7 +156,7 @@ def _is_wrapper(parameter: nn.Parameter) -> bool:
     )
 
 
-def refuse_new_parameters(module: nn.Module, known: Mapping[int, nn.Parameter]) -> None:
+def validate_no_new_parameters(module: nn.Module, known: Mapping[int, nn.Parameter]) -> None:
     """Where a module has been divided by an earlier run, and a hook has put whole parameters into it since.
 
     Args:
@@ -173,7 +175,7 @@ def refuse_new_parameters(module: nn.Module, known: Mapping[int, nn.Parameter]) 
         )
 
 
-def refuse_unknown(module: nn.Module) -> None:
+def validate_built(module: nn.Module) -> None:
     """Where ``configure_model`` has left what an earlier run deferred, which ended before it was there.
 
     Raises:
@@ -187,7 +189,7 @@ def refuse_unknown(module: nn.Module) -> None:
         )
 
 
-def refuse_mixed_vector(optimizer: Optimizer) -> None:
+def validate_lbfgs(optimizer: Optimizer) -> None:
     """Raises for LBFGS over parameters of which only some are divided.
 
     Raises:
@@ -207,8 +209,8 @@ def refuse_mixed_vector(optimizer: Optimizer) -> None:
         )
 
 
-def _refuse_batchnorm(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
-    if isinstance(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm) and device.type == "cpu":
+def _validate_batchnorm(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
+    if isinstance(layer_sync(trainer.strategy), TorchSyncBatchNorm) and device.type == "cpu":
         raise ValueError(
             "Trainer(sync_batchnorm=True) needs a GPU: torch's SyncBatchNorm does not run on the CPU; leave it out "
             "(each rank then normalises its own samples, as in ddp) or use accelerator='gpu'"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 
-class Kept:
+class Snapshot:
     """What objects hold in Python, to be put back: attributes, containers and their contents, tensors and arrays.
 
     Objects of the user's own classes are followed; tensors within lists, which collect, are taken for unchanged.
@@ -25,29 +25,32 @@ class Kept:
     Args:
         owners: whose attributes are kept.
         data: they are data sets, whose tensors are taken for unchanged; else data sets are left out.
+        of_module: gives what restores a module that an owner holds; None of one that is left out, as all are by
+            default.
     """
 
-    def __init__(self, owners: Iterable[Any], data: bool = False) -> None:
+    def __init__(
+        self,
+        owners: Iterable[Any],
+        data: bool = False,
+        of_module: Callable[[nn.Module], Callable[[], None] | None] = lambda _: None,
+    ) -> None:
         owners = list(owners)
-        self._data = data
+        self._data, self._of_module = data, of_module
         self._undo: list[Callable[[], None]] = []
         self._seen = {id(owner) for owner in owners}
         for owner in owners:
             self._keep_attributes(owner)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Everything is as it was."""
         for undo in self._undo:
             undo()
 
-    def keep(self, *values: Any) -> None:
+    def add(self, *values: Any) -> None:
         """These too."""
         for value in values:
             self._keep(value, nested=False)
-
-    def _keep_module(self, module: nn.Module) -> list[Callable[[], None]]:
-        """What puts a module back that an owner holds."""
-        return []
 
     def _keep_attributes(self, owner: Any) -> None:
         attributes = {name: value for name, value in vars(owner).items() if name not in _attributes_of_lightning()}
@@ -77,7 +80,8 @@ class Kept:
             elif isinstance(value, torch.Generator):
                 self._undo.append(partial(_set_state, value, value.get_state()))
             elif isinstance(value, nn.Module):
-                self._undo += self._keep_module(value)
+                undo = self._of_module(value)
+                self._undo += [] if undo is None else [undo]
             elif isinstance(value, (Tensor, np.ndarray)):
                 if not nested and not self._data and not isinstance(value, nn.Parameter):
                     self._undo.append(_undo_array(value))

@@ -8,18 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_dist.kept import Kept, is_users
-from lightning_dist.logs.metrics import KeptStates, metrics_in
+from lightning_dist.logs.metrics import MetricSnapshot, metrics_in
+from lightning_dist.snapshot import Snapshot, is_users
 
 
-class _KeptWithMetrics(Kept):
-    """Metrics too that are held outside of modules, in a list or by a callback."""
-
-    def _keep_module(self, module: nn.Module) -> list[Callable[[], None]]:
-        return [KeptStates(module).put_back] if any(True for _ in metrics_in(module)) else []
-
-
-class Uncounted:
+class RepeatedBatch:
     """How metrics, modules and callbacks stood before an evaluation batch that this rank only repeats.
 
     [Note: a batch that only runs along]
@@ -36,20 +29,26 @@ class Uncounted:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
-        self._metrics = KeptStates(module)
+        self._metrics = MetricSnapshot(module)
         others: list[Any] = [*trainer.callbacks, getattr(trainer, "datamodule", None)]  # type: ignore[attr-defined]
         parts = list(_modules(module))
-        self._kept = _KeptWithMetrics([*parts, *(owner for owner in others if is_users(type(owner)))])
-        self._kept.keep(*(buffer for part in parts for buffer in part.buffers(recurse=False)))
+        owners = [*parts, *(owner for owner in others if is_users(type(owner)))]
+        self._snapshot = Snapshot(owners, of_module=_metrics_without_rows)
+        self._snapshot.add(*(buffer for part in parts for buffer in part.buffers(recurse=False)))
 
-    def put_back(self) -> None:
+    def undo(self) -> None:
         """As if the batch had had no rows."""
-        self._kept.put_back()
-        self._metrics.put_back()
+        self._snapshot.restore()
+        self._metrics.restore_without_rows()
+
+
+def _metrics_without_rows(module: nn.Module) -> Callable[[], None] | None:
+    """Also for metrics that are held outside of modules, in a list or by a callback."""
+    return MetricSnapshot(module).restore_without_rows if any(True for _ in metrics_in(module)) else None
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Those that may hold what a user counts: not torch's own layers, and not metrics, which have states."""
+    """The modules that may hold what a user counts: not torch's own layers, and not metrics, which have states."""
     within = {part for metric in metrics_in(module) for part in metric.modules()}
     for part in module.modules():
         if part not in within and not _is_torchs(type(part)):
