@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -96,6 +98,26 @@ def test_the_command_takes_a_class_or_overrides_of_a_recipe(capsys: pytest.Captu
     output = capsys.readouterr().out
     assert "model.blocks.*" in output
     assert "positions" in output
+
+
+def test_recipes_are_those_of_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["explain", "width=8"]) == 2
+    assert "has [tool.lightning_dist] recipes" in capsys.readouterr().err
+    (tmp_path / "pyproject.toml").write_text('[tool.lightning_dist]\nrecipes = "recipes_of_mine:of"\n')
+    (tmp_path / "recipes_of_mine.py").write_text(
+        "from lightning_dist import HybridStrategy\nfrom lightning_dist.explain import Subject, parse_arguments\n"
+        "from tests.test_explain import Huge\n"
+        "def of(arguments):\n"
+        "    return Subject(lambda: Huge(**parse_arguments(arguments)), HybridStrategy('dp_shard=2'), 2)\n"
+    )
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert main(["explain", "width=64"]) == 0
+    assert "41,600" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
