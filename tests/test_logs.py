@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from lightning_dist.logs import StepLogs
 from tests.support import models
+from tests.support.collectives import Collectives
 from tests.support.models import few_samples, samples
-from tests.support.parity import Run, assert_equal, assert_parity, on_layout, train
+from tests.support.parity import Run, assert_equal, assert_parity, on_layout, one_process, trainer
 from tests.support.ranks import run_on_ranks
-from tests.test_strategy import Collectives, trainer
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2), pytest.param("dp_shard=2", 2)]
 
@@ -95,7 +95,7 @@ class Copied(models.Classifier):
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
 def test_names_that_only_some_ranks_log_keep_their_own_values(layout: str, num_ranks: int) -> None:
     run = Run(ByClass, models.sorted_samples, trainer={"max_epochs": 2})
-    one = train(run, None)
+    one = one_process(run)
     assert one.logged["count/0"] == 32
     records = on_layout(run, layout, num_ranks)
     for record in records:
@@ -113,7 +113,7 @@ def test_what_rank_0_alone_logs_reaches_every_rank(layout: str, num_ranks: int) 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
 def test_logs_of_hooks_equal_one_process_and_schedules_follow_them(layout: str, num_ranks: int) -> None:
     run = Run(InHooks, samples, few_samples, trainer={"max_epochs": 4})
-    one = train(run, None)
+    one = one_process(run)
     assert one.logged["hook/count"] == 13
     for record in on_layout(run, layout, num_ranks):
         assert_equal(one, record)
@@ -161,8 +161,8 @@ def _collectives_by_step(folder: Any) -> list[int]:
 
         def _on_batch_end(self, own: Any) -> None:
             super()._on_batch_end(own)
-            counts.append(sum(mode.counts.values()))
-            mode.counts.clear()
+            counts.append(sum(mode.count.values()))
+            mode.count.clear()
 
     import lightning_dist.strategy as strategy
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.fabric import cases
 from tests.fabric.loop import LAYOUTS, TOLERANCE
+from tests.support.parity import once
 from tests.support.ranks import run_on_ranks
 
 DATA = LAYOUTS[:2]
@@ -37,7 +38,7 @@ def _assert_weights(expected: dict[str, torch.Tensor], found: dict[str, torch.Te
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_equals_one_process(case: Callable[..., Any], layouts: list[tuple[str, int]]) -> None:
-    expected = case(None)
+    expected = once(case, None)
     for layout, num_ranks in layouts:
         for found in run_on_ranks(num_ranks, case, layout):
             _assert_weights(expected, found, 5 * TOLERANCE)

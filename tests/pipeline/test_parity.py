@@ -19,11 +19,22 @@ from torch.utils.data import DataLoader, Subset
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.schedule import SCHEDULES
 from lightning_dist.placeholder import is_placeholder
-from recipes.benchmark.collectives import StepCollectives
-from tests.recipes.test_parity import RUNS
+from tests.recipes.runs import RUNS
 from tests.support import models
+from tests.support.collectives import StepCollectives
 from tests.support.models import few_samples, samples
-from tests.support.parity import QUIET, Record, Run, Watch, assert_equal, assert_parity, on_layout, train
+from tests.support.parity import (
+    QUIET,
+    Record,
+    Run,
+    Watch,
+    assert_equal,
+    assert_parity,
+    on_layout,
+    once,
+    one_process,
+    train,
+)
 from tests.support.ranks import RankError, RankPool, run_on_ranks
 
 ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
@@ -125,15 +136,9 @@ def test_training_equals_one_process(name: str) -> None:
     assert_parity(run, layout, num_ranks)
 
 
-def deep() -> L.LightningModule:
-    module = models.Grouped()
-    module.net = models.Net(6)
-    return module
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_equals_one_process(schedule: str) -> None:
-    run = Run(deep, samples, few_samples, trainer=ACCUMULATE, strategy={"pipeline_schedule": schedule})
+    run = Run(models.deep, samples, few_samples, trainer=ACCUMULATE, strategy={"pipeline_schedule": schedule})
     assert_parity(run, "pp=2", 2)
 
 
@@ -168,12 +173,12 @@ def _answers(layout: str | None) -> tuple[Record, list[Any]]:
     trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1, callbacks=[watch], log_every_n_steps=1)
     trainer.fit(module, DataLoader(few_samples(), batch_size=5, collate_fn=nested))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return Record(watch.losses, watch.norms, logged, {}), module.seen
+    return Record(watch.losses, watch.norms(), logged, {}), module.seen
 
 
 def test_half_precision_stays_within_its_rounding() -> None:
     run = Run(models.Grouped, samples, few_samples, trainer={"precision": "16-mixed", "gradient_clip_val": 0.1})
-    one = train(run, None)
+    one = one_process(run)
     for record in on_layout(run, "pp=2", 2):
         torch.testing.assert_close(record.losses, one.losses, rtol=2e-3, atol=2e-3)
 
@@ -185,7 +190,7 @@ def test_a_rank_holds_its_stages_only() -> None:
 
 
 def _held() -> tuple[float, float]:
-    module = deep()
+    module = models.deep()
     whole = sum(p.numel() for p in module.parameters())
     trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2"), max_epochs=1)
     trainer.fit(module, DataLoader(samples(), batch_size=8))
@@ -196,7 +201,7 @@ def _held() -> tuple[float, float]:
 
 
 def test_predictions_come_whole_and_in_order() -> None:
-    one = _predict("dp_shard=1")
+    one = once(_predict, "dp_shard=1")
     for predicted in run_on_ranks(2, _predict, "pp=2"):
         assert torch.equal(one, predicted)
 
@@ -317,7 +322,7 @@ def test_twenty_steps_on_three_axes_equal_one_process() -> None:
     pool = RankPool(8)
     run = RUNS["language_model"]
     try:
-        one, records = train(run, None), pool.run(8, train, run, "pp=2,dp_shard=2,tp=2", timeout=900)
+        one, records = one_process(run), pool.run(8, train, run, "pp=2,dp_shard=2,tp=2", timeout=900)
     finally:
         pool.close()
     for record in records:
@@ -350,7 +355,7 @@ def _counted(module: Any) -> tuple[dict[str, int], dict[str, int]]:
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 @pytest.mark.parametrize("layout", ["pp=2", "pp=2,dp_shard=2"])
 def test_a_module_that_was_cut_goes_on_in_later_runs(layout: str, precision: str) -> None:
-    one = _one_run_after_another(None, precision)
+    one = once(_one_run_after_another, None, precision)
     for values in run_on_ranks(4 if "," in layout else 2, _one_run_after_another, layout, precision):
         assert values == pytest.approx(one, rel=1e-5)
 
@@ -381,7 +386,7 @@ def test_a_module_that_was_cut_is_refused_elsewhere() -> None:
 
 
 def _elsewhere(layout: str, options: dict[str, Any]) -> None:
-    module = deep()
+    module = models.deep()
     for strategy in (HybridStrategy("pp=2"), HybridStrategy(layout, **options)):
         L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=1).fit(module, DataLoader(samples(), batch_size=8))
 
@@ -490,7 +495,7 @@ class TwoLoaders(models.Classifier):
 
 
 def test_each_loader_takes_its_own_way() -> None:
-    one = _of_two_loaders(None)
+    one = once(_of_two_loaders, None)
     for values in run_on_ranks(2, _of_two_loaders, "pp=2"):
         assert values == pytest.approx(one, rel=1e-5)
 

@@ -15,8 +15,8 @@ from recipes.image_classification import ImageClassifier
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
-from tests.recipes.test_parity import RUNS, VOCABULARY
-from tests.support.parity import Run, assert_parity, on_layout, train
+from tests.recipes.runs import RUNS, VOCABULARY
+from tests.support.parity import Run, assert_parity, on_layout, one_process
 
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
 SLOW = pytest.mark.slow
@@ -146,7 +146,7 @@ def test_double_precision_equals_one_process_to_double_rounding(
     strategy = {"sequence_parallel": True, "loss_parallel": loss_parallel}
     run = RUNS["language_model"]
     run = replace(run, trainer={**run.trainer, "precision": "64-true"}, strategy=strategy, val_data=None)
-    one = train(run, None)
+    one = one_process(run)
     for record in on_layout(run, layout, num_ranks):
         torch.testing.assert_close(record.norms, one.norms, rtol=1e-10, atol=0)
         for name, weight in one.weights.items():
@@ -163,6 +163,6 @@ def test_sixteen_bits_train_as_in_one_process(precision: str, layout: str, num_r
     """Within one unit in the last place of bfloat16: sums are taken in another order."""
     run = RUNS["language_model"]
     run = replace(run, trainer={**run.trainer, "precision": precision}, strategy={"sequence_parallel": True})
-    one = train(run, None)
+    one = one_process(run)
     for record in on_layout(run, layout, num_ranks):
         torch.testing.assert_close(record.losses, one.losses, rtol=2**-7, atol=0)
