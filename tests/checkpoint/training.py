@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from lightning_dist import checkpoint
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.pytree import map_leaves
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
@@ -106,7 +106,7 @@ def snapshot(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {
         "epoch": 1,
         "state_dict": checkpoint.model_state(module),
-        "optimizer_states": [checkpoint.optimizer_state_by_name(module, optimizer)],
+        "optimizer_states": [checkpoint.optimizer_state_by_name(optimizer, checkpoint.parameter_names(module))],
         "callbacks": {"Score": {"best": torch.tensor(0.5)}},
     }
 
@@ -114,7 +114,7 @@ def snapshot(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def restore(path: Path | str, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     state = checkpoint.load(path, module)
     checkpoint.load_model_state(module, state["state_dict"], source=path)
-    checkpoint.load_optimizer_state(module, optimizer, state["optimizer_states"][0], source=path)
+    checkpoint.load_optimizer_state(optimizer, state["optimizer_states"][0], checkpoint.parameter_names(module), path)
     return state
 
 
