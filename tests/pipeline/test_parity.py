@@ -33,6 +33,7 @@ from tests.support.parity import (
     on_layout,
     once,
     one_process,
+    slow,
     train,
 )
 from tests.support.ranks import RankError, RankPool, run_on_ranks
@@ -130,7 +131,7 @@ CASES: dict[str, tuple[Run, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow(name) if name == "compiled" else name for name in CASES])
 def test_training_equals_one_process(name: str) -> None:
     run, layout, num_ranks = CASES[name]
     assert_parity(run, layout, num_ranks)
@@ -217,7 +218,7 @@ def _predict(layout: str) -> Tensor:
     ("saving", "saved_as", "loading"),
     [
         ("pp=2", "sharded", "pp=4"),
-        ("pp=2", "single", "pp=4"),
+        slow("pp=2", "single", "pp=4"),
         ("pp=2,dp_shard=2", "sharded", "dp_shard=2"),
         ("pp=2,dp_shard=2", "single", None),
         (None, "single", "pp=2,dp_shard=2"),
@@ -227,7 +228,7 @@ def _predict(layout: str) -> Tensor:
 def test_a_run_goes_on_under_another_layout(
     saving: str | None, saved_as: str, loading: str | None, tmp_path: Path
 ) -> None:
-    whole = _fit(tmp_path / "whole", None, 2, None)
+    whole = once(_fit, None, None, 2, None)
     first = _on(saving, tmp_path, 1, None, saved_as)
     second = _on(loading, tmp_path / "second", 2, tmp_path / "last.ckpt")
     torch.testing.assert_close([*first, *second], whole, rtol=1e-5, atol=1e-6)
@@ -242,17 +243,20 @@ def _on(layout: str | None, folder: Path, epochs: int, resume: Path | None, save
     return first
 
 
-def _fit(folder: Path, layout: str | None, epochs: int, resume: Path | None, saved_as: Any = "auto") -> list[float]:
+def _fit(
+    folder: Path | None, layout: str | None, epochs: int, resume: Path | None, saved_as: Any = "auto"
+) -> list[float]:
     L.seed_everything(1, verbose=False)
     world = torch.distributed.get_world_size() if layout is not None else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format=saved_as)
     watch = Watch()
+    saving = [] if folder is None else [ModelCheckpoint(folder, save_last=True, save_top_k=0)]
     trainer = L.Trainer(
-        **{**QUIET, "enable_checkpointing": True},
+        **{**QUIET, "enable_checkpointing": bool(saving)},
         devices=world,
         strategy=strategy,
         max_epochs=epochs,
-        callbacks=[watch, ModelCheckpoint(folder, save_last=True, save_top_k=0)],
+        callbacks=[watch, *saving],
     )
     ranks = strategy.num_data_ranks if layout is not None else 1
     trainer.fit(models.Tied(), DataLoader(samples(), batch_size=8 // ranks), ckpt_path=resume)
@@ -352,8 +356,15 @@ def _counted(module: Any) -> tuple[dict[str, int], dict[str, int]]:
     return dict(seen.batches[-2].count), dict(seen.batches[-2].num_bytes)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true"])
-@pytest.mark.parametrize("layout", ["pp=2", "pp=2,dp_shard=2"])
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        ("pp=2", "32-true"),
+        ("pp=2,dp_shard=2", "64-true"),
+        slow("pp=2", "64-true"),
+        slow("pp=2,dp_shard=2", "32-true"),
+    ],
+)
 def test_a_module_that_was_cut_goes_on_in_later_runs(layout: str, precision: str) -> None:
     one = once(_one_run_after_another, None, precision)
     for values in run_on_ranks(4 if "," in layout else 2, _one_run_after_another, layout, precision):
