@@ -79,7 +79,7 @@ def _round_trip(layout: str, options: dict[str, Any]) -> None:
         module,
         resolved,
         mesh,
-        division=None,
+        sharding_plan=None,
         blocks=find_blocks(module),
         policy=shard_policy(Precision(), device),
         device=device,

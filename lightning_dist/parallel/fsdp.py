@@ -105,6 +105,10 @@ class FSDPRunner(SingleProcessRunner):
         gathered = function if self.root is None else functools.partial(self.root.call, function)
         return super().call(gathered, *args, **kwargs)
 
+    def users_step(self, name: str) -> Callable[..., Any]:
+        plain = {} if self.root is None else self.root.plain
+        return plain.get(name) or super().users_step(name)
+
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         self._reduce_gradients(False)
@@ -208,11 +212,14 @@ class RootGathering:
         remove_forward_hooks(module)
         self.methods_before: dict[str, Any] = {}
         """What the module itself had under the names of the methods that gather; None for nothing."""
+        self.plain: dict[str, Callable[..., Any]] = {}
+        """Those methods, as they were."""
         for name in ("forward", *STEPS, CALL):
             # a step may be None, to have none
             if callable(getattr(module, name, None)) and (name in vars(module) or _has_own(module, name)):
                 self.methods_before[name] = vars(module).get(name)
-                patches.set(module, name, self._gathering(getattr(module, name)))
+                self.plain[name] = getattr(module, name)
+                patches.set(module, name, self._gathering(self.plain[name]))
 
         @torch.compiler.disable
         def gather_root(*_: Any) -> None:

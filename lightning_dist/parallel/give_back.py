@@ -53,7 +53,7 @@ def give_back(
     """
     places: dict[int, tuple[Tensor, Tensor, str]] = {}
     for prefix, child in module.named_modules():
-        for tensors in (own_parameters(child), own_buffers(child)):
+        for tensors in _registered(child):
             for name, tensor in tensors.items():
                 if isinstance(tensor, DTensor) or is_placeholder(tensor):
                     full_name = f"{prefix}.{name}" if prefix else name
@@ -65,6 +65,10 @@ def give_back(
     Exchange(places, of_state=_whole_state).run([*module.modules(), *owners])
     for copied in _modules_of(owners, module):
         _make_whole(copied)
+
+
+def _registered(module: nn.Module) -> list[dict[str, Any]]:
+    return [own_parameters(module), own_buffers(module)]
 
 
 def _whole(now: Tensor, whole: Tensor, original: nn.Parameter | None) -> Tensor:
@@ -90,7 +94,7 @@ def _modules_of(owners: Iterable[object], module: nn.Module) -> list[nn.Module]:
 def _make_whole(copied: nn.Module) -> None:
     made: dict[Tensor, Tensor] = {}
     for child in copied.modules():
-        for tensors in (own_parameters(child), own_buffers(child)):
+        for tensors in _registered(child):
             for name, tensor in tensors.items():
                 if isinstance(tensor, DTensor):
                     if tensor not in made:

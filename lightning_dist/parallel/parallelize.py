@@ -15,12 +15,12 @@ from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpoint_activations
 from lightning_dist.parallel.ddp import DDPRunner
 from lightning_dist.parallel.fsdp import FSDPRunner
-from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions
+from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
 from lightning_dist.parallel.single_process import SingleProcessRunner
 from lightning_dist.parallel.tensor import TensorAxis, refuse_compiled_hooks, split
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.plans.tensor import Division, partial_parameters
+from lightning_dist.plans.tensor import ShardingPlan, partial_parameters
 
 
 def parallelize(
@@ -28,7 +28,7 @@ def parallelize(
     layout: Layout,
     mesh: ParallelMesh | None,
     *,
-    division: Division | None,
+    sharding_plan: ShardingPlan | None,
     blocks: dict[str, nn.Module],
     policy: MixedPrecisionPolicy,
     device: torch.device,
@@ -36,7 +36,7 @@ def parallelize(
     compile_options: dict[str, Any] | None,
     training: bool,
     patches: Patches,
-    cut: Cut | None = None,
+    partitioned: PartitionedModule | None = None,
     pipeline_options: PipelineOptions | None = None,
 ) -> SingleProcessRunner:
     """Applies the layout to a module, in place.
@@ -50,7 +50,7 @@ def parallelize(
             on meta.
         layout: resolved.
         mesh: of the layout; None for one process.
-        division: what the tensor axis does; None without that axis.
+        sharding_plan: what the tensor axis does; None without that axis.
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
         device: of this rank.
@@ -58,7 +58,7 @@ def parallelize(
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
         patches: that all that is put on the module goes through.
-        cut: the stages of the module, of which it holds this rank's; None without that axis.
+        partitioned: the stages of the module, of which it holds this rank's; None without that axis.
         pipeline_options: the user's.
 
     Returns:
@@ -68,31 +68,29 @@ def parallelize(
     :class:`FSDPRunner` for what a step costs.
     """
     blocks = {name: block for name, block in blocks.items() if _is_held(block)}
-    tensor = None if division is None else _divide(module, division, mesh)
+    tensor = None if sharding_plan is None else _divide(module, sharding_plan, mesh, patches)
     checkpoint_activations(module, blocks, activation_checkpointing if training else "none", patches)
     if compile_options is not None:
         refuse_compiled_hooks(module)
         _compile(module, blocks, compile_options, patches)
     over_data = partial(_over_data, module, layout, mesh, blocks, policy, device, tensor, training, patches)
-    if cut is None:
+    if partitioned is None:
         return over_data()
     assert mesh is not None
     assert pipeline_options is not None
     assert isinstance(module, pl.LightningModule)
-    pipelined = Pipelined(module, cut, pipeline_options, mesh.root["pp"].get_group(), device)
-    if layout.dp_shard > 1:
-        pipelined.run_in(over_data(one_backward=True))
-    else:
-        data_group = mesh.data.get_group() if layout.num_data_ranks > 1 else None
-        pipelined.run_in(SingleProcessRunner(module, tensor), data_group)
-    return pipelined
+    is_sharded = layout.dp_shard > 1
+    inner = over_data(one_backward=True) if is_sharded else SingleProcessRunner(module, tensor)
+    data_group = mesh.data.get_group() if layout.num_data_ranks > 1 and not is_sharded else None
+    group = mesh.root["pp"].get_group()
+    return PipelineRunner(module, partitioned, pipeline_options, group, device, inner, data_group, patches)
 
 
-def _divide(module: nn.Module, division: Division, mesh: ParallelMesh | None) -> TensorAxis:
+def _divide(module: nn.Module, sharding_plan: ShardingPlan, mesh: ParallelMesh | None, patches: Patches) -> TensorAxis:
     assert mesh is not None
-    division = _held_division(module, division)
-    split(module, division.plan, mesh.root["tp"], division.loss_parallel, division.chains)
-    return TensorAxis(module, partial_parameters(module, division), mesh.root["tp"])
+    sharding_plan = _held_plan(module, sharding_plan)
+    split(module, sharding_plan, mesh.root["tp"], patches=patches)
+    return TensorAxis(module, partial_parameters(module, sharding_plan), mesh.root["tp"])
 
 
 def _is_held(module: nn.Module) -> bool:
@@ -100,11 +98,11 @@ def _is_held(module: nn.Module) -> bool:
     return not any(is_placeholder(p) for p in module.parameters())
 
 
-def _held_division(module: nn.Module, division: Division) -> Division:
+def _held_plan(module: nn.Module, sharding_plan: ShardingPlan) -> ShardingPlan:
     """What this rank's stages have of it."""
-    plan = {name: part for name, part in division.plan.items() if _is_held(module.get_submodule(name))}
-    chains = [[name for name in chain if _is_held(module.get_submodule(name))] for chain in division.chains]
-    return Division(plan, [chain for chain in chains if chain], division.loss_parallel)
+    plan = {name: part for name, part in sharding_plan.tensor_plan.items() if _is_held(module.get_submodule(name))}
+    blocks = [[n for n in names if _is_held(module.get_submodule(n))] for names in sharding_plan.sequence_blocks]
+    return ShardingPlan(plan, [names for names in blocks if names], sharding_plan.loss_parallel)
 
 
 def _over_data(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dist.compat.lightning import LIGHTNING_REGISTRIES
+from lightning_dist.compat.lightning import MODULE_ATTRIBUTES
 from lightning_dist.compat.torch import MODULE_REGISTRIES
 
 _DEEPEST = 4
@@ -28,7 +28,7 @@ _DEEPEST = 4
 
 _ROUNDS = 3
 _IN_HOOKS = "in configure_optimizers, in on_fit_start"
-_OWN = {*MODULE_REGISTRIES, *LIGHTNING_REGISTRIES}
+_OWN = {*MODULE_REGISTRIES, *MODULE_ATTRIBUTES}
 """Attributes of modules that are torch's or Lightning's."""
 
 

@@ -51,6 +51,10 @@ class SingleProcessRunner:
             self.tensor.after_step()
         return output
 
+    def users_step(self, name: str) -> Callable[..., Any]:
+        """A step as the user wrote it, without what a layout does around it."""
+        return getattr(self.module, name)
+
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """While it lasts, backward passes add to the gradients without reducing them."""
