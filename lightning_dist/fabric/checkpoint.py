@@ -130,7 +130,7 @@ def _modules(state: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def _names(state: Mapping[str, Any]) -> dict[Tensor, str]:
-    """Of the parameters of all modules in the user's dictionary, each under its key; a shared one under its first."""
+    """Names of the parameters of all modules in the user's dictionary, under their keys; a shared one by its first."""
     names: dict[Tensor, str] = {}
     for key, module in _modules(state).items():
         for parameter, name in checkpoints.parameter_names(module).items():
