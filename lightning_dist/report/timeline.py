@@ -72,8 +72,8 @@ class PipelineTimeline(Callback):
 
 
 def _pipelined(trainer: pl.Trainer) -> Pipelined | None:
-    parallel = getattr(trainer.strategy, "_parallel", None)
-    return parallel if isinstance(parallel, Pipelined) else None
+    parts: Any = getattr(trainer.strategy, "parts", None)  # another strategy has none
+    return parts.module_setup.runner if parts and isinstance(parts.module_setup.runner, Pipelined) else None
 
 
 def waiting(by_rank: list[list[Event]]) -> float:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_dist.collectives import broadcast_tensors
-from lightning_dist.logs.mentions import GRADIENTS, mentions
+from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
@@ -689,7 +689,7 @@ def _gradients_are_seen(module: pl.LightningModule) -> bool:
         return True
     if any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own):
         return True
-    return any(GRADIENTS in mentions(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
+    return any(GRADIENTS in scan_hook(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
 
 
 def _holds_placeholder(value: Any) -> bool:
