@@ -28,6 +28,7 @@ from lightning_dist import collectives, gradients, optimizers
 from lightning_dist.auto_layout import choose_layout
 from lightning_dist.compat import fabric as private
 from lightning_dist.compat.lightning import Path
+from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files
@@ -45,7 +46,6 @@ from lightning_dist.precision import make_agreeing, shard_policy
 from lightning_dist.random_states import share_random_state
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.validation import (
-    has_hooks,
     validate_kept_hooks,
     validate_lbfgs,
     validate_no_lazy,
@@ -290,7 +290,7 @@ class HybridFabricStrategy(ParallelStrategy):
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
                 collectives.broadcast_tensors(tensors, None)
             InLayout.prepare(module)
-        hooked = {name: p for name, p in module.named_parameters() if has_hooks(p)}
+        hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
         replaced = Replaced(module, in_lists=True)
         parallel = parallelize(
             module,
