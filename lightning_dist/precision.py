@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from lightning_dist.dtensors import local_part
+from lightning_dist.patches import Patches
 
 SUPPORTED = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 
@@ -106,10 +108,11 @@ class AgreeingGradScaler(GradScaler):
         return {verdict.device: verdict}
 
 
-def make_agreeing(precision: Precision) -> None:
+def make_agreeing(precision: Precision, patches: Patches) -> None:
     """Makes the plugin's gradient scaler, torch's own or a subclass of it, one by which all ranks agree."""
     scaler: Any = getattr(precision, "scaler", None)
     if isinstance(scaler, GradScaler) and not isinstance(scaler, AgreeingGradScaler):
+        patches.also(partial(setattr, scaler, "__class__", type(scaler)))
         scaler.__class__ = type(type(scaler).__name__, (AgreeingGradScaler, type(scaler)), {})
 
 

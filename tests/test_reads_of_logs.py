@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 import lightning as L
@@ -15,11 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist import Layout
-from lightning_dist.logs import StepLogs
+from lightning_dist.logs import StepLogs, results
 from tests.support import models
 from tests.support.models import samples
+from tests.support.parity import once, trainer
 from tests.support.ranks import RankError, run_on_ranks
-from tests.test_strategy import trainer
 
 FOUR = pytest.param("pp=2,dp_replicate=2", marks=pytest.mark.slow)
 LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", FOUR]
@@ -148,7 +149,7 @@ def read(layout: str, module: Callable[[], L.LightningModule], callbacks: list[C
 def assert_reads(
     layout: str, module: Any, callbacks: list[Callback], only_rank_0: bool = False, **arguments: Any
 ) -> None:
-    one = read("dp_replicate=1", module, callbacks, arguments)
+    one = once(read, "dp_replicate=1", module, callbacks, arguments)
     assert len(one) > 2
     num_ranks = 4 if "," in layout else 2
     for rank, notes in enumerate(run_on_ranks(num_ranks, read, layout, module, callbacks, arguments)):
@@ -250,26 +251,22 @@ def _reductions(layout: str, module: Any, callbacks: list[Callback]) -> list[int
     """Collectives for logged values, by training step."""
     counts: list[int] = []
 
-    class Counting(StepLogs):
-        def _jointly(self, *parts: Any) -> Any:
-            counts[-1] += 1
-            return super()._jointly(*parts)
+    reduce = results.all_reduce_logged
+    starts = {name: getattr(StepLogs, name) for name in ("_on_batch_start", "_epoch_end_reached")}
 
-        def _on_batch_start(self, *args: Any) -> None:
-            counts.append(0)
-            super()._on_batch_start(*args)
+    def counted(*args: Any) -> Any:
+        counts[-1] += 1
+        return reduce(*args)
 
-        def _epoch_end_reached(self, *args: Any) -> None:
-            counts.append(0)
-            super()._epoch_end_reached(*args)
+    def started(logs: StepLogs, name: str, *args: Any) -> None:
+        counts.append(0)
+        starts[name](logs, *args)
 
-    import lightning_dist.strategy as strategy
-
-    strategy.StepLogs, original = Counting, strategy.StepLogs  # type: ignore[misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "all_reduce_logged", counted)
+        for name in starts:
+            patch.setattr(StepLogs, name, partialmethod(started, name))
         read(layout, module, callbacks, {"limit_val_batches": 0})
-    finally:
-        strategy.StepLogs = original  # type: ignore[misc]
     return counts[:6]
 
 
@@ -310,7 +307,7 @@ def _shown(layout: str, module: Any) -> list[dict[str, float]]:
 
 
 def test_a_progress_bar_shows_values_with_sync_dist_whole_and_no_rank_waits_for_it() -> None:
-    one = _shown("dp_replicate=1", Synced)
+    one = once(_shown, "dp_replicate=1", Synced)
     shown, nothing = run_on_ranks(2, _shown, "dp_replicate=2", Synced)
     assert shown == [pytest.approx(values, rel=1e-5) for values in one]
     assert not nothing

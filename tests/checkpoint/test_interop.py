@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, checkpoint
 from lightning_dist.checkpoint import convert
-from tests.checkpoint.test_layouts import assert_same
-from tests.checkpoint.training import Net, batch, build, make_optimizer, restore, train
+from tests.checkpoint.training import Net, assert_same, batch, build, make_optimizer, restore, train
 from tests.support.models import Words, words
 from tests.support.parity import QUIET, Watch, slow, whole_weights
 from tests.support.ranks import run_on_ranks
@@ -108,7 +107,7 @@ def _through_shards(source: Path, target: Path, sharded: bool) -> None:
     optimizer = make_optimizer(module, "adamw")
     state = restore(source, module, optimizer)
     state["state_dict"] = checkpoint.model_state(module)
-    state["optimizer_states"] = [checkpoint.optimizer_state_by_name(module, optimizer)]
+    state["optimizer_states"] = [checkpoint.optimizer_state_by_name(optimizer, checkpoint.parameter_names(module))]
     checkpoint.save(state, target, sharded=sharded)
 
 
@@ -160,7 +159,7 @@ def save_shards(layout: str, path: Path) -> Any:
     L.seed_everything(1, verbose=False)
     strategy = HybridStrategy(layout, checkpoint_format="sharded")
     trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_epochs=1)
-    ranks = strategy.requested.resolve(trainer.world_size).num_data_ranks  # type: ignore[union-attr]
+    ranks = strategy.ranks.requested.resolve(trainer.world_size).num_data_ranks  # type: ignore[union-attr]
     module = TiedWords()
     trainer.fit(module, DataLoader(words(), batch_size=8 // ranks))
     trainer.save_checkpoint(path)
@@ -208,6 +207,6 @@ def go_on(layout: str, path: Path) -> list[float]:
     L.seed_everything(2, verbose=False)
     watch, strategy = Watch(), HybridStrategy(layout)
     trainer = L.Trainer(**QUIET, devices=2, strategy=strategy, max_epochs=2, callbacks=[watch])
-    ranks = strategy.requested.resolve(2).num_data_ranks  # type: ignore[union-attr]
+    ranks = strategy.ranks.requested.resolve(2).num_data_ranks  # type: ignore[union-attr]
     trainer.fit(TiedWords(), DataLoader(words(), batch_size=8 // ranks), ckpt_path=path)
     return watch.losses

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dist import checkpoint
-from lightning_dist.checkpoint.state import with_indices
+from lightning_dist.checkpoint.optimizer_state import with_indices
 from lightning_dist.pytree import map_leaves
 from tests.checkpoint.training import (
     OPTIMIZERS,
     RANKS,
+    assert_same,
     build,
     leg,
     make_optimizer,
@@ -115,8 +115,8 @@ def test_compiled_module_saves_and_loads_plain_names(tmp_path: Path) -> None:
     checkpoint.load_model_state(other, state)
     checkpoint.load_model_state(module, build("one", seed=2).state_dict())
     assert torch.equal(module.hidden.weight, build("one", seed=2).hidden.weight)
-    names = checkpoint.optimizer_state_by_name(module, make_optimizer(module, "adamw"))["param_groups"][0]["params"]
-    assert "hidden.weight" in names
+    by_name = checkpoint.optimizer_state_by_name(make_optimizer(module, "adamw"), checkpoint.parameter_names(module))
+    assert "hidden.weight" in by_name["param_groups"][0]["params"]
 
 
 def test_callback_may_hold_sharded_tensors(tmp_path: Path) -> None:
@@ -124,26 +124,6 @@ def test_callback_may_hold_sharded_tensors(tmp_path: Path) -> None:
     for name in ("sharded.ckpt", "single.ckpt"):
         state = checkpoint.load(tmp_path / name)
         assert torch.equal(state["callbacks"]["average"][0], build("one").hidden.weight.detach())
-
-
-def assert_same(first: Any, second: Any, atol: float = 0.0) -> None:
-    """Equal trees: the same keys in the same order, the same types, tensors within ``atol``."""
-    ours, theirs = _flat(first), _flat(second)
-    assert list(ours) == list(theirs)
-    for path, value in ours.items():
-        other = theirs[path]
-        assert type(value) is type(other), path
-        if isinstance(value, Tensor):
-            assert value.dtype == other.dtype, path
-            torch.testing.assert_close(value, other, rtol=0, atol=atol, msg=str(path))
-        else:
-            assert value == other, path
-
-
-def _flat(tree: Any) -> dict[Any, Any]:
-    leaves: dict[Any, Any] = {}
-    map_leaves(tree, lambda path, value: leaves.setdefault(path, value))
-    return leaves
 
 
 def _full_state(path: Path) -> dict[str, Any]:
@@ -214,7 +194,7 @@ def _plain_state() -> str:
     optimizer = make_optimizer(module, "sgd")
     optimizer.state[module.hidden.weight]["history"] = torch.zeros(4)
     with pytest.raises(ValueError, match="plain tensor") as error:
-        checkpoint.optimizer_state_by_name(module, optimizer)
+        checkpoint.optimizer_state_by_name(optimizer, checkpoint.parameter_names(module))
     return str(error.value)
 
 

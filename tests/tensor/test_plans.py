@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
 from lightning_dist.plans.tensor import ModulePlan, Split, check, find_tensor_plan
-from lightning_dist.refusals import warn_of_axes_across_nodes
+from lightning_dist.validation import warn_of_axes_across_nodes
 from tests.support.models import samples
 from tests.support.parity import QUIET
 from tests.tensor.families import FAMILIES

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_dist import HybridStrategy
 from tests.support import models
-from tests.support.models import samples
+from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET
 from tests.support.ranks import RankError, run_on_ranks
 
@@ -47,11 +47,8 @@ class Reader(models.Classifier):
         self.seen = [*getattr(self, "seen", []), batch]
 
 
-PLAN = {"*.up": "colwise", "*.down": "rowwise"}
-
-
 def _trainer(layout: str) -> L.Trainer:
-    strategy = HybridStrategy(layout, tensor_plan=PLAN)
+    strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN)
     return L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_epochs=1)
 
 
@@ -74,7 +71,7 @@ def test_different_batches_are_refused() -> None:
 
 
 def test_a_sampler_that_deals_to_all_ranks_is_refused() -> None:
-    with pytest.raises(RankError, match=r"deals to 4 ranks, and is rank . of them; the layout has 2 data ranks"):
+    with pytest.raises(RankError, match=r"is for 4 ranks, as rank . of them; the layout has 2 data ranks"):
         run_on_ranks(4, _fit, "dp_shard=2,tp=2", _sampler_of_all_ranks)
     run_on_ranks(2, _fit, "dp_replicate=2", _sampler_of_all_ranks)
 

@@ -1,3 +1,0 @@
-"""Private names of Lightning."""
-
-from __future__ import annotations
