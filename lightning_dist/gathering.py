@@ -1,4 +1,4 @@
-"""Gathering what the ranks with different samples hold: differentiably, and of different lengths."""
+"""UnevenAllGather what the ranks with different samples hold: differentiably, and of different lengths."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import convert_to_tensors, move_data_to_device
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_structure
 
 from lightning_dist.compat.lightning import running_hook
 from lightning_dist.compat.torch import functional_collectives as functional
+from lightning_dist.pytree import tree_flatten, tree_map, tree_structure
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup, sync_grads: bool) -> Tensor:

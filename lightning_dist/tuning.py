@@ -10,58 +10,31 @@ that they save to, on the loss that the finder sees, and on whether a step fits 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist.checkpoint.agreement import from_rank_zero
+from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import num_collectives
 from lightning_dist.data.sharding import distributed_sampler
-from lightning_dist.layout import Layout
 from lightning_dist.parallel import Alone, Replicated
 from lightning_dist.patches import Patches
-from lightning_dist.randomness import RandomStates
+from lightning_dist.random_states import RandomStates
+from lightning_dist.ranks import LayoutRanks
 
 _BATCH_SIZE, _LEARNING_RATE = ".scale_batch_size_", ".lr_find_"
 """How the names of the finders' checkpoints begin (seen in Lightning 2.6.6)."""
 _PATIENCE = timedelta(minutes=2)
 """For ranks to tell whether a step fitted; those that wait for one that ran out of memory never do."""
-
-
-@dataclass(frozen=True)
-class SearchRanks:
-    """The ranks of a search, from this one's view.
-
-    Args:
-        rank: of the world.
-        world_size: all ranks.
-        num_data_ranks: those that see different samples.
-        layout: for messages.
-        device: of this rank.
-        groups: process groups in which a step communicates, by any name; none for one rank.
-        timeout: of collectives.
-        reduce: gives a tensor's mean over the data ranks.
-    """
-
-    rank: int
-    world_size: int
-    num_data_ranks: int
-    layout: Layout | None
-    device: torch.device
-    groups: Mapping[str, dist.ProcessGroup]
-    timeout: timedelta
-    reduce: Callable[[Tensor], Tensor]
 
 
 class Tuning:
@@ -81,13 +54,13 @@ class Tuning:
         """Whether a finder looks for its answer, from its save to its removal of the checkpoint."""
         return self._search is not None
 
-    def begin(self, path: Any, trainer: pl.Trainer, ranks: SearchRanks, position: Any) -> Any:
+    def begin(self, path: Any, trainer: pl.Trainer, ranks: LayoutRanks, position: Any) -> Any:
         """A checkpoint is about to be saved: that of a finder begins a search.
 
         Args:
             path: of the checkpoint on this rank.
             trainer: that saves.
-            ranks: that save.
+            ranks: of the run.
             position: of the training when it begins, which :meth:`end` and :meth:`leave` give back.
 
         Returns:
@@ -172,9 +145,9 @@ class Search:
     over the world is made, to be able to talk of steps that failed.
     """
 
-    def __init__(self, kind: str, path: Any, trainer: pl.Trainer, ranks: SearchRanks, position: Any) -> None:
+    def __init__(self, kind: str, path: Any, trainer: pl.Trainer, ranks: LayoutRanks, position: Any) -> None:
         self.kind, self.ranks, self.position = kind, ranks, position
-        self.path: str = from_rank_zero(str(path))
+        self.path: str = broadcast_object(str(path))
         self.random = RandomStates.now(ranks.device)
         self.fits: Agreement | None = None
         self._trainer, self._loop, self._patches = trainer, private.running_loop(trainer), Patches()
@@ -232,7 +205,7 @@ class Agreement:
     Communication: makes a process group of gloo over the world.
     """
 
-    def __init__(self, ranks: SearchRanks) -> None:
+    def __init__(self, ranks: LayoutRanks) -> None:
         self.broken: RuntimeError | None = None
         """Why ranks can't go on together."""
         self._ranks = ranks

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.cli import main
-from lightning_dist.explain import built
+from lightning_dist.explain import build_deferred
 from lightning_dist.report import LayoutReport
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
@@ -45,10 +45,10 @@ class Huge(L.LightningModule):
 def _reports(layout: str, sequence_parallel: bool) -> tuple[LayoutReport, LayoutReport]:
     """What was planned for this layout, and what this rank holds."""
     strategy = HybridStrategy(layout, sequence_parallel=sequence_parallel)
-    planned = strategy.explain(built(uneven_decoder), dist.get_world_size())
+    planned = strategy.explain(build_deferred(uneven_decoder), dist.get_world_size())
     trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_steps=1)
     trainer.fit(uneven_decoder(), DataLoader(Blocks(16), batch_size=4))
-    return planned, LayoutReport.of(strategy)
+    return planned, strategy.report()
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "dp_shard=2", "dp_shard=2,tp=2", "dp_replicate=2,tp=2"])
@@ -59,11 +59,11 @@ def test_what_is_explained_is_what_the_ranks_hold(layout: str) -> None:
     assert planned.rank_bytes == max(real.rank_bytes for _, real in reports)
     assert planned.units == reports[0][1].units
     assert planned.division == reports[0][1].division
-    assert planned.num_parameters == sum(p.numel() for p in built(uneven_decoder).parameters())
+    assert planned.num_parameters == sum(p.numel() for p in build_deferred(uneven_decoder).parameters())
 
 
 def test_the_division_is_told_block_by_block() -> None:
-    division = HybridStrategy("tp=2", sequence_parallel=True).explain(built(uneven_decoder), 2).division
+    division = HybridStrategy("tp=2", sequence_parallel=True).explain(build_deferred(uneven_decoder), 2).division
     assert division is not None
     told = {row.name: (row.count, row.split) for row in division.divided}
     assert told["model.blocks.*.attention"] == (2, "by heads: query, key, value; output by its inputs")
@@ -78,7 +78,7 @@ def test_the_division_is_told_block_by_block() -> None:
 
 
 def test_a_module_that_fits_no_machine_is_explained() -> None:
-    module = built(Huge)
+    module = build_deferred(Huge)
     assert all(p.is_meta for p in module.parameters())
     report = HybridStrategy("dp_shard=4,tp=2").explain(module, 8)
     assert report.whole_bytes > 4e11
@@ -121,7 +121,7 @@ def test_what_can_not_be_explained_is_one_line(
 
 
 def test_the_start_of_a_run_shows_the_division(capsys: pytest.CaptureFixture[str]) -> None:
-    HybridStrategy("tp=2").explain(built(uneven_decoder), 2).print()
+    HybridStrategy("tp=2").explain(build_deferred(uneven_decoder), 2).print()
     output = capsys.readouterr().out
     assert "whole on every rank" in output
     assert "by vocabulary" in output

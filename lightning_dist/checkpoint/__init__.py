@@ -17,7 +17,6 @@ from lightning_dist.checkpoint.checksums import DamagedCheckpoint
 from lightning_dist.checkpoint.convert import convert
 from lightning_dist.checkpoint.disk import holds_no_run, is_sharded, load, remove, save
 from lightning_dist.checkpoint.locations import located
-from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.single import gather_state
 from lightning_dist.checkpoint.stages import StageRanks
 from lightning_dist.checkpoint.state import (
@@ -26,6 +25,7 @@ from lightning_dist.checkpoint.state import (
     model_state,
     optimizer_state_by_name,
 )
+from lightning_dist.dtensors import full
 
 __all__ = [
     "BackgroundSaves",

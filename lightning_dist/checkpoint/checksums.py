@@ -15,6 +15,8 @@ from typing import IO, Any, cast
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from lightning_dist.collectives import raised_on_all_ranks
+
 CHECKSUMS = "checksums.json"
 """Of a directory: size in bytes and CRC-32 of each file, by name."""
 
@@ -28,6 +30,7 @@ UNRELATED = (PermissionError, ConnectionError, TimeoutError, MemoryError, Import
 """Errors that say nothing of the checkpoint that is read."""
 
 
+@raised_on_all_ranks
 class DamagedCheckpoint(ValueError):
     """A checkpoint that lacks a part, or whose bytes are not those that were written."""
 

@@ -25,10 +25,10 @@ from lightning_dist.checkpoint.opened import open_checkpoint
 from lightning_dist.checkpoint.safetensors import write_file, write_folder
 from lightning_dist.checkpoint.sharded import Shards, is_large, save_sharded
 from lightning_dist.checkpoint.single import gather_state
-from lightning_dist.checkpoint.tree import Path as TreePath
-from lightning_dist.checkpoint.tree import map_leaves
 from lightning_dist.checkpoint.weights import CONFIG, SAFETENSORS
 from lightning_dist.plans.pretrained import DESCRIPTIONS, model_type
+from lightning_dist.pytree import Path as TreePath
+from lightning_dist.pytree import map_leaves
 
 _PART = 1 << 25
 """Bytes of a part of a sharded checkpoint that is written by rows."""

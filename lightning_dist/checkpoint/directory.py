@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lightning_dist.checkpoint.agreement import global_rank, num_ranks
 from lightning_dist.checkpoint.checksums import CHECKSUMS, DamagedCheckpoint, verify_directory
 from lightning_dist.checkpoint.files import METADATA, REST
 from lightning_dist.checkpoint.single import check_sizes, load_pickled
-from lightning_dist.checkpoint.tree import Path as TreePath
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.collectives import global_rank, num_ranks
+from lightning_dist.pytree import Path as TreePath
+from lightning_dist.pytree import map_leaves
 
 MARKER = "lightning_dist"
 """The entry of ``meta.pt`` that says whose the directory is."""

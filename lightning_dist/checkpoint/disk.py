@@ -12,7 +12,6 @@ from typing import Any
 from torch.nn import Module
 
 from lightning_dist.checkpoint import locations
-from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, together
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.files import METADATA, REMOVED, REST, remove_any, temporary_sibling
 from lightning_dist.checkpoint.forms import form_of
@@ -22,6 +21,7 @@ from lightning_dist.checkpoint.single import gather_state, read_single, save_sin
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
 from lightning_dist.checkpoint.state import model_state
 from lightning_dist.checkpoint.weights import SAFETENSORS, for_module, read_safetensors, weight_files
+from lightning_dist.collectives import broadcast_object, global_rank, raise_on_all_ranks
 
 
 def save(
@@ -53,7 +53,7 @@ def save(
         OSError, RuntimeError: on every rank, if any can't write, or could not write the last one in the background.
         ValueError: on every rank, if the path is a directory with other things than one checkpoint.
     """
-    path = located(from_rank_zero(path))
+    path = located(broadcast_object(path))
     if background is not None:
         background.wait()
     if stages is not None:
@@ -105,15 +105,15 @@ def load(
         ValueError: on every rank: no checkpoint, a damaged or incomplete one, or one that needs
             ``weights_only=False``.
     """
-    path = located(from_rank_zero(path))
-    with together(f"read checkpoint {path}"):
+    path = located(broadcast_object(path))
+    with raise_on_all_ranks(f"read checkpoint {path}"):
         path = settled(path)
         form = form_of(path)
     if form == "sharded":
         if when_used:
             return open_sharded(path, optimizers, weights_only)
         return read_sharded(path, module, optimizers, weights_only)
-    with together(f"read checkpoint {path}"), fetched(path) as local:
+    with raise_on_all_ranks(f"read checkpoint {path}"), fetched(path) as local:
         checkpoint = read_single(local, weights_only) if form == "single" else {"state_dict": _read_weights(local)}
         if module is not None and holds_no_run(checkpoint):
             checkpoint["state_dict"] = for_module(checkpoint["state_dict"], module, model_state(module))

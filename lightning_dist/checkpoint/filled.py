@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
 from lightning_dist.checkpoint.lazy import LazyTensor, bytes_of, read_into
-from lightning_dist.checkpoint.tree import Path as TreePath
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.pytree import Path as TreePath
+from lightning_dist.pytree import map_leaves
 
 _DESCRIPTOR = b"PK\x07\x08"
 """What stands between a record and its checksum, in the form of zip that torch writes."""

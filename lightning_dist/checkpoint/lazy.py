@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lightning_dist.checkpoint.tree import Path, map_leaves
+from lightning_dist.pytree import Path, map_leaves
 
 _PIECE = 1 << 24
 

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree  # what torch itself walks arguments with; no public name in torch 2.14
 
-from lightning_dist.checkpoint.tree import Path, map_leaves
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import Path, map_leaves, tree_map_only
 
 
 class Reader(Protocol):
@@ -69,14 +68,14 @@ class OnDisk(Tensor):
                 return func(*args, **kwargs)
         # a parameter that takes the values over
         read = OnDisk.once if func is Tensor.copy_ and type(args[0]) is not OnDisk else OnDisk.plain
-        args, kwargs = pytree.tree_map_only(OnDisk, read, (args, kwargs))
+        args, kwargs = tree_map_only(OnDisk, read, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(OnDisk, OnDisk.plain, (args, kwargs or {}))
+        args, kwargs = tree_map_only(OnDisk, OnDisk.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

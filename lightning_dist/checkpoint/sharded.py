@@ -34,18 +34,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.utils.serialization import config as serialization_config
 
-from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, num_ranks, together
 from lightning_dist.checkpoint.checksums import UNRELATED, DamagedCheckpoint, flush, of_file, write_checksums
 from lightning_dist.checkpoint.directory import FORMAT, MARKER, Directory
 from lightning_dist.checkpoint.files import REST, temporary_sibling
 from lightning_dist.checkpoint.lazy import LazyTensor
 from lightning_dist.checkpoint.locations import file_system, is_remote, new_place, put_in_place, refuse_others, remove
 from lightning_dist.checkpoint.on_disk import OnDisk
-from lightning_dist.checkpoint.placement import HostMemory, boxes, empty_like_layout, local_part, on_tensor_axis
+from lightning_dist.checkpoint.placement import HostMemory, boxes
 from lightning_dist.checkpoint.state import model_state, named_parameters
-from lightning_dist.checkpoint.tree import Path as TreePath
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.collectives import broadcast_object, global_rank, num_ranks, raise_on_all_ranks
+from lightning_dist.dtensors import empty_like_layout, local_part, on_tensor_axis
 from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.pytree import Path as TreePath
+from lightning_dist.pytree import map_leaves
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,14 @@ def save_sharded(
     """
     place = temporary_sibling(path)
     sums: dict[str, tuple[int, int]] = {}
-    with together(f"write checkpoint {path}", group):
+    with raise_on_all_ranks(f"write checkpoint {path}", group):
         if global_rank() == 0:
             refuse_others(path)
             place = new_place(path)
             _write_rest(shards.rest, shards.places, place / REST)
             sums[REST] = of_file(place / REST)
     if is_remote(path):
-        place = path.with_name(from_rank_zero(place.name, group))
+        place = path.with_name(broadcast_object(place.name, group=group))
     writer = _Writer(place, sums, shards.aliases(), copy_ahead=10_000_000 if planner is None else 0)
     try:
         # The file's checksum stands for those of its records; an option of torch holds for one thread.
@@ -160,7 +161,7 @@ def save_sharded(
     if dist.is_initialized():
         every = [{} for _ in range(num_ranks())]
         dist.all_gather_object(every, sums, group)
-    with together(f"write checkpoint {path}", group):
+    with raise_on_all_ranks(f"write checkpoint {path}", group):
         if global_rank() == 0:
             write_checksums({name: found for of_rank in every for name, found in of_rank.items()}, place)
             put_in_place(place, path)
@@ -183,11 +184,11 @@ def read_sharded(path: Path, module: Module | None, optimizers: bool, weights_on
     Raises:
         ValueError: on every rank, what :meth:`Directory.open` raises on any.
     """
-    with together(f"read checkpoint {path}"):
+    with raise_on_all_ranks(f"read checkpoint {path}"):
         directory = Directory.open(path, weights_only)
     wanted = [(key, place) for key, place in directory.places if optimizers or place[0] != "optimizer_states"]
     targets = _targets(directory.index, {key: place for key, place in wanted}, module)
-    with together(f"read checkpoint {path}"):
+    with raise_on_all_ranks(f"read checkpoint {path}"):
         _read_parts(path, targets, directory.index, weights_only)
     if not optimizers:
         directory.rest.pop("optimizer_states", None)
@@ -201,7 +202,7 @@ def open_sharded(path: Path, optimizers: bool, weights_only: bool | None) -> dic
     Returns:
         Lightning's dictionary, in which these are :class:`~lightning_dist.checkpoint.on_disk.OnDisk`.
     """
-    with together(f"read checkpoint {path}"):
+    with raise_on_all_ranks(f"read checkpoint {path}"):
         directory = Directory.open(path, weights_only)
     if not optimizers:
         directory.rest.pop("optimizer_states", None)
@@ -212,7 +213,7 @@ def open_sharded(path: Path, optimizers: bool, weights_only: bool | None) -> dic
         if isinstance(stored, TensorStorageMetadata) and place[0] in ("state_dict", "optimizer_states"):
             made.setdefault(key, OnDisk(reader, key, stored.size, stored.properties.dtype))
     now = _targets(directory.index, {key: place for key, place in wanted if key not in made}, None)
-    with together(f"read checkpoint {path}"):
+    with raise_on_all_ranks(f"read checkpoint {path}"):
         _read_parts(path, now, directory.index, weights_only)
     return directory.joined((place, made[key] if key in made else now[key]) for key, place in wanted)
 
@@ -353,7 +354,7 @@ class _Reader:
 
     def in_layout(self, likes: dict[str, Tensor]) -> dict[str, Tensor]:
         targets: dict[str, Any] = {key: _memory_for(self._stored(key), like) for key, like in likes.items()}
-        with together(f"read checkpoint {self._directory.path}"):
+        with raise_on_all_ranks(f"read checkpoint {self._directory.path}"):
             self._read(targets)
         return targets
 

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.checkpoint.agreement import global_rank, num_ranks, together
 from lightning_dist.checkpoint.checksums import UNRELATED, DamagedCheckpoint, flush, refuse_compressed, verify_file
 from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
 from lightning_dist.checkpoint.locations import delivered, is_remote, refuse_others
-from lightning_dist.checkpoint.placement import full
 from lightning_dist.checkpoint.stages import StageRanks, from_stages
 from lightning_dist.checkpoint.state import with_indices
-from lightning_dist.checkpoint.tree import Path as TreePath
-from lightning_dist.checkpoint.tree import map_leaves
 from lightning_dist.checkpoint.weights import bare
+from lightning_dist.collectives import global_rank, num_ranks, raise_on_all_ranks
+from lightning_dist.dtensors import full
+from lightning_dist.pytree import Path as TreePath
+from lightning_dist.pytree import map_leaves
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -86,7 +86,7 @@ def save_single(
         write: writes the gathered checkpoint in place of ``torch.save``, on rank 0.
         group: of all ranks, for a thread that communicates beside others. Default: the world.
     """
-    with together(f"write checkpoint {path}", group):
+    with raise_on_all_ranks(f"write checkpoint {path}", group):
         if global_rank() == 0 and write is not None:
             write(whole, path)
         elif global_rank() == 0:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dist.checkpoint.tree import Path, map_leaves
 from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.pytree import Path, map_leaves
 
 
 @dataclass(frozen=True)

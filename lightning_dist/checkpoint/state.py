@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_dist.checkpoint.lazy import LazyTensor
 from lightning_dist.checkpoint.on_disk import in_layout_of
-from lightning_dist.checkpoint.placement import is_split, place_like, replicate_like
-from lightning_dist.checkpoint.tree import Path, map_leaves
+from lightning_dist.dtensors import is_split, local_part, place_like, replicate_like
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import Path, map_leaves
 
 _COMPILED = "_orig_mod."
 """What ``torch.compile`` puts into the names of a module it wraps."""
@@ -301,11 +301,7 @@ def _is_alias(value: Any, parameter: Tensor) -> bool:
         return is_placeholder(value) and is_placeholder(parameter)
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return False
-    return _local(value).data_ptr() == _local(parameter).data_ptr()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local_part(value).data_ptr() == local_part(parameter).data_ptr()
 
 
 def _rename_in_order(state: dict[str, Any]) -> None:

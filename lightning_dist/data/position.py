@@ -16,7 +16,7 @@ from lightning_dist.compat.lightning import Stateful
 from lightning_dist.compat.torch import StandsForLoader
 from lightning_dist.data.sharding import distributed_sampler, items_of_batch, loader_seed
 from lightning_dist.data.streams import DistributedStream
-from lightning_dist.randomness import CPU, RandomStates, kept_random_states
+from lightning_dist.random_states import CPU, RandomStates, kept_random_states
 
 
 class TrainingData:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Sampler, get_worker_info
 
-from lightning_dist.randomness import seed_generators
+from lightning_dist.random_states import seed_generators
 
 
 class DistributedOrder(Sampler[Any]):

@@ -15,14 +15,14 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import has_iterable_dataset
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_dist.checkpoint.agreement import from_rank_zero
+from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat.lightning import IndexBatchSamplerWrapper, with_sampler, without_index_wrapper
 from lightning_dist.compat.torch import forget_iterator
 from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples, SeededBatches
-from lightning_dist.randomness import seed_generators
+from lightning_dist.pytree import tree_leaves
+from lightning_dist.random_states import seed_generators
 
 
 def share_generator(loader: object) -> None:
@@ -34,7 +34,7 @@ def share_generator(loader: object) -> None:
     own = [getattr(loader, "generator", None), None if order is None else order.generator]
     for generator in {id(generator): generator for generator in own}.values():
         if isinstance(generator, torch.Generator):
-            generator.set_state(from_rank_zero(generator.get_state()))
+            generator.set_state(broadcast_object(generator.get_state()))
 
 
 def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:

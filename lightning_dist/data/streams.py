@@ -13,11 +13,11 @@ import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.data import has_iterable_dataset
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_dist.compat.torch import StandsForLoader
-from lightning_dist.randomness import CPU, RandomStates, kept_random_states, seed_generators
+from lightning_dist.pytree import tree_leaves
+from lightning_dist.random_states import CPU, RandomStates, kept_random_states, seed_generators
 from lightning_dist.snapshot import Snapshot
 
 _PROBED = 2

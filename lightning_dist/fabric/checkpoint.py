@@ -10,17 +10,14 @@ under ``fabric`` the keys and the rest. :func:`load` gives the user's dictionary
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path as LocalPath
 from typing import Any
 
-from lightning.fabric.strategies.strategy import _apply_filter, _validate_keys_for_strict_loading
-from lightning.fabric.utilities.types import _PATH, _Stateful
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers as settings
-from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, num_ranks, together
 from lightning_dist.checkpoint.checksums import verify_file
 from lightning_dist.checkpoint.forms import form_of
 from lightning_dist.checkpoint.lazy import LazyTensor
@@ -28,8 +25,12 @@ from lightning_dist.checkpoint.locations import fetched, located, settled
 from lightning_dist.checkpoint.sharded import read_sharded
 from lightning_dist.checkpoint.single import check_sizes, load_pickled, save_single
 from lightning_dist.checkpoint.state import named_parameters, with_indices
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.collectives import broadcast_object, global_rank, num_ranks, raise_on_all_ranks
+from lightning_dist.compat import fabric as private
+from lightning_dist.compat.lightning import Path
+from lightning_dist.compat.torch import children_of
 from lightning_dist.fabric.module import bare
+from lightning_dist.pytree import map_leaves
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -38,11 +39,11 @@ _KEYS = "fabric"
 
 
 def save(
-    path: _PATH,
+    path: Path,
     state: Mapping[str, Any],
     selected: Filter,
     sharded: bool,
-    write: Callable[[dict[str, Any], Path], None] | None = None,
+    write: Callable[[dict[str, Any], LocalPath], None] | None = None,
 ) -> None:
     """Writes the user's dictionary; every rank calls this, and the path is rank 0's. See [Note: the user's dictionary].
 
@@ -58,7 +59,7 @@ def save(
     converted: dict[str, Any] = {}
     owner = _together(state)
     for key, value in state.items():
-        _apply_filter(key, dict(selected), _state_of(value, owner), converted)
+        private.apply_filter(key, dict(selected), _state_of(value, owner), converted)
     by_kind = {
         kind: [key for key, value in state.items() if isinstance(value, kind)] for kind in (nn.Module, Optimizer)
     }
@@ -68,10 +69,10 @@ def save(
         return
     whole = checkpoints.gather_state({"": converted}).get("", {})
     whole |= {key: _by_index(whole[key]) for key in optimizers if key in whole}
-    save_single(whole, located(from_rank_zero(path)), write)
+    save_single(whole, located(broadcast_object(path)), write)
 
 
-def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
+def load(path: Path, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
     """Puts what a checkpoint holds into the user's dictionary, in place; every rank calls this, and the path is rank
     0's.
 
@@ -94,7 +95,7 @@ def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | 
     """
     owner = _together(state)
     checkpoint = _read(path, owner, weights_only)
-    _validate_keys_for_strict_loading(state.keys(), checkpoint.keys(), strict=strict)
+    private.validate_keys(state.keys(), checkpoint.keys(), strict=strict)
     for key, value in list(state.items()):
         if key not in checkpoint:
             continue
@@ -103,14 +104,14 @@ def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | 
             checkpoints.load_model_state(bare(value), stored, strict, path)
         elif isinstance(value, Optimizer):
             _load_optimizer(owner, value, stored, path)
-        elif isinstance(value, _Stateful):
+        elif isinstance(value, private.Stateful):
             value.load_state_dict(_in_memory(stored))
         else:
             state[key] = _in_memory(stored)
     return {key: _in_memory(_by_index(value)) for key, value in checkpoint.items()}
 
 
-def load_raw(path: _PATH, target: nn.Module | Optimizer, strict: bool, weights_only: bool | None) -> None:
+def load_raw(path: Path, target: nn.Module | Optimizer, strict: bool, weights_only: bool | None) -> None:
     """Puts bare weights, or the bare state of an optimizer, into a module or an optimizer in its layout.
 
     Args:
@@ -130,7 +131,7 @@ def _together(state: Mapping[str, Any]) -> nn.Module:
     """One module of all in the user's dictionary, under their keys."""
     owner = nn.Module()
     # not by add_module: a key may be any string
-    owner._modules.update({key: bare(value) for key, value in state.items() if isinstance(value, nn.Module)})
+    children_of(owner).update({key: bare(value) for key, value in state.items() if isinstance(value, nn.Module)})
     return owner
 
 
@@ -139,7 +140,7 @@ def _state_of(value: Any, owner: nn.Module) -> Any:
         return checkpoints.model_state(bare(value))
     if isinstance(value, Optimizer):
         return checkpoints.optimizer_state_by_name(owner, value)
-    return value.state_dict() if isinstance(value, _Stateful) else value
+    return value.state_dict() if isinstance(value, private.Stateful) else value
 
 
 def _as_directory(converted: Mapping[str, Any], modules: list[str], optimizers: list[str]) -> dict[str, Any]:
@@ -172,16 +173,16 @@ def _from_directory(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in keys["order"]}
 
 
-def _read(path: _PATH, owner: nn.Module, weights_only: bool | None) -> dict[str, Any]:
-    there = located(from_rank_zero(path))
-    with together(f"read checkpoint {there}"):
+def _read(path: Path, owner: nn.Module, weights_only: bool | None) -> dict[str, Any]:
+    there = located(broadcast_object(path))
+    with raise_on_all_ranks(f"read checkpoint {there}"):
         there = settled(there)
         form = form_of(there)
     if form == "sharded":
         return _from_directory(read_sharded(there, owner, True, weights_only))
     if form == "weights":
         raise ValueError(f"{there} holds weights alone; fabric.load_raw(path, model) reads them")
-    with together(f"read checkpoint {there}"), fetched(there) as local:
+    with raise_on_all_ranks(f"read checkpoint {there}"), fetched(there) as local:
         verify_file(local, global_rank(), num_ranks())
         stored = load_pickled(local, weights_only, mmap=True)
         check_sizes(stored, local)
@@ -192,7 +193,7 @@ def _read(path: _PATH, owner: nn.Module, weights_only: bool | None) -> dict[str,
     return _from_directory(stored)
 
 
-def _load_optimizer(owner: nn.Module, optimizer: Optimizer, stored: Mapping[str, Any], path: _PATH) -> None:
+def _load_optimizer(owner: nn.Module, optimizer: Optimizer, stored: Mapping[str, Any], path: Path) -> None:
     known = {id(parameter) for parameter in named_parameters(owner).values()}
     held_by = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not all(id(parameter) in known for parameter in held_by):

@@ -15,9 +15,9 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from lightning_dist.collectives import broadcast_object
 from lightning_dist.data import share_generator
 from lightning_dist.data.samplers import DistributedSamples
-from lightning_dist.ranks import broadcast
 
 
 class Injected(int):
@@ -49,7 +49,7 @@ def shard_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
     if not found:
         _refuse_other_ranks(loader.sampler, num_replicas, rank)
         return
-    seed = int(broadcast(found[0].seed))
+    seed = int(broadcast_object(found[0].seed))
     sampler = DistributedSamples(_source_of(found[0], loader), num_replicas, rank, seed, loader.drop_last)
     if loader.sampler is found[0]:
         object.__setattr__(loader, "sampler", sampler)  # which DataLoader forbids

@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lightning_dist.compat.torchmetrics import set_step_value, step_value
@@ -18,6 +17,7 @@ from lightning_dist.logs.metrics import MetricSnapshot
 from lightning_dist.logs.reductions import REDUCTIONS, Reduction, reduction_of
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import tree_leaves
 
 
 @dataclass

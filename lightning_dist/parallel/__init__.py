@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.checkpointing import Checkpointing, checkpoint_activations, refuse_no_blocks
 from lightning_dist.parallel.data import Alone, average_buffers
-from lightning_dist.parallel.flat import flat_broadcast
 from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions
 from lightning_dist.parallel.replicated import Replicated
 from lightning_dist.parallel.sharded import Sharded
@@ -26,7 +25,6 @@ __all__ = [
     "Replicated",
     "Sharded",
     "average_buffers",
-    "flat_broadcast",
     "parallelize",
     "refuse_no_blocks",
 ]

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_dist import checkpoint
 from lightning_dist.checkpoint.state import with_indices
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.pytree import map_leaves
 from tests.checkpoint.training import (
     OPTIMIZERS,
     RANKS,

@@ -1,3 +1,4 @@
 """Private names of Lightning."""
 
 from lightning_dist.compat.lightning.logs import *
+from lightning_dist.compat.lightning.strategy import *

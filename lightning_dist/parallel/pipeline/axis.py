@@ -14,16 +14,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import STEPS, Alone
-from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline import by_hand, check
 from lightning_dist.parallel.pipeline.failures import Failure, raise_together
 from lightning_dist.parallel.pipeline.gradients import HandOver, StageGradients
-from lightning_dist.parallel.pipeline.nested import leaves
-from lightning_dist.parallel.pipeline.randomness import seed_microbatch
 from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
 from lightning_dist.parallel.pipeline.shared_outputs import AppendedLists, KeptAttributes, detached, marked, pack, share
 from lightning_dist.parallel.pipeline.staged import (
@@ -43,7 +41,8 @@ from lightning_dist.parallel.pipeline.wire import Wire, ended, first_link
 from lightning_dist.parallel.rehearsal import undone
 from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder, placeholder
-from lightning_dist.randomness import kept_random_states
+from lightning_dist.pytree import deep_leaves
+from lightning_dist.random_states import kept_random_states, seed_microbatch
 
 
 class Pipelined(Alone):
@@ -646,10 +645,7 @@ class Pipelined(Alone):
         for name, stages in self.stages.buffers.items():
             by_rank.setdefault(self._rank_of[stages[-1]], []).append(buffers[name])
         for rank, owned in sorted(by_rank.items()):
-            for same in buckets(owned):
-                flat = torch.cat([b.detach().reshape(-1) for b in same])
-                dist.broadcast(flat, group=self.group, group_src=rank)
-                unflatten(flat, same)
+            broadcast_tensors(owned, self.group, rank)
 
 
 def _write(step: str, name: str) -> str:
@@ -697,4 +693,4 @@ def _gradients_are_seen(module: pl.LightningModule) -> bool:
 
 
 def _holds_placeholder(value: Any) -> bool:
-    return any(is_placeholder(leaf) for leaf in leaves(value))
+    return any(is_placeholder(leaf) for leaf in deep_leaves(value))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dist.parallel.pipeline.nested import leaves, mapped, rebuilt
+from lightning_dist.pytree import deep_leaves, deep_map, rebuilt
 
 VALUES = (str, bytes, int, float)
 """What a list of one for each sample may hold."""
@@ -114,7 +114,7 @@ def _places(value: Any, total: int, is_top: bool) -> Any:
         return {key: _places(item, total, False) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return _Fields(total)
-    return _Fields(total) if leaves(value) != [value] else None
+    return _Fields(total) if deep_leaves(value) != [value] else None
 
 
 class _Fields:
@@ -138,7 +138,7 @@ def _is_by_sample(value: Any) -> bool:
 
 
 def _all_arrays(value: Any) -> list[Any]:
-    return [leaf for leaf in leaves(value) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim]
+    return [leaf for leaf in deep_leaves(value) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim]
 
 
 def _children(value: Any) -> list[Any]:
@@ -205,11 +205,11 @@ def _part(value: Any, dims: Any, begin: int, end: int) -> Any:
     if dims is None:
         return value
     if isinstance(dims, _Fields):
-        return mapped(value, lambda leaf: _cut(leaf, 0, begin, end) if _first_dim(leaf) == dims.total else leaf)
+        return deep_map(value, lambda leaf: _cut(leaf, 0, begin, end) if _first_dim(leaf) == dims.total else leaf)
     if dims == EACH:
         return value[begin:end]
     if isinstance(dims, int):
-        return mapped(value, lambda leaf: _cut(leaf, dims, begin, end))
+        return deep_map(value, lambda leaf: _cut(leaf, dims, begin, end))
     keys = set(_keys(value, dims))
     if isinstance(value, Mapping):
         parts = {key: _part(item, dims[key], begin, end) if key in keys else item for key, item in value.items()}

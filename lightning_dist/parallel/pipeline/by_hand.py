@@ -17,9 +17,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.pytree import tree_leaves
 
 SEVERAL = (
     "pp runs the backward of a step in its schedule, and this training_step calls manual_backward {number} times; one "

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dist.parallel.pipeline.nested import tensors
 from lightning_dist.parallel.pipeline.trace import Call, Trace, Value
+from lightning_dist.pytree import deep_tensors
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _returned(trace: Trace) -> dict[int, list[tuple[int, int]]]:
     """Which calls returned a tensor, by its id: index and place, the outermost first."""
     returned: dict[int, list[tuple[int, int]]] = {}
     for index, call in enumerate(trace.calls):
-        for place, tensor in enumerate(tensors(call.output)):
+        for place, tensor in enumerate(deep_tensors(call.output)):
             returned.setdefault(id(tensor), []).append((index, place))
     return returned
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lightning_dist.collectives import all_reduce_tensors
+from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.pipeline.stages import Stages
 from lightning_dist.parallel.usage import filled
 from lightning_dist.placeholder import held
@@ -61,7 +61,7 @@ class StageGradients:
         for parameter, num_ranks in self._summed:
             # what is summed already must count once when it is summed again with what is added to it
             if parameter.grad is not None:
-                _local(parameter.grad).div_(num_ranks)
+                local_part(parameter.grad).div_(num_ranks)
         self._summed = []
         self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
         for parameter, gradient in self._aside:
@@ -94,14 +94,9 @@ class StageGradients:
             if not parameters:
                 continue
             used = [float(p.grad is not None) for p in parameters]
-            gradients = [_local(filled(p)) for p in parameters]
-            flags = torch.zeros(0)
-            for number, same in enumerate(buckets(gradients)):
-                told = same[0].new_tensor(used) if number == 0 else same[0].new_zeros(0)
-                flat = torch.cat([*(g.reshape(-1) for g in same), told])
-                dist.all_reduce(flat, group=group)
-                unflatten(flat[: flat.numel() - told.numel()], same)
-                flags = flat[flat.numel() - told.numel() :] if number == 0 else flags
+            gradients = [local_part(filled(p)) for p in parameters]
+            flags = gradients[0].new_tensor(used)
+            all_reduce_tensors([flags, *gradients], group)
             for parameter, is_used in zip(parameters, flags.tolist(), strict=True):
                 if not is_used:
                     parameter.grad = None
@@ -120,11 +115,8 @@ class StageGradients:
         dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
         used = told.tolist()
         buffers.send(number for number, is_written in enumerate(used[len(parameters) :]) if is_written)
-        gradients = [_local(filled(p)) for p, is_used in zip(parameters, used, strict=False) if is_used]
-        for same in buckets(gradients):
-            flat = torch.cat([g.reshape(-1) for g in same])
-            dist.all_reduce(flat, group=group)
-            unflatten(flat / dist.get_world_size(group), same)
+        gradients = [local_part(filled(p)) for p, is_used in zip(parameters, used, strict=False) if is_used]
+        all_reduce_tensors(gradients, group, mean=True)
 
 
 class HandsOver(Protocol):
@@ -164,7 +156,3 @@ def _tied_groups(
             of_holders: Any = dist.new_group([ranks[holder] for holder in holders], use_local_synchronization=True)
             found.append((tied, of_holders))
     return found
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lightning_dist.parallel.pipeline.cuts import Crossing, CutPoint, skipped_indices
-from lightning_dist.parallel.pipeline.nested import leaves, number_kind
+from lightning_dist.parallel.pipeline.nested import number_kind
 from lightning_dist.parallel.pipeline.trace import Trace
 from lightning_dist.placeholder import placeholder
+from lightning_dist.pytree import deep_leaves
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def with_numbers(trace: Trace, point: CutPoint) -> CutPoint:
     slots: list[Slot] = []
     for index in sorted({*skipped_indices(trace, point.call), point.call}):
         call = trace.calls[index]
-        found = enumerate(leaves(call.output))
+        found = enumerate(deep_leaves(call.output))
         slots += [Slot(call.name, call.ordinal, at, kind) for at, leaf in found if (kind := number_kind(leaf))]
     written = trace.attributes.items()
     slots += [Slot(name, key, -1, kind) for (name, key), (op, kind) in written if op <= point.after]

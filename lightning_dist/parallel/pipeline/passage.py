@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_dist.parallel.pipeline.cuts import Crossing, CutPoint, skipped_calls
-from lightning_dist.parallel.pipeline.nested import leaves, mapped, number_kind, tensors
+from lightning_dist.parallel.pipeline.nested import number_kind
 from lightning_dist.parallel.pipeline.numbers import Slot, decoded, encoded
 from lightning_dist.parallel.pipeline.trace import Trace
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import deep_leaves, deep_map, deep_tensors
 
 
 class Leave(BaseException):
@@ -53,7 +54,7 @@ class Passage:
             call = trace.calls[crossing.call]
             if enter is None or (crossing.call != begin and call.last > enter.after):
                 self._captured.setdefault(call.name, {}).setdefault(call.ordinal, []).append(crossing)
-        outputs = {(call.name, call.ordinal): leaves(call.output) for call in trace.calls}
+        outputs = {(call.name, call.ordinal): deep_leaves(call.output) for call in trace.calls}
         self.returned: dict[tuple[str, int], list[Any]] = {}
         """Of calls that return numbers which later stages take, the leaves of what they returned in the trace."""
         for slot in leave.numbers if leave is not None else ():
@@ -192,9 +193,9 @@ class _Run:
                 return self._received(passage._skipped[name][ordinal], name, ordinal)
         output = original(*args, **kwargs)
         if (name, ordinal) in passage.returned:
-            self._note_numbers(name, ordinal, leaves(output))
+            self._note_numbers(name, ordinal, deep_leaves(output))
         for crossing in passage._captured.get(name, {}).get(ordinal, ()):
-            self._known[id(crossing.tensor)] = tensors(output)[crossing.place]
+            self._known[id(crossing.tensor)] = deep_tensors(output)[crossing.place]
         leave = passage.leave
         if leave is not None and (name, ordinal) == (leave.name, leave.ordinal):
             raise Leave
@@ -236,7 +237,7 @@ class _Run:
                 return self._numbers.get(Slot(name, ordinal, place, kind), leaf)
             return self._known.get(id(leaf), leaf)
 
-        return mapped(output, known)
+        return deep_map(output, known)
 
     def sent(self) -> list[Tensor]:
         """The tensors of the exit's cut, as they are now."""

@@ -16,14 +16,14 @@ from lightning.pytorch.trainer.connectors.data_connector import _request_dataloa
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist.parallel.pipeline.by_hand import SEVERAL
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages, find_stages, hide_parameters
 from lightning_dist.parallel.pipeline.trace import Trace, trace_step
-from lightning_dist.randomness import kept_random_states
+from lightning_dist.pytree import tree_map
+from lightning_dist.random_states import kept_random_states
 
 STEP_OF = {
     TrainerFn.FITTING: "training_step",

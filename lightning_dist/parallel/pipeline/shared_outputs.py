@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_dist.parallel.pipeline.batches import joined
-from lightning_dist.parallel.pipeline.nested import held_items, leaves, mapped
+from lightning_dist.parallel.pipeline.nested import held_items
 from lightning_dist.parallel.pipeline.staged import Place as StagedPlace
 from lightning_dist.parallel.pipeline.staged import staged
 from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.pytree import deep_leaves, deep_map
 
 Place = tuple[str, Any]
 
@@ -156,7 +157,7 @@ class KeptAttributes:
         """Puts what the last stage kept in place, on every rank; activations of other stages as what is elsewhere."""
         self.before_microbatch()
         for (name, key), value in found.items():
-            self._owner(name, key)[name if key is None else key] = mapped(value, partial(_there, name))
+            self._owner(name, key)[name if key is None else key] = deep_map(value, partial(_there, name))
 
     def _owner(self, name: str, key: Any) -> dict[Any, Any]:
         items = None if key is None else held_items(self._own[name])
@@ -183,12 +184,12 @@ def _there(name: str, leaf: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     kinds = (type(None), bool, int, float, complex, str, Tensor)
-    return all(isinstance(leaf, kinds) and not isinstance(leaf, nn.Parameter) for leaf in leaves(value))
+    return all(isinstance(leaf, kinds) and not isinstance(leaf, nn.Parameter) for leaf in deep_leaves(value))
 
 
 def detached(value: Any) -> Any:
     """Without a graph."""
-    return mapped(value, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
+    return deep_map(value, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
 
 
 def _joined(values: list[Any], sizes: list[int], weights: list[float]) -> Any:
@@ -204,15 +205,15 @@ def _joined(values: list[Any], sizes: list[int], weights: list[float]) -> Any:
 
 def marked(value: Any) -> Any:
     """With marks in place of tensors of other stages; see :meth:`KeptAttributes.keep`."""
-    return mapped(value, lambda leaf: _Elsewhere(tuple(leaf.shape), leaf.dtype) if is_placeholder(leaf) else leaf)
+    return deep_map(value, lambda leaf: _Elsewhere(tuple(leaf.shape), leaf.dtype) if is_placeholder(leaf) else leaf)
 
 
 def pack(value: Any) -> bytes:
     """For :func:`unpack` on other ranks; empty for nothing."""
-    if not [leaf for leaf in leaves(value) if leaf is not None]:
+    if not [leaf for leaf in deep_leaves(value) if leaf is not None]:
         return b""
     buffer = io.BytesIO()
-    torch.save(mapped(value, lambda leaf: None if is_placeholder(leaf) else leaf), buffer)
+    torch.save(deep_map(value, lambda leaf: None if is_placeholder(leaf) else leaf), buffer)
     return buffer.getvalue()
 
 

@@ -29,13 +29,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
 from lightning_dist.divided.readers import meet
 from lightning_dist.divided.tensor import Divided, as_divided, write_part
 from lightning_dist.divided.whole import whole as gathered
 from lightning_dist.placeholder import is_placeholder, placeholder, placeholder_parameter
+from lightning_dist.pytree import tree_leaves, tree_map
 
 _DEEPEST = 60
 """Calls to look at."""

@@ -14,7 +14,6 @@ from lightning_dist.parallel.pipeline import batches, by_hand
 from lightning_dist.parallel.pipeline.asked import AskedInt, Note, attributes
 from lightning_dist.parallel.pipeline.cuts import CutPoint
 from lightning_dist.parallel.pipeline.failures import Failure
-from lightning_dist.parallel.pipeline.nested import leaves
 from lightning_dist.parallel.pipeline.numbers import with_numbers
 from lightning_dist.parallel.pipeline.passage import Ghost, Passage
 from lightning_dist.parallel.pipeline.setup import refuse_manual
@@ -22,7 +21,8 @@ from lightning_dist.parallel.pipeline.staged import origin
 from lightning_dist.parallel.pipeline.stages import Cut, points_in
 from lightning_dist.parallel.pipeline.trace import Trace, trace_step
 from lightning_dist.parallel.pipeline.wire import Wire
-from lightning_dist.randomness import kept_random_states
+from lightning_dist.pytree import deep_leaves
+from lightning_dist.random_states import kept_random_states
 
 
 class Route:
@@ -136,7 +136,7 @@ def _signature(part: Any) -> Any:
     """What a step's path may depend on beside values: shapes and dtypes, and what is no tensor."""
     return tuple(
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, _plain(leaf))
-        for leaf in leaves(part)
+        for leaf in deep_leaves(part)
     )
 
 

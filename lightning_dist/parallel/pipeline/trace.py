@@ -24,9 +24,10 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
 from lightning_dist.parallel.pipeline.asked import Note
-from lightning_dist.parallel.pipeline.nested import leaves, mapped, number_kind, tensors
+from lightning_dist.parallel.pipeline.nested import number_kind
 from lightning_dist.parallel.pipeline.skeleton import Skeleton
 from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.pytree import deep_leaves, deep_map, deep_tensors
 
 FLOPS_PER_BYTE = {"cpu": 5.0}
 """What reading or writing a byte is taken to cost, in floating-point operations; 100 on an accelerator."""
@@ -59,7 +60,7 @@ class Call:
     @cached_property
     def returns_placeholders(self) -> bool:
         """Whether all that it returned are placeholders, and plain values beside them."""
-        found = leaves(self.output)
+        found = deep_leaves(self.output)
         plain = (type(None), bool, int, float, str, torch.dtype, torch.device)
         return any(is_placeholder(leaf) for leaf in found) and all(
             is_placeholder(leaf) or isinstance(leaf, plain) for leaf in found
@@ -190,7 +191,7 @@ def loss_of(output: Any) -> Any:
 
 def _settle_end(trace: Trace) -> None:
     """What is returned as the loss is used at the end."""
-    for tensor in tensors(loss_of(trace.output)):
+    for tensor in deep_tensors(loss_of(trace.output)):
         if id(tensor) in trace.values:
             trace.values[id(tensor)].used = trace.num_ops
 
@@ -282,23 +283,23 @@ class _Recorder(TorchDispatchMode):
             inner = [m for m in module.modules() if "_compiled_call_impl" in vars(m)]
             traced = [vars(m).pop("_compiled_call_impl") for m in inner]
             try:
-                real = mapped((args, kwargs), lambda leaf: _random(leaf) if is_placeholder(leaf) else leaf)
+                real = deep_map((args, kwargs), lambda leaf: _random(leaf) if is_placeholder(leaf) else leaf)
                 output = torch.func.functional_call(module, state, real[0], real[1])
             finally:
                 for m, before in zip(inner, traced, strict=True):
                     vars(m)["_compiled_call_impl"] = before
-        output = mapped(output, lambda leaf: placeholder(leaf) if isinstance(leaf, Tensor) else leaf)
-        used = [*tensors((args, kwargs)), *module.parameters()]
-        self._note(used, tensors(output), 3.0 * sum(p.numel() for p in module.parameters()))
+        output = deep_map(output, lambda leaf: placeholder(leaf) if isinstance(leaf, Tensor) else leaf)
+        used = [*deep_tensors((args, kwargs)), *module.parameters()]
+        self._note(used, deep_tensors(output), 3.0 * sum(p.numel() for p in module.parameters()))
         return output
 
     # ------------------------------------------------------------------ ops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = tensors((args, kwargs))
+        inputs = deep_tensors((args, kwargs))
         output = func(*args, **kwargs)
-        made = tensors(output)
+        made = deep_tensors(output)
         if self._skeleton.backwards or (not made and not func._schema.is_mutable):
             # what a manual step does after its backward belongs to no stage; what is asked of a tensor (its device,
             # its size) uses nothing of it
@@ -355,12 +356,12 @@ class _Recorder(TorchDispatchMode):
         if not func._schema.is_mutable:
             return
         number = self.trace.num_ops - 1
-        depends = any(self._depends(tensor) for tensor in tensors((args, kwargs)))
+        depends = any(self._depends(tensor) for tensor in deep_tensors((args, kwargs)))
         given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
         for argument in func._schema.arguments:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            for tensor in tensors(given.get(argument.name)):
+            for tensor in deep_tensors(given.get(argument.name)):
                 for name in self._parameters_by_memory.get(_memory(tensor), ()):
                     self.trace.written.add(name)
                 if depends and not is_placeholder(tensor):
@@ -418,6 +419,6 @@ def _cost(func: Any, args: Any, kwargs: Any, output: Any, inputs: list[Tensor], 
         except (TypeError, AssertionError, AttributeError):
             flops = 0.0
     # a product has two in its backward; other ops move about as much again
-    factor = 3.0 if any(isinstance(leaf, nn.Parameter) for leaf in leaves((args, kwargs))) or flops else 2.0
+    factor = 3.0 if any(isinstance(leaf, nn.Parameter) for leaf in deep_leaves((args, kwargs))) or flops else 2.0
     cost = factor * flops + 2.0 * FLOPS_PER_BYTE.get(device, 100.0) * moved
     return cost if math.isfinite(cost) else 0.0

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 from lightning_dist.parallel.tensor.collectives import gather, leave
-from lightning_dist.parallel.tensor.randomness import shared_again
 from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.random_states import shared_again
 
 
 class LocalHeads(TorchFunctionMode):

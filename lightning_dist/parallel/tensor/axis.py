@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from lightning_dist.parallel.flat import buckets, unflatten
+from lightning_dist.collectives import all_reduce_tensors
+from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.tensor.positions import SequenceBlock
 from lightning_dist.parallel.tensor.region import Region
 
@@ -51,10 +50,7 @@ class TensorAxis:
     @torch.no_grad()
     def after_backward(self) -> None:
         """Sums; called after backward passes that reduce."""
-        for same in buckets([_local(g) for g in self._gradients()]):
-            flat = torch.cat([g.reshape(-1) for g in same])
-            dist.all_reduce(flat, group=self.mesh.get_group())
-            unflatten(flat / self.mesh.size(), same)
+        all_reduce_tensors(map(local_part, self._gradients()), self.mesh.get_group(), mean=True)
 
 
 def _see_in_part(module: nn.Module, name: str) -> None:
@@ -67,7 +63,3 @@ def _see_in_part(module: nn.Module, name: str) -> None:
     below = name[len(outer) + 1 :] if outer else name
     if below not in region.partial:
         region.partial.append(below)
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

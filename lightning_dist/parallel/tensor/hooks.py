@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_dist.parallel.tensor.places import Place, find_places
 from lightning_dist.parallel.tensor.proof import both_ways, rounding_of
@@ -37,6 +36,7 @@ from lightning_dist.parallel.tensor.users_hooks import (
     users_hooks,
     without_users_hooks,
 )
+from lightning_dist.pytree import tree_flatten, tree_leaves, tree_unflatten
 
 Call = tuple[list[Place | None], list[Place | None], list[Place | None]]
 """The places of positional arguments, of arguments by name and of outputs, of one call of a module."""

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import _reduction
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_dist.parallel.tensor.cross_entropy import vocab_cross_entropy
 from lightning_dist.parallel.tensor.extremes import Largest
 from lightning_dist.parallel.tensor.tracking import BY_ANY_ARGUMENT, BY_FIRST_ARGUMENT, IN_PLACE
 from lightning_dist.parallel.tensor.vocabulary import Vocabulary
+from lightning_dist.pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 
 class VocabLogits(Tensor):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_dist.divided.functions import Way, way_of
+from lightning_dist.pytree import tree_flatten, tree_map, tree_unflatten
 
 
 class OwnPart(Tensor):

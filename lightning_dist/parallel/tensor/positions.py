@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.parallel.tensor.collectives import (
     enter,
@@ -35,9 +34,10 @@ from lightning_dist.parallel.tensor.collectives import (
     leave_positions,
     scatter_positions,
 )
-from lightning_dist.parallel.tensor.randomness import own_stream
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.users_hooks import refuse_hooks
+from lightning_dist.pytree import tree_leaves, tree_map
+from lightning_dist.random_states import own_stream
 
 DIM = 1
 """Of positions, in (batch, positions, features)."""

@@ -20,12 +20,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.parallel.rehearsal import FixedNumbers, undone
 from lightning_dist.parallel.tensor.region import Region, whole
 from lightning_dist.parallel.tensor.shards import local_part
 from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
+from lightning_dist.pytree import tree_leaves, tree_map
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of outputs that is taken for rounding."""

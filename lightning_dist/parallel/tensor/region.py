@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
-from torch.utils._pytree import tree_map
 
 from lightning_dist.parallel.tensor.collectives import enter, gather, leave
 from lightning_dist.parallel.tensor.own_part import marked, unmarked
 from lightning_dist.parallel.tensor.partial import seen_in_part
-from lightning_dist.parallel.tensor.randomness import own_stream, shared_again
 from lightning_dist.parallel.tensor.shadows import shadowed
 from lightning_dist.parallel.tensor.shards import local_part, on_axis
+from lightning_dist.pytree import tree_map
+from lightning_dist.random_states import own_stream, shared_again
 
 if TYPE_CHECKING:
     from lightning_dist.parallel.tensor.hooks import HooksInside

@@ -17,12 +17,12 @@ from lightning_dist.parallel.tensor.hooks import HooksInside
 from lightning_dist.parallel.tensor.logits import VocabLogits
 from lightning_dist.parallel.tensor.positions import Positions, SequenceBlock
 from lightning_dist.parallel.tensor.proof import Proof
-from lightning_dist.parallel.tensor.randomness import shared_again
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.shards import placement, split_parameter
 from lightning_dist.parallel.tensor.vocabulary import Vocabulary
 from lightning_dist.plans.tensor import OWN_ARGUMENTS, Chains, Part, TensorPlan
 from lightning_dist.plans.tensor.layers import inputs
+from lightning_dist.random_states import shared_again
 
 
 def split(

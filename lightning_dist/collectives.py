@@ -1,0 +1,225 @@
+"""Collectives beyond torch's: several tensors in one, objects, decisions, and errors that all ranks raise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+E = TypeVar("E", bound=type[Exception])
+
+BUCKET_BYTES = 64 * 2**20
+"""How much is copied into one flat tensor, at most, to be sent at once."""
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def global_rank() -> int:
+    """The rank in the world; 0 where there is no process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def num_ranks() -> int:
+    """Size of the world; 1 where there is no process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+# --------------------------------------------------------------------- several tensors
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of one dtype and at most ``BUCKET_BYTES``, or one tensor."""
+    open_buckets: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = open_buckets.setdefault(tensor.dtype, [])
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = open_buckets[tensor.dtype] = []
+        bucket.append(tensor)
+    yield from open_buckets.values()
+
+
+def broadcast_tensors(tensors: Iterable[Tensor], group: dist.ProcessGroup | None, source: int = 0) -> None:
+    """Gives every rank of the group the values that one of its ranks has, in place.
+
+    Args:
+        tensors: of the same shapes and dtypes on every rank, plain.
+        group: None for the world.
+        source: the rank in the group.
+
+    Communication: the tensors' bytes, in broadcasts of one dtype and at most 64 MB (or one tensor) each.
+    """
+    for same in buckets(tensors):
+        _copy_into(same, broadcast_parts(same, group, source))
+
+
+def broadcast_parts(tensors: list[Tensor], group: dist.ProcessGroup | None, source: int = 0) -> tuple[Tensor, ...]:
+    """What one rank of the group has in tensors of one dtype, each flat; they stay as they are. One broadcast."""
+    flat = _flat(tensors)
+    dist.broadcast(flat, group=group, group_src=source)
+    return _split(flat, tensors)
+
+
+def all_reduce_tensors(
+    tensors: Iterable[Tensor], group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM, mean: bool = False
+) -> None:
+    """Reduces the tensors over the group, in place.
+
+    Args:
+        tensors: of the same shapes and dtypes on every rank, plain.
+        group: None for the world.
+        op: the reduction.
+        mean: divide by the number of ranks.
+
+    Communication: the tensors' bytes, in all-reduces of one dtype and at most 64 MB (or one tensor) each.
+    """
+    for same in buckets(tensors):
+        flat = _flat(same)
+        dist.all_reduce(flat, op, group)
+        _copy_into(same, _split(flat / dist.get_world_size(group) if mean else flat, same))
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _split(flat: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:
+    return flat.split([tensor.numel() for tensor in like])
+
+
+@torch.no_grad()
+def _copy_into(tensors: list[Tensor], parts: Iterable[Tensor]) -> None:
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.detach().copy_(part.view(tensor.shape))
+
+
+# --------------------------------------------------------------------- one tensor, one decision
+
+
+def reduce_tensor(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.ReduceOp | str | None) -> Tensor:
+    """The tensor reduced over the ranks of a group; a new tensor.
+
+    Lightning's own mean of an integer tensor truncates (the mean of batch sizes 6 and 7 becomes 6, seen in 2.6.6);
+    here it is taken in float64.
+
+    Args:
+        tensor: on the device of the group's backend.
+        group: the ranks that hold different values.
+        reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, a ``ReduceOp`` or None (sum).
+
+    Communication: one all-reduce over the group, none for a group of one.
+    """
+    name = reduce_op.lower() if isinstance(reduce_op, str) else None
+    mean = name in ("mean", "avg") or reduce_op == dist.ReduceOp.AVG
+    tensor = tensor.double() if mean and not tensor.is_floating_point() else tensor.clone()
+    num_ranks = dist.get_world_size(group)
+    if num_ranks == 1:
+        return tensor
+    if mean:  # gloo has no ReduceOp.AVG
+        dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
+        return tensor / num_ranks
+    op: Any = getattr(dist.ReduceOp, name.upper()) if name else reduce_op or dist.ReduceOp.SUM
+    dist.all_reduce(tensor, op, group)
+    return tensor
+
+
+def reduce_decision(decision: bool, all: bool, device: torch.device) -> bool:
+    """The same decision on every rank: whether all of them, or any, say so. One all-reduce of a number over the world.
+
+    Args:
+        decision: of this rank.
+        all: whether all have to.
+        device: of this rank.
+    """
+    if not is_distributed():
+        return decision
+    verdict = torch.tensor(int(decision), device=device)
+    dist.all_reduce(verdict, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+    return bool(verdict)
+
+
+def barrier(device: torch.device) -> None:
+    """Waits for all ranks of the world."""
+    if not is_distributed():
+        return
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[device.index])
+    else:
+        dist.barrier()
+
+
+# --------------------------------------------------------------------- objects and errors
+
+
+def broadcast_object(obj: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
+    """The object of one rank on all ranks. One broadcast of the pickled object over the world, or a group of all ranks.
+
+    Args:
+        obj: of this rank.
+        source: the rank in the world whose object it is.
+        group: of all ranks, for a thread that communicates beside others. Default: the world.
+    """
+    if not is_distributed():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, source, group)
+    return box[0]
+
+
+def gather_objects(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The objects of all ranks of a group, in their order. One all-gather of pickled objects over it."""
+    if not is_distributed():
+        return [obj]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, obj, group)
+    return everyone
+
+
+_RAISED_AS_THEMSELVES: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, FileNotFoundError, PermissionError, OSError)
+}
+
+
+def raised_on_all_ranks(kind: E) -> E:
+    """Marks a class of errors, made of a message, that :func:`raise_on_all_ranks` raises as itself on every rank."""
+    _RAISED_AS_THEMSELVES[kind.__name__] = kind
+    return kind
+
+
+@contextmanager
+def raise_on_all_ranks(purpose: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """An error that any rank meets inside is raised on every rank, so that none waits for another.
+
+    Nothing inside may communicate. One all-gather of a short string per rank over the world at the end.
+
+    Args:
+        purpose: completes "could not ..." where the error is none that a user can act on by its message
+            alone.
+        group: of all ranks, for a thread that communicates beside others. Default: the world.
+
+    Raises:
+        ValueError, OSError, RuntimeError: that of the lowest rank that failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    verdicts = gather_objects(None if error is None else (type(error).__name__, str(error)), group)
+    failed = next((rank for rank, verdict in enumerate(verdicts) if verdict is not None), None)
+    if failed is None:
+        return
+    if error is not None and failed == global_rank():
+        raise error
+    kind, message = verdicts[failed]
+    if kind not in _RAISED_AS_THEMSELVES:
+        raise RuntimeError(f"could not {purpose}: rank {failed} met {kind}: {message}") from error
+    raise _RAISED_AS_THEMSELVES[kind](message) from error
