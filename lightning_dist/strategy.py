@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dist import collectives
-from lightning_dist.checkpoint.on_disk import read_what_is_kept
+from lightning_dist.checkpoint.lazy_tensors import read_kept_tensors
 from lightning_dist.compat import lightning as private
 from lightning_dist.compiled_module import CompiledModule
 from lightning_dist.elastic.guard import begin_run, end_run
@@ -314,7 +314,7 @@ class HybridStrategy(ParallelStrategy):
     @override
     def barrier(self, name: str | None = None) -> None:
         if name == "run-stage":  # all that Lightning restores has been restored (seen in 2.6.6)
-            read_what_is_kept()
+            read_kept_tensors()
         self.tuning.raise_if_broken()
         collectives.barrier(self.root_device)
 

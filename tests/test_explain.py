@@ -58,23 +58,25 @@ def test_what_is_explained_is_what_the_ranks_hold(layout: str) -> None:
     planned = reports[0][0]
     assert planned.rank_bytes == max(real.rank_bytes for _, real in reports)
     assert planned.units == reports[0][1].units
-    assert planned.division == reports[0][1].division
+    assert planned.sharding_plan == reports[0][1].sharding_plan
     assert planned.num_parameters == sum(p.numel() for p in build_deferred(uneven_decoder).parameters())
 
 
-def test_the_division_is_told_block_by_block() -> None:
-    division = HybridStrategy("tp=2", sequence_parallel=True).explain(build_deferred(uneven_decoder), 2).division
-    assert division is not None
-    told = {row.name: (row.count, row.split) for row in division.divided}
+def test_the_sharding_plan_is_told_block_by_block() -> None:
+    sharding_plan = (
+        HybridStrategy("tp=2", sequence_parallel=True).explain(build_deferred(uneven_decoder), 2).sharding_plan
+    )
+    assert sharding_plan is not None
+    told = {row.name: (row.count, row.split) for row in sharding_plan.divided}
     assert told["model.blocks.*.attention"] == (2, "by heads: query, key, value; output by its inputs")
     assert told["model.blocks.*.feed_forward"] == (2, "by columns: gate, up; down by its inputs")
     assert told["model.embedding"] == (1, "by vocabulary")
-    assert {row.name for row in division.whole} == {
+    assert {row.name for row in sharding_plan.whole} == {
         "model.norm",
         "model.blocks.*.attention_norm",
         "model.blocks.*.feed_forward_norm",
     }
-    assert division.chains == ["model.blocks.*"]
+    assert sharding_plan.sequence_blocks == ["model.blocks.*"]
 
 
 def test_a_module_that_fits_no_machine_is_explained() -> None:
@@ -120,7 +122,7 @@ def test_what_can_not_be_explained_is_one_line(
     assert LENGTH
 
 
-def test_the_start_of_a_run_shows_the_division(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_start_of_a_run_shows_the_sharding_plan(capsys: pytest.CaptureFixture[str]) -> None:
     HybridStrategy("tp=2").explain(build_deferred(uneven_decoder), 2).print()
     output = capsys.readouterr().out
     assert "whole on every rank" in output

@@ -13,9 +13,9 @@ from lightning_dist.auto_layout import choose_layout
 from lightning_dist.layout import Layout
 from lightning_dist.parallel import Checkpointing, refuse_no_blocks
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages, plan_stages
-from lightning_dist.plans.tensor import Division, TensorOptions, parameter_splits
-from lightning_dist.report import DivisionReport, LayoutReport, PipelineReport
-from lightning_dist.report.division import rank_bytes
+from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
+from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
+from lightning_dist.report.sharding_plan import rank_bytes
 
 
 def plan_report(
@@ -54,7 +54,7 @@ def plan_report(
     if layout.pp > 1:
         pipeline.refuse(layout.pp)
         stages = plan_stages(module, pipeline, layout.pp, list(blocks), keep_whole(layout), batch)
-    division = tensor.divide(module, layout.tp, blocks)
+    sharding_plan = tensor.sharding_plan(module, layout.tp, blocks)
     return LayoutReport.of(
         module,
         layout,
@@ -62,15 +62,15 @@ def plan_report(
         units=list(blocks) if layout.holds_parts_of_blocks and layout.num_data_ranks > 1 else [],
         recomputed=list(blocks) if checkpointing != "none" else [],
         checkpointing=checkpointing,
-        rank_bytes=_most_bytes(module, layout, division, stages),
-        division=None if division is None else DivisionReport.of(module, division, layout),
+        rank_bytes=_most_bytes(module, layout, sharding_plan, stages),
+        sharding_plan=None if sharding_plan is None else ShardingPlanReport.of(module, sharding_plan, layout),
         pipeline=None if stages is None else PipelineReport.of(module, stages, pipeline),
     )
 
 
-def _most_bytes(module: nn.Module, layout: Layout, division: Division | None, stages: Stages | None) -> int:
+def _most_bytes(module: nn.Module, layout: Layout, sharding_plan: ShardingPlan | None, stages: Stages | None) -> int:
     """Bytes of parameters on the rank that holds most."""
-    splits = {} if division is None else parameter_splits(division.plan)
+    splits = {} if sharding_plan is None else parameter_splits(sharding_plan.tensor_plan)
     held = {name: rank_bytes(p, splits.get(name), layout) for name, p in module.named_parameters()}
     if stages is None:
         return sum(held.values())

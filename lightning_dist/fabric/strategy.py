@@ -286,11 +286,13 @@ class HybridFabricStrategy(ParallelStrategy):
         assert layout is not None
         blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
         refuse_no_blocks(module, blocks, self.activation_checkpointing)
-        division = self._tensor_options.divide(module, layout.tp, blocks)
+        sharding_plan = self._tensor_options.sharding_plan(module, layout.tp, blocks)
         if self.mesh is not None:
             validate_no_lazy(module)
             _refuse_again(module)
-            validate_parameter_kinds(module, layout, parameter_splits(division.plan) if division else ())
+            validate_parameter_kinds(
+                module, layout, parameter_splits(sharding_plan.tensor_plan) if sharding_plan else ()
+            )
             share_random_state(self.root_device)
             if layout.holds_shards:
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
@@ -302,13 +304,14 @@ class HybridFabricStrategy(ParallelStrategy):
             module,
             layout,
             self.mesh,
-            division=division,
+            sharding_plan=sharding_plan,
             blocks=blocks,
             policy=shard_policy(self.precision, self.root_device),
             device=self.root_device,
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_of(),
             training=True,
+            patches=self._patches,  # what Fabric set up stays so
         )
         if self.mesh is None:
             return module

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_dist.dtensors import local_part
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.report.division import DivisionReport, size_in_words
 from lightning_dist.report.pipeline import PipelineReport
+from lightning_dist.report.sharding_plan import ShardingPlanReport, size_in_words
 
 MEANING = {
     "pp": "stages of the network",
@@ -38,7 +38,7 @@ class LayoutReport:
         units: names of the modules that are sharded one by one.
         recomputed: names of the modules that compute their forward again in backward.
         checkpointing: how much of it: ``"full"`` or ``"selective"``; ``"none"``.
-        division: what the tensor axis divides; None without it.
+        sharding_plan: what the tensor axis divides; None without it.
         pipeline: the stages; None without that axis.
     """
 
@@ -50,7 +50,7 @@ class LayoutReport:
     units: list[str] = field(default_factory=list)
     recomputed: list[str] = field(default_factory=list)
     checkpointing: str = "none"
-    division: DivisionReport | None = None
+    sharding_plan: ShardingPlanReport | None = None
     pipeline: PipelineReport | None = None
 
     @classmethod
@@ -108,8 +108,8 @@ class LayoutReport:
         console.print(self.table())
         if self.pipeline is not None:
             console.print(self.pipeline.table())
-        if self.division is not None:
-            console.print(self.division.table())
+        if self.sharding_plan is not None:
+            console.print(self.sharding_plan.table())
 
 
 def _local_bytes(parameter: Tensor) -> int:

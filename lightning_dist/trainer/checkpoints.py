@@ -22,8 +22,8 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
 from lightning_dist.checkpoint import StageRanks
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.late import LateLoads
-from lightning_dist.checkpoint.on_disk import OnDisk
+from lightning_dist.checkpoint.late_loads import LateLoads
+from lightning_dist.checkpoint.lazy_tensors import OnDisk
 from lightning_dist.collectives import broadcast_object, raise_on_all_ranks
 from lightning_dist.compat import lightning as private
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
@@ -126,7 +126,7 @@ class Checkpoints:
             optimizer.consolidate_state_dict()
             if self._ranks.rank:
                 return {}
-        return checkpoints.optimizer_state_by_name(module, optimizer)
+        return checkpoints.optimizer_state_by_name(optimizer, checkpoints.parameter_names(module))
 
     def save(
         self,
@@ -259,8 +259,9 @@ class Checkpoints:
                 f"returns {len(targets)}; return what the saved run had, or begin from its weights alone by "
                 "HybridStrategy(pretrained=...)"
             )
+        names = checkpoints.parameter_names(self._module)
         for optimizer, state in zip(targets, states, strict=False):
-            checkpoints.load_optimizer_state(self._module, optimizer, state, self._source)
+            checkpoints.load_optimizer_state(optimizer, state, names, self._source)
             optimizers.settle(optimizer)
 
     # ------------------------------------------------------------------ around the set-up of the module
@@ -344,7 +345,7 @@ def _warn_of_unseen_last(callback: Any) -> None:
     folder = getattr(callback, "dirpath", None)
     if not isinstance(callback, ModelCheckpoint) or folder is None:
         return
-    folder = checkpoints.located(folder)
+    folder = checkpoints.as_path(folder)
     if isinstance(folder, Path) or not folder.exists():
         return
     found = sorted(str(file) for file in folder.iterdir() if file.name.startswith(callback.CHECKPOINT_NAME_LAST))

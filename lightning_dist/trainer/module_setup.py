@@ -36,11 +36,12 @@ from lightning_dist.parallel import (
 )
 from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, cut_of
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import Division, TensorOptions, parameter_splits
+from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
-from lightning_dist.report import DivisionReport, LayoutReport, PipelineReport
+from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
 from lightning_dist.validation import (
     has_lazy_parameters,
     validate_built,
@@ -99,7 +100,7 @@ class ModuleSetup:
         self.options = options
         self.runner: Alone | None = None
         """Runs the steps of the module, once it has been set up."""
-        self.division: Division | None = None
+        self.sharding_plan: ShardingPlan | None = None
         """What ``tp`` divides, once the module has been set up."""
         self.recomputed_blocks: list[str] = []
         """Names of the modules that compute their forward again in backward, once a fit has been set up."""
@@ -107,6 +108,8 @@ class ModuleSetup:
         """Why ``"auto"`` chose the layout; empty where the user did."""
         self.known_parameters: dict[int, nn.Parameter] = {}
         """Those of the module when the run began, by id; held, so that an id is not used again."""
+        self.patches = Patches()
+        """Of the module, for as long as it is divided."""
         self._ranks = ranks
         self._module: pl.LightningModule | None = None
         self._recorded: RecordedInit | None = None
@@ -136,13 +139,17 @@ class ModuleSetup:
         """
         if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
             return
-        self._divide(module)
+        self._plan(module)
         if module.trainer.state.fn == TrainerFn.FITTING and self.options.recomputes:
             refuse_no_blocks(module, self.options.blocks(module), self.options.activation_checkpointing)
 
-    def _divide(self, module: pl.LightningModule) -> Division | None:
+    def _plan(self, module: pl.LightningModule) -> ShardingPlan | None:
         layout = self._ranks.layout
-        return None if layout is None else self.options.tensor.divide(module, layout.tp, self.options.blocks(module))
+        return (
+            None
+            if layout is None
+            else self.options.tensor.sharding_plan(module, layout.tp, self.options.blocks(module))
+        )
 
     # ------------------------------------------------------------------ building
 
@@ -195,8 +202,9 @@ class ModuleSetup:
             precision.convert_module(module)
         layout = self._decide_layout(module)
         self._refuse_other_mesh(module)
-        self.division = self._divide(module)
-        validate_parameter_kinds(module, layout, parameter_splits(self.division.plan) if self.division else ())
+        self.sharding_plan = self._plan(module)
+        splits = parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ()
+        validate_parameter_kinds(module, layout, splits)
         if was_cut or any(isinstance(p, DTensor) for p in module.parameters()):
             validate_no_new_parameters(module, self.known_parameters)
         else:
@@ -224,13 +232,14 @@ class ModuleSetup:
             module,
             layout,
             ranks.mesh,
-            division=self.division,
+            sharding_plan=self.sharding_plan,
             blocks=blocks,
             policy=policy,
             device=ranks.device,
             activation_checkpointing=options.activation_checkpointing,
             compile_options=options.compile,
             training=training,
+            patches=self.patches,
             cut=cut,
             pipeline_options=options.pipeline,
         )
@@ -259,7 +268,7 @@ class ModuleSetup:
             self.options.pipeline,
             mesh.root["pp"].get_group(),
             blocks,
-            together=[] if self.division is None else list(self.division.plan),
+            together=[] if self.sharding_plan is None else list(self.sharding_plan.tensor_plan),
             keep_whole=self.options.keeps_blocks_whole(layout),
             device=self._ranks.device,
             dtype=dtype if layout.dp_shard > 1 else None,
@@ -314,12 +323,12 @@ class ModuleSetup:
 
     def report(self, module: pl.LightningModule) -> LayoutReport:
         """What was done to the module."""
-        plan = self.division
+        plan = self.sharding_plan
         assert self._ranks.layout is not None
         return LayoutReport.of(
             module,
             self._ranks.layout,
-            division=None if plan is None else DivisionReport.of(module, plan, self._ranks.layout),
+            sharding_plan=None if plan is None else ShardingPlanReport.of(module, plan, self._ranks.layout),
             reason=self.reason,
             units=self.sharded_units,
             recomputed=self.recomputed_blocks,

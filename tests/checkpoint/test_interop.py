@@ -108,7 +108,7 @@ def _through_shards(source: Path, target: Path, sharded: bool) -> None:
     optimizer = make_optimizer(module, "adamw")
     state = restore(source, module, optimizer)
     state["state_dict"] = checkpoint.model_state(module)
-    state["optimizer_states"] = [checkpoint.optimizer_state_by_name(module, optimizer)]
+    state["optimizer_states"] = [checkpoint.optimizer_state_by_name(optimizer, checkpoint.parameter_names(module))]
     checkpoint.save(state, target, sharded=sharded)
 
 

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.dtensors import local_part
-from lightning_dist.parallel.tensor.positions import SequenceBlock
 from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.parallel.tensor.sequence_block import SequenceBlock
 
 
 class TensorAxis:
@@ -30,7 +30,7 @@ class TensorAxis:
     def __init__(self, module: nn.Module, partial: Iterable[str], mesh: DeviceMesh) -> None:
         self.module, self.partial, self.mesh = module, list(partial), mesh
         blocks = [region for m in module.modules() if isinstance(region := Region.of(m), SequenceBlock)]
-        self._chains = {id(block.positions): block.positions for block in blocks if block.positions is not None}
+        self._positions = {id(block.positions): block.positions for block in blocks if block.positions is not None}
         for name in self.partial:
             _see_in_part(module, name)
 
@@ -38,9 +38,9 @@ class TensorAxis:
         """Called after the network ran.
 
         Raises:
-            ValueError: a chain of blocks began and did not run to its last, so that what came out is a part.
+            ValueError: a stack of sequence-parallel blocks did not run to its last, so that what came out is a part.
         """
-        for positions in self._chains.values():
+        for positions in self._positions.values():
             positions.refuse_open()
 
     def _gradients(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Lightning's single file: the plain model's full tensors, written by rank 0."""
+"""Lightning's single file: the plain model's whole tensors, written by rank 0, mapped by all."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.checkpoint.checksums import UNRELATED, DamagedCheckpoint, flush, refuse_compressed, verify_file
-from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.locations import delivered, is_remote, refuse_others
+from lightning_dist.checkpoint.checksums import UNRELATED, refuse_compressed, verify_file
+from lightning_dist.checkpoint.formats import DamagedCheckpoint
+from lightning_dist.checkpoint.locations import is_remote, upload_on_exit, validate_target, written_beside
+from lightning_dist.checkpoint.optimizer_state import with_indices
 from lightning_dist.checkpoint.stages import StageRanks, from_stages
-from lightning_dist.checkpoint.state import with_indices
-from lightning_dist.checkpoint.weights import bare
+from lightning_dist.checkpoint.storage import flush
+from lightning_dist.checkpoint.weight_names import bare
 from lightning_dist.collectives import global_rank, num_ranks, raise_on_all_ranks
 from lightning_dist.dtensors import full
 from lightning_dist.pytree import Path as TreePath
@@ -90,28 +91,15 @@ def save_single(
         if global_rank() == 0 and write is not None:
             write(whole, path)
         elif global_rank() == 0:
-            refuse_others(path)
+            validate_target(path)
             write_atomically(whole, path)
 
 
 def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
     """``torch.save`` under a temporary name, flushed to the disk, then renamed; or then sent to its URL."""
-    with delivered(path) as local:
-        _write_atomically(checkpoint, local)
-
-
-def _write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(path)
-    remove_any(temporary)
-    try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            flush(file)
-        put_in_place(temporary, path)
-    except BaseException:
-        remove_any(temporary)
-        raise
+    with upload_on_exit(path) as local, written_beside(local) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)
+        flush(file)
 
 
 def read_single(path: Path, weights_only: bool | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The differentiable collectives of the tensor axis: where activations enter what is split, and where they leave it.
+"""The differentiable collectives at the border of a tensor-parallel region.
 
-``enter`` and ``leave`` are each other's transpose (Megatron-LM's f and g, https://arxiv.org/abs/1909.08053), as are
-``enter_positions`` and ``leave_positions``, their sequence-parallel forms (https://arxiv.org/abs/2205.05198), and
-``gather`` and ``scatter``. So the backward of each is the other one, differentiable again to any order: a gradient
-penalty costs the collectives of the backward once more.
+``copy_to_tensor_region`` and ``reduce_from_tensor_region`` are each other's transpose (Megatron-LM's f and g,
+https://arxiv.org/abs/1909.08053), as are ``gather_from_sequence_region`` and ``reduce_scatter_to_sequence_region``,
+their sequence-parallel forms (https://arxiv.org/abs/2205.05198), and ``gather`` and ``scatter``. So the backward of
+each is the other one, differentiable again to any order: a gradient penalty costs the collectives of the backward once
+more.
 
 [Note: positions that are divided]
 Positions are divided along a dim of size L into ceil(L / ranks) for each rank. What is missing at the end is filled
@@ -16,25 +17,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_dist.compat.torch import functional_collectives as functional
 
-def enter(activation: Tensor, mesh: DeviceMesh) -> Tensor:
+
+def copy_to_tensor_region(activation: Tensor, mesh: DeviceMesh) -> Tensor:
     """A replicated activation, about to be used by each rank's part.
 
     Communication: forward none; backward one all-reduce of the gradient over ``mesh``.
     """
-    return _Enter.apply(activation, mesh)
+    return _Copy.apply(activation, mesh)
 
 
-def leave(partial: Tensor, mesh: DeviceMesh) -> Tensor:
+def reduce_from_tensor_region(partial: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of each rank's part of an activation, replicated.
 
     Communication: forward one all-reduce over ``mesh``; backward none.
     """
-    return _Leave.apply(partial, mesh)
+    return _Reduce.apply(partial, mesh)
 
 
 def gather(part: Tensor, mesh: DeviceMesh, dim: int, length: int | None = None) -> Tensor:
@@ -59,7 +61,7 @@ def scatter(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     return _Scatter.apply(whole, mesh, dim, False)
 
 
-def scatter_positions(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+def scatter_to_sequence_region(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """This rank's positions of a replicated activation; see [Note: positions that are divided].
 
     Communication: forward none; backward one all-gather over ``mesh``.
@@ -67,20 +69,20 @@ def scatter_positions(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     return _Scatter.apply(whole, mesh, dim, True)
 
 
-def enter_positions(part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+def gather_from_sequence_region(part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
     """All positions, of which this rank has a part, about to be used by each rank's part of a layer.
 
     Communication: forward one all-gather over ``mesh``; backward one reduce-scatter.
     """
-    return _EnterPositions.apply(part, mesh, dim, length)
+    return _GatherPositions.apply(part, mesh, dim, length)
 
 
-def leave_positions(partial: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+def reduce_scatter_to_sequence_region(partial: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """This rank's positions of the sum of each rank's part of an activation.
 
     Communication: forward one reduce-scatter over ``mesh``; backward one all-gather.
     """
-    return _LeavePositions.apply(partial, mesh, dim, True)
+    return _ReduceScatterPositions.apply(partial, mesh, dim, True)
 
 
 def all_reduce(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -120,7 +122,7 @@ def _present(rank: int, width: int, length: int) -> int:
     return min(max(length - rank * width, 0), width)
 
 
-class _Enter(torch.autograd.Function):
+class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, activation: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
@@ -128,10 +130,10 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Leave.apply(gradient, ctx.mesh), None
+        return _Reduce.apply(gradient, ctx.mesh), None
 
 
-class _Leave(torch.autograd.Function):
+class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
@@ -139,7 +141,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Enter.apply(gradient, ctx.mesh), None
+        return _Copy.apply(gradient, ctx.mesh), None
 
 
 class _Gather(torch.autograd.Function):
@@ -164,7 +166,7 @@ class _Scatter(torch.autograd.Function):
         return _Gather.apply(gradient, ctx.mesh, ctx.dim, ctx.length), None, None, None
 
 
-class _EnterPositions(torch.autograd.Function):
+class _GatherPositions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
         ctx.mesh, ctx.dim = mesh, dim
@@ -172,10 +174,10 @@ class _EnterPositions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _LeavePositions.apply(gradient, ctx.mesh, ctx.dim, False), None, None, None
+        return _ReduceScatterPositions.apply(gradient, ctx.mesh, ctx.dim, False), None, None, None
 
 
-class _LeavePositions(torch.autograd.Function):
+class _ReduceScatterPositions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh, dim: int, repeat: bool) -> Tensor:
         ctx.mesh, ctx.dim, ctx.length = mesh, dim, partial.shape[dim]
@@ -183,4 +185,4 @@ class _LeavePositions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _EnterPositions.apply(gradient, ctx.mesh, ctx.dim, ctx.length), None, None, None
+        return _GatherPositions.apply(gradient, ctx.mesh, ctx.dim, ctx.length), None, None, None

@@ -1,21 +1,133 @@
-"""Tensors of a checkpoint for a module that is not divided yet: read when it is known what of them is used."""
+"""Tensors that lie in the files of a checkpoint, and are read when they are needed.
+
+:class:`LazyTensor` is for who reads one after the other, in one process. :class:`OnDisk` is a tensor for hooks that see
+a checkpoint before the module is divided: it is read when it is known what of it a rank holds.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.torch import wrapper_tensor
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import Path, map_leaves, tree_map_only
 
+PIECE = 1 << 24
+"""Bytes that are read at once of a tensor whose rows can be read alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor that lies in a file. One object that is under two names is one tensor, tied.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: makes the plain tensor, in host memory.
+        read_rows: makes a part of it, from one index of its first dim to another; None where that costs as much as all
+            of it.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor] | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, largest: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of rows that have at most so many bytes together, if one has no more; of all rows where they
+        can't be read alone, and of no dim one.
+        """
+        count = self.shape[0] if self.ndim else 1
+        if self.read_rows is None or not self.nbytes:
+            yield 0, count
+            return
+        step = max(1, largest * count // self.nbytes)
+        for begin in range(0, count, step):
+            yield begin, min(begin + step, count)
+
+    def read_some(self, begin: int, end: int) -> Tensor:
+        """The plain tensor of rows, of :meth:`rows`."""
+        if self.read_rows is None or (begin, end) == (0, self.shape[0]):
+            return self.read()
+        return self.read_rows(begin, end)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes of the values in row-major order, a few rows at a time."""
+        for begin, end in self.rows(PIECE):
+            yield bytes_of(self.read_some(begin, end))
+
+
+def give_back_freed_memory() -> None:
+    """Makes glibc give the system the pages that are free between what is in use: it keeps those of blocks of up to
+    32 MB, whose holes then fit no later tensor. Nothing of the process is set.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # another C library
+
+
+def read_lazy(tree: Any, unless: Callable[[Path, LazyTensor], bool] = lambda path, lazy: False) -> Any:
+    """The tree with its lazy tensors read.
+
+    Args:
+        tree: nested containers.
+        unless: of a path and what is there: whether that one stays in its file.
+    """
+    read: dict[int, Tensor] = {}
+
+    def load(path: Path, value: Any) -> Any:
+        if not isinstance(value, LazyTensor) or unless(path, value):
+            return value
+        if id(value) not in read:
+            read[id(value)] = value.read()
+        return read[id(value)]
+
+    return map_leaves(tree, load)
+
+
+def read_into(file: IO[bytes], memory: Tensor) -> None:
+    """Fills a contiguous tensor from where the file stands.
+
+    Raises:
+        EOFError: the file has less.
+    """
+    # not through numpy, which leaves the storage a fixed size that the planner of convert could not let go
+    left = memoryview((ctypes.c_char * memory.nbytes).from_address(memory.data_ptr() or 1)).cast("B")
+    while len(left):
+        count = file.readinto(left[:PIECE])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError(f"{file.name} ends {len(left)} bytes too early")
+        left = left[count:]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor in row-major order, as they lie in memory."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
 
 class Reader(Protocol):
-    """Of the tensors of a checkpoint, by key."""
+    """Reads tensors of a checkpoint, by key."""
 
     def whole(self, key: str) -> Tensor:
         """The plain tensor, in host memory."""
@@ -45,7 +157,7 @@ class OnDisk(Tensor):
 
     @staticmethod
     def __new__(cls, reader: Reader, key: str, shape: torch.Size, dtype: torch.dtype) -> OnDisk:  # noqa: D102
-        made: OnDisk = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        made: OnDisk = wrapper_tensor(cls, list(shape), dtype, torch.device("cpu"))
         made.reader, made.key, made.value = reader, key, None
         _made.append(weakref.ref(made))
         return made
@@ -64,7 +176,7 @@ class OnDisk(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _OF_THE_SHAPE:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         # a parameter that takes the values over
         read = OnDisk.once if func is Tensor.copy_ and type(args[0]) is not OnDisk else OnDisk.plain
@@ -87,8 +199,8 @@ _OF_THE_SHAPE = {
 }
 
 
-def read_what_is_kept() -> None:
-    """Once a checkpoint has been restored: the next may replace its files, and what hooks have kept of it must stay.
+def read_kept_tensors() -> None:
+    """Reads what hooks have kept of a checkpoint that has been restored: the next may replace its files.
 
     Communication: none.
     """

@@ -1,70 +1,18 @@
-"""Bare weights: files and directories of transformers, timm, torchvision and safetensors, which hold no run."""
+"""Bare weights, which hold no run, as transformers, timm and torchvision save them: under the names of a module."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_dist.checkpoint.checksums import DamagedCheckpoint
-from lightning_dist.checkpoint.lazy import LazyTensor
+from lightning_dist.checkpoint.lazy_tensors import LazyTensor
 from lightning_dist.plans.pretrained import in_module_names, pretrained_models
-
-SAFETENSORS = ".safetensors"
-
-CONFIG = "config.json"
-
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
-_INDICES = tuple(f"{name}.index.json" for name in _WHOLE)
 
 _NESTED = ("state_dict", "model", "module")
 """Where timm and torchvision's reference scripts keep the weights of a training."""
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files of weights of a directory; empty where it has none.
-
-    Raises:
-        ValueError: an index that can't be read, names a file outside the directory, or one that is not there.
-    """
-    for name in _INDICES:
-        if (path / name).is_file():
-            return _indexed(path, path / name)
-    found = [path / name for name in _WHOLE if (path / name).is_file()]
-    return found[:1] or sorted(path.glob(f"*{SAFETENSORS}"))
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors that are mapped, and read where they are used; names that were saved as one are one object.
-
-    Raises:
-        ValueError: the file can't be read.
-    """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            tied = file.metadata() or {}
-    except SafetensorError as error:
-        raise DamagedCheckpoint(f"{path} is no file of safetensors, or a damaged one: {error}") from error
-    # safetensors.torch.save_model writes one of the names that share a tensor, and the others in the metadata
-    return tensors | {name: tensors[kept] for name, kept in tied.items() if kept in tensors and name not in tensors}
-
-
-def rows_of_safetensors(path: Path, name: str, begin: int, end: int) -> Tensor:
-    """Some rows of one tensor of a file that :func:`read_safetensors` has read, mapped anew, so that no pages stay."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        rows: Tensor = file.get_slice((file.metadata() or {}).get(name, name))[begin:end]
-        return rows
 
 
 def bare(stored: Any) -> Mapping[str, Any] | None:
@@ -134,17 +82,3 @@ def _with_tied(weights: dict[str, Any], state: Mapping[str, Any]) -> dict[str, A
 
 def _read(weight: Any) -> Tensor:
     return weight.read() if isinstance(weight, LazyTensor) else weight
-
-
-def _indexed(path: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [path / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{index} is no index of weights, or a damaged one ({error})") from error
-    for file in files:
-        if file.resolve().parent != path.resolve():
-            raise ValueError(f"{index} refers to {file.name!r}, outside its directory; it is refused")
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{path} is incomplete: its part {file.name} is missing")
-    return files

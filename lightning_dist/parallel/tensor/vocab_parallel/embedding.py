@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_dist.parallel.tensor.collectives import leave
-from lightning_dist.parallel.tensor.vocabulary import Vocabulary
+from lightning_dist.parallel.tensor.mappings import reduce_from_tensor_region
+from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 
 
 class LocalRows(TorchFunctionMode):
@@ -42,4 +42,4 @@ class LocalRows(TorchFunctionMode):
         if not len(weight):  # a rank that came too late for a row
             weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
         found = F.embedding(own.where(is_mine, 0), weight, padding)
-        return leave(found.masked_fill(~is_mine.unsqueeze(-1), 0.0), self.vocabulary.mesh)
+        return reduce_from_tensor_region(found.masked_fill(~is_mine.unsqueeze(-1), 0.0), self.vocabulary.mesh)

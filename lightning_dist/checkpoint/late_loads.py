@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys  # what load_state_dict returns; no public name in torch 2.14
-from torch.utils._python_dispatch import TorchDispatchMode  # documented, for all its underscore
 
-from lightning_dist.checkpoint.state import load_model_state
+from lightning_dist.checkpoint.module_state import load_model_state
+from lightning_dist.compat.torch import IncompatibleKeys, TorchDispatchMode, storage_id, written_arguments
+from lightning_dist.patches import Patches
 
 
 class LateLoads:
-    """Stands before ``load_state_dict`` of modules on the meta device, which would copy nothing, without an error.
+    """Wraps ``load_state_dict`` of modules on the meta device, which would copy nothing, without an error.
 
     A checkpoint is restored before the strategy has set the module up, as in one process, so that hooks may change the
     module (another embedding, say) before optimizers are made for it; and hooks and callbacks may load other weights
@@ -28,34 +28,27 @@ class LateLoads:
     def __init__(self, module: nn.Module, source: object) -> None:
         self._source = source
         self._loads: list[tuple[nn.Module, Mapping[str, Any], bool]] = []
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._patches = Patches()
         for part in module.modules():
             if part is module or any(parameter.is_meta for parameter in part.parameters()):
-                self._before.append((part, vars(part).get("load_state_dict")))
-                vars(part)["load_state_dict"] = partial(self._note, part)
-        self._writes: _Writes | None = _Writes(module)
-        self._writes.__enter__()
+                self._patches.set(part, "load_state_dict", partial(self._note, part))
+        writes = _RefusedWrites(module)
+        writes.__enter__()
+        self._patches.also(partial(writes.__exit__, None, None, None))
 
     def _note(self, part: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self._loads.append((part, dict(state_dict) if type(state_dict) is dict else state_dict, strict))
         here = part.state_dict().keys()
-        return _IncompatibleKeys([n for n in here if n not in state_dict], [n for n in state_dict if n not in here])
+        return IncompatibleKeys([n for n in here if n not in state_dict], [n for n in state_dict if n not in here])
 
     def leave(self) -> None:
         """Gives the modules their method back; nothing if they have it."""
-        for part, before in self._before:
-            vars(part).pop("load_state_dict", None)
-            if before is not None:
-                vars(part)["load_state_dict"] = before
-        self._before.clear()
-        writes, self._writes = self._writes, None
-        if writes is not None:
-            writes.__exit__(None, None, None)
+        self._patches.undo()
 
     def apply(self) -> None:
         """Loads, in order, what was to be loaded, after :meth:`leave`; the parameters are there by now, in any layout.
 
-        Communication: see :func:`~lightning_dist.checkpoint.state.load_model_state`.
+        Communication: see :func:`~lightning_dist.checkpoint.module_state.load_model_state`.
 
         Raises:
             ValueError: names or shapes that do not fit.
@@ -67,24 +60,22 @@ class LateLoads:
         self._loads.clear()
 
 
-class _Writes(TorchDispatchMode):
+class _RefusedWrites(TorchDispatchMode):
     """Refuses writes to deferred parameters, which would be lost."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         # kept, so that no other tensor gets their place
-        self._deferred = {p.untyped_storage()._cdata: (name, p) for name, p in module.named_parameters() if p.is_meta}
+        self._deferred = {storage_id(p): (name, p) for name, p in module.named_parameters() if p.is_meta}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if argument.is_write and isinstance(value, Tensor) and value.is_meta:
-                    found = self._deferred.get(value.untyped_storage()._cdata)
-                    if found is not None:
-                        raise RuntimeError(
-                            f"{found[0]} is deferred while a checkpoint is restored, so what is written to it would be "
-                            "lost: put it into checkpoint['state_dict'], or use load_state_dict, which is made up for"
-                        )
+        for value in written_arguments(func, args):
+            found = self._deferred.get(storage_id(value)) if isinstance(value, Tensor) and value.is_meta else None
+            if found is not None:
+                raise RuntimeError(
+                    f"{found[0]} is deferred while a checkpoint is restored, so what is written to it would be lost: "
+                    "put it into checkpoint['state_dict'], or use load_state_dict, which is made up for"
+                )
         return func(*args, **(kwargs or {}))
 
 

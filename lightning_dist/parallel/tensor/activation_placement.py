@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.parallel.tensor.collectives import enter, gather, scatter, scatter_positions
-from lightning_dist.parallel.tensor.shards import local_part, placement
+from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather, scatter, scatter_to_sequence_region
+from lightning_dist.parallel.tensor.shards import placement, shard_of
 
 PACKED = (1, 2, 3)
 """Into how many pieces, of each of which a rank has its part, an activation is cut: a gate and values; q, k and v."""
 
 
 @dataclass(frozen=True)
-class Place:
+class ActivationPlacement:
     """Of one activation.
 
     Args:
@@ -54,9 +54,9 @@ class Place:
         Communication: backward one all-gather; for what enters again, one all-reduce.
         """
         if self.dim is None:
-            return enter(whole, mesh)
+            return copy_to_tensor_region(whole, mesh)
         if self.is_positions:
-            return scatter_positions(whole, mesh, self.dim)
+            return scatter_to_sequence_region(whole, mesh, self.dim)
         dim, width = self.dim, self._width(mesh)
         pieces = _padded(whole.unflatten(dim, (self.packed, self._piece)), dim + 1, mesh.size() * width)
         ranks = pieces.unflatten(dim + 1, (mesh.size(), width)).transpose(dim, dim + 1).flatten(dim, dim + 2)
@@ -82,9 +82,9 @@ class Place:
         return -(-self._piece // mesh.size())
 
 
-def find_places(
+def find_placements(
     pairs: list[tuple[Tensor, Tensor]], mesh: DeviceMesh, in_positions: bool, rounding: Callable[[Tensor], float]
-) -> list[Place | None]:
+) -> list[ActivationPlacement | None]:
     """Where parts lie in their wholes; ``dim`` None for those that are whole, None for those that are nowhere in them.
 
     Args:
@@ -104,21 +104,24 @@ def find_places(
     verdict = torch.tensor([fit for row in fits for fit in row], device=device)
     dist.all_reduce(verdict, dist.ReduceOp.MIN, mesh.get_group())
     agreed = iter(verdict.tolist())
-    places: list[Place | None] = []
+    places: list[ActivationPlacement | None] = []
     for found in candidates:
         fitting = [place for place, _ in found if next(agreed)]
         places.append(fitting[0] if fitting else None)
     return places
 
 
-def _candidates(whole: Tensor, mesh: DeviceMesh, in_positions: bool) -> Iterator[tuple[Place, Tensor]]:
-    yield Place(), whole
+def _candidates(whole: Tensor, mesh: DeviceMesh, in_positions: bool) -> Iterator[tuple[ActivationPlacement, Tensor]]:
+    yield ActivationPlacement(), whole
     for dim, length in reversed(list(enumerate(whole.shape))):
         if in_positions and dim == 1:
-            yield Place(dim, length=length, is_positions=True), scatter_positions(whole, mesh, dim)
+            yield (
+                ActivationPlacement(dim, length=length, is_positions=True),
+                scatter_to_sequence_region(whole, mesh, dim),
+            )
         for packed in PACKED:
             if length % packed == 0 and length // packed >= mesh.size():
-                yield Place(dim, packed, length), local_part(whole, placement(dim, packed), mesh)
+                yield ActivationPlacement(dim, packed, length), shard_of(whole, placement(dim, packed), mesh)
 
 
 def _is_close(part: Tensor, own: Tensor, rounding: Callable[[Tensor], float]) -> bool:

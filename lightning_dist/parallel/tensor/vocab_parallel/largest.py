@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dist.parallel.tensor.collectives import enter
-from lightning_dist.parallel.tensor.vocabulary import Vocabulary
+from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region
+from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 
 
 class Largest(torch.autograd.Function):
@@ -47,5 +47,7 @@ class Largest(torch.autograd.Function):
         own = at - ctx.vocabulary.start
         mine = (own >= 0) & (own < ctx.vocabulary.width)
         grad = grad_values.new_zeros(*at.shape[:-1], ctx.vocabulary.width + 1)
-        grad = grad.scatter_add(-1, own.where(mine, ctx.vocabulary.width), enter(grad_values, ctx.vocabulary.mesh))
+        grad = grad.scatter_add(
+            -1, own.where(mine, ctx.vocabulary.width), copy_to_tensor_region(grad_values, ctx.vocabulary.mesh)
+        )
         return grad[..., :-1], None, None

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dist.parallel.tensor.collectives import enter
-from lightning_dist.parallel.tensor.vocabulary import Vocabulary
+from lightning_dist.compat.torch import assert_async
+from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region
+from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 
 
 def vocab_cross_entropy(
@@ -143,7 +144,7 @@ def _check_range(target: Tensor, kept: Tensor, size: int) -> None:
         if outside.any():
             raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")
     elif outside.device.type != "meta":
-        torch._assert_async(~outside.any(), "cross_entropy: a target is out of bounds")
+        assert_async(~outside.any(), "cross_entropy: a target is out of bounds")
 
 
 class _Losses(torch.autograd.Function):
@@ -172,7 +173,7 @@ class _Losses(torch.autograd.Function):
         columns, normalizer = ctx.saved_tensors
         targets = ctx.targets
         if torch.is_grad_enabled():  # create_graph=True
-            entered = enter(grad_losses, ctx.vocabulary.mesh)[:, None]
+            entered = copy_to_tensor_region(grad_losses, ctx.vocabulary.mesh)[:, None]
             softmax = _softmax(columns, normalizer, ctx.vocabulary)
             distribution = torch.zeros_like(softmax)
             targets.subtract_from(distribution)  # minus q, which depends on no column
@@ -186,7 +187,7 @@ class _Losses(torch.autograd.Function):
 
 def _softmax(columns: Tensor, normalizer: Tensor, vocabulary: Vocabulary) -> Tensor:
     """This rank's columns of the softmax, differentiable. Communication: backward one all-reduce of N numbers."""
-    entered = enter(_Normalizer.apply(columns, normalizer, vocabulary), vocabulary.mesh)
+    entered = copy_to_tensor_region(_Normalizer.apply(columns, normalizer, vocabulary), vocabulary.mesh)
     return (columns - entered[:, None]).exp()
 
 
@@ -203,4 +204,4 @@ class _Normalizer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         columns, normalizer = ctx.saved_tensors
         softmax = _softmax(columns, normalizer, ctx.vocabulary)
-        return (softmax * enter(gradient, ctx.vocabulary.mesh)[:, None]).to(columns.dtype), None, None
+        return (softmax * copy_to_tensor_region(gradient, ctx.vocabulary.mesh)[:, None]).to(columns.dtype), None, None

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided.functions import Way, way_of
 from lightning_dist.pytree import tree_flatten, tree_map, tree_unflatten
 
 
-class OwnPart(Tensor):
+class OpaquePart(Tensor):
     """A tensor of this rank's part, such as the attention weights of its heads, that may be passed on, and not used."""
 
     @classmethod
@@ -24,25 +24,27 @@ class OwnPart(Tensor):
                 "tp: a tensor that an attention or feed-forward module returns beside its output is this rank's part "
                 "of it (of its heads, or columns): leave the module whole with tensor_plan=, or use another axis"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
 
-def marked(output: Any, own: frozenset[int]) -> Any:
-    """What a part returned, with those of its tensors marked that are its own, by their number."""
+def made_opaque(output: Any, own: frozenset[int]) -> Any:
+    """What a part returned, with those of its tensors made opaque that are its own, by their number."""
     leaves, structure = tree_flatten(output)
     numbers = iter(range(len(leaves)))
-    new = [leaf.as_subclass(OwnPart) if isinstance(leaf, Tensor) and next(numbers) in own else leaf for leaf in leaves]
+    new = [
+        leaf.as_subclass(OpaquePart) if isinstance(leaf, Tensor) and next(numbers) in own else leaf for leaf in leaves
+    ]
     return tree_unflatten(new, structure)
 
 
-def unmarked(value: Any) -> Any:
-    """The same for parts, which know what it is."""
+def without_opaque(value: Any) -> Any:
+    """The same as plain tensors, for parts, which know what they are."""
     return tree_map(_plain, value)
 
 
 def _plain(leaf: Any) -> Any:
-    if not isinstance(leaf, OwnPart):
+    if not isinstance(leaf, OpaquePart):
         return leaf
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return leaf.as_subclass(Tensor)

@@ -1,9 +1,8 @@
-"""Save, load and remove: which form a checkpoint has, decided once for all ranks."""
+"""Save, load and remove: which format a checkpoint has, decided once for all ranks."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 
 from torch.nn import Module
 
-from lightning_dist.checkpoint import locations
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.files import METADATA, REMOVED, REST, remove_any, temporary_sibling
-from lightning_dist.checkpoint.forms import form_of
-from lightning_dist.checkpoint.locations import fetched, is_remote, located, settled
-from lightning_dist.checkpoint.sharded import Shards, open_sharded, read_sharded, save_sharded
-from lightning_dist.checkpoint.single import gather_state, read_single, save_single
+from lightning_dist.checkpoint.formats import SAFETENSORS, format_of, weight_files
+from lightning_dist.checkpoint.locations import as_path, local_copy, remove_checkpoint, resolve_swap
+from lightning_dist.checkpoint.module_state import model_state, named_parameters
+from lightning_dist.checkpoint.safetensors import read_safetensors
+from lightning_dist.checkpoint.sharded_load import open_sharded, read_sharded
+from lightning_dist.checkpoint.sharded_save import Shards, save_sharded
+from lightning_dist.checkpoint.single_file import gather_state, read_single, save_single
 from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
-from lightning_dist.checkpoint.state import model_state
-from lightning_dist.checkpoint.weights import SAFETENSORS, for_module, read_safetensors, weight_files
+from lightning_dist.checkpoint.weight_names import for_module
 from lightning_dist.collectives import broadcast_object, global_rank, raise_on_all_ranks
 
 
@@ -53,7 +52,7 @@ def save(
         OSError, RuntimeError: on every rank, if any can't write, or could not write the last one in the background.
         ValueError: on every rank, if the path is a directory with other things than one checkpoint.
     """
-    path = located(broadcast_object(path))
+    path = as_path(broadcast_object(path))
     if background is not None:
         background.wait()
     if stages is not None:
@@ -80,7 +79,7 @@ def load(
     weights_only: bool | None = None,
     when_used: bool = False,
 ) -> dict[str, Any]:
-    """Reads a checkpoint of either form, of ours or of plain Lightning, or bare weights. Every rank calls this; the
+    """Reads a checkpoint of either format, of ours or of plain Lightning, or bare weights. Every rank calls this; the
     path is rank 0's.
 
     Each rank reads what it holds of the tensors: a single file is mapped and read where it is used, of a
@@ -105,16 +104,17 @@ def load(
         ValueError: on every rank: no checkpoint, a damaged or incomplete one, or one that needs
             ``weights_only=False``.
     """
-    path = located(broadcast_object(path))
+    path = as_path(broadcast_object(path))
     with raise_on_all_ranks(f"read checkpoint {path}"):
-        path = settled(path)
-        form = form_of(path)
-    if form == "sharded":
+        path = resolve_swap(path)
+        format = format_of(path)
+    if format == "sharded":
         if when_used:
             return open_sharded(path, optimizers, weights_only)
-        return read_sharded(path, module, optimizers, weights_only)
-    with raise_on_all_ranks(f"read checkpoint {path}"), fetched(path) as local:
-        checkpoint = read_single(local, weights_only) if form == "single" else {"state_dict": _read_weights(local)}
+        weights, parameters = ({}, {}) if module is None else (model_state(module), named_parameters(module))
+        return read_sharded(path, weights, parameters, optimizers, weights_only)
+    with raise_on_all_ranks(f"read checkpoint {path}"), local_copy(path) as local:
+        checkpoint = read_single(local, weights_only) if format == "single" else {"state_dict": _read_weights(local)}
         if module is not None and holds_no_run(checkpoint):
             checkpoint["state_dict"] = for_module(checkpoint["state_dict"], module, model_state(module))
     if not optimizers:
@@ -142,29 +142,13 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
         FileNotFoundError: nothing is there.
         ValueError: a directory that is no checkpoint, or an incomplete one.
     """
-    return form_of(settled(located(path))) == "sharded"
+    return format_of(resolve_swap(as_path(path))) == "sharded"
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Removes a checkpoint of either form, if it is there; of a link, only the link. Rank 0 calls this.
-
-    It loses its name first, at a URL its index, so that nobody who ends in between leaves a part of it under that.
+    """Removes a checkpoint of either format, if it is there. Rank 0 calls this.
 
     Raises:
         ValueError: a directory that is no checkpoint: it is left alone.
     """
-    path = located(path)
-    if path.is_dir() and not path.is_symlink() and not (path / REST).is_file() and not (path / METADATA).is_file():
-        raise ValueError(f"{path} is no checkpoint, so it is not removed")
-    if is_remote(path):
-        locations.remove(path)
-        locations.remove(temporary_sibling(path))
-        return
-    if path.is_dir() and not path.is_symlink():
-        without_name = path.with_name(f".{path.name}{REMOVED}")
-        remove_any(without_name)
-        path = path.rename(without_name)
-    remove_any(path)
-    for rest in path.parent.glob(f".*{REMOVED}"):  # of a run that was ended here
-        if all(file.name.startswith(METADATA) or file.suffix in (".pt", ".distcp", ".json") for file in rest.iterdir()):
-            shutil.rmtree(rest, ignore_errors=True)
+    remove_checkpoint(as_path(path))

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_dist.layout import Layout
-from lightning_dist.plans.tensor import Division, Part, Split, parameter_splits
+from lightning_dist.plans.tensor import ModulePlan, ShardingPlan, Split, parameter_splits
 
 MOST_ROWS = 12
 """Of what stays whole; the smallest are told together."""
@@ -36,37 +36,37 @@ class Row:
 
 
 @dataclass(frozen=True)
-class DivisionReport:
-    """The division of a module over the tensor axis.
+class ShardingPlanReport:
+    """The sharding plan of a module over the tensor axis.
 
     Args:
         tp: degree of the axis.
         divided: what is, in the order of the module.
         whole: what every rank of the axis holds, the largest first.
-        chains: names of the blocks between which positions are divided, with ``*`` for their numbers.
+        sequence_blocks: names of the blocks between which positions are divided, with ``*`` for their numbers.
         loss_parallel: whether logits stay divided.
     """
 
     tp: int
     divided: list[Row]
     whole: list[Row]
-    chains: list[str]
+    sequence_blocks: list[str]
     loss_parallel: bool
 
     @classmethod
-    def of(cls, module: nn.Module, division: Division, layout: Layout) -> DivisionReport:
+    def of(cls, module: nn.Module, sharding_plan: ShardingPlan, layout: Layout) -> ShardingPlanReport:
         """The report of a module, divided already or not.
 
         Args:
             module: with parameters of their whole shapes.
-            division: of the module.
+            sharding_plan: of the module.
             layout: resolved.
         """
         parameters = dict(module.named_parameters())
-        splits = parameter_splits(division.plan)
+        splits = parameter_splits(sharding_plan.tensor_plan)
         divided = [
             _row(name, _in_words(part), {n: parameters[n] for n in own if n in parameters}, splits, layout)
-            for name, part in division.plan.items()
+            for name, part in sharding_plan.tensor_plan.items()
             if (own := parameter_splits({name: part}))
         ]
         others: dict[str, dict[str, Tensor]] = {}
@@ -78,8 +78,10 @@ class DivisionReport:
             tp=layout.tp,
             divided=_merged(divided),
             whole=sorted(_merged(whole), key=lambda row: -row.rank_bytes),
-            chains=list(dict.fromkeys(_starred(name) for chain in division.chains for name in chain)),
-            loss_parallel=division.loss_parallel,
+            sequence_blocks=list(
+                dict.fromkeys(_starred(name) for chain in sharding_plan.sequence_blocks for name in chain)
+            ),
+            loss_parallel=sharding_plan.loss_parallel,
         )
 
     def table(self) -> Table:
@@ -98,10 +100,10 @@ class DivisionReport:
         if rest:
             together = _row_of_all(f"{len(rest)} more", rest)
             table.add_row(*_cells(together), "whole on every rank")
-        if self.chains or self.loss_parallel:
+        if self.sequence_blocks or self.loss_parallel:
             table.add_section()
-        if self.chains:
-            table.add_row(", ".join(self.chains), "", "", "", "positions divided between them")
+        if self.sequence_blocks:
+            table.add_row(", ".join(self.sequence_blocks), "", "", "", "positions divided between them")
         if self.loss_parallel:
             table.add_row("logits", "", "", "", "divided by vocabulary until something looks at them")
         return table
@@ -133,7 +135,7 @@ def size_in_words(num_bytes: int) -> str:
     return f"{size:.4g} TiB"
 
 
-def _in_words(part: Part) -> str:
+def _in_words(part: ModulePlan) -> str:
     """Such as ``by heads: q_proj, k_proj, v_proj; o_proj by its inputs``."""
     columns = list(dict.fromkeys(name.rpartition(".")[0] for name in part.parameters if "." in name))
     columns = [name for name in columns if name not in part.rows]

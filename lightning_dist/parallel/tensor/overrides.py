@@ -12,7 +12,7 @@ _MISSING = object()
 
 
 @contextmanager
-def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+def overridden(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
     """While it lasts, the module (or one below it) finds these values under these dotted names."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     try:

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from lightning_dist.parallel.tensor.split import split
-from lightning_dist.plans.tensor import find_tensor_plan
+from lightning_dist.patches import Patches
+from lightning_dist.plans.tensor import ShardingPlan, find_tensor_plan
 from tests.support import models
 from tests.support.models import samples
 from tests.support.parity import Run, on_layout
@@ -56,7 +57,7 @@ def _run(network: Any, *args: Any) -> Tensor:
     torch.manual_seed(0)
     module = network(*args).train()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    split(module, find_tensor_plan(module), mesh)
+    split(module, ShardingPlan(find_tensor_plan(module)), mesh, patches=Patches())
     return module(torch.randn(2, 5, WIDTH)).detach()
 
 
@@ -88,28 +89,29 @@ def test_every_rank_raises() -> None:
 
 
 def test_only_the_first_of_a_kind_is_compared() -> None:
-    assert run_on_ranks(2, _num_proofs) == [2, 2]
+    assert run_on_ranks(2, _num_checks) == [2, 2]
 
 
-def _num_proofs() -> int:
+def _num_checks() -> int:
     """Of a network with two attention modules alike and one feed-forward, run twice."""
-    from lightning_dist.parallel.tensor import proof
+    from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
 
     runs: list[str] = []
-    original = proof.Proof.run
+    original = EquivalenceCheck.run
 
     def noting(self: Any, module: nn.Module, *args: Any) -> None:
         runs.append(type(module).__name__)
         original(self, module, *args)
 
-    proof.Proof.run = noting  # type: ignore[method-assign]
+    EquivalenceCheck.run = noting  # type: ignore[method-assign]
     try:
         module = nn.Sequential(_attention(False), Mlp())
-        split(module, find_tensor_plan(module), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        split(module, ShardingPlan(find_tensor_plan(module)), mesh, patches=Patches())
         for _ in range(2):
             module(torch.randn(2, 5, WIDTH))
     finally:
-        proof.Proof.run = original  # type: ignore[method-assign]
+        EquivalenceCheck.run = original  # type: ignore[method-assign]
     return len(runs)
 
 
