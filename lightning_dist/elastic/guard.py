@@ -47,10 +47,10 @@ class _Runs:
     """
 
     number: ClassVar[int] = 0
-    """Of the last run in the process group; the same on all ranks."""
+    """The number of the last run in the process group; the same on all ranks."""
     is_on: ClassVar[bool] = False
     outer: ClassVar[list[int]] = []
-    """Of runs within which this one runs: a validation in a hook of a fit, say."""
+    """Numbers of runs within which this one runs: a validation in a hook of a fit, say."""
     left: ClassVar[str | None] = None
     """The exception by which this process left the last run; None where it ended well."""
     children: ClassVar[list[Any]] = []
@@ -86,7 +86,7 @@ def begin_run() -> None:
 
 
 def number_of_run() -> int:
-    """Of the run that is going on; the same on all ranks."""
+    """The number of the run that is going on; the same on all ranks."""
     return _Runs.number
 
 
@@ -272,12 +272,12 @@ def _words(exception: BaseException) -> str:
 
 
 def _store() -> Any:
-    """Of the process group; None without one."""
+    """The store of the process group; None without one."""
     return default_store() if dist.is_available() and dist.is_initialized() else None
 
 
 def _key(rank: int | None = None, number: int | None = None) -> str:
-    """Of the first words that ended a run, or of how one rank left it."""
+    """The key of the first words that ended a run, or of how one rank left it."""
     run = f"lightning_dist/ended/{_Runs.number if number is None else number}"
     return run if rank is None else f"{run}/{rank}"
 
