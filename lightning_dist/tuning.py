@@ -60,7 +60,7 @@ class Tuning:
         Args:
             path: of the checkpoint on this rank.
             trainer: that saves.
-            ranks: of the run.
+            ranks: that save.
             position: of the training when it begins, which :meth:`end` and :meth:`leave` give back.
 
         Returns:

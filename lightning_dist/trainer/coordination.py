@@ -49,24 +49,24 @@ class Coordination:
             patches: of what is set up.
         """
         self._trainer, ranks, setup = trainer, self._ranks, self._setup
-        patches.also(self._detach)
+        self._logs = self._control_flow = self._world_calls = None
         names = monitored | _monitored(trainer)
-        is_even = self._resume.is_even
         self._logs = attach_logs(
-            trainer, patches, names, ranks.logs_group, self._loaders.batches_of, setup.stage, is_even
+            trainer, patches, names, ranks.logs_group, self._loaders.batches_of, setup.stage, self._resume.is_even
         )
         if trainer.state.fn == TrainerFn.FITTING and ranks.world_size > 1:
             assert setup.runner is not None
-            self._control_flow = ControlFlow(trainer, setup.runner, ranks.device, ranks.timeout, is_even)
+            self._control_flow = ControlFlow(trainer, setup.runner, ranks.device, ranks.timeout, self._resume.is_even)
             self._control_flow.attach(patches)
-        if ranks.logs_group is not None:
-            attach_metrics(trainer.lightning_module, ranks.logs_group, patches)
         module, group = trainer.lightning_module, ranks.data_group
+        if ranks.logs_group is not None:
+            attach_metrics(module, ranks.logs_group, patches)
         if group is not None and ranks.num_data_ranks > 1 and "all_gather" not in vars(module):
             patches.set(module, "all_gather", UnevenAllGather(module, group, self._counts))
         if ranks.layout is not None and ranks.world_size > ranks.num_data_ranks:
             self._world_calls = WorldCalls(ranks.layout)
             self._world_calls.attach(patches)
+        patches.also(self._detach)
 
     def _counts(self) -> bool:
         """Whether the batch that runs is this rank's own."""

@@ -86,7 +86,7 @@ class Resume:
         patches.wrap(loop.epoch_loop, "on_run_start", self._before_epoch)
 
     def is_even(self) -> bool:
-        """Whether every data rank has as many training batches, since the strategy shards them."""
+        """Whether each training batch has as many samples on every data rank, as all of them know."""
         return all(data.is_even for data in self.training_data)
 
     # ------------------------------------------------------------------ while training
