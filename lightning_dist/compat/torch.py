@@ -72,8 +72,6 @@ def local_tensor(tensor: DTensor) -> Tensor:
 
 # --- logs, data, elastic ---
 
-hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
-
 
 RANK_NOT_IN_GROUP = name_of(
     "torch.distributed.distributed_c10d._rank_not_in_group", "The function that every collective asks about its group."
@@ -126,7 +124,7 @@ def forget_iterator(loader: Any) -> None:
 
 
 @uses("torch.nn.Module._modules")
-def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """A module's children by name, which may be any string here."""
     return module._modules
 
