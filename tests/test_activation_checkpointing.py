@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.checkpointing import checkpoint_activations
 from tests.support import models
+from tests.support.collectives import counting
 from tests.support.models import WIDTH, few_samples, samples
-from tests.support.parity import QUIET, Record, Run, assert_equal, train, whole_weights
+from tests.support.parity import QUIET, Record, Run, assert_equal, once, one_process, train, trainer, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
-from tests.test_strategy import Collectives, trainer
 
 MODES = ["full", "selective"]
 LAYOUTS = [("dp_shard=1", 1), ("dp_replicate=2", 2), ("dp_shard=2", 2)]
@@ -98,7 +98,7 @@ class Normed(models.Momentum):
 @pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_training_equals_one_process_without_it(mode: str, layout: str, num_ranks: int) -> None:
     run = Run(Attended, samples, few_samples, trainer=ACCUMULATING, strategy={"activation_checkpointing": mode})
-    one = train(run, None)
+    one = one_process(run)
     for record in _records(run, layout, num_ranks):
         assert_equal(one, record)
 
@@ -114,9 +114,9 @@ def test_random_numbers_and_statistics_are_those_without_it(module: Any, mode: s
         Run(module, samples, few_samples, trainer=ACCUMULATING, strategy={"activation_checkpointing": value})
         for value in ("none", mode)
     )
-    one = train(plain, "dp_shard=1")
+    one = once(train, plain, "dp_shard=1")
     _assert_same(one, train(recomputing, "dp_shard=1"))
-    assert one.losses != train(Run(models.Momentum, samples, trainer=ACCUMULATING), None).losses
+    assert one.losses != one_process(Run(models.Momentum, samples, trainer=ACCUMULATING)).losses
 
 
 @pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
@@ -159,7 +159,7 @@ def _train_16_bit(layout: str) -> dict[tuple[str, str], dict[str, Tensor]]:
 @pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
 def test_compiled_blocks_train_as_plain_ones(layout: str, mode: str) -> None:
     options = {"compile": {"backend": "aot_eager"}, "activation_checkpointing": mode}
-    one = train(Run(models.Momentum, samples, trainer=ACCUMULATING), None)
+    one = one_process(Run(models.Momentum, samples, trainer=ACCUMULATING))
     for record in run_on_ranks(2, train, Run(models.Momentum, samples, trainer=ACCUMULATING, strategy=options), layout):
         assert_equal(one, record)
 
@@ -310,17 +310,9 @@ def test_collectives_are_those_without_it(layout: str) -> None:
 def _collectives(layout: str) -> list[list[dict[str, int]]]:
     """Of each step, under each mode, plain and compiled."""
     counts: list[list[dict[str, int]]] = []
-
-    class Observing(HybridStrategy):
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-            with Collectives() as seen:
-                output = super().optimizer_step(*args, **kwargs)
-            counts[-1].append(dict(seen.counts))
-            return output
-
     for mode, compile in itertools.product(("none", *MODES), (False, {"backend": "aot_eager"})):
         counts.append([])
-        strategy = Observing(layout, activation_checkpointing=mode, compile=compile)  # type: ignore[arg-type]
+        strategy = counting("optimizer_step", counts[-1])(layout, activation_checkpointing=mode, compile=compile)  # type: ignore[arg-type]
         runner = L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=3, gradient_clip_val=0.1)
         runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
     return counts
@@ -406,7 +398,7 @@ def test_blocks_built_in_the_setup_hook_are_found() -> None:
     runner = trainer("dp_shard=1", strategy=options, max_steps=1)
     runner.fit(BuiltInSetup(), DataLoader(samples(), batch_size=4))
     assert isinstance(runner.strategy, HybridStrategy)
-    assert len(runner.strategy.module_setup.recomputed_blocks) == 3
+    assert len(runner.strategy.parts.module_setup.recomputed_blocks) == 3
 
 
 def test_evaluation_needs_no_blocks() -> None:

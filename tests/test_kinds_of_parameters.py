@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils import _pytree as pytree
 
 from tests.support.models import CLASSES, WIDTH, Classifier, Momentum, samples
-from tests.support.parity import Record, Run, assert_equal, train
+from tests.support.parity import Record, Run, assert_equal, once, one_process, train
 from tests.support.ranks import run_on_ranks
 
 PLAN = {"net.blocks.*.up": "colwise", "net.blocks.*.down": "rowwise"}
@@ -177,7 +177,7 @@ def record_of(run: Run, layout: str | None) -> Record:
 
 @pytest.mark.parametrize("module", [Complex, Wide, Fixed, Pruned, weight_norm, spectral_norm, orthogonal])
 def test_is_as_in_one_process(module: Any) -> None:
-    one = record_of(run_of(module), None)
+    one = once(record_of, run_of(module), None)
     layouts = ["dp_replicate=2", "dp_shard=2"]
     if module not in (weight_norm, spectral_norm, orthogonal):
         layouts.append("tp=2")
@@ -190,7 +190,7 @@ def test_is_as_in_one_process(module: Any) -> None:
 @pytest.mark.parametrize("layout", ["dp_replicate=2,dp_shard=2", "dp_shard=2,tp=2"])
 @pytest.mark.parametrize("module", [Complex, Wide])
 def test_dtypes_are_as_in_one_process_on_two_axes(module: Any, layout: str) -> None:
-    one = record_of(run_of(module), None)
+    one = once(record_of, run_of(module), None)
     for record in run_on_ranks(4, record_of, run_of(module, layout), layout):
         assert_equal(one, record)
 
@@ -199,14 +199,14 @@ def test_dtypes_are_as_in_one_process_on_two_axes(module: Any, layout: str) -> N
 def test_lbfgs_is_as_in_one_process(layout: str) -> None:
     """It divides by differences of gradients, which enlarges rounding."""
     run = Run(NewtonLike, samples, trainer={"max_steps": 6})
-    one = train(run, None)
+    one = one_process(run)
     for record in run_on_ranks(2, train, run, layout):
         assert_equal(one, record, 1e-4)
 
 
 def test_a_lazy_module_that_setup_ran_trains_as_in_one_process() -> None:
     run = run_of(SetUp)
-    one = record_of(run, None)
+    one = once(record_of, run, None)
     for record in run_on_ranks(2, record_of, run, "dp_shard=2"):
         assert_equal(one, record)
 
@@ -258,6 +258,6 @@ def warned_of_whole_on_first(layout: str) -> bool:
 
 def test_model_pruning_on_copies_is_as_in_one_process() -> None:
     run = run_of(Momentum, callbacks=pruning)
-    one = record_of(run, None)
+    one = once(record_of, run, None)
     for record in run_on_ranks(2, record_of, run, "dp_replicate=2"):
         assert_equal(one, record)

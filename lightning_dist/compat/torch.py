@@ -11,7 +11,12 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
+from torch._C import _EnableTorchFunction as EnableTorchFunction
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import (
@@ -19,11 +24,12 @@ from torch.distributed.tensor._utils import (
 )
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import _reduction
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.dropout import _DropoutNd as DropoutNd
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -80,12 +86,6 @@ def default_store() -> Any:
 def num_collectives(group: dist.ProcessGroup) -> int:
     """How many collectives this rank has begun in a group."""
     return group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-
-
-@uses("torch.Tensor._backward_hooks")
-def has_backward_hooks(tensor: Tensor) -> bool:
-    """Whether ``register_hook`` was called on a tensor."""
-    return bool(tensor._backward_hooks)
 
 
 @uses("torch.Tensor._post_accumulate_grad_hooks")
@@ -163,21 +163,6 @@ def place_in_file(fake: Tensor) -> int | None:
     return offset
 
 
-@uses("torch.UntypedStorage._cdata")
-def storage_id(tensor: Tensor) -> int:
-    """Tells whether two tensors share their memory, also where they have none (on meta)."""
-    return tensor.untyped_storage()._cdata
-
-
-@uses("torch._ops.OpOverload._schema")
-def written_arguments(operator: Any, args: tuple[Any, ...]) -> list[Any]:
-    """The arguments by position that an operator writes to."""
-    schema = operator._schema
-    if not schema.is_mutable:
-        return []
-    return [value for argument, value in zip(schema.arguments, args, strict=False) if argument.is_write]
-
-
 @uses("torch.Tensor._make_wrapper_subclass")
 def wrapper_tensor(kind: type[Any], size: list[int], dtype: torch.dtype, device: torch.device) -> Any:
     """A tensor of a class of ours that has a shape and no memory."""
@@ -197,11 +182,6 @@ def set_versions(state_dict: Any, versions: dict[str, Any]) -> None:
 
 
 # --- tensor ---
-
-NormBase, DropoutNd = _NormBase, _DropoutNd
-
-
-disable_current_modes = _disable_current_modes
 
 
 hands_on("torch._C.DisableTorchFunctionSubclass", "runs an operator on a subclass of tensors as on a plain one")
@@ -306,9 +286,6 @@ def is_plain_feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDeco
     return type(layer)._ff_block in plain
 
 
-# --- logs, data, elastic ---
-
-
 class StandsForLoader:
     """Shows Lightning the iterator of a ``DataLoader`` in whose place it is iterated, by which it ends the workers.
 
@@ -329,3 +306,93 @@ class StandsForLoader:
     def _iterator(self, value: Any) -> None:
         if hasattr(self.loader, "_iterator"):
             self.loader._iterator = value
+
+
+hands_on("torch._C._EnableTorchFunction", "lets subclasses of tensors see functions again inside of that")
+
+
+hands_on("torch.nn.modules.batchnorm._BatchNorm", "tells BatchNorm of any number of dims")
+
+
+hands_on("torch.utils._python_dispatch._disable_current_modes", "runs a module beside what sees its operators")
+
+
+hands_on("torch._subclasses.fake_tensor.FakeTensor", "stands for a tensor without memory")
+
+
+for _name in ("DataDependentOutputException", "DynamicOutputShapeException", "UnsupportedOperatorException"):
+    hands_on(
+        f"torch._subclasses.fake_tensor.{_name}", "tells that an operator asks for values of a tensor without memory"
+    )
+
+
+COMPILED_CALL = "_compiled_call_impl"
+
+
+"""The attribute of a module that torch calls in place of hooks and forward, where there is one; copies leave it out."""
+
+
+hands_on(f"torch.nn.Module.{COMPILED_CALL}", "wraps the calls of a module, hooks included")
+
+
+@uses("torch.nn.Module._call_impl")
+def call_uncompiled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module's hooks and forward, also where it was compiled."""
+    return module._call_impl(*args, **kwargs)
+
+
+@uses("torch.nn.Module._call_impl", "torch.nn.Module._compiled_call_impl")
+def call_of(module: nn.Module) -> Any:
+    """What runs when a module is called: what it was compiled into, or its hooks and forward."""
+    return vars(module).get(COMPILED_CALL) or module._call_impl
+
+
+@uses("torch.nn.Module._buffers")
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary in which a module keeps the buffers that are its own."""
+    return module._buffers
+
+
+@uses("torch.nn.Module._modules")
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary in which a module keeps its children."""
+    return module._modules
+
+
+@uses("torch.nn.Module._parameters", "torch.nn.Module._buffers", "torch.nn.Module._modules")
+def registries(parameters: dict[str, Any], buffers: dict[str, Any], modules: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a module that keeps these as its own."""
+    return {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
+
+
+@uses("torch.nn.Module._backward_hooks", "torch.nn.Module._backward_pre_hooks")
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that run in backward passes."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+@uses("torch.Tensor._backward_hooks", "torch.Tensor._post_accumulate_grad_hooks")
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has hooks on its gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+@uses("torch.UntypedStorage._cdata")
+def memory_of(tensor: Tensor) -> int:
+    """Which memory a tensor has, also one of no elements, or without any; views have that of their base."""
+    return tensor.untyped_storage()._cdata
+
+
+@uses("torch._ops.OpOverload._schema")
+def written_arguments(operator: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments of an operator's call that it changes."""
+    arguments = operator._schema.arguments
+    given = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+    changed = (a for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return [given.get(argument.name) for argument in changed]
+
+
+@uses("torch._ops.OpOverload._overloadpacket")
+def all_overloads(operator: Any) -> Any:
+    """The operator with all its overloads, under which torch lists what it costs."""
+    return operator._overloadpacket

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.checkpointing import Checkpointing, checkpoint_activations, refuse_no_blocks
 from lightning_dist.parallel.data import Alone, average_buffers
-from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions
+from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
 from lightning_dist.parallel.replicated import Replicated
 from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.parallel.tensor import TensorAxis, refuse_compiled_hooks, split
@@ -43,9 +43,9 @@ def parallelize(
     activation_checkpointing: Checkpointing,
     compile_options: dict[str, Any] | None,
     training: bool,
-    patches: Patches,
-    cut: Cut | None = None,
+    partitioned: PartitionedModule | None = None,
     pipeline_options: PipelineOptions | None = None,
+    patches: Patches,
 ) -> Alone:
     """Applies the layout to a module, in place.
 
@@ -65,9 +65,9 @@ def parallelize(
         activation_checkpointing: what the blocks recompute in backward, see :func:`checkpoint_activations`.
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
-        patches: note what is put onto the module; undone, its parameters are still divided.
-        cut: the stages of the module, of which it holds this rank's; None without that axis.
+        partitioned: the stages of the module, of which it holds this rank's; None without that axis.
         pipeline_options: the user's.
+        patches: takes off what is put onto the module.
 
     Returns:
         What runs the module's steps under the layout.
@@ -86,22 +86,21 @@ def parallelize(
     if compile_options is not None:
         refuse_compiled_hooks(module)
         _compile(module, blocks, compile_options)
-    if cut is None:
+    if partitioned is None:
         parallel = _over_data(module, layout, mesh, blocks, policy, device, training)
         parallel.tensor = tensor
         return parallel
     assert mesh is not None
     assert pipeline_options is not None
     assert isinstance(module, pl.LightningModule)
-    pipelined = Pipelined(module, cut, pipeline_options, mesh.root["pp"].get_group(), device)
+    inner, data_group = Alone(module), None
     if layout.dp_shard > 1:
         inner = _over_data(module, layout, mesh, blocks, policy, device, training, one_backward=True)
-        pipelined.run_in(inner)
-    else:
-        inner = Alone(module)
-        pipelined.run_in(inner, mesh.data.get_group() if layout.num_data_ranks > 1 else None)
+    elif layout.num_data_ranks > 1:
+        data_group = mesh.data.get_group()
     inner.tensor = tensor
-    return pipelined
+    group = mesh.root["pp"].get_group()
+    return PipelineRunner(module, partitioned, pipeline_options, group, device, inner, data_group, patches)
 
 
 def _is_held(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -63,6 +63,17 @@ class Alone:
         if self.tensor is not None:
             self.tensor.after_step()
         return output
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function that runs a step of the module, as :meth:`run` runs the step itself."""
+        output = function(*args)
+        if self.tensor is not None:
+            self.tensor.after_step()
+        return output
+
+    def users_step(self, name: str) -> Callable[..., Any]:
+        """A step as the user wrote it, without what a layout does around it."""
+        return getattr(self.module, name)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,16 @@ class Sharded(Alone):
         self.usage = Usage(module, units, set(self.roots), left, group, self.buffers)
         if "" in self.roots and "_root_gathering" not in vars(module):
             vars(module)["_root_gathering"] = _RootGathering(module)
+        self._root_gathering: _RootGathering | None = vars(module).get("_root_gathering")
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._root_gathering is None:
+            return super().call(function, *args)
+        return super().call(self._root_gathering.run, function, *args)
+
+    def users_step(self, name: str) -> Callable[..., Any]:
+        steps = {} if self._root_gathering is None else self._root_gathering.plain
+        return steps.get(name) or super().users_step(name)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -189,7 +199,10 @@ class _RootGathering:
         state = module._get_fsdp_state()
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
-        module._gather_root = lambda: None
+        module._gather_root = lambda function, *args: function(*args)
+        self.plain: dict[str, Callable[..., Any]] = {}
+        """The module's methods that are wrapped, as they were."""
+        self._module = module
         for name in ("forward", *STEPS, CALL, "_gather_root"):
             # a step may be None, to have none
             if callable(getattr(module, name, None)) and (name in vars(module) or _has_own(module, name)):
@@ -197,14 +210,18 @@ class _RootGathering:
 
         @torch.compiler.disable
         def gather_root(*_: Any) -> None:
-            module._gather_root()
+            module._gather_root(lambda: None)
 
         for child in module.children():
             child.register_forward_pre_hook(gather_root)
 
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function while the module is gathered."""
+        return self._module._gather_root(function, *args)
+
     def _gather_around(self, module: Any, name: str) -> None:
         module._instance_methods[name] = vars(module).get(name)
-        plain = getattr(module, name)
+        plain = self.plain[name] = getattr(module, name)
         register_fsdp_forward_method(module, name)
         gathering = getattr(module, name)
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from lightning_dist.parallel.pipeline import Pipelined
+from lightning_dist.parallel.pipeline import PipelineRunner
 from lightning_dist.parallel.pipeline.timeline import Event
 
 COLORS = {"forward": (86, 137, 196), "backward": (222, 148, 76), "weights": (98, 163, 104)}
@@ -71,9 +71,9 @@ class PipelineTimeline(Callback):
             draw(everyone, title, directory / "timeline.png")
 
 
-def _pipelined(trainer: pl.Trainer) -> Pipelined | None:
-    parallel = getattr(getattr(trainer.strategy, "module_setup", None), "runner", None)
-    return parallel if isinstance(parallel, Pipelined) else None
+def _pipelined(trainer: pl.Trainer) -> PipelineRunner | None:
+    parts: Any = getattr(trainer.strategy, "parts", None)  # another strategy has none
+    return parts.module_setup.runner if parts and isinstance(parts.module_setup.runner, PipelineRunner) else None
 
 
 def waiting(by_rank: list[list[Event]]) -> float:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_dist.auto_layout import choose_layout
 from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.compat import lightning as private
+from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import copies_of, divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
@@ -33,7 +34,13 @@ from lightning_dist.parallel import (
     parallelize,
     refuse_no_blocks,
 )
-from lightning_dist.parallel.pipeline import Cut, Pipelined, PipelineOptions, cut_module, cut_of
+from lightning_dist.parallel.pipeline import (
+    PartitionedModule,
+    PipelineOptions,
+    PipelineRunner,
+    partition_module,
+    partition_of,
+)
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
@@ -42,7 +49,6 @@ from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
 from lightning_dist.validation import (
-    has_hooks,
     has_lazy_parameters,
     validate_built,
     validate_kept_hooks,
@@ -115,8 +121,8 @@ class ModuleSetup:
         self._recorded: RecordedInit | None = None
 
     @property
-    def _pipelined(self) -> Pipelined | None:
-        return self.runner if isinstance(self.runner, Pipelined) else None
+    def _pipelined(self) -> PipelineRunner | None:
+        return self.runner if isinstance(self.runner, PipelineRunner) else None
 
     @property
     def stage(self) -> Any:
@@ -131,12 +137,14 @@ class ModuleSetup:
 
     # ------------------------------------------------------------------ before there are processes
 
-    def refuse_what_cannot_split(self, module: pl.LightningModule) -> None:
+    def validate(self, module: pl.LightningModule) -> None:
         """Raises before process groups form, where the network is there already; :meth:`build` asks again.
 
         Raises:
-            ValueError: the layout does not fit the network.
+            ValueError: the layout does not fit the options, or the network.
         """
+        if self._ranks.layout is not None:
+            self.options.pipeline.refuse(self._ranks.layout.pp)
         if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
             return
         self._plan(module)
@@ -197,7 +205,9 @@ class ModuleSetup:
         self._module = module
         if self._ranks.world_size > 1:
             validate_no_lazy(module)
-        was_cut = cut_of(module) is not None  # its ranks hold different parameters by now, and placeholders for others
+        was_cut = (
+            partition_of(module) is not None
+        )  # its ranks hold different parameters by now, and placeholders for others
         if not was_cut:
             precision.convert_module(module)
         layout = self._decide_layout(module)
@@ -224,10 +234,10 @@ class ModuleSetup:
     def _apply(self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool) -> Alone:
         ranks, options = self._ranks, self.options
         blocks = options.blocks(module)
-        hooked = {name: p for name, p in module.named_parameters() if has_hooks(p)}
+        hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
         replaced = Replaced(module)
         policy = shard_policy(precision, ranks.device)
-        cut = self._cut(module, list(blocks), policy.param_dtype) if layout.pp > 1 else None
+        partitioned = self._partition(module, list(blocks), policy.param_dtype) if layout.pp > 1 else None
         self.recomputed_blocks = list(blocks) if training and options.recomputes else []
         runner = parallelize(
             module,
@@ -241,7 +251,7 @@ class ModuleSetup:
             compile_options=options.compile,
             training=training,
             patches=self.patches,
-            cut=cut,
+            partitioned=partitioned,
             pipeline_options=options.pipeline,
         )
         validate_kept_hooks(module, hooked)
@@ -255,7 +265,7 @@ class ModuleSetup:
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         return runner
 
-    def _cut(self, module: pl.LightningModule, blocks: list[str], dtype: torch.dtype | None) -> Cut:
+    def _partition(self, module: pl.LightningModule, blocks: list[str], dtype: torch.dtype | None) -> PartitionedModule:
         """Leaves this rank the stages of the pipeline that are its own."""
         mesh, layout = self._ranks.mesh, self._ranks.layout
         assert mesh is not None
@@ -263,13 +273,14 @@ class ModuleSetup:
         if self._recorded is not None and any(buffer.is_meta for buffer in module.buffers()):
             # what depends on no parameter is traced for real
             self._recorded.materialize(module, device=self._ranks.device, parameters=False)
-        return cut_module(
+        return partition_module(
             module,
             module.trainer,
             self.options.pipeline,
             mesh.root["pp"].get_group(),
             blocks,
-            together=[] if self.sharding_plan is None else list(self.sharding_plan.tensor_plan),
+            undivided=[] if self.sharding_plan is None else list(self.sharding_plan.tensor_plan),
+            patches=self.patches,
             keep_whole=self.options.keeps_blocks_whole(layout),
             device=self._ranks.device,
             dtype=dtype if layout.dp_shard > 1 else None,
@@ -285,7 +296,7 @@ class ModuleSetup:
         return ranks.layout
 
     def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
-        cut, mesh, layout = cut_of(module), self._ranks.mesh, self._ranks.layout
+        cut, mesh, layout = partition_of(module), self._ranks.mesh, self._ranks.layout
         assert layout is not None
         if cut is not None:
             cut.refuse_other(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)

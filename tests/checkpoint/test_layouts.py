@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dist import checkpoint
@@ -16,6 +15,7 @@ from lightning_dist.pytree import map_leaves
 from tests.checkpoint.training import (
     OPTIMIZERS,
     RANKS,
+    assert_same,
     build,
     leg,
     make_optimizer,
@@ -124,26 +124,6 @@ def test_callback_may_hold_sharded_tensors(tmp_path: Path) -> None:
     for name in ("sharded.ckpt", "single.ckpt"):
         state = checkpoint.load(tmp_path / name)
         assert torch.equal(state["callbacks"]["average"][0], build("one").hidden.weight.detach())
-
-
-def assert_same(first: Any, second: Any, atol: float = 0.0) -> None:
-    """Equal trees: the same keys in the same order, the same types, tensors within ``atol``."""
-    ours, theirs = _flat(first), _flat(second)
-    assert list(ours) == list(theirs)
-    for path, value in ours.items():
-        other = theirs[path]
-        assert type(value) is type(other), path
-        if isinstance(value, Tensor):
-            assert value.dtype == other.dtype, path
-            torch.testing.assert_close(value, other, rtol=0, atol=atol, msg=str(path))
-        else:
-            assert value == other, path
-
-
-def _flat(tree: Any) -> dict[Any, Any]:
-    leaves: dict[Any, Any] = {}
-    map_leaves(tree, lambda path, value: leaves.setdefault(path, value))
-    return leaves
 
 
 def _full_state(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import HybridStrategy
-from lightning_dist.parallel.pipeline.asked import AskedInt
+from lightning_dist.parallel.pipeline.guards import GuardedInt
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
 
@@ -118,7 +118,7 @@ def _skipped() -> str:
 
 def test_questions_can_be_asked_again() -> None:
     present, asked = [7], []
-    number = AskedInt(lambda: present[0], lambda question, answer: asked.append((question, answer)))
+    number = GuardedInt(lambda: present[0], lambda question, answer: asked.append((question, answer)))
     assert number % 2
     assert number > 3
     assert number > 3

@@ -13,12 +13,14 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_dist.parallel.pipeline.balance import balanced
-from lightning_dist.parallel.pipeline.cuts import cut_points
-from lightning_dist.parallel.pipeline.passage import Passage
-from lightning_dist.parallel.pipeline.skeleton import Skeleton
-from lightning_dist.parallel.pipeline.stages import PipelineOptions, find_stages, hide_parameters
-from lightning_dist.parallel.pipeline.trace import trace_step
-from lightning_dist.parallel.pipeline.wire import Wire, first_link
+from lightning_dist.parallel.pipeline.fake_module import FakeModule
+from lightning_dist.parallel.pipeline.options import PipelineOptions
+from lightning_dist.parallel.pipeline.other_stages import hide_parameters
+from lightning_dist.parallel.pipeline.p2p import P2PTensors, first_link
+from lightning_dist.parallel.pipeline.split_points import split_points
+from lightning_dist.parallel.pipeline.stage_forward import StageForward
+from lightning_dist.parallel.pipeline.stage_search import find_stages
+from lightning_dist.parallel.pipeline.tracing import trace_step
 from lightning_dist.placeholder import is_placeholder
 from tests.pipeline.families import FAMILIES
 
@@ -42,12 +44,12 @@ class Training(L.LightningModule):
 
 def run_stages(module: L.LightningModule, batch: Any, num_stages: int) -> tuple[Tensor, dict[str, Tensor], list[int]]:
     """Loss, gradients, and how many parameters each stage holds, of stages in one process."""
-    skeleton = Skeleton(module, CPU)
-    trace = trace_step(skeleton, module, "training_step", batch, (0,))
+    fake_module = FakeModule(module, CPU)
+    trace = trace_step(fake_module, module, "training_step", batch, (0,))
     stages = find_stages(module, trace, PipelineOptions(), num_stages, [], keep_whole=False)
-    points = balanced(cut_points(trace), trace.costs, num_stages)
+    points = balanced(split_points(trace), trace.costs, num_stages)
     assert [point.label for point in points] == list(stages.cuts)
-    wires = [Wire.of([point]) for point in points]
+    p2p = [P2PTensors.of([point]) for point in points]
     ends = [None, *points, None]
     runs: list[Any] = []
     sent: tuple[Tensor, ...] = ()
@@ -59,15 +61,15 @@ def run_stages(module: L.LightningModule, batch: Any, num_stages: int) -> tuple[
         link = first_link(CPU)
         found: list[Tensor] = []
         if number:
-            found, link = wires[number - 1].unpack(points[number - 1], received)
-        passage = Passage(trace, ends[number], ends[number + 1])
+            found, link = p2p[number - 1].unpack(points[number - 1], received)
+        forward = StageForward(trace, ends[number], ends[number + 1])
         torch.manual_seed(5)
-        out, result = passage.run(stage, partial(stage.training_step, batch, 0), found, lambda: None)
-        if passage.leave is None:
+        out, result = forward.run(stage, partial(stage.training_step, batch, 0), found, lambda: None)
+        if forward.exit is None:
             assert not out
             loss, sent = result, (result,)
         else:
-            sent = wires[number].pack(link, out)
+            sent = p2p[number].pack(link, out)
         runs.append((stage, received, sent))
     gradients: Any = None
     for _, received, sent in reversed(runs):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dist import HybridStrategy
-from lightning_dist.parallel.pipeline.batches import EACH, Splitter
+from lightning_dist.parallel.pipeline.batch_split import EACH, Splitter
 from lightning_dist.parallel.rehearsal import FixedNumbers, undone
 from tests.support.parity import QUIET
 from tests.support.ranks import RankError, run_on_ranks

@@ -1,23 +1,21 @@
-"""The pipeline axis: an unmodified module cut into stages.
+"""The pipeline axis: an unmodified module cut into stages. Where to start reading is in README.md."""
 
-``placeholder``, ``skeleton`` and ``trace`` find out what a step does without computing it; ``cuts``, ``balance`` and
-``stages`` decide where it is cut; ``passage`` runs the user's step from one cut to the next and ``wire`` carries what
-crosses; ``batches`` cuts batches into microbatches, ``schedule`` orders them, ``check`` compares them with the whole
-batch, and ``axis`` is what Lightning's hooks call.
-"""
-
-from lightning_dist.parallel.pipeline.axis import Pipelined
-from lightning_dist.parallel.pipeline.batches import BatchSplit
-from lightning_dist.parallel.pipeline.setup import cut_module, cut_of, plan_stages
-from lightning_dist.parallel.pipeline.stages import Cut, PipelineOptions, Stages
+from lightning_dist.parallel.pipeline.batch_split import BatchSplit
+from lightning_dist.parallel.pipeline.options import PipelineOptions
+from lightning_dist.parallel.pipeline.other_stages import give_back_parameters, share_over_stages
+from lightning_dist.parallel.pipeline.partition import partition_module, partition_of, plan_stages
+from lightning_dist.parallel.pipeline.runner import PipelineRunner
+from lightning_dist.parallel.pipeline.stages import PartitionedModule, Stages
 
 __all__ = [
     "BatchSplit",
-    "Cut",
+    "PartitionedModule",
     "PipelineOptions",
-    "Pipelined",
+    "PipelineRunner",
     "Stages",
-    "cut_module",
-    "cut_of",
+    "give_back_parameters",
+    "partition_module",
+    "partition_of",
     "plan_stages",
+    "share_over_stages",
 ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
-from lightning_dist.parallel.pipeline.cuts import CutPoint
+from lightning_dist.parallel.pipeline.split_points import SplitPoint
 
 
-def balanced(points: list[CutPoint], costs: list[float], num_stages: int) -> list[CutPoint]:
+def balanced(points: list[SplitPoint], costs: list[float], num_stages: int) -> list[SplitPoint]:
     """The cut points that make the largest cost of a stage smallest, and among those send the fewest bytes.
 
     By dynamic programming over stages and points: O(stages x points^2).
@@ -35,7 +35,7 @@ def balanced(points: list[CutPoint], costs: list[float], num_stages: int) -> lis
                 if index not in row or total < row[index][0]:
                     row[index] = (total, before)
         best.append(row)
-    chosen: list[CutPoint] = []
+    chosen: list[SplitPoint] = []
     index = len(points)
     for row in reversed(best[1:]):
         index = row[index][1]
@@ -44,7 +44,7 @@ def balanced(points: list[CutPoint], costs: list[float], num_stages: int) -> lis
     return chosen[::-1]
 
 
-def stage_costs(points: list[CutPoint], costs: list[float]) -> list[float]:
+def stage_costs(points: list[SplitPoint], costs: list[float]) -> list[float]:
     """Cost of each stage between chosen cut points."""
     bounds = [0, *(point.after + 1 for point in points), len(costs)]
     return [sum(costs[begin:end]) for begin, end in pairwise(bounds)]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lightning_dist.collectives import gather_objects
+
 
 @dataclass
 class Failure:
@@ -28,7 +30,7 @@ class Failure:
     stage: int
 
 
-def raise_together(failure: Failure | None, group: dist.ProcessGroup | None, device: torch.device) -> None:
+def raise_failure(failure: Failure | None, group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Called on all ranks of a group, of which one has failed at least.
 
     Communication: one all-gather of short objects over the group.
@@ -41,10 +43,8 @@ def raise_together(failure: Failure | None, group: dist.ProcessGroup | None, dev
     Raises:
         Exception: the first failure; see [Note: a step that fails on one stage].
     """
-    told: list[tuple[int, bool, str] | None] = [None] * dist.get_world_size(group)
     mine = None if failure is None else (failure.stage, isinstance(failure.error, ValueError), _words(failure.error))
-    dist.all_gather_object(told, mine, group)
-    there = [other for other in told if other is not None]
+    there = [other for other in gather_objects(mine, group) if other is not None]
     stage, is_value, words = min(there)
     if failure is not None and failure.stage == stage:
         raise failure.error

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
+from lightning_dist.parallel.pipeline.p2p import P2PTensors
 from lightning_dist.parallel.pipeline.timeline import Timeline
-from lightning_dist.parallel.pipeline.wire import Wire
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ def schedule_named(name: str) -> Schedule:
 
 
 class RunsMicrobatches(Protocol):
-    """What a schedule calls: a stage's forward of one microbatch."""
+    """What a schedule calls: a stage's forward of one microbatch of a step."""
 
-    def __call__(self, stage: int, index: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def __call__(self, step: Any, stage: int, index: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """From what the stage before sent to what goes to the next; of the last stage, its loss."""
 
 
 class StageModule(nn.Module):
-    """A stage as torch's schedules call it; the batch stays where it is, and only its index travels.
+    """A stage as torch's schedules call it; the batch stays where it is: the step travels as an object.
 
     Args:
         run: runs a microbatch.
@@ -109,9 +109,9 @@ class StageModule(nn.Module):
         super().__init__()
         self._run, self._stage, self._trained = run, stage, trained
 
-    def forward(self, *received: Tensor, index: int) -> Any:
-        """Runs microbatch number ``index``."""
-        sent = self._run(self._stage, index, received)
+    def forward(self, *received: Tensor, step: Any, index: int) -> Any:
+        """Runs microbatch number ``index`` of a step."""
+        sent = self._run(step, self._stage, index, received)
         return sent if len(sent) > 1 else sent[0]
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -126,7 +126,7 @@ _PARTS = {"forward": "forward_one_chunk", "backward": "backward_one_chunk", "wei
 def torch_schedule(
     schedule: Schedule,
     stages: dict[int, StageModule],
-    wires: list[Wire],
+    p2p: list[P2PTensors],
     num_microbatches: int,
     group: dist.ProcessGroup,
     device: torch.device,
@@ -137,21 +137,21 @@ def torch_schedule(
     Args:
         schedule: which.
         stages: of this rank.
-        wires: of each cut of the pipeline.
+        p2p: what is sent over each cut of the pipeline.
         num_microbatches: of a batch.
         group: the ranks of the pipeline.
         device: of this rank.
         timeline: notes when its parts run.
     """
-    num_stages = len(wires) + 1
+    num_stages = len(p2p) + 1
     made = [
         PipelineStage(
             module,
             stage,
             num_stages,
             device,
-            input_args=wires[stage - 1].examples(device, True) if stage else (),
-            output_args=wires[stage].examples(device, True)
+            input_args=p2p[stage - 1].examples(device, True) if stage else (),
+            output_args=p2p[stage].examples(device, True)
             if stage < num_stages - 1
             else torch.empty(1, device=device, requires_grad=True),
             group=group,
@@ -171,10 +171,10 @@ def torch_schedule(
     )
 
 
-def run_torch_schedule(made: Any, num_microbatches: int, has_last: bool) -> None:
-    """Runs every microbatch forward and backward."""
+def run_torch_schedule(made: Any, step: Any, num_microbatches: int, has_last: bool) -> None:
+    """Runs every microbatch of a step forward and backward."""
     made.step(
-        kwarg_mbs=[{"index": index} for index in range(num_microbatches)],
+        kwarg_mbs=[{"step": step, "index": index} for index in range(num_microbatches)],
         return_outputs=False,
         **({"target_mbs": list(range(num_microbatches)), "losses": []} if has_last else {}),
     )
@@ -187,9 +187,10 @@ class InOrder:
 
     Args:
         run: runs a microbatch.
+        step: of whose batch they are.
         stages: of this rank.
         rank_of: of each stage, its rank in ``group``.
-        wires: of each cut of the pipeline.
+        p2p: what is sent over each cut of the pipeline.
         group: the ranks of the pipeline.
         device: of this rank.
     """
@@ -197,14 +198,15 @@ class InOrder:
     def __init__(
         self,
         run: RunsMicrobatches,
+        step: Any,
         stages: list[int],
         rank_of: list[int],
-        wires: list[Wire],
+        p2p: list[P2PTensors],
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self._run, self._stages, self._rank_of = run, stages, rank_of
-        self._wires, self._group, self._device = wires, group, device
+        self._run, self._step, self._stages, self._rank_of = run, step, stages, rank_of
+        self._wires, self._group, self._device = p2p, group, device
         self._here = dist.get_rank(group)
         self._local: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._sends: list[tuple[dist.Work | None, Tensor]] = []
@@ -214,7 +216,7 @@ class InOrder:
         with torch.no_grad():
             for stage in self._stages:
                 for index in range(num_microbatches):
-                    self._pass_on(stage, index, self._run(stage, index, self._received(stage, index)))
+                    self._pass_on(stage, index, self._run(self._step, stage, index, self._received(stage, index)))
         self._finish()
 
     def forward_and_backward(self, num_microbatches: int) -> None:
@@ -223,7 +225,7 @@ class InOrder:
         for stage in self._stages:
             for index in range(num_microbatches):
                 received = tuple(t.detach().requires_grad_() for t in self._received(stage, index))
-                sent = self._run(stage, index, received)
+                sent = self._run(self._step, stage, index, received)
                 kept[stage, index] = received, sent
                 self._pass_on(stage, index, tuple(t.detach() for t in sent))
         for stage in reversed(self._stages):
@@ -244,10 +246,10 @@ class InOrder:
         if stage < len(self._wires):
             self._to(stage + 1, stage, index, sent)
 
-    def _from(self, source: int, stage: int, index: int, wire: Wire) -> tuple[Tensor, ...]:
+    def _from(self, source: int, stage: int, index: int, tensors: P2PTensors) -> tuple[Tensor, ...]:
         if self._rank_of[source] == self._here:
             return self._local.pop((stage, index))
-        found = wire.examples(self._device, False)
+        found = tensors.examples(self._device, False)
         for tensor in found:
             dist.recv(tensor, group=self._group, group_src=self._rank_of[source])
         return found

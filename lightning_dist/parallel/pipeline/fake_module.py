@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dist.parallel.pipeline.asked import AskedInt, AskedTrainer, Note
-from lightning_dist.parallel.pipeline.by_hand import Still, refuse_toggling, still
+from lightning_dist.compat.lightning import set_trainer, trainer_of
+from lightning_dist.compat.torch import COMPILED_CALL, own_buffers, own_modules, own_parameters, registries
+from lightning_dist.parallel.pipeline.guards import AddGuard, GuardedInt, GuardedTrainer
+from lightning_dist.parallel.pipeline.manual_optimization import idle, refuse_toggling
 from lightning_dist.parallel.rehearsal import is_users_object
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.precision import cast_by_autocast
 
 
-class Skeleton:
+class FakeModule:
     """A copy of a module whose parameters are placeholders.
 
     Modules are copied one by one and share what is not a module, parameter or buffer, as torch's ``replicate`` does;
@@ -45,6 +47,7 @@ class Skeleton:
         self.backwards = 0
         """How often the step called ``manual_backward`` the last time."""
         self._configured: list[Any] = []
+        self._trainer: Any = None
         self._device, self._dtype = device, dtype
         self._cast = set() if dtype is None else {id(p) for p in cast_by_autocast(module)}
         self._parameters: dict[int, nn.Parameter] = {}
@@ -58,22 +61,23 @@ class Skeleton:
     def follow(
         self,
         module: pl.LightningModule,
-        note: Note = lambda *_: None,
+        add_guard: AddGuard = lambda *_: None,
         in_step: bool = False,
     ) -> None:
         """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set.
 
         Args:
             module: that it is a copy of.
-            note: is told of what the step asks of integers and the Trainer; see ``asked.py``.
+            add_guard: is told of what the step asks of integers and the Trainer; see ``guards.py``.
             in_step: whether a step is what comes, and not a hook.
         """
         self.logged, self.backwards = {}, 0
         for parameter in self.module.parameters():
             parameter.grad = None
         self._take_new(module)
-        trainer = getattr(module, "_trainer", None)
-        vars(self.module)["_trainer"] = None if trainer is None else AskedTrainer(trainer, note, in_step)
+        trainer = trainer_of(module)
+        self._trainer = None if trainer is None else GuardedTrainer(trainer, add_guard, in_step)
+        set_trainer(self.module, self._trainer)
         training = {name: child.training for name, child in module.named_modules()}
         for name, child in self.module.named_modules():
             child.training = training.get(name, child.training)
@@ -84,14 +88,19 @@ class Skeleton:
                     if _is_users(key, value):
                         vars(copied)[key] = self._renamed(_loose(value))
                     if type(value) is int and original is module and _is_users(key, value):
-                        vars(copied)[key] = AskedInt(partial(vars(module).__getitem__, key), note)
+                        vars(copied)[key] = GuardedInt(partial(vars(module).__getitem__, key), add_guard)
+
+    def forget_trainer(self) -> None:
+        """The step has been traced."""
+        self._trainer = None
+        set_trainer(self.module, None)
 
     def _take_new(self, module: nn.Module) -> None:
         """Parts that hooks have given the module since, or taken from it."""
         there = [(o, self._modules[id(o)]) for o in module.modules() if id(o) in self._modules]
         for original, copied in there:
-            for name in copied._modules.keys() - original._modules.keys():
-                del copied._modules[name]
+            for name in own_modules(copied).keys() - own_modules(original).keys():
+                del own_modules(copied)[name]
         if not any(self._is_new(*pair) for pair in there):
             return
         # those that were copied first may be gone, and others have their ids
@@ -99,28 +108,28 @@ class Skeleton:
         named = module.named_parameters(remove_duplicate=False)
         self._parameters = {id(p): standins[name] for name, p in named if name in standins}
         for original, copied in there:
-            for name, child in original._modules.items():
-                if child is not None and copied._modules.get(name) is not self._modules.get(id(child), self):
-                    copied._modules[name] = self._copied(child)
-            for name in original._parameters.keys() - copied._parameters.keys():
-                copied._parameters[name] = self._standin(original._parameters[name])
-            for name in original._buffers.keys() - copied._buffers.keys():
-                buffer = original._buffers[name]
-                copied._buffers[name] = None if buffer is None else self._buffer(buffer)
+            for name, child in own_modules(original).items():
+                if child is not None and own_modules(copied).get(name) is not self._modules.get(id(child), self):
+                    own_modules(copied)[name] = self._copied(child)
+            for name in own_parameters(original).keys() - own_parameters(copied).keys():
+                own_parameters(copied)[name] = self._standin(own_parameters(original)[name])
+            for name in own_buffers(original).keys() - own_buffers(copied).keys():
+                buffer = own_buffers(original)[name]
+                own_buffers(copied)[name] = None if buffer is None else self._buffer(buffer)
         self._rebind()
         for name, standin in self.module.named_parameters():
             self.names.setdefault(id(standin), name)
 
     def copy_of(self, module: nn.Module) -> nn.Module:
-        """Of one of the user's modules, that of the skeleton; any other as it is."""
+        """Of one of the user's modules, that of the copy; any other as it is."""
         return self._modules.get(id(module), module)
 
     def _is_new(self, original: nn.Module, copied: nn.Module) -> bool:
-        children = [(copied._modules.get(name), child) for name, child in original._modules.items()]
+        children = [(own_modules(copied).get(name), child) for name, child in own_modules(original).items()]
         return (
             any(child is not None and mine is not self._modules.get(id(child), self) for mine, child in children)
-            or bool(original._parameters.keys() - copied._parameters.keys())
-            or bool(original._buffers.keys() - copied._buffers.keys())
+            or bool(own_parameters(original).keys() - own_parameters(copied).keys())
+            or bool(own_buffers(original).keys() - own_buffers(copied).keys())
         )
 
     def is_trained(self, name: str) -> bool:
@@ -137,16 +146,16 @@ class Skeleton:
 
     def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Those of the Trainer; before it has any, those that the copy configures."""
-        trainer: Any = vars(self.module)["_trainer"]
+        trainer = self._trainer
         there: Any = [] if trainer is None else trainer.strategy.optimizers
         if not there:
             there = self._configured = self._configured or optimizers_in(self.module.configure_optimizers())  # type: ignore[operator]
-        return Still(there[0]) if len(there) == 1 else still(there)
+        return idle(there[0] if len(there) == 1 else there)
 
     def _schedulers(self) -> Any:
-        trainer: Any = vars(self.module)["_trainer"]
+        trainer = self._trainer
         there = [] if trainer is None else [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
-        return (Still(there[0]) if len(there) == 1 else still(there)) if there else Still(None)
+        return idle(there[0] if len(there) == 1 else there or None)
 
     def _backward(self, *_: Any, **__: Any) -> None:
         self.backwards += 1
@@ -161,13 +170,13 @@ class Skeleton:
             return self._modules[id(module)]
         new: nn.Module = object.__new__(type(module))
         self._modules[id(module)] = new
-        state = {key: _loose(value) for key, value in vars(module).items()}
-        state["_parameters"] = {name: self._standin(p) for name, p in module._parameters.items()}
-        state["_buffers"] = {name: None if b is None else self._buffer(b) for name, b in module._buffers.items()}
-        state["_modules"] = {
-            name: None if child is None else self._copied(child) for name, child in module._modules.items()
-        }
-        new.__dict__.update(state)
+        state = {key: _loose(value) for key, value in vars(module).items() if key != COMPILED_CALL}
+        state |= registries(
+            {name: self._standin(p) for name, p in own_parameters(module).items()},
+            {name: None if b is None else self._buffer(b) for name, b in own_buffers(module).items()},
+            {name: None if child is None else self._copied(child) for name, child in own_modules(module).items()},
+        )
+        vars(new).update(state)
         if isinstance(module, (Metric, MetricCollection)):
             _silence(new, module, self)
         if isinstance(module, pl.LightningModule):
@@ -242,21 +251,21 @@ def _loose(value: Any) -> Any:
 
 
 def _loose_once(value: Any) -> Any:
-    # among them those of hooks: what is hooked to the module later, by fully_shard say, is not the skeleton's
+    # among them those of hooks: what is hooked to the module later, by fully_shard say, is not the copy's
     return copy.copy(value) if type(value) in (list, dict, set, OrderedDict, defaultdict) else value
 
 
-def _silence(metric: Any, original: Metric | MetricCollection, skeleton: Skeleton) -> None:
+def _silence(metric: Any, original: Metric | MetricCollection, fake_module: FakeModule) -> None:
     """What a metric computes matters to no stage, and most look at values."""
     keys = list(original.keys()) if isinstance(original, MetricCollection) else None
 
     def number(*args: Any, **kwargs: Any) -> Any:
-        skeleton.on_metric()
+        fake_module.on_metric()
         value = placeholder(torch.zeros(()))
         return value if keys is None else dict.fromkeys(keys, value)
 
     def updated(*args: Any, **kwargs: Any) -> None:
-        skeleton.on_metric()
+        fake_module.on_metric()
 
     silent: dict[str, Callable[..., Any]] = {"forward": number, "compute": number, "update": updated}
     vars(metric).update(silent)

@@ -1,14 +1,4 @@
-"""A step over microbatches is what it is over the whole batch: seen once, before anything is trained on it.
-
-[Note: microbatches are compared]
-A batch is split along what its tensors seem to have their samples in, the step runs on each part, and the parts' losses
-are averaged. Steps whose result is no mean over samples (a contrastive loss, a sum, a mean over the tokens that have a
-label, a batch that is flipped) would give other numbers, and no error would tell. So the first time that a kind of step
-runs in microbatches, and where its path changes, it runs twice more without gradients, over the microbatches and over
-the whole batch at once, and what it returned, logged and kept is compared. While it is, random operations give fixed
-numbers, which don't depend on how many are drawn, and what the step changes (buffers, metrics, attributes of modules,
-parameters) is put back.
-"""
+"""What came of a step over microbatches and of the same over the whole batch, compared."""
 
 from __future__ import annotations
 
@@ -19,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from lightning_dist.compat.torch import BatchNormBase, NormBase
 from lightning_dist.logs.metrics import metrics_in
-from lightning_dist.parallel.pipeline.failures import Failure, raise_together
-from lightning_dist.parallel.pipeline.nested import number_kind
+from lightning_dist.parallel.pipeline.plain_values import number_kind
+from lightning_dist.parallel.pipeline.step_effects import Effects
 from lightning_dist.parallel.rehearsal import FixedNumbers
 from lightning_dist.placeholder import is_placeholder
 
@@ -36,15 +25,14 @@ COARSE_ROUNDING = 0.05
 
 
 @dataclass
-class Tried:
-    """What came of a step.
+class Outcome:
+    """What came of a step that was tried.
 
     Args:
         output: that it returned; None on ranks that have not the last stage.
         loss: that it gave to ``manual_backward``.
         logged: by name.
-        kept: in attributes of the LightningModule, by their place.
-        counted: numbers in attributes of its parts, by the part's name and the attribute's.
+        effects: what it leaves in attributes of the LightningModule and its parts.
         left: buffers, and the numbers and lengths of lists of its parts, by what to call them.
         written: parameters of this rank that it writes to.
     """
@@ -52,13 +40,12 @@ class Tried:
     output: Any = None
     loss: Tensor | None = None
     logged: dict[str, Any] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)
-    counted: dict[tuple[str, str], Any] = field(default_factory=dict)
+    effects: Effects = field(default_factory=Effects)
     left: dict[str, Any] = field(default_factory=dict)
     written: dict[str, Tensor] = field(default_factory=dict)
 
 
-def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
+def compare(step: str, whole: Outcome, parts: Outcome, num_parts: int) -> str:
     """What differs, in a sentence; empty if nothing does.
 
     Args:
@@ -71,11 +58,13 @@ def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
     found = found or _difference("the loss", whole.loss, parts.loss)
     for name, value in whole.logged.items():
         found = found or _difference(f"the logged {name!r}", value, parts.logged.get(name))
-    for (name, key), value in whole.kept.items():
+    for (name, key), value in whole.effects.attributes.items():
         what = f"the attribute {name!r}" if key is None else f"the attribute {name!r}, {key!r},"
-        found = found or _difference(what, value, parts.kept.get((name, key)))
-    for (name, key), value in whole.counted.items():
-        found = found or _difference(f"the attribute {key!r} of {name!r}", value, parts.counted.get((name, key)))
+        found = found or _difference(what, value, parts.effects.attributes.get((name, key)))
+    for (name, key), value in whole.effects.numbers.items():
+        found = found or _difference(
+            f"the attribute {key!r} of {name!r}", value, parts.effects.numbers.get((name, key))
+        )
     for what, value in whole.left.items():
         found = found or _difference(what, value, parts.left.get(what))
     for name, value in whole.written.items():
@@ -90,7 +79,7 @@ def compare(step: str, whole: Tried, parts: Tried, num_parts: int) -> str:
     )
 
 
-def left_in(module: nn.Module) -> dict[str, Any]:
+def left_in_parts(module: nn.Module) -> dict[str, Any]:
     """What a step leaves in the parts of a module: buffers, numbers and lists. What metrics have is counted by them."""
     found: dict[str, Any] = {
         f"the buffer {name}": buffer.detach().clone()
@@ -110,7 +99,7 @@ def left_in(module: nn.Module) -> dict[str, Any]:
 def batch_norm(module: nn.Module, called: set[str]) -> str:
     """The sentence where a step runs a BatchNorm that normalises what it is given; empty where none does."""
     for name, child in module.named_modules():
-        if name in called and isinstance(child, _NormBase) and child.training and _looks_at_batch(child):
+        if name in called and isinstance(child, NormBase) and child.training and _looks_at_batch(child):
             return (
                 f"pp: {name} ({type(child).__name__}) takes statistics of each microbatch, where one process takes "
                 "those of the whole batch; use num_microbatches=1, a norm of each sample (GroupNorm, LayerNorm), "
@@ -119,35 +108,8 @@ def batch_norm(module: nn.Module, called: set[str]) -> str:
     return ""
 
 
-def _looks_at_batch(norm: _NormBase) -> bool:
-    return isinstance(norm, _BatchNorm) or norm.track_running_stats
-
-
-def agree(
-    failure: Failure | None, compared: bool, device: torch.device, group: dist.ProcessGroup | None = None
-) -> bool:
-    """Raises on every rank of a group where one has found something.
-
-    Communication over the group: one all-reduce of 8 bytes.
-
-    Args:
-        failure: what this rank found, or met.
-        compared: whether this rank's batch had several microbatches to compare.
-        device: of this rank.
-        group: of the ranks; None for the world.
-
-    Returns:
-        Whether all ranks have compared.
-
-    Raises:
-        Exception: the first failure; of a comparison, a ValueError.
-    """
-    verdict = torch.tensor([int(failure is None), int(compared)], device=device)
-    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)
-    nothing_failed, all_compared = verdict.tolist()
-    if not nothing_failed:
-        raise_together(failure, group, device)
-    return bool(all_compared)
+def _looks_at_batch(norm: NormBase) -> bool:
+    return isinstance(norm, BatchNormBase) or norm.track_running_stats
 
 
 def _difference(what: str, whole: Any, parts: Any) -> str:
@@ -190,11 +152,8 @@ def _shown(value: Tensor, other: Tensor) -> str:
     return f"{float(value.flatten()[place]):.8g} in place {place}"
 
 
-# ------------------------------------------------------------------ while it runs
-
-
 @contextmanager
-def fixed() -> Iterator[None]:
-    """Random operations give fixed numbers, and nothing is compiled."""
+def fixed_numbers() -> Iterator[None]:
+    """While it lasts, random operations give fixed numbers, and nothing is compiled."""
     with torch.compiler.set_stance("force_eager"), FixedNumbers():
         yield

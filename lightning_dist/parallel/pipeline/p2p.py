@@ -1,4 +1,4 @@
-"""What goes over a cut: each tensor as a flat one, of one size for all microbatches of a batch."""
+"""What is sent from stage to stage: each boundary tensor as a flat one, of one size for all microbatches of a batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_dist.parallel.pipeline.cuts import Crossing, CutPoint
+from lightning_dist.parallel.pipeline.split_points import BoundaryTensor, SplitPoint
 
 
 @dataclass(frozen=True)
-class Wire:
+class P2PTensors:
     """The tensors that cross a cut, as they are sent.
 
     torch's stages receive every microbatch into buffers of one shape, and ask for gradients of all of them. So each
@@ -30,16 +30,16 @@ class Wire:
     dtypes: tuple[torch.dtype, ...]
 
     @classmethod
-    def of(cls, points: Sequence[CutPoint]) -> Wire:
-        """The wire of a cut.
+    def of(cls, points: Sequence[SplitPoint]) -> P2PTensors:
+        """Those of a cut.
 
         Args:
             points: the cut, as traced for each shape of microbatch.
         """
-        flat = [[_flat_size(c.tensor) for c in point.crossing] for point in points]
+        flat = [[_flat_size(c.tensor) for c in point.boundary] for point in points]
         return cls(
             tuple(max(sizes) for sizes in zip(*flat, strict=True)),
-            tuple(_flat_dtype(c.tensor) for c in points[0].crossing),
+            tuple(_flat_dtype(c.tensor) for c in points[0].boundary),
         )
 
     def examples(self, device: torch.device, requires_grad: bool) -> tuple[Tensor, ...]:
@@ -49,9 +49,9 @@ class Wire:
             for size, dtype in zip(self.sizes, self.dtypes, strict=True)
         )
 
-    def unpack(self, point: CutPoint, flat: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
+    def unpack(self, point: SplitPoint, flat: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
         """The tensors of a microbatch, and a link to give :meth:`pack`, by which each of ``flat`` gets a gradient."""
-        *found, link = _Received.apply(point.crossing, *flat)
+        *found, link = _Received.apply(point.boundary, *flat)
         return found, link
 
     def pack(self, link: Tensor, sent: list[Tensor]) -> tuple[Tensor, ...]:
@@ -73,10 +73,10 @@ class _Received(torch.autograd.Function):
     """From flat tensors to those of a microbatch, without a copy where nothing is changed in place later."""
 
     @staticmethod
-    def forward(ctx: Any, crossing: tuple[Crossing, ...], *flat: Tensor) -> Any:
+    def forward(ctx: Any, boundary: tuple[BoundaryTensor, ...], *flat: Tensor) -> Any:
         ctx.flat = [(tensor.shape, tensor.dtype, tensor.device) for tensor in flat]
         found = []
-        for item, tensor in zip(crossing, flat, strict=True):
+        for item, tensor in zip(boundary, flat, strict=True):
             value = _unflattened(tensor, item.tensor)
             if not item.tensor.is_floating_point():
                 ctx.mark_non_differentiable(value)

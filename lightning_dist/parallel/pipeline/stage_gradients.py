@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,24 +119,17 @@ class StageGradients:
         all_reduce_tensors(gradients, group, mean=True)
 
 
-class HandsOver(Protocol):
-    """What the loss of a finished schedule calls."""
-
-    def hand_over(self, scale: Tensor) -> None:
-        """With the gradient of the loss."""
-
-
 class HandOver(torch.autograd.Function):
-    """The loss of a finished schedule; see [Note: gradients of a schedule]."""
+    """The loss of a finished schedule, whose backward hands over; see [Note: gradients of a schedule]."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, pipelined: HandsOver, loss: Tensor) -> Tensor:
-        ctx.pipelined = pipelined
+    def forward(ctx: Any, anchor: Tensor, hand_over: Callable[[Tensor], None], loss: Tensor) -> Tensor:
+        ctx.hand_over = hand_over
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        ctx.pipelined.hand_over(scale)
+        ctx.hand_over(scale)
         return torch.zeros_like(scale), None, None
 
 

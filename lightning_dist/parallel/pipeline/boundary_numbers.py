@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dist.parallel.pipeline.cuts import Crossing, CutPoint, skipped_indices
-from lightning_dist.parallel.pipeline.nested import number_kind
+from lightning_dist.parallel.pipeline.plain_values import number_kind
+from lightning_dist.parallel.pipeline.split_points import BoundaryTensor, SplitPoint, skipped_indices
 from lightning_dist.parallel.pipeline.trace import Trace
 from lightning_dist.placeholder import placeholder
 from lightning_dist.pytree import deep_leaves
 
 
 @dataclass(frozen=True)
-class Slot:
+class NumberSlot:
     """A number that is sent.
 
     Args:
@@ -41,22 +41,22 @@ class Slot:
     kind: type
 
 
-def with_numbers(trace: Trace, point: CutPoint) -> CutPoint:
-    """The cut with the numbers that are sent over it, as one more crossing."""
-    slots: list[Slot] = []
+def with_numbers(trace: Trace, point: SplitPoint) -> SplitPoint:
+    """The cut with the numbers that are sent over it, as one more boundary tensor."""
+    slots: list[NumberSlot] = []
     for index in sorted({*skipped_indices(trace, point.call), point.call}):
         call = trace.calls[index]
         found = enumerate(deep_leaves(call.output))
-        slots += [Slot(call.name, call.ordinal, at, kind) for at, leaf in found if (kind := number_kind(leaf))]
+        slots += [NumberSlot(call.name, call.ordinal, at, kind) for at, leaf in found if (kind := number_kind(leaf))]
     written = trace.attributes.items()
-    slots += [Slot(name, key, -1, kind) for (name, key), (op, kind) in written if op <= point.after]
+    slots += [NumberSlot(name, key, -1, kind) for (name, key), (op, kind) in written if op <= point.after]
     if not slots:
         return point
-    crossing = Crossing(placeholder(torch.zeros(len(slots), dtype=torch.int64)), -1, -1, False)
-    return replace(point, crossing=(*point.crossing, crossing), numbers=tuple(slots))
+    item = BoundaryTensor(placeholder(torch.zeros(len(slots), dtype=torch.int64)), -1, -1, False)
+    return replace(point, boundary=(*point.boundary, item), numbers=tuple(slots))
 
 
-def encoded(slots: Sequence[Slot], values: dict[Slot, Any], device: torch.device) -> Tensor:
+def encoded(slots: Sequence[NumberSlot], values: dict[NumberSlot, Any], device: torch.device) -> Tensor:
     """What is sent.
 
     Raises:
@@ -77,9 +77,9 @@ def encoded(slots: Sequence[Slot], values: dict[Slot, Any], device: torch.device
     return torch.tensor(bits, dtype=torch.int64).to(device)
 
 
-def decoded(slots: Sequence[Slot], received: Tensor) -> dict[Slot, Any]:
+def decoded(slots: Sequence[NumberSlot], received: Tensor) -> dict[NumberSlot, Any]:
     """What was sent. On an accelerator the host waits for it."""
-    values: dict[Slot, Any] = {}
+    values: dict[NumberSlot, Any] = {}
     for slot, bits in zip(slots, received.tolist(), strict=True):
         values[slot] = struct.unpack("<d", struct.pack("<q", bits))[0] if slot.kind is float else slot.kind(bits)
     return values

@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.pytree import tree_leaves
 
@@ -27,7 +28,7 @@ SEVERAL = (
 )
 
 
-class Still:
+class IdleOptimizer:
     """Stands for an optimizer, or a scheduler, in a step that only computes.
 
     Args:
@@ -72,23 +73,18 @@ class Still:
         setattr(self._real, name, value)
 
 
-def still(real: Any) -> Any:
-    """The same of a list."""
-    return [Still(one) for one in real] if isinstance(real, (list, tuple)) else Still(real)
+def idle(real: Any) -> Any:
+    """Of an optimizer, a scheduler, or None, or of each in a list of them."""
+    return [IdleOptimizer(one) for one in real] if isinstance(real, (list, tuple)) else IdleOptimizer(real)
 
 
 @contextmanager
-def attributes(module: pl.LightningModule, **values: Any) -> Iterator[None]:
+def _replaced(module: pl.LightningModule, **values: Any) -> Iterator[None]:
     """While it lasts, the module has these in place of its own methods."""
-    own = vars(module)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
-    try:
+    with Patches() as patches:
+        for name, value in values.items():
+            patches.set(module, name, value)
         yield
-    finally:
-        for name in values:
-            own.pop(name, None)
-        own.update(before)
 
 
 def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Any:
@@ -108,11 +104,11 @@ def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Any
             )
         take(loss)
 
-    return attributes(
+    return _replaced(
         module,
         manual_backward=taken,
-        optimizers=lambda *args, **kwargs: still(optimizers(*args, **kwargs)),
-        lr_schedulers=lambda: None if schedulers() is None else still(schedulers()),
+        optimizers=lambda *args, **kwargs: idle(optimizers(*args, **kwargs)),
+        lr_schedulers=lambda: None if schedulers() is None else idle(schedulers()),
         clip_gradients=_nothing,
         toggle_optimizer=refuse_toggling,
         untoggle_optimizer=refuse_toggling,
@@ -172,7 +168,7 @@ def stepping(module: pl.LightningModule, loss: Tensor, logged: Callable[[str, An
         if is_over and not any(is_placeholder(leaf) for leaf in tree_leaves(value)):
             logged(name, value)
 
-    return attributes(module, manual_backward=given, log=log)
+    return _replaced(module, manual_backward=given, log=log)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -180,6 +176,6 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def refuse_toggling(*_: Any, **__: Any) -> None:
-    """In place of a module's ``toggle_optimizer``; see :meth:`Still.toggle_model`."""
-    with Still(None).toggle_model():
+    """In place of a module's ``toggle_optimizer``; see :meth:`IdleOptimizer.toggle_model`."""
+    with IdleOptimizer(None).toggle_model():
         pass

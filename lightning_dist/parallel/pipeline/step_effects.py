@@ -9,7 +9,8 @@ other ranks of the axis with the loss. Where there is nothing of the kind nothin
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.parallel.pipeline.batches import joined
-from lightning_dist.parallel.pipeline.nested import held_items
-from lightning_dist.parallel.pipeline.staged import Place as StagedPlace
-from lightning_dist.parallel.pipeline.staged import staged
+from lightning_dist.parallel.pipeline.joined_outputs import joined
+from lightning_dist.parallel.pipeline.plain_values import held_items
+from lightning_dist.parallel.pipeline.stage_owner import StageOwner, staged
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.pytree import deep_leaves, deep_map
 
@@ -164,6 +164,108 @@ class KeptAttributes:
         return self._own if items is None else items
 
 
+class KeptNumbers:
+    """Numbers that a step puts into attributes of the module's parts.
+
+    Args:
+        module: whose step is about to run.
+        places: names of the parts and of their attributes.
+    """
+
+    def __init__(self, module: nn.Module, places: Iterable[tuple[str, str]]) -> None:
+        self._module = module
+        self._before = {place: self._now(place) for place in places}
+
+    def _now(self, place: tuple[str, str]) -> Any:
+        """None where it is not there yet."""
+        return vars(self._module.get_submodule(place[0])).get(place[1])
+
+    def before_microbatch(self) -> None:
+        """Puts them back."""
+        self.put(self._before)
+
+    def put(self, values: dict[tuple[str, str], Any]) -> None:
+        """Gives the attributes values; None takes one away."""
+        for (name, attribute), value in values.items():
+            own = vars(self._module.get_submodule(name))
+            if value is None:
+                own.pop(attribute, None)
+            else:
+                own[attribute] = value
+
+    def changed(self) -> dict[tuple[str, str], Any]:
+        """Those that are others than before the step."""
+        now = {place: self._now(place) for place in self._before}
+        return {place: value for place, value in now.items() if value != self._before[place]}
+
+
+@dataclass
+class Effects:
+    """What one step over the whole batch leaves in its module; see [Note: what the last stage made].
+
+    Args:
+        lists: what it appends, by the list's place.
+        attributes: of the LightningModule, by their place.
+        numbers: of its parts, by the part's name and the attribute's.
+    """
+
+    lists: dict[Place, list[Any]] = field(default_factory=dict)
+    attributes: dict[Place, Any] = field(default_factory=dict)
+    numbers: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def to_items(self) -> list[Any]:
+        """For :func:`pack`."""
+        return [list(values.items()) for values in (self.lists, self.attributes, self.numbers)]
+
+    @classmethod
+    def of_items(cls, items: Iterable[Any]) -> Effects:
+        """What :meth:`to_items` gave."""
+        return cls(*map(dict, items))
+
+
+class StepEffects:
+    """What a step over microbatches leaves in its module.
+
+    Args:
+        module: whose step is about to run.
+        numbers: names of the parts that keep numbers, and of their attributes.
+    """
+
+    def __init__(self, module: pl.LightningModule, numbers: Iterable[tuple[str, str]]) -> None:
+        self._lists, self._attributes = AppendedLists(module), KeptAttributes(module)
+        self._numbers = KeptNumbers(module, numbers)
+
+    def before_microbatch(self) -> None:
+        """A stage begins a microbatch: what it finds in the module is from before the step."""
+        self._lists.before_microbatch()
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Gives attributes the values from before the step."""
+        self._attributes.before_microbatch()
+        self._numbers.before_microbatch()
+
+    def after_microbatch(self) -> None:
+        """The last stage has ended one."""
+        self._lists.after_microbatch()
+        self._attributes.after_microbatch()
+
+    def joined(self, sizes: list[int], weights: list[float]) -> Effects:
+        """What one step over the whole batch would have left, on the rank of the last stage.
+
+        Raises:
+            RuntimeError: the microbatches leave different things.
+        """
+        lists = self._lists.joined(sizes, weights)
+        return Effects(lists, self._attributes.joined(sizes, weights), self._numbers.changed())
+
+    def leave(self, effects: Effects) -> None:
+        """Puts it into the module of this rank."""
+        self._lists.extend(effects.lists)
+        self._attributes.keep(effects.attributes)
+        self._numbers.put(effects.numbers)
+
+
 _NOTHING = object()
 
 
@@ -175,7 +277,7 @@ class _Elsewhere:
 
     def there(self, name: str) -> Tensor:
         tensor = placeholder(torch.empty(self.shape, dtype=self.dtype, device="meta"), torch.device("cpu"))
-        return staged(tensor, StagedPlace(name, -1, None, False))
+        return staged(tensor, StageOwner(name, -1, None, False))
 
 
 def _there(name: str, leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where a step can be cut: after a module whose outputs are all that is still needed of what came before."""
+"""Split points of a step: after a module whose outputs are all that is still needed of what came before."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_dist.compat.torch import memory_of
 from lightning_dist.parallel.pipeline.trace import Call, Trace, Value
 from lightning_dist.pytree import deep_tensors
 
 
 @dataclass(frozen=True)
-class Crossing:
+class BoundaryTensor:
     """A tensor that is sent over a cut.
 
     Args:
@@ -31,7 +32,7 @@ class Crossing:
 
 
 @dataclass(frozen=True)
-class CutPoint:
+class SplitPoint:
     """The end of a module's call, where one stage can leave and the next one enter.
 
     Args:
@@ -39,15 +40,15 @@ class CutPoint:
         ordinal: which of its calls in a step, from 0.
         call: index of that call.
         after: number of the last op before the cut.
-        crossing: what is sent: outputs of this call, and of earlier ones that are used later still.
-        numbers: what the last crossing holds, where it has no call; see ``numbers.py``.
+        boundary: what is sent: outputs of this call, and of earlier ones that are used later still.
+        numbers: what the last boundary tensor holds, where it has no call; see ``numbers.py``.
     """
 
     name: str
     ordinal: int
     call: int
     after: int
-    crossing: tuple[Crossing, ...]
+    boundary: tuple[BoundaryTensor, ...]
     numbers: tuple[Any, ...] = ()
 
     @property
@@ -58,10 +59,10 @@ class CutPoint:
     @property
     def num_bytes(self) -> int:
         """Sent per microbatch, and sent back in the backward."""
-        return sum(crossing.tensor.nbytes for crossing in self.crossing)
+        return sum(item.tensor.nbytes for item in self.boundary)
 
 
-def cut_points(trace: Trace, whole: Iterable[str] = ()) -> list[CutPoint]:
+def split_points(trace: Trace, whole: Iterable[str] = ()) -> list[SplitPoint]:
     """Every place where the step can be cut, in the order of the step; one for each op.
 
     A cut point is the end of a module's call after which, of all tensors that depend on a parameter, only those are
@@ -75,8 +76,8 @@ def cut_points(trace: Trace, whole: Iterable[str] = ()) -> list[CutPoint]:
         whole: names of modules that must not be cut inside: those that are sharded, divided, recomputed or compiled.
     """
     whole = list(whole)
-    found: dict[int, tuple[tuple[int, bool, int], CutPoint]] = {}
-    ends = _crossing_at(trace, {call.last for call in trace.calls})
+    found: dict[int, tuple[tuple[int, bool, int], SplitPoint]] = {}
+    ends = _used_across(trace, {call.last for call in trace.calls})
     returned = _returned(trace)
     for index, call in enumerate(trace.calls):
         if (
@@ -86,11 +87,11 @@ def cut_points(trace: Trace, whole: Iterable[str] = ()) -> list[CutPoint]:
             or any(call.name.startswith(f"{name}.") for name in whole)
         ):
             continue
-        crossing = _crossing(trace, returned, index, ends[call.last])
-        if crossing is None or _uses_draws(trace, call.last):
+        boundary = _boundary(trace, returned, index, ends[call.last])
+        if boundary is None or _uses_draws(trace, call.last):
             continue
-        point = CutPoint(call.name, call.ordinal, index, call.last, tuple(crossing))
-        own = sum(c.call == index for c in crossing)
+        point = SplitPoint(call.name, call.ordinal, index, call.last, tuple(boundary))
+        own = sum(c.call == index for c in boundary)
         rank = (-own, call.name not in whole, index)  # a block, else the outermost
         if own and (call.last not in found or rank < found[call.last][0]):
             found[call.last] = rank, point
@@ -106,15 +107,15 @@ def _returned(trace: Trace) -> dict[int, list[tuple[int, int]]]:
     return returned
 
 
-def _crossing(
+def _boundary(
     trace: Trace, returned: dict[int, list[tuple[int, int]]], index: int, values: list[Value]
-) -> list[Crossing] | None:
+) -> list[BoundaryTensor] | None:
     """What is sent over a cut after a call; None if something else is used later."""
     after = trace.calls[index].last
     if _shares_changes(values, after):
         return None
     skipped = skipped_indices(trace, index)
-    crossing = []
+    boundary = []
     for value in values:
         places = returned.get(id(value.tensor), [])
         at = next((place for place in places if place[0] == index), None)
@@ -122,8 +123,8 @@ def _crossing(
             at = next((p for p in places if p[0] in skipped and not trace.calls[p[0]].recomputed), None)
             if at is None or value.mutated > trace.calls[at[0]].last:
                 return None
-        crossing.append(Crossing(value.tensor, *at, changed=value.mutated > after))
-    return crossing
+        boundary.append(BoundaryTensor(value.tensor, *at, changed=value.mutated > after))
+    return boundary
 
 
 def skipped_indices(trace: Trace, entered: int) -> set[int]:
@@ -147,7 +148,7 @@ def skipped_indices(trace: Trace, entered: int) -> set[int]:
     return skipped
 
 
-def named_cuts(points: list[CutPoint], names: list[str], trace: Trace) -> list[CutPoint]:
+def named_split_points(points: list[SplitPoint], names: list[str], trace: Trace) -> list[SplitPoint]:
     """The cut points of these names, in the order of the names.
 
     Raises:
@@ -183,37 +184,37 @@ def label(call: Call) -> str:
 
 def obstacle(trace: Trace, call: Call) -> str:
     """Why a step can't be cut after a call, with the tensors that stand in the way."""
-    crossing = _crossing_at(trace, {call.last})[call.last]
+    boundary = _used_across(trace, {call.last})[call.last]
     if call.recomputed:
         return (
             "it runs inside of torch.utils.checkpoint(use_reentrant=True), which gives activations no graph: use "
             "use_reentrant=False, or activation_checkpointing= of the strategy"
         )
-    if not crossing:
+    if not boundary:
         return "nothing that depends on a parameter is used after it"
     index = next(i for i, other in enumerate(trace.calls) if other is call)
     returned = _returned(trace)
-    others = [value for value in crossing if _crossing(trace, returned, index, [value]) is None]
+    others = [value for value in boundary if _boundary(trace, returned, index, [value]) is None]
     if others:
         return "; ".join(_described(trace, value) for value in others[:3]) + (
             f" and {len(others) - 3} more" if len(others) > 3 else ""
         )
     if _uses_draws(trace, call.last):
         return "random numbers drawn before it are used after it"
-    if _shares_changes(crossing, call.last):
+    if _shares_changes(boundary, call.last):
         return "its outputs share memory, and are changed in place after it"
     return "it lies inside of a block that stays whole"
 
 
 def obstacles(trace: Trace) -> str:
     """What stands in the way of cutting a step at all: at the calls that come closest."""
-    ends = _crossing_at(trace, {call.last for call in trace.calls})
+    ends = _used_across(trace, {call.last for call in trace.calls})
     returned = _returned(trace)
     numbers = {id(call): index for index, call in enumerate(trace.calls)}
 
     def missing(call: Call) -> int:
         values = ends[call.last]
-        return sum(_crossing(trace, returned, numbers[id(call)], [value]) is None for value in values)
+        return sum(_boundary(trace, returned, numbers[id(call)], [value]) is None for value in values)
 
     num_parts = {call.parent for call in trace.calls}
     near = [
@@ -239,24 +240,24 @@ def module_at(trace: Trace, number: int) -> str:
     return repr(inside[-1].name) if inside else "the step"
 
 
-def _crossing_at(trace: Trace, ends: set[int]) -> dict[int, list[Value]]:
+def _used_across(trace: Trace, ends: set[int]) -> dict[int, list[Value]]:
     """Of each op: what depends on a parameter, was made by then, and is used later."""
     begins: dict[int, list[Value]] = {}
     for value in trace.values.values():
         if value.used > value.made:
             begins.setdefault(value.made, []).append(value)
     alive: list[Value] = []
-    crossing: dict[int, list[Value]] = {-1: []}
+    boundary: dict[int, list[Value]] = {-1: []}
     for number in range(trace.num_ops):
         alive = [value for value in alive if value.used > number] + begins.get(number, [])
         if number in ends:
-            crossing[number] = list(alive)
-    return crossing
+            boundary[number] = list(alive)
+    return boundary
 
 
-def _shares_changes(crossing: list[Value], after: int) -> bool:
-    memory = [value.tensor.untyped_storage()._cdata for value in crossing]
-    changed = {m for value, m in zip(crossing, memory, strict=True) if value.mutated > after}
+def _shares_changes(boundary: list[Value], after: int) -> bool:
+    memory = [memory_of(value.tensor) for value in boundary]
+    changed = {m for value, m in zip(boundary, memory, strict=True) if value.mutated > after}
     return any(memory.count(m) > 1 for m in changed)
 
 
@@ -268,7 +269,7 @@ def _uses_draws(trace: Trace, after: int) -> bool:
     return any(first < value.made <= after < value.used for value in trace.drawn.values())
 
 
-def skipped_calls(trace: Trace, point: CutPoint) -> dict[str, dict[int, Any]]:
+def skipped_calls(trace: Trace, point: SplitPoint) -> dict[str, dict[int, Any]]:
     """What modules return that a stage entering at a cut need not run: by name and call, their recorded outputs."""
     skipped: dict[str, dict[int, Any]] = {}
     for index in skipped_indices(trace, point.call):

@@ -1,4 +1,4 @@
-"""What user code holds in dictionaries and objects of its own, and what of it are numbers."""
+"""What values are beside tensors: numbers, and dictionaries and objects of the user's that hold others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_dist.parallel.rehearsal import is_users_object
 
 
 def held_items(value: Any) -> dict[Any, Any] | None:
-    """Of a dictionary, or an object of the user's, the dictionary that has its items; None for anything else."""
+    """The dictionary that has the items of a dictionary, or of an object of the user's; None for anything else."""
     if type(value) is dict:
         return value
     return vars(value) if is_users_object(value) else None

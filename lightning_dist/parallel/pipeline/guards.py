@@ -1,10 +1,10 @@
-"""What a step asks while it is traced, beside its batch: the epoch, the number of the batch, attributes that hooks set.
+"""Guards of a trace: what a step asked beside its batch (the epoch, the batch's number, attributes that hooks set).
 
 [Note: a path that changes]
 A step may run other modules in another epoch (``if self.current_epoch > 2``), for every second batch, or where a hook
-has set a flag. The trace of such a step holds as long as the answers do that it was given. So the skeleton is given
-numbers that note which questions were asked of them (``> 2``, ``% 2 == 0``) with the answers; where a later step would
-be answered otherwise, it is traced anew, on all ranks alike.
+has set a flag. The trace of such a step holds as long as the answers do that it was given. So the fake module is given
+numbers that note which questions were asked of them (``> 2``, ``% 2 == 0``) with the answers: guards. Where a later
+step would be answered otherwise, it is traced anew, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -15,57 +15,57 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import DummyLogger
 
-Note = Callable[[Callable[[], Any], Any], None]
+AddGuard = Callable[[Callable[[], Any], Any], None]
 """Called with a question to ask again, and the answer that was given."""
 
 
-class AskedInt(int):
+class GuardedInt(int):
     """An integer that notes what is asked of it, and of what is computed of it.
 
     Args:
         get: gives the present value.
-        note: is told of each question.
+        add_guard: is told of each question.
     """
 
     _get: Callable[[], int]
-    _note: Note
+    _add_guard: AddGuard
 
-    def __new__(cls, get: Callable[[], int], note: Note) -> AskedInt:
+    def __new__(cls, get: Callable[[], int], add_guard: AddGuard) -> GuardedInt:
         made = super().__new__(cls, get())
-        made._get, made._note = get, note
+        made._get, made._add_guard = get, add_guard
         return made
 
-    def _asked(self, question: Callable[[int], Any]) -> Any:
+    def _ask(self, question: Callable[[int], Any]) -> Any:
         get, answer = self._get, question(self._get())
-        self._note(lambda: question(get()), answer)
+        self._add_guard(lambda: question(get()), answer)
         return answer
 
     def _computed(self, function: Callable[[int], Any]) -> Any:
         get = self._get
         value = function(get())
-        return AskedInt(lambda: function(get()), self._note) if type(value) is int else self._asked(function)
+        return GuardedInt(lambda: function(get()), self._add_guard) if type(value) is int else self._ask(function)
 
     def __bool__(self) -> bool:
-        return self._asked(bool)
+        return self._ask(bool)
 
     def __hash__(self) -> int:
-        return hash(self._asked(operator.index))
+        return hash(self._ask(operator.index))
 
     def __index__(self) -> int:
-        return self._asked(operator.index)
+        return self._ask(operator.index)
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        return self._asked(float)
+        return self._ask(float)
 
     def __repr__(self) -> str:
-        return repr(self._asked(operator.index))
+        return repr(self._ask(operator.index))
 
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return format(self._asked(operator.index), spec)
+        return format(self._ask(operator.index), spec)
 
     def __reduce__(self) -> Any:
         return int, (self._get(),)
@@ -74,12 +74,12 @@ class AskedInt(int):
         return self._get()
 
 
-def _compared(name: str) -> Callable[[AskedInt, Any], Any]:
+def _compared(name: str) -> Callable[[GuardedInt, Any], Any]:
     function = getattr(operator, name)
 
-    def method(self: AskedInt, other: Any) -> Any:
+    def method(self: GuardedInt, other: Any) -> Any:
         return (
-            self._asked(lambda value: function(value, _plain(other)))
+            self._ask(lambda value: function(value, _plain(other)))
             if isinstance(other, (int, float))
             else NotImplemented
         )
@@ -87,10 +87,10 @@ def _compared(name: str) -> Callable[[AskedInt, Any], Any]:
     return method
 
 
-def _calculated(name: str, is_reflected: bool) -> Callable[[AskedInt, Any], Any]:
+def _calculated(name: str, is_reflected: bool) -> Callable[[GuardedInt, Any], Any]:
     function = getattr(operator, name)
 
-    def method(self: AskedInt, other: Any) -> Any:
+    def method(self: GuardedInt, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
         return self._computed(
@@ -103,27 +103,27 @@ def _calculated(name: str, is_reflected: bool) -> Callable[[AskedInt, Any], Any]
 
 
 def _plain(value: Any) -> Any:
-    return value._get() if isinstance(value, AskedInt) else value
+    return value._get() if isinstance(value, GuardedInt) else value
 
 
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(AskedInt, f"__{_name}__", _compared(f"__{_name}__"))
+    setattr(GuardedInt, f"__{_name}__", _compared(f"__{_name}__"))
 for _name in ("add", "sub", "mul", "mod", "floordiv", "truediv", "pow", "and", "or", "xor", "lshift", "rshift"):
-    setattr(AskedInt, f"__{_name}__", _calculated(f"__{_name}__", False))
-    setattr(AskedInt, f"__r{_name}__", _calculated(f"__{_name}__", True))
+    setattr(GuardedInt, f"__{_name}__", _calculated(f"__{_name}__", False))
+    setattr(GuardedInt, f"__r{_name}__", _calculated(f"__{_name}__", True))
 
 
-class AskedTrainer:
+class GuardedTrainer:
     """Stands for a Trainer, and notes which of its plain values are read.
 
     Args:
         trainer: whose they are; its loggers take nothing.
-        note: is told of each.
+        add_guard: is told of each.
         in_step: whether a step asks, which may not log by itself.
     """
 
-    def __init__(self, trainer: Any, note: Note, in_step: bool) -> None:
-        self.__dict__.update(_trainer=trainer, _note=note, _in_step=in_step)
+    def __init__(self, trainer: Any, add_guard: AddGuard, in_step: bool) -> None:
+        self.__dict__.update(_trainer=trainer, _add_guard=add_guard, _in_step=in_step)
 
     @property
     def logger(self) -> Any:
@@ -141,12 +141,12 @@ class AskedTrainer:
         return type(self._trainer)
 
     def __getattr__(self, name: str) -> Any:
-        trainer, note = self._trainer, self._note
+        trainer, add_guard = self._trainer, self._add_guard
         value = getattr(trainer, name)
         if type(value) is int:
-            return AskedInt(lambda: getattr(trainer, name), note)
+            return GuardedInt(lambda: getattr(trainer, name), add_guard)
         if isinstance(value, (bool, str, float)):
-            note(lambda: getattr(trainer, name), value)
+            add_guard(lambda: getattr(trainer, name), value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -172,7 +172,7 @@ class _Logger(DummyLogger):
         return object.__getattribute__(self, name)
 
 
-def attributes(module: Any) -> tuple[Any, ...]:
+def flags_of(module: Any) -> tuple[Any, ...]:
     """Flags and names among the attributes of all parts of a module, which hooks may set and a step look at."""
     kinds = (bool, str, type(None))
     return tuple(

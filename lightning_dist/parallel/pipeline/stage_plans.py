@@ -1,0 +1,144 @@
+"""How a step goes through the stages: found by tracing it, and kept for steps that go alike."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_dist.parallel.pipeline.boundary_numbers import with_numbers
+from lightning_dist.parallel.pipeline.guards import AddGuard, GuardedInt, flags_of
+from lightning_dist.parallel.pipeline.split_points import SplitPoint
+from lightning_dist.parallel.pipeline.stage_forward import RecordedForward, StageForward
+from lightning_dist.parallel.pipeline.stage_owner import origin
+from lightning_dist.parallel.pipeline.stages import PartitionedModule
+from lightning_dist.parallel.pipeline.step_points import points_in
+from lightning_dist.parallel.pipeline.trace import Trace
+from lightning_dist.parallel.pipeline.tracing import refuse_manual, trace_step
+from lightning_dist.pytree import deep_leaves
+from lightning_dist.random_states import kept_random_states
+
+
+class StagePlan:
+    """A step on microbatches of one shape: where it is cut, and how each stage runs it."""
+
+    def __init__(self, points: list[SplitPoint], trace: Trace, flags: tuple[Any, ...]) -> None:
+        ends: list[SplitPoint | None] = [None, *points, None]
+        self.points = points
+        self.forwards = [StageForward(trace, entry, exit) for entry, exit in pairwise(ends)]
+        self.written = trace.written
+        self.attributes = set(trace.attributes)
+        self.called = {call.name for call in trace.calls}
+        self.path = frozenset(self.called), flags, tuple(answer for _, answer in trace.guards)
+        """What tells it from other paths of the same kind of step: the modules that it runs, the module's flags, and
+        what it was told."""
+        self._trace = trace
+
+    @cached_property
+    def without_modules(self) -> RecordedForward:
+        """The step without its modules; for a manual one."""
+        return RecordedForward(self._trace)
+
+    @property
+    def guards_hold(self) -> bool:
+        """Whether the step would take the same path now; see [Note: a path that changes]."""
+        try:
+            return all(question() == answer for question, answer in self._trace.guards)
+        except (AttributeError, LookupError):  # what was asked of is gone
+            return False
+
+
+class StagePlans:
+    """The plans of a module's steps: one for each kind of step, shape of microbatch, and path.
+
+    Args:
+        module: this rank's stages of it.
+        partitioned: its stages, and the fake module that is traced.
+        device: of this rank.
+    """
+
+    def __init__(self, module: pl.LightningModule, partitioned: PartitionedModule, device: torch.device) -> None:
+        self._module, self._device = module, device
+        self._fake_module, self._stages = partitioned.fake_module, partitioned.stages
+        self._known: dict[Any, list[StagePlan]] = {}
+        self._others: tuple[Any, ...] = ()
+        """The arguments of the step that runs, beside the batch."""
+
+    def of(self, step: str, parts: list[Any], others: tuple[Any, ...]) -> list[StagePlan]:
+        """Of each microbatch.
+
+        Raises:
+            ValueError: the step can't be cut as the module is.
+        """
+        self._others = others
+        flags = flags_of(self._module)
+        return [self._one(step, part, flags) for part in parts]
+
+    def _one(self, step: str, part: Any, flags: tuple[Any, ...]) -> StagePlan:
+        others = self._others[1:]  # the loader's index, not the batch's
+        key = step, self._module.training, _signature(part), others, flags
+        known = self._known.pop(key, [])
+        found = next((plan for plan in known if plan.guards_hold), None)
+        if found is None:
+            found = self._traced(step, part, flags)
+            known = [found, *known][:_MANY]
+        self._known[key] = known  # the last used at the end
+        for outdated in list(self._known)[: len(self._known) - _MANY * _MANY]:
+            del self._known[outdated]
+        return found
+
+    def _traced(self, step: str, part: Any, flags: tuple[Any, ...]) -> StagePlan:
+        self._own_new()
+        with kept_random_states(self._device):
+            trace = trace_step(self._fake_module, self._module, step, part, self._guarded_others)
+        if step == "training_step":
+            refuse_manual(self._module, self._fake_module, trace)
+        points = [with_numbers(trace, point) for point in points_in(trace, self._stages)]
+        return StagePlan(points, trace, flags)
+
+    def _guarded_others(self, guard: AddGuard) -> tuple[Any, ...]:
+        """The step's other arguments; what is asked of the batch's index becomes a guard."""
+        if not self._others or type(self._others[0]) is not int:
+            return self._others
+        return (GuardedInt(lambda: self._others[0], guard), *self._others[1:])
+
+    def _own_new(self) -> None:
+        """Parameters that hooks gave the module: a copy is where the one is that it was made of.
+
+        Raises:
+            ValueError: one is new, and is to be trained.
+        """
+        owners = self._stages.owners
+        for name, parameter in self._module.named_parameters():
+            if name in owners:
+                continue
+            original = origin(parameter)
+            if original in owners:
+                owners[name] = owners[original]
+            elif parameter.requires_grad:
+                raise ValueError(
+                    f"pp: {name} came to the module during the fit, and no stage has it; make it before "
+                    "(in __init__, setup or configure_model), where the network is cut"
+                )
+            else:
+                owners[name] = tuple(range(self._stages.num_stages))
+
+
+_MANY = 8
+"""Paths of one kind, and the root of the number of kinds, that are kept."""
+
+
+def _signature(part: Any) -> Any:
+    """What a step's path may depend on beside values: shapes and dtypes, and what is no tensor."""
+    return tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, _plain(leaf))
+        for leaf in deep_leaves(part)
+    )
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, (bool, int, type(None))) else None

@@ -1,0 +1,136 @@
+"""Which stages a module is cut into: split points that balance, and the parameters that each stage uses."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from lightning_dist.compat.torch import has_backward_hooks
+from lightning_dist.parallel.pipeline.balance import balanced, stage_costs
+from lightning_dist.parallel.pipeline.options import PipelineOptions
+from lightning_dist.parallel.pipeline.schedule import Schedule, schedule_named
+from lightning_dist.parallel.pipeline.split_points import SplitPoint, named_split_points, obstacles, split_points
+from lightning_dist.parallel.pipeline.stages import Stages
+from lightning_dist.parallel.pipeline.trace import Trace
+
+EVEN_ENOUGH = 1.1
+"""Largest cost of a stage over the mean, above which the network is also cut inside of its blocks."""
+
+
+def find_stages(
+    module: nn.Module,
+    trace: Trace,
+    options: PipelineOptions,
+    num_ranks: int,
+    blocks: list[str],
+    keep_whole: bool,
+    undivided: Iterable[str] = (),
+    is_trained: Callable[[str], bool] = lambda _: True,
+) -> Stages:
+    """Cuts a module into the stages of a schedule.
+
+    Args:
+        module: whole.
+        trace: of its step.
+        options: the user's.
+        num_ranks: of the pipeline.
+        blocks: names of its repeated parts; cuts lie between them if that balances.
+        keep_whole: never cut inside of a block, since it is sharded, divided, recomputed or compiled.
+        undivided: names of modules whose parameters are held together, since they are divided together.
+        is_trained: of a parameter's name, whether an optimizer has it. Of what the step does not use, that is a part
+            which other steps may use; what is not trained is a copy (an average, a teacher).
+
+    Raises:
+        ValueError: there are fewer cut points than needed, or none where the user wants one.
+    """
+    schedule = schedule_named(options.schedule)
+    num_stages = schedule.num_stages(num_ranks)
+    hooked = [name for name, child in module.named_modules() if has_backward_hooks(child)]
+    between = split_points(trace, [*blocks, *hooked])
+    anywhere = between if keep_whole or not blocks else split_points(trace, hooked)
+    if options.cuts is not None:
+        chosen = sorted(named_split_points(anywhere, options.cuts, trace), key=lambda point: point.after)
+    else:
+        if len(anywhere) < num_stages - 1:
+            raise ValueError(_too_few(module, trace, anywhere, num_stages, schedule, keep_whole and bool(blocks)))
+        chosen = balanced(between, trace.costs, num_stages) if len(between) >= num_stages - 1 else []
+        costs = stage_costs(chosen, trace.costs)
+        if not chosen or max(costs) > EVEN_ENOUGH * sum(costs) / num_stages:
+            chosen = balanced(anywhere, trace.costs, num_stages)
+    bounds = [point.after for point in chosen]
+    used = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.parameters.items()}
+    shapes = {name: p.shape for name, p in (*module.named_parameters(), *module.named_buffers())}
+    order = [name for name, _ in module.named_parameters()]
+    owners = {
+        name: used.get(name) or _like_its_twin(name, used, shapes, is_trained) or _near(name, used, order, num_stages)
+        for name in order
+    }
+    for part in undivided:
+        inside = [name for name in owners if name.startswith(f"{part}.")]
+        owners.update(dict.fromkeys(inside, tuple(sorted({stage for name in inside for stage in owners[name]}))))
+    buffers = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.buffers.items()}
+    twins = {name: _like_its_twin(name, buffers, shapes) for name, _ in module.named_buffers() if name not in buffers}
+    buffers.update({name: stages for name, stages in twins.items() if stages is not None})
+    equal = [between[(i + 1) * len(between) // num_stages] for i in range(num_stages - 1)] if between else []
+    return Stages(
+        schedule,
+        num_ranks,
+        tuple(point.label for point in chosen),
+        owners,
+        buffers,
+        tuple(stage_costs(chosen, trace.costs)),
+        tuple(stage_costs(equal, trace.costs)),
+        tuple(point.num_bytes for point in chosen),
+    )
+
+
+def _like_its_twin(
+    name: str,
+    used: dict[str, tuple[int, ...]],
+    shapes: dict[str, torch.Size],
+    is_trained: Callable[[str], bool] = lambda _: False,
+) -> tuple[int, ...] | None:
+    """Of what the step does not use: the stages of what has its shape and ends with the same names, as in a copy of a
+    network, so that pairs of both lie on one stage. Blocks of one list are no copies of each other.
+    """
+    parts = name.split(".")
+    for begin in range(1, len(parts) - 1):
+        if parts[begin - 1].isdigit():
+            return None
+        ending = "." + ".".join(parts[begin:])
+        for other, stages in used.items():
+            if f".{other}".endswith(ending) and shapes.get(other) == shapes[name]:
+                return None if is_trained(name) else stages
+    return None
+
+
+def _near(name: str, used: dict[str, tuple[int, ...]], order: list[str], num_stages: int) -> tuple[int, ...]:
+    """The stage of a parameter that the step does not use: that of the one before it among its nearest relatives, in
+    the order in which they were made; else the last.
+    """
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        prefix = ".".join(parts[:depth]) + "."
+        relatives = [other for other in order if other.startswith(prefix) and (other in used or other == name)]
+        if len(relatives) > 1:
+            place = relatives.index(name)
+            return (max(used[relatives[place - 1]]) if place else min(used[relatives[1]]),)
+    return (num_stages - 1,)
+
+
+def _too_few(
+    module: nn.Module, trace: Trace, points: list[SplitPoint], num_stages: int, schedule: Schedule, whole: bool
+) -> str:
+    stage_word = f"{schedule.name} needs {num_stages} stages"
+    have = ", ".join(point.label for point in points) or "none"
+    why = f"The network ({type(module).__name__}) can be cut after: {have}. "
+    if trace.open_end:
+        why += f"The step asks for the value of a tensor ({trace.open_end}), and what comes after can't be cut. "
+    inside = "Blocks are not cut inside while they are sharded, divided, recomputed or compiled. " if whole else ""
+    return (
+        f"pp: {stage_word}, so {num_stages - 1} cuts, and there are {len(points)}. {why}{inside}"
+        f"In the way elsewhere: {obstacles(trace)}. Use fewer ranks of pp, one stage a rank (1F1B), or dp_shard"
+    )
