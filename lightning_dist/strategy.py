@@ -339,8 +339,8 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        loss = self.parts.optimization.before_backward(closure_loss, kwargs.get("inputs"))
         with self.parts.steps.trial(), self.parts.tuning.apart(self.parts.steps.runner):
+            loss = self.parts.optimization.before_backward(closure_loss, kwargs.get("inputs"))
             return super().backward(loss, optimizer, *args, **kwargs)
 
     @override
