@@ -94,7 +94,7 @@ class FabricModuleSetup:
         replaced.exchange(module, [SimpleNamespace(optimizers=made_before)])
         divide(module)
         runner.show()
-        show_parts_to_compiled(module)
+        show_parts_to_compiled(module, self._patches)
         attach_metrics(module, ranks.mesh.data.get_group(), self._patches)
         for parameter in module.parameters():
             vars(parameter)[_MARK] = True

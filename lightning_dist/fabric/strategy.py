@@ -74,9 +74,9 @@ class HybridFabricStrategy(ParallelStrategy):
     Raises:
         ValueError: see :class:`~lightning_dist.Layout`; and for ``pp``, which has to run the whole step itself.
 
-    What is communicated: see :class:`~lightning_dist.parallel.Replicated` and
-    :class:`~lightning_dist.parallel.Sharded` for a step, :class:`~lightning_dist.fabric.module.InLayout` for a forward,
-    :func:`~lightning_dist.gradients.global_norm` for clipping.
+    What is communicated: see the runners in :mod:`lightning_dist.parallel` for a step,
+    :class:`~lightning_dist.fabric.module.InLayout` for a forward, :func:`~lightning_dist.gradients.global_norm` for
+    clipping.
     """
 
     strategy_name = "hybrid"

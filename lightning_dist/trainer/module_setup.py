@@ -27,8 +27,8 @@ from lightning_dist.initialization import CannotDefer, RecordedInit, record_init
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.module_options import ModuleOptions
 from lightning_dist.parallel import (
-    Alone,
-    Sharded,
+    FSDPRunner,
+    SingleProcessRunner,
     average_buffers,
     parallelize,
     refuse_no_blocks,
@@ -66,7 +66,7 @@ class ModuleSetup:
 
     def __init__(self, ranks: LayoutRanks, options: ModuleOptions) -> None:
         self.options = options
-        self.runner: Alone | None = None
+        self.runner: SingleProcessRunner | None = None
         """Runs the steps of the module, once it has been set up."""
         self.sharding_plan: ShardingPlan | None = None
         """What ``tp`` divides, once the module has been set up."""
@@ -95,7 +95,7 @@ class ModuleSetup:
     def sharded_units(self) -> list[str]:
         """Names of the modules that are sharded one by one."""
         runner = self.runner if self._pipelined is None else self._pipelined.inner
-        return list(runner.units) if isinstance(runner, Sharded) else []
+        return list(runner.units) if isinstance(runner, FSDPRunner) else []
 
     # ------------------------------------------------------------------ before there are processes
 
@@ -147,7 +147,7 @@ class ModuleSetup:
             self._recorded.materialize(module, device=self._ranks.device)
         self._recorded = None
 
-    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> Alone:
+    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> SingleProcessRunner:
         """Applies the layout to the module, in place; what an earlier run did to it stays.
 
         Args:
@@ -193,7 +193,9 @@ class ModuleSetup:
         if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
             broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
 
-    def _apply(self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool) -> Alone:
+    def _apply(
+        self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool
+    ) -> SingleProcessRunner:
         ranks, options = self._ranks, self.options
         blocks = options.blocks(module)
         hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
@@ -223,7 +225,7 @@ class ModuleSetup:
         replaced.exchange(module, _owners(module.trainer))
         divide(module)
         runner.show()
-        show_parts_to_compiled(module)
+        show_parts_to_compiled(module, self.patches)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         return runner
 
