@@ -138,11 +138,8 @@ COSTLY_OPERATORS = frozenset(
         *("cudnn_convolution", "miopen_convolution", "mkldnn_convolution"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
         *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
-        *(
-            "_scaled_dot_product_fused_attention_overrideable",
-            "_flash_attention_forward",
-            "_efficient_attention_forward",
-        ),
+        *("_scaled_dot_product_fused_attention_overrideable", "_flash_attention_forward"),
+        "_efficient_attention_forward",
     }
 )
 """Operators of aten that cost more than what lies between them: matrix products, convolutions, attention."""

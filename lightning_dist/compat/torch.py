@@ -72,9 +72,6 @@ def local_tensor(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
-# --- logs, data, elastic ---
-
-
 RANK_NOT_IN_GROUP = name_of(
     "torch.distributed.distributed_c10d._rank_not_in_group", "The function that every collective asks about its group."
 )
@@ -183,9 +180,6 @@ def versions_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 def set_versions(state_dict: Any, versions: dict[str, Any]) -> None:
     """Gives a state dict the versions of the parts of its module."""
     state_dict._metadata = versions
-
-
-# --- tensor ---
 
 
 hands_on("torch._C.DisableTorchFunctionSubclass", "runs an operator on a subclass of tensors as on a plain one")
@@ -456,11 +450,15 @@ class UnscalingGradScaler(GradScaler):
 
 hands_on("torch._dynamo.eval_frame.OptimizedModule", "the class of what torch.compile makes of a module")
 
+
 HOOKS_OF_MODULES = (
     *(FORWARD_PRE_HOOKS, FORWARD_HOOKS),
     *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
+
+
 """The attributes in which a module keeps the hooks of its forward and of its state dict."""
+
 
 for _name in HOOKS_OF_MODULES[2:]:
     hands_on(f"torch.nn.Module.{_name}", "hooks of a module, of which a copy of a sharded one leaves some out")

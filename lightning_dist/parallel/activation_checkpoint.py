@@ -31,8 +31,9 @@ def checkpoint_activations(
 ) -> None:
     """Makes the blocks, and no other part of the module, compute their forward again in backward. In place.
 
-    ``"full"`` keeps a block's inputs and outputs. ``"selective"`` also keeps the results of costly operators (matrix products, convolutions, attention)
-    and of collectives, and computes again what is cheap beside them: norms, activations, dropout, sums.
+    ``"full"`` keeps a block's inputs and outputs. ``"selective"`` also keeps the results of costly operators (matrix
+    products, convolutions, attention) and of collectives, and computes again what is cheap beside them: norms,
+    activations, dropout, sums.
 
     Random numbers are drawn as in the forward, and buffers (the running statistics of a BatchNorm) change once. Without
     gradients, in validation say, a block runs as it is. May be called again with another mode.

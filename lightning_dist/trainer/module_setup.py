@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,8 +25,8 @@ from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
+from lightning_dist.module_options import ModuleOptions
 from lightning_dist.parallel import (
-    Checkpointing,
     FSDPRunner,
     SingleProcessRunner,
     average_buffers,
@@ -36,15 +35,13 @@ from lightning_dist.parallel import (
 )
 from lightning_dist.parallel.pipeline import (
     PartitionedModule,
-    PipelineOptions,
     PipelineRunner,
     partition_module,
     partition_of,
 )
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
-from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
+from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
@@ -57,41 +54,6 @@ from lightning_dist.validation import (
     validate_parameter_kinds,
     validate_trainer,
 )
-
-ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
-
-
-@dataclass(frozen=True)
-class ModuleOptions:
-    """What a user says of the module beside the layout.
-
-    Args:
-        shard_units: the modules to shard one by one; None for the repeated blocks.
-        tensor: of the tensor axis.
-        pipeline: of the pipeline axis.
-        activation_checkpointing: what blocks compute again in backward.
-        compile: keyword arguments of ``torch.compile`` for the blocks; None to compile nothing.
-    """
-
-    shard_units: ShardUnits | None
-    tensor: TensorOptions
-    pipeline: PipelineOptions
-    activation_checkpointing: Checkpointing
-    compile: dict[str, Any] | None
-
-    def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
-        """The modules that are sharded, recomputed and compiled one by one, by name."""
-        return find_blocks(module) if self.shard_units is None else select_blocks(module, self.shard_units)
-
-    def keeps_blocks_whole(self, layout: Layout) -> bool:
-        """Whether something is done to blocks that a cut inside of them would break."""
-        recomputes = self.activation_checkpointing != "none"
-        return layout.holds_parts_of_blocks or self.compile is not None or recomputes
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether blocks compute something again in backward."""
-        return self.activation_checkpointing != "none"
 
 
 class ModuleSetup:

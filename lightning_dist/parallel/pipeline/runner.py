@@ -305,7 +305,7 @@ class PipelineRunner(SingleProcessRunner):
         return float(scale) / trainer.accumulate_grad_batches
 
     def _holding(self) -> AbstractContextManager[None]:
-        """Sharded parameters are gathered once for all microbatches, unless the user wants the memory."""
+        """FSDPRunner parameters are gathered once for all microbatches, unless the user wants the memory."""
         if isinstance(self.inner, FSDPRunner):
             return self.inner.over_microbatches(self._options.reshard)
         return nullcontext()
