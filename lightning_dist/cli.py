@@ -7,13 +7,17 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from lightning_dist.layout import MESH_AXES, Layout
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from lightning_dist.explain import Subject
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,37 +104,39 @@ def _layout(options: argparse.Namespace) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     from lightning_dist import HybridStrategy  # late: torch takes seconds to import
-    from lightning_dist.explain import built, imported, parsed
+    from lightning_dist.explain import build_deferred
 
     sys.path.insert(0, os.getcwd())  # as for python -m
-    strategy: Any
-    first_batch: Any = None
-    if options.what and ":" in options.what[0] and "=" not in options.what[0]:
-        make = imported(options.what[0], parsed(options.what[1:]))
-        if not options.layout:
-            raise ValueError("--layout is missing, such as --layout dp_shard=2,tp=2")
-        strategy = HybridStrategy(options.layout, sequence_parallel=options.sequence_parallel)
-        ranks = options.ranks or _fewest_ranks(options.layout)
-    else:
-        if options.layout or options.sequence_parallel:
-            raise ValueError(
-                "--layout and --sequence-parallel are for a class; a recipe takes overrides, such as "
-                "strategy.layout.tp=2"
-            )
-        try:
-            from recipes.explain import from_overrides
-        except ImportError:
-            raise ValueError(
-                "the recipes are not on the import path: run this in a clone of the repository, or name a "
-                "LightningModule as package.module:Class"
-            ) from None
-        make, strategy, ranks, first_batch = from_overrides(options.what)
-        ranks = options.ranks or ranks
+    names_class = bool(options.what) and ":" in options.what[0] and "=" not in options.what[0]
+    subject = _subject_of_class(options) if names_class else _subject_of_recipe(options)
+    strategy, first_batch = subject.strategy, subject.first_batch
     if not isinstance(strategy, HybridStrategy):
         raise ValueError(f"{type(strategy).__name__} has no layout to explain; choose strategy=hybrid")
-    module = built(make)
-    batch = first_batch() if first_batch is not None and strategy.cuts(ranks) else None
-    strategy.explain(module, ranks, batch).print()
+    num_ranks = options.ranks or subject.num_ranks
+    module = build_deferred(subject.make)
+    batch = first_batch() if first_batch is not None and strategy.ranks.has_pipeline(num_ranks) else None
+    strategy.explain(module, num_ranks, batch).print()
+
+
+def _subject_of_class(options: argparse.Namespace) -> Subject:
+    from lightning_dist import HybridStrategy
+    from lightning_dist.explain import Subject, module_maker, parse_arguments
+
+    make = module_maker(options.what[0], parse_arguments(options.what[1:]))
+    if not options.layout:
+        raise ValueError("--layout is missing, such as --layout dp_shard=2,tp=2")
+    strategy = HybridStrategy(options.layout, sequence_parallel=options.sequence_parallel)
+    return Subject(make, strategy, options.ranks or _fewest_ranks(options.layout))
+
+
+def _subject_of_recipe(options: argparse.Namespace) -> Subject:
+    from lightning_dist.explain import find_recipes
+
+    if options.layout or options.sequence_parallel:
+        raise ValueError(
+            "--layout and --sequence-parallel are for a class; a recipe takes overrides, such as strategy.layout.tp=2"
+        )
+    return find_recipes(Path.cwd())(options.what)
 
 
 def _fewest_ranks(layout: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.compile import to_uncompiled
 
+from lightning_dist.compat.lightning import compile_steps, compiled_steps
 from lightning_dist.layout import Layout
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -16,22 +17,22 @@ class CompiledModule:
     """Takes the compiled steps off a module until it has been set up.
 
     Lightning puts them onto the module and refuses them for strategies that are not its own, before it asks those; so
-    they are off from the moment that the strategy gets the module (private parts of Lightning, seen in 2.6.6).
+    they are off from the moment that the strategy gets the module.
 
     Args:
         module: whose steps are compiled.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self._context: dict[str, Any] = dict(module._compiler_ctx or {})
+        self._context: dict[str, Any] = dict(compiled_steps(module) or {})
         self._module = to_uncompiled(module)
 
     @staticmethod
     def compiles(module: Any) -> bool:
         """Whether the steps of a module are compiled."""
-        return getattr(module, "_compiler_ctx", None) is not None
+        return compiled_steps(module) is not None
 
-    def refuse(self, layout: Layout | None) -> None:
+    def validate(self, layout: Layout | None) -> None:
         """Raises where steps are run in parts.
 
         Raises:
@@ -45,7 +46,4 @@ class CompiledModule:
 
     def put_back(self) -> None:
         """Compiles the steps again, as the user did."""
-        module: Any = self._module
-        for step in _STEPS:
-            setattr(module, step, self._context["dynamo_ctx"](getattr(module, step)))
-        module._compiler_ctx = self._context
+        compile_steps(self._module, _STEPS, self._context)

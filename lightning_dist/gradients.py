@@ -8,25 +8,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lightning_dist.dtensors import local_part, num_pieces
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder
-
-
-def num_pieces(tensor: Tensor) -> int:
-    """How many different pieces of this tensor the ranks of its mesh hold; 1 for a plain one."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    pieces = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        assert not placement.is_partial(), "gradients are reduced before their norm is taken"
-        pieces *= 1 if placement.is_replicate() else size
-    return pieces
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -49,7 +33,7 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     parameters = [p for p in parameters if p.grad is not None and not is_placeholder(p)]
     gradients = [p.grad for p in parameters if p.grad is not None]
     pieces = [num_pieces(g) * getattr(p, PIPELINE_SHARE, 1) for p, g in zip(parameters, gradients, strict=True)]
-    shards = [local(g) for g in gradients]
+    shards = [local_part(g) for g in gradients]
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     device = shards[0].device if shards else torch.device("cpu")
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in shards) else torch.float32
@@ -91,7 +75,7 @@ def clip_by_norm(
             f"the total norm of order {norm_type} of the gradients is {float(total)}, so they can't be clipped; pass "
             "error_if_nonfinite=False to scale them by it all the same"
         )
-    shards = [local(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
+    shards = [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
     if shards:
         torch._foreach_mul_(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
@@ -100,7 +84,7 @@ def clip_by_norm(
 @torch.no_grad()
 def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     """Clamps every gradient element to [-clip_value, clip_value] in place. Communication: none."""
-    shards = [local(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
+    shards = [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
     if shards:
         torch._foreach_clamp_min_(shards, -clip_value)
         torch._foreach_clamp_max_(shards, clip_value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.amp import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from lightning_dist.gradients import local
+from lightning_dist.dtensors import local_part
+from lightning_dist.patches import Patches
 
 SUPPORTED = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 
@@ -89,7 +91,7 @@ class AgreeingGradScaler(GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         # torch's own loop works on plain tensors: show it what this rank holds (seen in torch 2.14 and 2.15)
-        shards = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        shards = [local_part(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if any(shard.dtype == torch.float16 for shard in shards) and not allow_fp16:
             raise ValueError("Attempting to unscale FP16 gradients.")
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -106,10 +108,11 @@ class AgreeingGradScaler(GradScaler):
         return {verdict.device: verdict}
 
 
-def make_agreeing(precision: Precision) -> None:
+def make_agreeing(precision: Precision, patches: Patches) -> None:
     """Makes the plugin's gradient scaler, torch's own or a subclass of it, one by which all ranks agree."""
     scaler: Any = getattr(precision, "scaler", None)
     if isinstance(scaler, GradScaler) and not isinstance(scaler, AgreeingGradScaler):
+        patches.also(partial(setattr, scaler, "__class__", type(scaler)))
         scaler.__class__ = type(type(scaler).__name__, (AgreeingGradScaler, type(scaler)), {})
 
 

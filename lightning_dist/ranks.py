@@ -1,25 +1,154 @@
-"""What the ranks of a layout do together, for the strategies of the Trainer and of Fabric alike."""
+"""The ranks of a layout, for the strategies of the Trainer and of Fabric alike."""
 
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from datetime import timedelta
 from functools import cache, partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _distributed_is_initialized, _init_dist_connection
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
-from lightning_dist.layout import Layout
+from lightning_dist.collectives import reduce_tensor
+from lightning_dist.compat.lightning import default_backend, form_world
+from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.random_states import part_random_streams, share_random_state
 
 T = TypeVar("T")
+
+
+class LayoutRanks:
+    """The processes of a run: where this one lies along the axes of the layout, and how they talk.
+
+    Args:
+        requested: the user's layout; None for ``"auto"``, which is chosen when the module is known.
+        backend: of torch.distributed; None for that of the device.
+        timeout: of collectives.
+    """
+
+    def __init__(
+        self, requested: Layout | None, backend: str | None = None, timeout: timedelta = default_pg_timeout
+    ) -> None:
+        self.requested, self.timeout = requested, timeout
+        self.layout: Layout | None = None
+        """Resolved; None while ``"auto"`` is undecided."""
+        self.mesh: ParallelMesh | None = None
+        """None for one process."""
+        self.device = torch.device("cpu")
+        """Of this rank."""
+        self.rank, self.world_size = 0, 1
+        self.num_processes = self.num_nodes = 1
+        """Processes of this node, and machines."""
+        self._backend = backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mesh, which belongs to the processes of a run."""
+        return {**vars(self), "mesh": None}
+
+    # ------------------------------------------------------------------ forming
+
+    def place(self, rank: int, device: torch.device, num_processes: int, num_nodes: int) -> None:
+        """Says which rank this is, as soon as devices and nodes are known; the layout is checked here.
+
+        Raises:
+            ValueError: the layout does not fit the number of ranks.
+        """
+        self.rank, self.device = rank, device
+        self.num_processes, self.num_nodes = num_processes, num_nodes
+        self.world_size = num_processes * num_nodes
+        if self.requested is not None:
+            self.layout = resolve(self.requested, self.world_size)
+
+    @property
+    def backend(self) -> str:
+        """Backend of torch.distributed."""
+        return self._backend or default_backend(self.device)
+
+    def join(self, environment: ClusterEnvironment) -> None:
+        """Makes the process group of the world, if it is not there, and gives all ranks rank 0's random state.
+
+        Communication: the meeting of the ranks, and :func:`share_random_state`; none for one process.
+        """
+        if self.world_size > 1:
+            form_world(environment, self.backend, self.timeout, self.device)
+            _let_threads_end_before_forks()
+            share_random_state(self.device)
+
+    def form_mesh(self) -> None:
+        """Makes the process groups along the axes, once; nothing for one process or an undecided layout."""
+        if self.layout is not None and self.world_size > 1 and self.mesh is None:
+            self.mesh = self.layout.build_mesh(self.device.type)
+
+    # ------------------------------------------------------------------ places
+
+    def has_pipeline(self, num_ranks: int) -> bool:
+        """Whether the requested layout has a pipeline on so many ranks."""
+        return self.requested is not None and resolve(self.requested, num_ranks).pp > 1
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Number of ranks, or groups of ranks, that see different samples."""
+        return self.world_size if self.layout is None else self.layout.num_data_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the data ranks this is; ranks with the same one see the same samples."""
+        return self.rank if self.mesh is None else self.mesh.data.get_local_rank()
+
+    @property
+    def holds_shards(self) -> bool:
+        """Whether a rank holds less than the whole of some parameters."""
+        return self.world_size > 1 and self.layout is not None and self.layout.holds_shards
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different samples; None for one process."""
+        return None if self.mesh is None else self.mesh.data.get_group()
+
+    @property
+    def logs_group(self) -> dist.ProcessGroup | None:
+        """The ranks that log different values: of other samples or other stages; None for one process."""
+        return None if self.mesh is None else self.mesh.logs.get_group()
+
+    @property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """All process groups of the layout, by a name that is the same on the ranks of each."""
+        if dist.group.WORLD is None:
+            return {}
+        groups: dict[str, dist.ProcessGroup] = {"world": dist.group.WORLD}
+        if self.mesh is not None:
+            meshes = {axis: self.mesh.root[axis] for axis in self.mesh.root.mesh_dim_names or ()}
+            for name, mesh in {**meshes, "data": self.mesh.data, "logs": self.mesh.logs}.items():
+                group = mesh.get_group()
+                groups[f"{name} {dist.get_process_group_ranks(group)}"] = group
+        return groups
+
+    # ------------------------------------------------------------------ talking
+
+    def group_unless(self, group: Any) -> dist.ProcessGroup | None:
+        """The group that a user named, or the ranks with different samples where that is none, or the world.
+
+        Lightning names the world where its caller names nothing (seen in 2.6.6); it holds every sample once for each
+        rank of ``tp`` and ``pp``.
+        """
+        return self.data_group if group is None or group is dist.group.WORLD else group
+
+    def reduce(self, tensor: Any, group: Any = None, op: dist.ReduceOp | str | None = "mean") -> Any:
+        """Over the ranks with different samples, unless another group than the world is given. One all-reduce."""
+        group = self.group_unless(group)
+        if not isinstance(tensor, Tensor) or group is None:
+            return tensor
+        return reduce_tensor(tensor, group, op)
+
+    def part_random_streams(self) -> None:
+        """Data ranks draw apart from here on."""
+        part_random_streams(self.data_rank)
 
 
 def resolve(requested: Layout, num_ranks: int) -> Layout:
@@ -36,117 +165,6 @@ def resolve(requested: Layout, num_ranks: int) -> Layout:
             f"layout {layout} asks for {', '.join(asked)}; this version trains over {', '.join(ready)} only"
         )
     return layout
-
-
-def join_world(environment: ClusterEnvironment, backend: str, timeout: timedelta, device: torch.device) -> None:
-    """Makes the process group of the world, if it is not there, and gives all ranks rank 0's random state.
-
-    Communication: the meeting of the ranks, and :func:`share_random_state`.
-    """
-    device_id = None if device.type == "cpu" else device
-    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
-    _let_threads_end_before_forks()
-    share_random_state(device)
-
-
-def share_random_state(device: torch.device) -> None:
-    """Every rank goes on with rank 0's generators: what is built or drawn from here on is alike.
-
-    Communication: a broadcast of 5 kB over the world for torch's, of 16 bytes more where there is a GPU, and of
-    objects for Python's and numpy's.
-    """
-    generators: list[Any] = [torch]
-    if device.type != "cpu":
-        generators.append(torch.get_device_module(device))
-    for generator in generators:
-        state = generator.get_rng_state().to(device)
-        dist.broadcast(state, 0)
-        generator.set_rng_state(state.cpu())
-    others: list[Any] = [random.getstate(), np.random.get_state()]
-    dist.broadcast_object_list(others, 0, device=device)
-    random.setstate(others[0])
-    np.random.set_state(others[1])
-
-
-def part_random_streams(data_rank: int) -> None:
-    """Data ranks draw apart from here on, in dropout and augmentation; data rank 0 goes on as one process would."""
-    state = torch.get_rng_state()
-    seed = int(torch.randint(2**31, ()))
-    torch.set_rng_state(state)
-    if data_rank:
-        torch.manual_seed(seed + data_rank)
-        np.random.seed((seed + data_rank) % 2**32)
-        random.seed(seed + data_rank)
-
-
-def data_group_unless(group: Any, data_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group that a user named, or the ranks with different samples where that is none, or the world.
-
-    Lightning names the world where its caller names nothing (seen in 2.6.6); it holds every sample once for each rank
-    of ``tp`` and ``pp``.
-    """
-    return data_group if group is None or group is dist.group.WORLD else group
-
-
-def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.ReduceOp | str | None) -> Tensor:
-    """The tensor reduced over the ranks of a group; a new tensor.
-
-    Lightning's own mean of an integer tensor truncates (the mean of batch sizes 6 and 7 becomes 6, seen in 2.6.6);
-    here it is taken in float64.
-
-    Args:
-        tensor: on the device of the group's backend.
-        group: the ranks that hold different values.
-        reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, a ``ReduceOp`` or None (sum).
-
-    Communication: one all-reduce over the group, none for a group of one.
-    """
-    name = reduce_op.lower() if isinstance(reduce_op, str) else None
-    mean = name in ("mean", "avg") or reduce_op == dist.ReduceOp.AVG
-    tensor = tensor.double() if mean and not tensor.is_floating_point() else tensor.clone()
-    num_ranks = dist.get_world_size(group)
-    if num_ranks == 1:
-        return tensor
-    if mean:  # gloo has no ReduceOp.AVG
-        dist.all_reduce(tensor, dist.ReduceOp.SUM, group)
-        return tensor / num_ranks
-    op: Any = getattr(dist.ReduceOp, name.upper()) if name else reduce_op or dist.ReduceOp.SUM
-    dist.all_reduce(tensor, op, group)
-    return tensor
-
-
-def decide_together(decision: bool, all: bool, device: torch.device) -> bool:
-    """The same decision on every rank: whether all of them, or any, say so. One all-reduce of a number over the world.
-
-    Args:
-        decision: of this rank.
-        all: whether all have to.
-        device: of this rank.
-    """
-    if not _distributed_is_initialized():
-        return decision
-    verdict = torch.tensor(int(decision), device=device)
-    dist.all_reduce(verdict, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-    return bool(verdict)
-
-
-def barrier(device: torch.device) -> None:
-    """Waits for all ranks of the world."""
-    if not _distributed_is_initialized():
-        return
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[device.index])
-    else:
-        dist.barrier()
-
-
-def broadcast(obj: T, src: int = 0) -> T:
-    """The object of one rank on all ranks. One broadcast of the pickled object over the world."""
-    if not _distributed_is_initialized():
-        return obj
-    box = [obj]
-    dist.broadcast_object_list(box, src)
-    return box[0]
 
 
 @cache

@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist.checkpoint.agreement import from_rank_zero
-from lightning_dist.checkpoint.hooks import CheckpointHooks
-from lightning_dist.data.dealing import dealt_by
-from lightning_dist.parallel import Replicated
-from lightning_dist.randomness import RandomStates
+from lightning_dist.collectives import broadcast_object
+from lightning_dist.compat import lightning as private
+from lightning_dist.compat.torch import num_collectives
+from lightning_dist.data.sharding import distributed_sampler
+from lightning_dist.parallel import Alone, Replicated
+from lightning_dist.patches import Patches
+from lightning_dist.random_states import RandomStates
+from lightning_dist.ranks import LayoutRanks
 
 _BATCH_SIZE, _LEARNING_RATE = ".scale_batch_size_", ".lr_find_"
 """How the names of the finders' checkpoints begin (seen in Lightning 2.6.6)."""
@@ -38,105 +37,98 @@ _PATIENCE = timedelta(minutes=2)
 """For ranks to tell whether a step fitted; those that wait for one that ran out of memory never do."""
 
 
-class TuningHooks(CheckpointHooks):
-    """The part of a strategy that knows Lightning's finders."""
+class Tuning:
+    """A run's search of a finder, while there is one: what the hooks of a strategy ask and tell.
 
-    _search: Search | None = None
+    Its methods do nothing where nothing is searched for, but for :meth:`begin`.
+    """
 
-    @override
-    def setup_environment(self) -> None:
-        assert self.lightning_module is not None
-        _refuse_lost_answers(self.lightning_module.trainer, self._start_method)
-        super().setup_environment()
+    def __init__(self) -> None:
+        self._search: Search | None = None
 
-    # ------------------------------------------------------------------ a search, from its save to its removal
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_search": None}  # a search belongs to the processes of its run
 
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """As that of :class:`CheckpointHooks`; a finder's begins a search."""
-        kind = _kind_of_search(filepath)
-        if kind is not None:
-            self._search = Search(kind, filepath, self._trainer, self)
-            filepath = self._search.path
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+    @property
+    def is_searching(self) -> bool:
+        """Whether a finder looks for its answer, from its save to its removal of the checkpoint."""
+        return self._search is not None
 
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        if self._search is not None:
-            checkpoint_path = self._search.path
-        return super().load_checkpoint(checkpoint_path, weights_only)
+    def begin(self, path: Any, trainer: pl.Trainer, ranks: LayoutRanks, position: Any) -> Any:
+        """A checkpoint is about to be saved: that of a finder begins a search.
 
-    @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
+        Args:
+            path: of the checkpoint on this rank.
+            trainer: that saves.
+            ranks: that save.
+            position: of the training when it begins, which :meth:`end` and :meth:`leave` give back.
+
+        Returns:
+            where to save; of a finder, the same on all ranks.
+        """
+        kind = _kind_of_search(path)
+        if kind is None:
+            return path
+        self._search = Search(kind, path, trainer, ranks, position)
+        return self._search.path
+
+    def path(self, path: Any) -> Any:
+        """Where a checkpoint that is asked for is; see :meth:`begin`."""
+        return path if self._search is None else self._search.path
+
+    def ends_with(self, path: Any) -> bool:
+        """Whether the removal of this checkpoint ends the search."""
+        return self._search is not None and _kind_of_search(path) is not None
+
+    def end(self) -> Any:
+        """After the removal. The trainer, its random generators and its data are as they were; see :meth:`begin`."""
         search = self._search
-        if search is None or _kind_of_search(filepath) is None:
-            super().remove_checkpoint(filepath)
-            return
-        super().remove_checkpoint(search.path)
-        self._end_search()
-        search.random.restore(self.root_device)
-        if search.kind == _BATCH_SIZE and search.loop is search.trainer.fit_loop:
+        assert search is not None
+        position = self._stop()
+        search.random.restore(search.ranks.device)
+        if search.kind == _BATCH_SIZE and search.is_of_training:
             search.begin_data_again()
+        return position
 
-    def _end_search(self) -> None:
+    def leave(self) -> Any:
+        """After an exception that ended the finder before it went back to its checkpoint: removes that."""
+        assert self._search is not None
+        if self._search.ranks.rank == 0:
+            checkpoints.remove(self._search.path)
+        return self._stop()
+
+    def _stop(self) -> Any:
         search, self._search = self._search, None
         assert search is not None
         search.end()
-        self._last_step = search.last_step
+        return search.position
 
-    @override
-    def _resume_from(self, checkpoint: Any) -> None:
-        if self._search is None:  # a finder goes back to where it was called; the loaders begin their epoch anew
-            super()._resume_from(checkpoint)
-
-    @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
+    def watch_losses(self) -> None:
+        """A training starts: the finder of a learning rate is to see the loss of the whole batch."""
         if self._search is not None:
             self._search.watch_losses()
 
-    def _leave_search(self) -> None:
-        """After an exception that ended the finder before it went back to its checkpoint."""
-        if self._search is not None:
-            if self.is_global_zero:
-                checkpoints.remove(self._search.path)
-            self._end_search()
+    def agreed(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
+        """Around what a step computes: while a batch size is looked for, ranks agree on whether it fitted.
 
-    # ------------------------------------------------------------------ steps that may not fit in memory
-
-    def _trial(self) -> Any:
-        """Around what a step computes: while a batch size is looked for, ranks agree on whether it fitted."""
+        Args:
+            forget: drops what is left of a step that failed.
+        """
         search = self._search
-        return nullcontext() if search is None or search.fits is None else search.fits.agreed(self._forget_step)
+        return nullcontext() if search is None or search.fits is None else search.fits.agreed(forget)
 
-    def _forget_step(self) -> None:
-        assert self._parallel is not None
-        self._parallel.forget_step()
-
-    def _apart(self) -> Any:
+    def apart(self, runner: Alone) -> AbstractContextManager[None]:
         """Around a backward pass: in a trial copies reduce no gradients, so that none waits for another in it.
 
         The weights of a trial are thrown away.
         """
-        search = self._search
-        is_apart = search is not None and search.fits is not None and isinstance(self._parallel, Replicated)
-        return self._parallel.accumulating() if is_apart and self._parallel is not None else nullcontext()
+        is_trial = self._search is not None and self._search.fits is not None
+        return runner.accumulating() if is_trial and isinstance(runner, Replicated) else nullcontext()
 
-    @override
-    def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
-        with self._trial():
-            return super().batch_to_device(*args, **kwargs)
-
-    @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._trial():
-            return super().optimizer_step(*args, **kwargs)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
+    def raise_if_broken(self) -> None:
+        """Before a barrier: raises where ranks are at different places, so that it would wait for good."""
         if self._search is not None and self._search.fits is not None and self._search.fits.broken is not None:
-            raise self._search.fits.broken  # ranks are at different places: Lightning's clean-up would wait for good
-        super().barrier(name)
+            raise self._search.fits.broken
 
 
 class Search:
@@ -146,82 +138,79 @@ class Search:
         kind: of the finder's checkpoints.
         path: of this rank; Lightning draws another name on each.
         trainer: of the search.
-        strategy: the Trainer's.
+        ranks: that search.
+        position: of the training, kept for whoever began the search.
 
     Communication: one broadcast of the path over the world; where a batch size is looked for, a process group of gloo
     over the world is made, to be able to talk of steps that failed.
     """
 
-    def __init__(self, kind: str, path: _PATH, trainer: Any, strategy: TuningHooks) -> None:
-        self.kind, self.trainer, self._strategy = kind, trainer, strategy
-        self.path: str = from_rank_zero(str(path))
-        self.random = RandomStates.now(strategy.root_device)
-        self.last_step = strategy._last_step
-        self.loop = trainer._active_loop
+    def __init__(self, kind: str, path: Any, trainer: pl.Trainer, ranks: LayoutRanks, position: Any) -> None:
+        self.kind, self.ranks, self.position = kind, ranks, position
+        self.path: str = broadcast_object(str(path))
+        self.random = RandomStates.now(ranks.device)
         self.fits: Agreement | None = None
-        self._set_up_data = vars(self.loop).get("setup_data")
-        if strategy.world_size > 1 and kind == _BATCH_SIZE:
-            self.fits = Agreement(strategy)
-            self.loop.setup_data = partial(self._with_own_length, self.loop.setup_data)
+        self._trainer, self._loop, self._patches = trainer, private.running_loop(trainer), Patches()
+        if ranks.world_size > 1 and kind == _BATCH_SIZE:
+            self.fits = Agreement(ranks)
+            self._patches.wrap(self._loop, "setup_data", self._with_own_length)
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether the finder runs the loop of a fit."""
+        return self._loop is self._trainer.fit_loop
 
     def _with_own_length(self, set_up: Callable[[], None]) -> None:
-        """Stands before Lightning's method: its finder stops at a batch of the whole data set, here of a rank's part.
-
-        ``_dataset_length`` is asked by the finder alone (seen in 2.6.6).
-        """
+        """Wraps Lightning's method: its finder stops at a batch of the whole data set, here of a rank's part."""
         set_up()
-        combined = self.loop._combined_loader
-        if combined is not None and any(dealt_by(loader) is not None for loader in combined.flattened):
-            whole = type(combined)._dataset_length.__get__(combined)
-            combined._dataset_length = lambda: -(-whole() // self._strategy.num_data_ranks)
+        combined = private.loaders_of(self._loop)
+        if combined is None or private.DATASET_LENGTH in vars(combined):
+            return
+        if any(distributed_sampler(loader) is not None for loader in combined.flattened):
+            self._patches.wrap(combined, private.DATASET_LENGTH, lambda whole: -(-whole() // self.ranks.num_data_ranks))
 
     def watch_losses(self) -> None:
-        """Shows the finder of a learning rate the loss of the whole batch; see :meth:`_with_whole_loss`."""
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, _LRCallback) and "on_train_batch_end" not in vars(callback):
-                seen = partial(self._with_whole_loss, callback.on_train_batch_end)
-                callback.on_train_batch_end = seen  # type: ignore[method-assign]
+        """Shows the finder of a learning rate the loss of the whole batch; see :meth:`_with_mean_loss`."""
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, private.LearningRateCallback) and "on_train_batch_end" not in vars(callback):
+                self._patches.wrap(callback, "on_train_batch_end", self._with_mean_loss)
 
-    def _with_whole_loss(
+    def _with_mean_loss(
         self, original: Callable[..., None], trainer: Any, module: Any, outputs: Any, *args: Any
     ) -> None:
         """Communication: one all-reduce of the loss over the data ranks."""
         if outputs:
             loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
-            outputs = {"loss": self._strategy.reduce(loss.detach())}
+            outputs = {"loss": self.ranks.reduce(loss.detach())}
         original(trainer, module, outputs, *args)
 
     def begin_data_again(self) -> None:
         """The training's loaders begin as if nothing had been drawn; as the finder of a learning rate does itself."""
-        self.loop._combined_loader = None
-        self.loop.setup_data()
+        private.forget_loaders(self._loop)
+        self._loop.setup_data()
 
     def end(self) -> None:
-        """Leaves Lightning's loop as it was."""
+        """Leaves Lightning's loop and callbacks as they were."""
         if self.fits is not None:
             self.fits.end()
-            del self.loop.setup_data
-            if self._set_up_data is not None:
-                self.loop.setup_data = self._set_up_data
+        self._patches.undo()
 
 
 class Agreement:
     """Whether what every rank has just computed fitted in its memory.
 
     Args:
-        strategy: set up.
+        ranks: that compute.
+
+    Communication: makes a process group of gloo over the world.
     """
 
-    def __init__(self, strategy: TuningHooks) -> None:
+    def __init__(self, ranks: LayoutRanks) -> None:
         self.broken: RuntimeError | None = None
         """Why ranks can't go on together."""
-        self._rank, self._layout = strategy.global_rank, strategy.layout
-        self._patience = min(_PATIENCE, strategy._timeout)
+        self._ranks = ranks
+        self._patience = min(_PATIENCE, ranks.timeout)
         self._group: Any = dist.new_group(backend="gloo", timeout=self._patience)
-        mesh = strategy.mesh
-        assert mesh is not None
-        self._groups: list[Any] = [dist.distributed_c10d._get_default_group(), mesh.data.get_group()]
-        self._groups += [mesh.root[axis].get_group() for axis in mesh.root.mesh_dim_names or ()]
 
     @contextmanager
     def agreed(self, forget: Callable[[], None]) -> Iterator[None]:
@@ -250,8 +239,8 @@ class Agreement:
             if error is None:
                 raise
             raise self._break(
-                f"rank {self._rank} met {verdict[0]}, and another rank gave no word of its step for "
-                f"{self._patience.total_seconds():.0f} s: under {self._layout} it waits for this one inside of it"
+                f"rank {self._ranks.rank} met {verdict[0]}, and another rank gave no word of its step for "
+                f"{self._patience.total_seconds():.0f} s: under {self._ranks.layout} it waits for this one inside of it"
             ) from silence
         failed = {rank: found for rank, found in enumerate(verdicts) if found[0] is not None}
         if not failed:
@@ -276,8 +265,8 @@ class Agreement:
 
     @property
     def _collectives(self) -> tuple[int, ...]:
-        """How many this rank has begun in each group (private; seen in torch 2.14)."""
-        return tuple(group._get_sequence_number_for_group() for group in self._groups)
+        """How many this rank has begun in each group."""
+        return tuple(num_collectives(group) for group in self._ranks.groups.values())
 
     def end(self) -> None:
         """Gives the process group up."""
@@ -285,16 +274,22 @@ class Agreement:
             dist.destroy_process_group(self._group)
 
 
-def _kind_of_search(path: _PATH) -> str | None:
+def _kind_of_search(path: Any) -> str | None:
     name = os.path.basename(str(path))
     return next((kind for kind in (_BATCH_SIZE, _LEARNING_RATE) if name.startswith(kind)), None)
 
 
-def _refuse_lost_answers(trainer: pl.Trainer, start_method: str) -> None:
-    """A ``Tuner`` asks in the main process, to which Lightning sends back weights and metrics only (seen in 2.6.6)."""
+def validate_tuner(trainer: pl.Trainer, start_method: str) -> None:
+    """A ``Tuner`` asks in the main process, to which Lightning sends back weights and metrics only (seen in 2.6.6).
+
+    Raises:
+        ValueError: one asks, and the ranks are other processes than this one.
+    """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    asks = any(isinstance(c, (BatchSizeFinder, LearningRateFinder)) and c._early_exit for c in callbacks)
-    if asks and start_method != "popen" and trainer.strategy.launcher is not None:
+    finders = (c for c in callbacks if isinstance(c, (BatchSizeFinder, LearningRateFinder)))
+    if start_method == "popen" or trainer.strategy.launcher is None:
+        return
+    if any(private.is_of_tuner(finder) for finder in finders):
         raise ValueError(
             f"a Tuner with start_method={start_method!r}: what the started processes find does not come back to this "
             'one; use start_method="popen" or torchrun, or the callbacks BatchSizeFinder and LearningRateFinder in fit'

@@ -9,7 +9,7 @@ a Trainer runs, that one also looks at who called. What torch, Lightning, torchm
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,7 +18,9 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed import distributed_c10d
 
+from lightning_dist.compat.torch import RANK_NOT_IN_GROUP
 from lightning_dist.layout import Layout
+from lightning_dist.patches import Patches
 
 GATHERS = frozenset(
     [
@@ -58,19 +60,10 @@ class WorldCalls:
         self._gathered = False
         self._read: set[str] = set()
         self._told: set[str] = set()
-        self._plain: Any = None
 
-    def attach(self) -> None:
-        """Begins; private function of torch (seen in 2.14)."""
-        if self._plain is None:
-            self._plain = distributed_c10d._rank_not_in_group
-            distributed_c10d._rank_not_in_group = self._ask  # type: ignore[assignment]
-
-    def detach(self) -> None:
-        """Ends, and leaves torch as it was."""
-        if self._plain is not None:
-            distributed_c10d._rank_not_in_group = self._plain
-            self._plain = None
+    def attach(self, patches: Patches) -> None:
+        """Begins, for this process, until an undo."""
+        patches.wrap(distributed_c10d, RANK_NOT_IN_GROUP, self._ask)
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
@@ -104,10 +97,10 @@ class WorldCalls:
                 self._told.add(name)
                 rank_zero_warn(f"{name} {self._why()} {_WEIGHED[1]}")
 
-    def _ask(self, group: Any) -> Any:
+    def _ask(self, original: Callable[[Any], bool], group: Any) -> bool:
         if group is None or group is dist.group.WORLD:
             self._look(sys._getframe(1))
-        return self._plain(group)
+        return original(group)
 
     def _look(self, asked: FrameType) -> None:
         name = asked.f_code.co_name

@@ -1,29 +1,23 @@
-"""The module and the strategy of a config, for ``lightning-dist explain``."""
+"""The recipes as ``lightning-dist explain`` takes them: the module and the strategy of a config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
-from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_dist.explain import Subject
 from recipes import job, targets
 from recipes.config_errors import explain
 from recipes.train import ROOT, allowed_targets, count_devices
 
 
-def from_overrides(
-    overrides: list[str],
-) -> tuple[Callable[[], pl.LightningModule], Strategy, int, Callable[[], Any]]:
-    """What ``python -m recipes.train`` would train with these overrides.
-
-    Returns:
-        what makes the module, the strategy, the number of ranks, and what gives a first batch of training data.
+def from_overrides(overrides: list[str]) -> Subject:
+    """What ``python -m recipes.train`` would train with these overrides; pyproject.toml names this function.
 
     Raises:
         ValueError: the config can't be composed or built.
@@ -47,4 +41,4 @@ def from_overrides(
         with targets.allow(allowed):
             return job.first_batch(cfg)
 
-    return make, strategy, num_ranks, first_batch
+    return Subject(make, strategy, num_ranks, first_batch)

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from recipes.config_errors import ConfigError
 
 ALLOWED = (
+    "datetime.timedelta",
     "lightning.pytorch.Trainer",
     "lightning.pytorch.callbacks.*",
     "lightning.pytorch.loggers.*",

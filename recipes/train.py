@@ -222,7 +222,7 @@ def _optimized(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
 def _describe(error: Exception) -> str:
     """All that there is to show of a failure: one message for a config error, else the failing rank's traceback."""
     from lightning_dist.elastic import WorkerFailed
-    from lightning_dist.elastic.launch import short_traceback
+    from lightning_dist.elastic.failures import short_traceback
 
     told = error.exception if isinstance(error, WorkerFailed) and error.exception else error
     if isinstance(told, (CompactHydraException, OmegaConfBaseException)):

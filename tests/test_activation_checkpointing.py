@@ -406,7 +406,7 @@ def test_blocks_built_in_the_setup_hook_are_found() -> None:
     runner = trainer("dp_shard=1", strategy=options, max_steps=1)
     runner.fit(BuiltInSetup(), DataLoader(samples(), batch_size=4))
     assert isinstance(runner.strategy, HybridStrategy)
-    assert len(runner.strategy.recomputed_blocks) == 3
+    assert len(runner.strategy.module_setup.recomputed_blocks) == 3
 
 
 def test_evaluation_needs_no_blocks() -> None:
@@ -429,10 +429,8 @@ def _fit_flat() -> None:
 
 
 def test_the_report_names_what_is_recomputed() -> None:
-    from lightning_dist.report import LayoutReport
-
     runner = trainer("dp_shard=1", strategy={"activation_checkpointing": "full"}, max_steps=1)
     runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
     assert isinstance(runner.strategy, HybridStrategy)
-    cells = [cell for column in LayoutReport.of(runner.strategy).table().columns for cell in column.cells]
+    cells = [cell for column in runner.strategy.report().table().columns for cell in column.cells]
     assert "full: net.blocks.0, net.blocks.1, net.blocks.2" in cells

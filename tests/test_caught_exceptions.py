@@ -64,7 +64,7 @@ def fit(module: L.LightningModule, layout: str | None, trainer: L.Trainer | None
         trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=2, callbacks=[watch])
     else:
         watch = next(callback for callback in trainer.callbacks if isinstance(callback, Watch))
-    ranks = 1 if layout is None else HybridStrategy(layout).requested.resolve(trainer.world_size).num_data_ranks
+    ranks = 1 if layout is None else HybridStrategy(layout).ranks.requested.resolve(trainer.world_size).num_data_ranks
     loader = DataLoader(words(), batch_size=8 // ranks)
     trainer.fit(module, loader, DataLoader(words(), batch_size=4))
     return trainer, watch.losses

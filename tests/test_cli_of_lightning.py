@@ -80,7 +80,7 @@ def built(*arguments: str, **settings: Any) -> HybridStrategy:
 def test_the_strategy_by_name_or_class(arguments: list[str]) -> None:
     strategy = built(*arguments)
     assert isinstance(strategy, HybridStrategy)
-    assert strategy.requested is None
+    assert strategy.ranks.requested is None
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_arguments_that_are_lists_mappings_and_functions() -> None:
         "--trainer.strategy.timeout=0:10:00",
         "--trainer.strategy.pipeline_cuts=[net.blocks.1]",
     )
-    assert strategy._tensor_options.styles == {"net.stem": "colwise"}
-    assert strategy._pipeline_options.batch_split == [0, None]
-    assert strategy._pipeline_options.microbatch_weight is samples
-    assert strategy._pipeline_options.cuts == ["net.blocks.1"]
-    assert strategy._compile_options == {"mode": "default"}
-    assert list(strategy._blocks(Saved())) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
+    assert strategy.module_setup.options.tensor.styles == {"net.stem": "colwise"}
+    assert strategy.module_setup.options.pipeline.batch_split == [0, None]
+    assert strategy.module_setup.options.pipeline.microbatch_weight is samples
+    assert strategy.module_setup.options.pipeline.cuts == ["net.blocks.1"]
+    assert strategy.module_setup.options.compile == {"mode": "default"}
+    assert list(strategy.module_setup.options.blocks(Saved())) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
 
 
 @pytest.mark.parametrize("named", ["tests.support.models.Block", "torch.nn.LayerNorm"])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.cli import main
-from lightning_dist.explain import built
+from lightning_dist.explain import build_deferred
 from lightning_dist.report import LayoutReport
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
@@ -45,10 +45,10 @@ class Huge(L.LightningModule):
 def _reports(layout: str, sequence_parallel: bool) -> tuple[LayoutReport, LayoutReport]:
     """What was planned for this layout, and what this rank holds."""
     strategy = HybridStrategy(layout, sequence_parallel=sequence_parallel)
-    planned = strategy.explain(built(uneven_decoder), dist.get_world_size())
+    planned = strategy.explain(build_deferred(uneven_decoder), dist.get_world_size())
     trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_steps=1)
     trainer.fit(uneven_decoder(), DataLoader(Blocks(16), batch_size=4))
-    return planned, LayoutReport.of(strategy)
+    return planned, strategy.report()
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "dp_shard=2", "dp_shard=2,tp=2", "dp_replicate=2,tp=2"])
@@ -58,27 +58,29 @@ def test_what_is_explained_is_what_the_ranks_hold(layout: str) -> None:
     planned = reports[0][0]
     assert planned.rank_bytes == max(real.rank_bytes for _, real in reports)
     assert planned.units == reports[0][1].units
-    assert planned.division == reports[0][1].division
-    assert planned.num_parameters == sum(p.numel() for p in built(uneven_decoder).parameters())
+    assert planned.sharding_plan == reports[0][1].sharding_plan
+    assert planned.num_parameters == sum(p.numel() for p in build_deferred(uneven_decoder).parameters())
 
 
-def test_the_division_is_told_block_by_block() -> None:
-    division = HybridStrategy("tp=2", sequence_parallel=True).explain(built(uneven_decoder), 2).division
-    assert division is not None
-    told = {row.name: (row.count, row.split) for row in division.divided}
+def test_the_sharding_plan_is_told_block_by_block() -> None:
+    sharding_plan = (
+        HybridStrategy("tp=2", sequence_parallel=True).explain(build_deferred(uneven_decoder), 2).sharding_plan
+    )
+    assert sharding_plan is not None
+    told = {row.name: (row.count, row.split) for row in sharding_plan.divided}
     assert told["model.blocks.*.attention"] == (2, "by heads: query, key, value; output by its inputs")
     assert told["model.blocks.*.feed_forward"] == (2, "by columns: gate, up; down by its inputs")
     assert told["model.embedding"] == (1, "by vocabulary")
-    assert {row.name for row in division.whole} == {
+    assert {row.name for row in sharding_plan.whole} == {
         "model.norm",
         "model.blocks.*.attention_norm",
         "model.blocks.*.feed_forward_norm",
     }
-    assert division.chains == ["model.blocks.*"]
+    assert sharding_plan.sequence_blocks == ["model.blocks.*"]
 
 
 def test_a_module_that_fits_no_machine_is_explained() -> None:
-    module = built(Huge)
+    module = build_deferred(Huge)
     assert all(p.is_meta for p in module.parameters())
     report = HybridStrategy("dp_shard=4,tp=2").explain(module, 8)
     assert report.whole_bytes > 4e11
@@ -120,8 +122,8 @@ def test_what_can_not_be_explained_is_one_line(
     assert LENGTH
 
 
-def test_the_start_of_a_run_shows_the_division(capsys: pytest.CaptureFixture[str]) -> None:
-    HybridStrategy("tp=2").explain(built(uneven_decoder), 2).print()
+def test_the_start_of_a_run_shows_the_sharding_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    HybridStrategy("tp=2").explain(build_deferred(uneven_decoder), 2).print()
     output = capsys.readouterr().out
     assert "whole on every rank" in output
     assert "by vocabulary" in output

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dist.logs import StepLogs
+from lightning_dist.compat.lightning import has_batches
+from lightning_dist.logs import StepLogs, results
 from tests.support import models
 from tests.support.models import few_samples, samples
 from tests.support.parity import Run, assert_equal, assert_parity, on_layout, train
@@ -151,27 +152,24 @@ class ManyValues(models.Momentum):
 def _collectives_by_step(folder: Any) -> list[int]:
     counts: list[int] = []
     mode = Collectives()
+    reduce, end = results.all_reduce_logged, StepLogs._on_batch_end
 
-    class Counting(StepLogs):
-        def _jointly(self, *parts: Any) -> Any:
-            if self.trainer._logger_connector._first_loop_iter is not None:
-                with mode:
-                    return super()._jointly(*parts)
-            return super()._jointly(*parts)
+    def counted(*args: Any) -> Any:
+        if not has_batches(runner):
+            return reduce(*args)
+        with mode:
+            return reduce(*args)
 
-        def _on_batch_end(self, own: Any) -> None:
-            super()._on_batch_end(own)
-            counts.append(sum(mode.counts.values()))
-            mode.counts.clear()
+    def ended(logs: StepLogs, *args: Any) -> None:
+        end(logs, *args)
+        counts.append(sum(mode.counts.values()))
+        mode.counts.clear()
 
-    import lightning_dist.strategy as strategy
-
-    strategy.StepLogs, original = Counting, strategy.StepLogs  # type: ignore[misc]
-    try:
-        runner = trainer("dp_replicate=2", log_every_n_steps=4, logger=CSVLogger(folder, name="csv", version=0))
+    runner = trainer("dp_replicate=2", log_every_n_steps=4, logger=CSVLogger(folder, name="csv", version=0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "all_reduce_logged", counted)
+        patch.setattr(StepLogs, "_on_batch_end", ended)
         runner.fit(ManyValues(), DataLoader(samples(), batch_size=4))
-    finally:
-        strategy.StepLogs = original  # type: ignore[misc]
     return counts
 
 

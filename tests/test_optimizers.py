@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
-from lightning_dist.gradients import local
+from lightning_dist.dtensors import local_part
 from tests.support import models, optimizers
 from tests.support.models import samples
 from tests.support.parity import QUIET, Run, assert_parity
@@ -108,7 +108,7 @@ def _refusal(layout: str, make: Any) -> tuple[str, bool]:
         trainer.fit(module, DataLoader(samples(16), batch_size=4))
     except ValueError as error:
         params, values, random = before
-        kept = all(torch.equal(local(p), local(value)) for p, value in zip(params, values, strict=True))
+        kept = all(torch.equal(local_part(p), local_part(value)) for p, value in zip(params, values, strict=True))
         return str(error), kept and torch.equal(random, torch.get_rng_state())
     return "trained", True
 

@@ -108,7 +108,7 @@ def fit(
     L.seed_everything(1, verbose=False)
     world = dist.get_world_size() if dist.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format="single")
-    ranks = 1 if layout is None else strategy.requested.resolve(world).num_data_ranks
+    ranks = 1 if layout is None else strategy.ranks.requested.resolve(world).num_data_ranks
     watch, module = Watch(), Seen()
     trainer = L.Trainer(
         **QUIET,

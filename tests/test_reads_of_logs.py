@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist import Layout
-from lightning_dist.logs import StepLogs
+from lightning_dist.logs import StepLogs, results
 from tests.support import models
 from tests.support.models import samples
 from tests.support.ranks import RankError, run_on_ranks
@@ -250,26 +251,22 @@ def _reductions(layout: str, module: Any, callbacks: list[Callback]) -> list[int
     """Collectives for logged values, by training step."""
     counts: list[int] = []
 
-    class Counting(StepLogs):
-        def _jointly(self, *parts: Any) -> Any:
-            counts[-1] += 1
-            return super()._jointly(*parts)
+    reduce = results.all_reduce_logged
+    starts = {name: getattr(StepLogs, name) for name in ("_on_batch_start", "_epoch_end_reached")}
 
-        def _on_batch_start(self, *args: Any) -> None:
-            counts.append(0)
-            super()._on_batch_start(*args)
+    def counted(*args: Any) -> Any:
+        counts[-1] += 1
+        return reduce(*args)
 
-        def _epoch_end_reached(self, *args: Any) -> None:
-            counts.append(0)
-            super()._epoch_end_reached(*args)
+    def started(logs: StepLogs, name: str, *args: Any) -> None:
+        counts.append(0)
+        starts[name](logs, *args)
 
-    import lightning_dist.strategy as strategy
-
-    strategy.StepLogs, original = Counting, strategy.StepLogs  # type: ignore[misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "all_reduce_logged", counted)
+        for name in starts:
+            patch.setattr(StepLogs, name, partialmethod(started, name))
         read(layout, module, callbacks, {"limit_val_batches": 0})
-    finally:
-        strategy.StepLogs = original  # type: ignore[misc]
     return counts[:6]
 
 

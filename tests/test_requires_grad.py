@@ -317,7 +317,7 @@ class Resting(Stack):
         set_requires_grad([self.net.stem, self.net.blocks[2]], not 1 <= batch_idx <= 5)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        parallel = getattr(self.trainer.strategy, "_parallel", None)
+        parallel = getattr(getattr(self.trainer.strategy, "module_setup", None), "runner", None)
         self.seen.append(("", False, float(len(getattr(parallel, "_trained", [])))))
 
 

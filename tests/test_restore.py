@@ -73,7 +73,7 @@ def fit(
     ranks = 1
     if layout is not None:
         strategy = HybridStrategy(layout, checkpoint_format=saved_as)  # type: ignore[arg-type]
-        ranks = strategy.requested.resolve(world).num_data_ranks
+        ranks = strategy.ranks.requested.resolve(world).num_data_ranks
     watch = Watch()
     trainer = L.Trainer(
         **{**QUIET, "enable_checkpointing": True},
@@ -156,7 +156,7 @@ def resize(layout: str | None, folder: Path, saved_as: str, deferred: bool, kind
     world = dist.get_world_size() if dist.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format=saved_as)  # type: ignore[arg-type]
     trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1, callbacks=[watch := Watch()])
-    ranks = 1 if layout is None else strategy.requested.resolve(world).num_data_ranks
+    ranks = 1 if layout is None else strategy.ranks.requested.resolve(world).num_data_ranks
     trainer.fit_loop.load_state_dict = lambda state: None  # type: ignore[method-assign]  # another run, from its start
     loader = DataLoader(words(), batch_size=8 // ranks)
     trainer.fit(module, loader, ckpt_path=folder / "last.ckpt")

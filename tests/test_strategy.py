@@ -221,13 +221,14 @@ def _count(layout: str) -> dict[str, dict[str, int]]:
         def backward(self, *args: Any, **kwargs: Any) -> Any:
             with Collectives() as seen:
                 loss = super().backward(*args, **kwargs)
-            assert self._parallel is not None
-            found["reduce" if self._parallel.reduces else "accumulate"] = dict(seen.counts)
+            assert self.module_setup.runner is not None
+            found["reduce" if self.module_setup.runner.reduces else "accumulate"] = dict(seen.counts)
             return loss
 
-        def _clip_by_norm(self, *args: Any) -> None:
+    class Clipped(models.Classifier):
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
             with Collectives() as seen:
-                super()._clip_by_norm(*args)
+                super().configure_gradient_clipping(*args, **kwargs)
             found["clip"] = dict(seen.counts)
 
     runner = L.Trainer(
@@ -238,7 +239,7 @@ def _count(layout: str) -> dict[str, dict[str, int]]:
         accumulate_grad_batches=2,
         gradient_clip_val=0.1,
     )
-    runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
+    runner.fit(Clipped(), DataLoader(samples(), batch_size=4))
     return found
 
 
@@ -285,7 +286,7 @@ def _state_bytes(layout: str) -> tuple[int, list[str]]:
 
     runner = L.Trainer(**QUIET, devices=world, strategy=strategy, max_steps=3, callbacks=[Weigh()])
     runner.fit(module, DataLoader(samples(), batch_size=4))
-    return max(held), strategy.sharded_units
+    return max(held), strategy.module_setup.sharded_units
 
 
 # ---------------------------------------------------------------- data
@@ -429,7 +430,7 @@ def _fit_units(units: list[Any]) -> list[str]:
     runner = trainer("dp_shard=2", strategy={"shard_units": units}, max_steps=1)
     runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
     assert isinstance(runner.strategy, HybridStrategy)
-    return runner.strategy.sharded_units
+    return runner.strategy.module_setup.sharded_units
 
 
 class Masked(models.Classifier):

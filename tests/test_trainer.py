@@ -28,7 +28,7 @@ EACH = ["dp_shard=1", slow("dp_replicate=2"), "dp_shard=2", slow("tp=2"), slow("
 def make(layout: str | None, **arguments: Any) -> tuple[L.Trainer, DataLoader, Watch]:
     world = dist.get_world_size() if dist.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout)
-    ranks = 1 if layout is None else strategy.requested.resolve(world).num_data_ranks
+    ranks = 1 if layout is None else strategy.ranks.requested.resolve(world).num_data_ranks
     watch = Watch()
     settings = {**QUIET, "max_epochs": 1, "callbacks": [watch], **arguments}
     return L.Trainer(**settings, devices=world, strategy=strategy), DataLoader(words(), batch_size=8 // ranks), watch

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
-from lightning_dist.randomness import CPU, RandomStates
+from lightning_dist.random_states import CPU, RandomStates
 from tests.support import models
 from tests.support.parity import QUIET, Record, Watch, assert_equal, slow, whole_weights
 from tests.support.ranks import run_on_ranks

@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
-from lightning_dist.checkpoint.placement import HostMemory
+from lightning_dist.pytree import map_leaves
+
+
+class HostMemory:
+    """Host memory for copies of a state, kept from one to the next: to get it from the system takes several times as
+    long as to copy into it.
+
+    Where tensors come from an accelerator it is page-locked, and the copies run together.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}
+        self._lent: list[tuple[tuple[torch.Size, torch.dtype, bool], Tensor]] = []
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy, complete after :meth:`synchronize` and whole until :meth:`reuse`."""
+        tensor = tensor.detach()
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            return tensor.to("cpu", copy=True)
+        locked = tensor.device.type != "cpu" and torch.accelerator.is_available()
+        kind = tensor.shape, tensor.dtype, locked
+        free = self._free.get(kind)
+        memory = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=locked)
+        self._lent.append((kind, memory))
+        # an alias: what is written on the copy, as an attribute, is not there the next time
+        return memory.copy_(tensor, non_blocking=locked).view_as(memory)
+
+    def snapshot(self, tree: Any) -> Any:
+        """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared."""
+        copies: dict[int, Any] = {}
+
+        def note(_: Any, value: Any) -> Any:
+            if isinstance(value, Tensor) and id(value) not in copies:
+                copies[id(value)] = self.copy(value)
+            return value
+
+        map_leaves(tree, note)
+        return copy.deepcopy(tree, copies)
+
+    def synchronize(self) -> None:
+        """Waits for the copies from an accelerator."""
+        if any(locked for (_, _, locked), _ in self._lent):
+            torch.accelerator.synchronize()
+
+    def reuse(self) -> None:
+        """Takes back all that was lent, to be overwritten; what was not lent this time is let go."""
+        self._free = {}
+        for kind, memory in self._lent:
+            self._free.setdefault(kind, []).append(memory)
+        self._lent = []
 
 
 class BackgroundSaves:
@@ -39,7 +91,7 @@ class BackgroundSaves:
             save: given the group to communicate over; touches nothing that the training changes.
         """
         assert self._thread is None
-        self.memory.settle()
+        self.memory.synchronize()
         if self._group is None and dist.is_initialized():
             group: Any = dist.new_group(backend="gloo")
             self._group = group

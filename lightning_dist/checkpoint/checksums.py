@@ -1,101 +1,25 @@
-"""Checksums of the files of a checkpoint, so that a damaged one is named before any of it is used."""
+"""Checksums of the files of a checkpoint, compared before any rank reads, so that a damaged one is named first."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystem
 
-CHECKSUMS = "checksums.json"
-"""Of a directory: size in bytes and CRC-32 of each file, by name."""
+from lightning_dist.checkpoint.formats import CHECKSUMS, DamagedCheckpoint
+from lightning_dist.checkpoint.storage import flush
 
 _CHUNK = 1 << 22
-
-_HANDED_OVER = 1 << 24
-"""Bytes after which the system is told to begin to write; else it begins when the file is flushed at its end."""
-
 
 UNRELATED = (PermissionError, ConnectionError, TimeoutError, MemoryError, ImportError, torch.OutOfMemoryError)
 """Errors that say nothing of the checkpoint that is read."""
 
 
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that lacks a part, or whose bytes are not those that were written."""
-
-
-def flush(file: IO[Any]) -> None:
-    """What was written to a file of the local disk survives a power failure; one at a URL is sent when it is closed."""
-    file.flush()
-    try:
-        descriptor = file.fileno()
-    except (OSError, AttributeError):
-        return
-    os.fsync(descriptor)
-
-
-class SummingFileSystem(FileSystem):
-    """Files of torch.distributed.checkpoint, whose checksums are taken while they are written.
-
-    Args:
-        sums: filled with size and CRC-32 of each file, by name.
-    """
-
-    def __init__(self, sums: dict[str, tuple[int, int]]) -> None:
-        self._sums = sums
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        """A stream that adds up what is written to it, in order."""
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with Summing(io.FileIO(path, mode)) as stream:
-            yield cast(io.IOBase, stream)
-            self._sums[Path(path).name] = stream.size, stream.sum
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Also of the file's checksum."""
-        super().rename(path, new_path)
-        if Path(path).name in self._sums:
-            self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
-
-
-class Summing(io.BufferedWriter):
-    """A stream that adds up what is written to it.
-
-    Attributes:
-        size: in bytes.
-        sum: CRC-32.
-    """
-
-    size = sum = 0
-    _handed_over = 0
-
-    def write(self, data: Any) -> int:
-        """As of a file."""
-        self.sum = zlib.crc32(data, self.sum)
-        self.size += memoryview(data).nbytes
-        written = super().write(data)
-        on_disk = isinstance(self.raw, io.FileIO) and hasattr(os, "posix_fadvise")
-        if on_disk and self.size - self._handed_over >= _HANDED_OVER:
-            self.flush()
-            # Linux begins to write what it is told to forget
-            os.posix_fadvise(self.fileno(), self._handed_over, self.size - self._handed_over, os.POSIX_FADV_DONTNEED)
-            self._handed_over = self.size
-        return written
-
-
-def of_file(path: Path) -> tuple[int, int]:
+def checksum_of(path: Path) -> tuple[int, int]:
     """Size in bytes, and CRC-32."""
     size = crc = 0
     with path.open("rb") as file:
@@ -135,7 +59,7 @@ def verify_directory(folder: Path, names: Iterable[str], rank: int, num_ranks: i
     if unknown := [name for name in needed if name not in sums]:
         raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {CHECKSUMS} does not know its part {unknown[0]}")
     for name in needed[rank::num_ranks]:
-        found = of_file(folder / name)
+        found = checksum_of(folder / name)
         if found != sums[name]:
             raise DamagedCheckpoint(
                 f"checkpoint {folder} is damaged: its part {name} has {found[0]} bytes with CRC-32 {found[1]:08x}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lightning_dist.checkpoint.agreement import global_rank, num_ranks
-from lightning_dist.checkpoint.checksums import CHECKSUMS, DamagedCheckpoint, verify_directory
-from lightning_dist.checkpoint.files import METADATA, REST
-from lightning_dist.checkpoint.single import check_sizes, load_pickled
-from lightning_dist.checkpoint.tree import Path as TreePath
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.checkpoint.checksums import verify_directory
+from lightning_dist.checkpoint.formats import CHECKSUMS, METADATA, REST, DamagedCheckpoint
+from lightning_dist.checkpoint.single_file import check_sizes, load_pickled
+from lightning_dist.collectives import global_rank, num_ranks
+from lightning_dist.compat.torch import CLASSES_OF_A_DCP_INDEX
+from lightning_dist.pytree import Path as TreePath
+from lightning_dist.pytree import map_leaves
 
 MARKER = "lightning_dist"
 """The entry of ``meta.pt`` that says whose the directory is."""
@@ -113,8 +114,15 @@ def _places(path: Path, rest: Any, index: Metadata) -> list[tuple[str, TreePath]
     return places
 
 
+def dcp_path(path: TreePath) -> TreePath:
+    """Under which path torch.distributed.checkpoint has what is at a path of Lightning's dictionary."""
+    if path[0] == "optimizer_states":
+        return (f"optimizer_{path[1]}", *path[2:])
+    return ("model", *path[1:]) if path[0] == "state_dict" else path
+
+
 def _checkpoint_path(path: TreePath) -> TreePath:
-    """The inverse of :func:`_dcp_path`, for the directories of Lightning's strategies too."""
+    """The inverse of :func:`dcp_path`, for the directories of Lightning's strategies too."""
     root = str(path[0])
     if root.startswith("optimizer_") and root.removeprefix("optimizer_").isdigit():
         return ("optimizer_states", int(root.removeprefix("optimizer_")), *path[1:])
@@ -179,26 +187,8 @@ def _check_sizes(path: Path, index: Metadata) -> None:
     """
     held = {(where.fqn, where.offset): info.length for where, info in index.storage_data.items()}
     for key, stored in index.state_dict_metadata.items():
-        if not isinstance(stored, TensorStorageMetadata):
-            continue
-        itemsize, total = stored.properties.dtype.itemsize, 0
-        for chunk in stored.chunks:
-            count, length = math.prod(chunk.sizes), held.get((key, chunk.offsets), held.get((key, None)))
-            inside = len(chunk.sizes) == len(chunk.offsets) == len(stored.size) and all(
-                begin >= 0 and size >= 0 and begin + size <= whole
-                for begin, size, whole in zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
-            )
-            if not inside or length is None or count * itemsize > length:
-                raise DamagedCheckpoint(
-                    f"checkpoint {path} is damaged: {METADATA} has a part of {key!r}, {tuple(chunk.sizes)} at "
-                    f"{tuple(chunk.offsets)}, that its files do not hold ({length} bytes)"
-                )
-            total += count
-        if total != math.prod(stored.size):
-            raise DamagedCheckpoint(
-                f"checkpoint {path} is damaged: {METADATA} says that {key!r} has shape {tuple(stored.size)}, and its "
-                f"parts have {total} values together"
-            )
+        if isinstance(stored, TensorStorageMetadata):
+            _check_chunks(path, key, stored, held)
     by_part: dict[str, list[tuple[int, int]]] = {}
     for info in index.storage_data.values():
         by_part.setdefault(info.relative_path, []).append((info.offset, info.length))
@@ -210,10 +200,31 @@ def _check_sizes(path: Path, index: Metadata) -> None:
             end = offset + length
 
 
+def _check_chunks(path: Path, key: str, stored: TensorStorageMetadata, held: Mapping[Any, int]) -> None:
+    total = 0
+    for chunk in stored.chunks:
+        count, length = math.prod(chunk.sizes), held.get((key, chunk.offsets), held.get((key, None)))
+        inside = len(chunk.sizes) == len(chunk.offsets) == len(stored.size) and all(
+            begin >= 0 and size >= 0 and begin + size <= whole
+            for begin, size, whole in zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
+        )
+        if not inside or length is None or count * stored.properties.dtype.itemsize > length:
+            raise DamagedCheckpoint(
+                f"checkpoint {path} is damaged: {METADATA} has a part of {key!r}, {tuple(chunk.sizes)} at "
+                f"{tuple(chunk.offsets)}, that its files do not hold ({length} bytes)"
+            )
+        total += count
+    if total != math.prod(stored.size):
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged: {METADATA} says that {key!r} has shape {tuple(stored.size)}, and its "
+            f"parts have {total} values together"
+        )
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Reads DCP's index, which DCP itself would unpickle without restriction."""
 
-    _ALLOWED = {  # noqa: RUF012
+    _ALLOWED = CLASSES_OF_A_DCP_INDEX | {
         ("torch.distributed.checkpoint.metadata", "Metadata"),
         ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
         ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
@@ -221,9 +232,6 @@ class _IndexUnpickler(pickle.Unpickler):
         ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
         ("torch.distributed.checkpoint.metadata", "TensorProperties"),
         ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
         ("torch", "Size"),
         ("pathlib", "PosixPath"),
         ("pathlib", "WindowsPath"),

@@ -1,20 +1,22 @@
-"""Weights as files of safetensors, written one tensor at a time.
+"""Weights as files of safetensors: read mapped, written one tensor at a time.
 
-The package of that name reads them, and writes what is in memory. The form is its documentation's: the length of a
+The package of that name reads them, and writes what is in memory. The format is its documentation's: the length of a
 header as 8 bytes, the header as JSON, the tensors one behind the other (huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lightning_dist.checkpoint.files import put_in_place, remove_any, temporary_sibling
-from lightning_dist.checkpoint.lazy import LazyTensor
+from lightning_dist.checkpoint.formats import SAFETENSORS, WEIGHTS, DamagedCheckpoint
+from lightning_dist.checkpoint.lazy_tensors import LazyTensor
+from lightning_dist.checkpoint.locations import written_beside
+from lightning_dist.checkpoint.storage import flush
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -23,7 +25,34 @@ _NAMES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-WEIGHTS = "model.safetensors"
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors that are mapped, and read where they are used; names that were saved as one are one object.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tied = file.metadata() or {}
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} is no file of safetensors, or a damaged one: {error}") from error
+    # safetensors.torch.save_model writes one of the names that share a tensor, and the others in the metadata
+    return tensors | {name: tensors[kept] for name, kept in tied.items() if kept in tensors and name not in tensors}
+
+
+def rows_of_safetensors(path: Path, name: str, begin: int, end: int) -> Tensor:
+    """Some rows of one tensor of a file that :func:`read_safetensors` has read, mapped anew, so that no pages stay."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        rows: Tensor = file.get_slice((file.metadata() or {}).get(name, name))[begin:end]
+        return rows
 
 
 def write_file(
@@ -44,9 +73,21 @@ def write_file(
     Raises:
         ValueError: a type of values that the format does not have.
     """
+    header, order = _header(weights, metadata or {})
+    with written_beside(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            for data in weights[name].pieces():
+                file.write(data)
+                advance(len(data))
+        flush(file)
+
+
+def _header(weights: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The header's text, and the names in the order in which their tensors follow it."""
     header: dict[str, object] = {}
     first: dict[int, str] = {}
-    notes = {"format": "pt", **(metadata or {})}
+    notes = {"format": "pt", **metadata}
     for name, lazy in weights.items():
         if lazy.dtype not in _NAMES:
             raise ValueError(f"{name!r} has values of {lazy.dtype}, which safetensors does not have")
@@ -61,22 +102,7 @@ def write_file(
         header[name] = {"dtype": _NAMES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": offsets}
         end += lazy.nbytes
     text = json.dumps({"__metadata__": notes, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                for data in weights[name].pieces():
-                    file.write(data)
-                    advance(len(data))
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(temporary, path)
-    except BaseException:
-        remove_any(temporary)
-        raise
+    return text + b" " * (-len(text) % 8), order
 
 
 def write_folder(
@@ -95,21 +121,12 @@ def write_folder(
         largest: bytes of a file, if no tensor is larger.
         metadata: strings to store in each.
     """
-    parts: list[dict[str, LazyTensor]] = [{}]
-    part_of: dict[int, dict[str, LazyTensor]] = {}
-    filled = 0
-    for name, lazy in weights.items():
-        if id(lazy) not in part_of:
-            if filled and filled + lazy.nbytes > largest:
-                parts.append({})
-                filled = 0
-            filled += lazy.nbytes
-        part_of.setdefault(id(lazy), parts[-1])[name] = lazy
+    parts = _parts(weights, largest)
     if len(parts) == 1:
         write_file(parts[0], folder / WEIGHTS, advance, metadata)
         return
-    stem = WEIGHTS.removesuffix(".safetensors")
-    names = [f"{stem}-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    stem = WEIGHTS.removesuffix(SAFETENSORS)
+    names = [f"{stem}-{number:05}-of-{len(parts):05}{SAFETENSORS}" for number in range(1, len(parts) + 1)]
     for name, part in zip(names, parts, strict=True):
         write_file(part, folder / name, advance, metadata)
     # of names that are one object, the first
@@ -118,3 +135,18 @@ def write_folder(
     total = sum(weights[name].nbytes for name in names_written)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _parts(weights: Mapping[str, LazyTensor], largest: int) -> list[dict[str, LazyTensor]]:
+    """The weights of each file, of at most so many bytes if no tensor is larger."""
+    parts: list[dict[str, LazyTensor]] = [{}]
+    part_of: dict[int, dict[str, LazyTensor]] = {}
+    size = 0
+    for name, lazy in weights.items():
+        if id(lazy) not in part_of:
+            if size and size + lazy.nbytes > largest:
+                parts.append({})
+                size = 0
+            size += lazy.nbytes
+        part_of.setdefault(id(lazy), parts[-1])[name] = lazy
+    return parts

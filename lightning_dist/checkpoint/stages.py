@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dist.checkpoint.tree import Path, map_leaves
+from lightning_dist.collectives import gather_objects
 from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.pytree import Path, map_leaves
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,24 @@ def with_other_stages(checkpoint: Mapping[str, Any], ranks: StageRanks) -> dict[
     if not states:
         return dict(checkpoint)
     mine = [map_leaves(state.get("state", {}), _described) for state in states]
-    everyone: list[Any] = [None] * dist.get_world_size(ranks.group)
-    dist.all_gather_object(everyone, mine, ranks.group)
-    completed = []
-    for number, state in enumerate(states):
-        if "param_groups" not in state:
-            completed.append(state)
-            continue
-        merged: dict[Any, Any] = {}
-        for part in everyone:
-            for name, value in part[number].items():
-                merged.setdefault(name, value)
-        own = state["state"]
-        in_order = [name for group in state["param_groups"] for name in group["params"]]
-        names = [*(name for name in in_order if name in merged), *(name for name in merged if name not in in_order)]
-        whole = {name: own[name] if name in own else map_leaves(merged[name], _stand_in) for name in names}
-        completed.append({**state, "state": whole})
-    return {**checkpoint, "optimizer_states": completed}
+    everyone = gather_objects(mine, ranks.group)
+    whole = [_completed(state, [part[number] for part in everyone]) for number, state in enumerate(states)]
+    return {**checkpoint, "optimizer_states": whole}
+
+
+def _completed(state: dict[str, Any], parts: list[dict[Any, Any]]) -> dict[str, Any]:
+    """One optimizer's state with the entries of all stages, in the order of its parameters."""
+    if "param_groups" not in state:
+        return state
+    merged: dict[Any, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            merged.setdefault(name, value)
+    own = state["state"]
+    in_order = [name for group in state["param_groups"] for name in group["params"]]
+    names = [*(name for name in in_order if name in merged), *(name for name in merged if name not in in_order)]
+    whole = {name: own[name] if name in own else map_leaves(merged[name], _as_placeholder) for name in names}
+    return {**state, "state": whole}
 
 
 def from_stages(checkpoint: Mapping[str, Any], ranks: StageRanks) -> dict[str, Any]:
@@ -83,8 +85,7 @@ def from_stages(checkpoint: Mapping[str, Any], ranks: StageRanks) -> dict[str, A
 
     map_leaves(dict(checkpoint), note)
     here = dist.get_rank(ranks.group)
-    everyone: list[Any] = [None] * dist.get_world_size(ranks.group)
-    dist.all_gather_object(everyone, flags, ranks.group)
+    everyone = gather_objects(flags, ranks.group)
     sources = iter([next((rank for rank, held in enumerate(at) if held), 0) for at in zip(*everyone, strict=True)])
     received: dict[int, Tensor] = {}
 
@@ -110,7 +111,7 @@ def _described(_: Path, value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def _stand_in(_: Path, value: Any) -> Any:
+def _as_placeholder(_: Path, value: Any) -> Any:
     if isinstance(value, _Elsewhere):
         return placeholder(torch.empty(value.shape, dtype=value.dtype, device="meta"), torch.device("cpu"))
     return value

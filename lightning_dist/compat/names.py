@@ -63,6 +63,12 @@ def hands_on(path: str, purpose: str) -> None:
     REGISTER.append(PrivateName(path, purpose, path.rpartition(".")[2]))
 
 
+def name_of(path: str, purpose: str) -> str:
+    """Registers a private name, and gives its last part: of a method that is patched, say."""
+    hands_on(path, purpose)
+    return path.rpartition(".")[2]
+
+
 def _is_there(path: str) -> bool:
     names = path.split(".")
     for length in range(len(names), 0, -1):
@@ -75,12 +81,12 @@ def _is_there(path: str) -> bool:
         return False
     for name in names[length:]:
         if not hasattr(found, name):
-            return inspect.isclass(found) and any(_sets(kind, name) for kind in found.__mro__)
+            return inspect.isclass(found) and any(is_set_by(kind, name) for kind in found.__mro__)
         found = getattr(found, name)
     return True
 
 
-def _sets(kind: type, name: str) -> bool:
+def is_set_by(kind: type, name: str) -> bool:
     """Whether a method of the class sets this attribute of its instance, or the class annotates it."""
     if name in getattr(kind, "__annotations__", {}):
         return True

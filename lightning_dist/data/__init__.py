@@ -1,25 +1,25 @@
 """Which data rank reads what, and where in it a training is."""
 
-from lightning_dist.data.dealing import (
-    deal,
-    dealt_batches,
-    refuse_different_batches,
-    seed_loader,
-    share_generator,
-)
 from lightning_dist.data.position import TrainingData
-from lightning_dist.data.samplers import DealtBatches
-from lightning_dist.data.streams import DealtStream, deal_stream, is_stream
+from lightning_dist.data.samplers import DistributedBatches
+from lightning_dist.data.sharding import (
+    distributed_batches,
+    seed_loader,
+    shard_loader,
+    share_generator,
+    validate_same_batches,
+)
+from lightning_dist.data.streams import DistributedStream, is_stream, shard_stream
 
 __all__ = [
-    "DealtBatches",
-    "DealtStream",
+    "DistributedBatches",
+    "DistributedStream",
     "TrainingData",
-    "deal",
-    "deal_stream",
-    "dealt_batches",
+    "shard_loader",
+    "shard_stream",
+    "distributed_batches",
     "is_stream",
-    "refuse_different_batches",
+    "validate_same_batches",
     "seed_loader",
     "share_generator",
 ]

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.types import _Stateful  # what Lightning saves the state of; seen in 2.6.6
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from lightning_dist.data.dealing import dealt_by, items_of_batch, loader_seed
-from lightning_dist.data.streams import DealtStream
-from lightning_dist.randomness import CPU, RandomStates, kept_random_states
+from lightning_dist.compat.lightning import Stateful
+from lightning_dist.compat.torch import StandsForLoader
+from lightning_dist.data.sharding import distributed_sampler, items_of_batch, loader_seed
+from lightning_dist.data.streams import DistributedStream
+from lightning_dist.random_states import CPU, RandomStates, kept_random_states
 
 
 class TrainingData:
@@ -29,10 +30,10 @@ class TrainingData:
     """
 
     def __init__(self, loader: Any, num_data_ranks: int, data_rank: int, kept: Callable[[], int]) -> None:
-        self.dealt, self._user_loader = dealt_by(loader), loader
-        self.loader = loader if self.dealt is not None else Resumable(loader, kept)
+        self.order, self._user_loader = distributed_sampler(loader), loader
+        self.loader = loader if self.order is not None else Resumable(loader, kept)
         self.batch_size = items_of_batch(loader)
-        """Of this rank, in what is dealt."""
+        """Of this rank, in what is sharded."""
         self.done = 0
         """Lightning's count of batches when the run began this epoch."""
         self._num_data_ranks, self._data_rank, self._start = num_data_ranks, data_rank, 0
@@ -42,7 +43,7 @@ class TrainingData:
 
         Args:
             epoch: counted from 0.
-            taken: samples, or batches where those are dealt or nothing says how large they are.
+            taken: samples, or batches where those are sharded or nothing says how large they are.
             states: of the loader on each data rank that there was.
             same_ranks: there are as many now.
 
@@ -50,21 +51,21 @@ class TrainingData:
             ValueError: the loader's place can't be found for this number of data ranks, or size of batches.
         """
         self._start = taken
-        if self.dealt is not None:
-            if epoch or self.dealt.epoch:  # of the first, Lightning tells the samplers itself
-                self.dealt.set_epoch(epoch)
-            self.dealt.taken = taken
-            self.dealt.go_on(None if states is None else states[0])
+        if self.order is not None:
+            if epoch or self.order.epoch:  # of the first, Lightning tells the samplers itself
+                self.order.set_epoch(epoch)
+            self.order.taken = taken
+            self.order.go_on(None if states is None else states[0])
             return
         # ranks that read the same stream draw alike
-        self.loader.begin(epoch, 0 if isinstance(self._user_loader, DealtStream) else self._data_rank)
+        self.loader.begin(epoch, 0 if isinstance(self._user_loader, DistributedStream) else self._data_rank)
         state = states[self._data_rank] if states is not None and same_ranks else None
         if not taken:
             self.loader.go_on_after_epoch(state)
             return
         if taken % self._step:
             raise ValueError(
-                f"all ranks together had taken {taken} samples of the epoch, from loaders that deal them themselves; "
+                f"all ranks together had taken {taken} samples of the epoch, from loaders that shard them themselves; "
                 f"with {self._num_data_ranks} data ranks and batches of {self.batch_size} that is between two batches. "
                 f"Choose them so that {taken} is a multiple of their product, or resume from the end of an epoch"
             )
@@ -81,14 +82,14 @@ class TrainingData:
             batches: that were done.
             in_place: plain Lightning has put loaders that have states where they were.
         """
-        if in_place and isinstance(self._user_loader, _Stateful):
+        if in_place and isinstance(self._user_loader, Stateful):
             self._start = int(min(batches * self._step, self._size))
             return True
-        if self.dealt is not None:
-            source = getattr(self.dealt.source, "sampler", self.dealt.source)
+        if self.order is not None:
+            source = getattr(self.order.source, "sampler", self.order.source)
             if not isinstance(source, SequentialSampler) and not callable(getattr(source, "set_epoch", None)):
                 return False
-            self._start = self.dealt.taken = int(min(batches * self._step, self._size))
+            self._start = self.order.taken = int(min(batches * self._step, self._size))
             return True
         if self.loader.keeps_its_place or isinstance(getattr(self._user_loader, "sampler", None), RandomSampler):
             return False
@@ -103,15 +104,15 @@ class TrainingData:
             done: Lightning's count of batches.
             ended: the next batch is the first of another epoch.
         """
-        if not isinstance(self._user_loader, _Stateful):
+        if not isinstance(self._user_loader, Stateful):
             return None
-        place = None if ended or self.dealt is not None else self.loader.state_after(done - self.done, False)["owner"]
+        place = None if ended or self.order is not None else self.loader.state_after(done - self.done, False)["owner"]
         return copy.deepcopy(self._user_loader.state_dict()) if place is None else place
 
     @property
-    def deals_alike(self) -> bool:
-        """Whether every data rank has as many batches, since the strategy deals them."""
-        return self.dealt is not None or isinstance(self._user_loader, DealtStream)
+    def is_even(self) -> bool:
+        """Whether every data rank has as many batches, since the strategy shards them."""
+        return self.order is not None or isinstance(self._user_loader, DistributedStream)
 
     def next_epoch(self) -> None:
         """Another epoch has begun, from its start."""
@@ -123,9 +124,9 @@ class TrainingData:
 
     @property
     def _size(self) -> float:
-        """Of an epoch, in what is dealt."""
-        if self.dealt is not None:
-            return sized_len(self.dealt.source) or math.inf
+        """Of an epoch, in what is sharded."""
+        if self.order is not None:
+            return sized_len(self.order.source) or math.inf
         size = sized_len(self.loader)
         return math.inf if size is None else size * self._step
 
@@ -143,7 +144,7 @@ class TrainingData:
         if not math.isfinite(items):
             return items
         drops = getattr(getattr(self.loader, "batch_sampler", None), "drop_last", False)
-        each = math.ceil(items / self._num_data_ranks) if self.dealt is None else self.dealt.of_each(int(items))
+        each = math.ceil(items / self._num_data_ranks) if self.order is None else self.order.of_each(int(items))
         return each // self.batch_size if drops else math.ceil(each / self.batch_size)
 
     def taken(self, given: int, starts_over: bool) -> int:
@@ -159,20 +160,20 @@ class TrainingData:
         return int(min(start + given * self._step, self._size))
 
     def state(self, done: int, ended: bool, ahead: bool) -> Any:
-        """Of the loader itself at Lightning's count of batches; where batches or samples are dealt, of their order.
+        """Of the loader itself at Lightning's count of batches; where batches or samples are sharded, of their order.
 
         Args:
             done: batches.
             ended: the next batch is the first of another epoch.
             ahead: the next batch is fetched before it is asked for.
         """
-        if self.dealt is not None:
-            return self.dealt.state()
+        if self.order is not None:
+            return self.order.state()
         return self.loader.state_after_epoch() if ended else self.loader.state_after(done - self.done, ahead)
 
 
-class Resumable:
-    """A loader whose samples its owner deals: iterable data, a ``DistributedSampler``, or no ``DataLoader`` at all.
+class Resumable(StandsForLoader):
+    """A loader whose samples its owner shards: iterable data, a ``DistributedSampler``, or no ``DataLoader`` at all.
 
     It goes on by its own state where it, or an iterable data set without workers, has ``state_dict`` and
     ``load_state_dict``; else by leaving out batches, which reads them once more.
@@ -183,7 +184,8 @@ class Resumable:
     """
 
     def __init__(self, loader: Any, kept: Callable[[], int]) -> None:
-        self._loader, self._skip, self._kept = loader, 0, kept
+        super().__init__(loader)
+        self._skip, self._kept = 0, kept
         self._states: dict[int, Any] = {}
         """Of the owner, after a number of batches."""
         self._before_next: dict[int, RandomStates] = {}
@@ -193,7 +195,7 @@ class Resumable:
         owners = [loader] if getattr(loader, "num_workers", 0) else [loader, dataset]
         self._owner: Any = next(filter(_has_state, owners), None)
         # a DataLoader makes an iterator for each epoch, so what lasts is in the data set
-        inner = loader.loader if isinstance(loader, DealtStream) else loader
+        inner = loader.loader if isinstance(loader, DistributedStream) else loader
         lasting = dataset if isinstance(inner, DataLoader) else loader
         self._lasting: Any = lasting if _has_state(lasting) else None
         self._lasted: Any = None
@@ -202,10 +204,10 @@ class Resumable:
     def begin(self, epoch: int, data_rank: int) -> None:
         """The next iteration is that of an epoch: its order, and the seed of its workers."""
         self._skip = 0
-        for sampler in (getattr(self._loader, "sampler", None), getattr(self._loader, "batch_sampler", None)):
+        for sampler in (getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
             if epoch and callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
-        generator = getattr(self._loader, "generator", None)
+        generator = getattr(self.loader, "generator", None)
         if isinstance(generator, torch.Generator) and generator.initial_seed() == loader_seed(data_rank):
             generator.manual_seed(generator.initial_seed())
             for _ in range(epoch):  # each iteration draws one
@@ -253,7 +255,7 @@ class Resumable:
 
     def __iter__(self) -> Iterator[Any]:
         skip, self._skip, self._lasted = self._skip, 0, self.state_after_epoch()
-        batches = iter(self._loader)
+        batches = iter(self.loader)
         with kept_random_states(CPU):
             for _ in range(skip):
                 next(batches, None)
@@ -274,22 +276,12 @@ class Resumable:
             yield batch
 
     def __len__(self) -> int:
-        return len(self._loader)
-
-    @property
-    def _iterator(self) -> Any:
-        """A DataLoader's own, by which Lightning shuts its workers down."""
-        return getattr(self._loader, "_iterator", None)
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        if hasattr(self._loader, "_iterator"):
-            self._loader._iterator = value
+        return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_loader", "state_dict", "load_state_dict"):
+        if name in ("loader", "state_dict", "load_state_dict"):
             raise AttributeError(name)
-        return getattr(self._loader, name)
+        return getattr(self.loader, name)
 
 
 def _has_state(owner: Any) -> bool:

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Sampler, get_worker_info
 
-from lightning_dist.randomness import seed_generators
+from lightning_dist.random_states import seed_generators
 
 
-class Dealt(Sampler[Any]):
-    """What the user's own sampler yields, dealt to the data ranks in its order.
+class DistributedOrder(Sampler[Any]):
+    """What the user's own sampler yields, sharded over the data ranks in its order.
 
     Args:
         source: the user's, of samples or of whole batches.
@@ -32,8 +32,8 @@ class Dealt(Sampler[Any]):
         self.source, self.num_replicas, self.rank, self.seed = source, num_replicas, rank, seed
         self.epoch = 0
         self.taken = 0
-        """What all ranks together took of the epoch before; the next iteration deals the rest."""
-        self.told_anyway: Any = None
+        """What all ranks together took of the epoch before; the next iteration shards the rest."""
+        self.told_by_lightning: Any = None
         """A sampler that Lightning finds by itself, and tells the epoch."""
         self._source: Iterator[Any] | None = None
         """Of the user's sampler, in the iteration that runs."""
@@ -48,7 +48,7 @@ class Dealt(Sampler[Any]):
             self.taken = 0
         self.epoch = epoch
         for sampler in (self.source, getattr(self.source, "sampler", None)):
-            if sampler is not self.told_anyway and callable(inner := getattr(sampler, "set_epoch", None)):
+            if sampler is not self.told_by_lightning and callable(inner := getattr(sampler, "set_epoch", None)):
                 inner(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,8 +141,8 @@ class Dealt(Sampler[Any]):
         return self.of_each(len(self.source))
 
 
-class DealtSampler(Dealt):
-    """The order of the user's own sampler, dealt to the data ranks one sample after the other.
+class DistributedSamples(DistributedOrder):
+    """The order of the user's own sampler, sharded over the data ranks one sample after the other.
 
     Rank r takes the samples r, r + n, r + 2n, ...; the order is filled up from its start so that every rank has the
     same number, as in torch's ``DistributedSampler`` (or cut, for a loader that drops its last batch). So the k-th
@@ -168,8 +168,8 @@ class DealtSampler(Dealt):
         return items // self.num_replicas if self._drop_last else super().of_each(items)
 
 
-class DealtBatches(Dealt):
-    """The user's own batches, dealt whole to the data ranks; every rank yields the same number.
+class DistributedBatches(DistributedOrder):
+    """The user's own batches, sharded whole over the data ranks; every rank yields the same number.
 
     Rank r takes the batches r, r + n, ... A rank that has none left repeats batch 0: in evaluation that step runs
     along, for the sake of the collectives inside the model, and is not counted (see :meth:`counts`); in training it
@@ -202,7 +202,7 @@ class DealtBatches(Dealt):
         return self.of_each(len(self.source))
 
     @property
-    def sampler(self) -> DealtBatches:
+    def sampler(self) -> DistributedBatches:
         """Itself: Lightning tells the epoch to the batch sampler's ``sampler``."""
         return self
 
@@ -230,20 +230,20 @@ class SeededBatches(Sampler[list[Any]]):
 
     Args:
         batches: of indices.
-        dealt: the part of them that deals; gives the epoch and what was taken of it.
-        items: how many of what is dealt make a batch.
+        order: what shards them or their samples; gives the epoch and what was taken of it.
+        items: how many of what is sharded make a batch.
     """
 
-    def __init__(self, batches: Any, dealt: Dealt, items: int) -> None:
-        self.batches, self.dealt, self._items = batches, dealt, items
+    def __init__(self, batches: Any, order: DistributedOrder, items: int) -> None:
+        self.batches, self.order, self._items = batches, order, items
 
     def __iter__(self) -> Iterator[list[Any]]:
-        dealt = self.dealt
-        position = dealt.taken + dealt.rank
+        order = self.order
+        position = order.taken + order.rank
         for batch in self.batches:
-            number = (dealt.seed * 1_000_003 + dealt.epoch) * 1_000_003 + position
+            number = (order.seed * 1_000_003 + order.epoch) * 1_000_003 + position
             yield SeededBatch(batch, number % 2**31)
-            position += self._items * dealt.num_replicas
+            position += self._items * order.num_replicas
 
     def __len__(self) -> int:
         return len(self.batches)

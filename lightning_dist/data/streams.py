@@ -13,20 +13,21 @@ import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.data import has_iterable_dataset
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_dist.kept import Kept
-from lightning_dist.randomness import CPU, RandomStates, kept_random_states, seed_generators
+from lightning_dist.compat.torch import StandsForLoader
+from lightning_dist.pytree import tree_leaves
+from lightning_dist.random_states import CPU, RandomStates, kept_random_states, seed_generators
+from lightning_dist.snapshot import Snapshot
 
 _PROBED = 2
 """Samples by which it is seen whether the ranks read the same."""
 
 
-class DealtStream:
+class DistributedStream(StandsForLoader):
     """A loader of an iterable data set, or any iterable of batches, of which every data rank reads all and takes some.
 
-    Rank r takes the batches r, r + n, ..., as :class:`~lightning_dist.data.DealtBatches` does: together they are the
+    Rank r takes the batches r, r + n, ..., as :class:`~lightning_dist.data.DistributedBatches`: together they are the
     batch of one process that is n times as large (with several workers, the batches come in the workers' order). If
     batches are left that are fewer than ranks, some repeat their first: in training it is used, in evaluation it is not
     counted. Reading draws from generators that are alike on all ranks, so a stream that shuffles is the same one.
@@ -37,7 +38,7 @@ class DealtStream:
         rank: this data rank.
         random: states of the generators that the first batch is read with; the same on all ranks.
         drop_last: leave out the batches at the end that are fewer than ranks.
-        limited: as of :class:`~lightning_dist.data.DealtBatches`.
+        limited: as of :class:`~lightning_dist.data.DistributedBatches`.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class DealtStream:
         drop_last: bool = False,
         limited: bool = False,
     ) -> None:
-        self.loader, self.num_replicas, self.rank, self._random = loader, num_replicas, rank, random
+        super().__init__(loader)
+        self.num_replicas, self.rank, self._random = num_replicas, rank, random
         self._drop_last = drop_last
         self._limit: float | None = None if limited else math.inf
         self.total = math.inf
@@ -112,23 +114,13 @@ class DealtStream:
             finally:
                 self._random = RandomStates.now(CPU)
 
-    @property
-    def _iterator(self) -> Any:
-        """A DataLoader's own, by which Lightning shuts its workers down."""
-        return getattr(self.loader, "_iterator", None)
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        if hasattr(self.loader, "_iterator"):
-            self.loader._iterator = value
-
     def __getattr__(self, name: str) -> Any:
         if name == "loader" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.loader, name)
 
 
-class _SizedStream(DealtStream):
+class _SizedStream(DistributedStream):
     def __len__(self) -> int:
         """Of this rank; of one process, until a limit was said."""
         if self._limit is None:
@@ -141,12 +133,12 @@ def is_stream(loader: Any) -> bool:
     return has_iterable_dataset(loader) if isinstance(loader, DataLoader) else hasattr(loader, "__iter__")
 
 
-def deal_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessGroup, training: bool) -> Any:
-    """The loader as it is, if its owner deals it; a :class:`DealtStream`, if all data ranks read the same from it.
+def shard_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessGroup, training: bool) -> Any:
+    """The loader as it is, if its owner shards it; a :class:`DistributedStream`, if all data ranks read the same.
 
     The first samples are read from an iterator that is thrown away, with generators that are alike on all ranks; the
-    data set's attributes are put back. Ranks that read the same ones have nothing dealt. An iterator, which can be read
-    once only, is left to its owner.
+    data set's attributes are put back. What ranks read apart is left as it is, and so is an iterator, which can be read
+    once only.
 
     Args:
         loader: see :func:`is_stream`.
@@ -171,17 +163,17 @@ def deal_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessGr
         same = [index for index, digest in enumerate(digests) if digests.count(digest) > 1]
         raise ValueError(
             f"of the data of {type(source).__name__}, data ranks {', '.join(map(str, same))} read the same and others "
-            "do not: deal it by trainer.strategy.data_rank of num_data_ranks, leave dealing out (it is then done for "
+            "do not: shard it by trainer.strategy.data_rank of num_data_ranks, leave that out (it is then done for "
             "you), or say Trainer(use_distributed_sampler=False) if it is meant so"
         )
     drop_last = training and bool(getattr(loader, "drop_last", False))
     random = RandomStates.from_state(everyone[0][1])
-    return DealtStream(loader, num_replicas, rank, random, drop_last, limited=not training)
+    return DistributedStream(loader, num_replicas, rank, random, drop_last, limited=not training)
 
 
 def _digest(source: Any) -> str | None:
     """Of the first samples; None if there are none, or they can't be read here."""
-    kept = Kept([source] if hasattr(source, "__dict__") else [], data=True)
+    snapshot = Snapshot([source] if hasattr(source, "__dict__") else [], data=True)
     try:
         with kept_random_states(CPU):
             seed_generators(0)
@@ -192,7 +184,7 @@ def _digest(source: Any) -> str | None:
     except Exception:  # it may want workers, or what only the training brings
         return None
     finally:
-        kept.put_back()
+        snapshot.restore()
     digest = hashlib.sha256()
     for leaf in leaves:
         is_tensor = isinstance(leaf, Tensor)

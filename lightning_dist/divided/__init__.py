@@ -11,6 +11,6 @@ what torch.compile sees.
 """
 
 from lightning_dist.divided.tensor import Divided, as_divided, divide
-from lightning_dist.divided.whole import part_of, whole
+from lightning_dist.divided.whole import whole
 
-__all__ = ["Divided", "as_divided", "divide", "part_of", "whole"]
+__all__ = ["Divided", "as_divided", "divide", "whole"]

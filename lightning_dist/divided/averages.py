@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_dist.divided.tensor import as_divided
-from lightning_dist.divided.whole import as_dtensor, part_of
+from lightning_dist.dtensors import as_dtensor, part_of
 
 
 def divide_copies(owners: Iterable[Any], module: nn.Module) -> None:

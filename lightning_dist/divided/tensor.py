@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
 from lightning_dist.divided.readers import agree_to_read, asked_by_user
 from lightning_dist.divided.view import shared_draws, view_of_whole
-from lightning_dist.divided.whole import as_dtensor, from_first_data_rank, norms_of, part_of, sum_of, whole
+from lightning_dist.divided.whole import norms_of, sum_of, whole
+from lightning_dist.dtensors import as_dtensor, from_first_data_rank, part_of
+from lightning_dist.pytree import tree_leaves, tree_map
 
 _MANY = 8
 """Aliases, some of which may be gone."""

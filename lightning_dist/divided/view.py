@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_dist.checkpoint.placement import full
 from lightning_dist.divided.functions import Way, way_of, writes
-from lightning_dist.divided.whole import from_first_data_rank, part_of, whole
+from lightning_dist.divided.whole import whole
+from lightning_dist.dtensors import from_first_data_rank, full, part_of
+from lightning_dist.pytree import tree_leaves, tree_map
 
 
 class _Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.checkpoint.placement import full, place_like
 from lightning_dist.divided.readers import agree_to_read
+from lightning_dist.dtensors import as_dtensor, data_groups, full, local_part, place_like
 
 
 def whole(tensor: DTensor) -> Tensor:
     """The whole tensor, plain, on every rank; a gradient that comes back is averaged over the data ranks.
 
-    Communication: that of :func:`~lightning_dist.checkpoint.placement.full`; backward, one all-reduce of the whole
+    Communication: that of :func:`~lightning_dist.dtensors.full`; backward, one all-reduce of the whole
     tensor's bytes per data axis of its mesh. The ranks of a tensor axis have the same gradient.
 
     Raises:
@@ -29,27 +28,6 @@ def whole(tensor: DTensor) -> Tensor:
     if torch.is_grad_enabled() and tensor.requires_grad:
         return _Whole.apply(tensor)
     return full(tensor)
-
-
-def part_of(tensor: Tensor, like: DTensor) -> Tensor:
-    """This rank's part, plain, of a whole tensor that every rank has. Communication: none."""
-    part: Any = place_like(tensor.detach(), like)
-    return part._local_tensor if isinstance(part, DTensor) else part
-
-
-def data_groups(tensor: DTensor) -> Iterator[dist.ProcessGroup]:
-    """Along the axes of its mesh on which ranks see different samples."""
-    mesh = tensor.device_mesh
-    for axis, name in enumerate(mesh.mesh_dim_names or ()):
-        if name != "tp" and mesh.size(axis) > 1:
-            yield mesh.get_group(axis)
-
-
-def from_first_data_rank(tensor: Tensor, like: DTensor) -> Tensor:
-    """Gives every data rank the first one's values, in place. Communication: a broadcast per data axis."""
-    for group in reversed(list(data_groups(like))):
-        dist.broadcast(tensor, dist.get_global_rank(group, 0), group)
-    return tensor
 
 
 class _Whole(torch.autograd.Function):
@@ -70,13 +48,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: DTensor) -> Tensor:
         ctx.like = tensor.detach()
-        return reduce_parts(tensor._local_tensor.sum(), tensor, dist.ReduceOp.SUM)
+        return reduce_parts(local_part(tensor).sum(), tensor, dist.ReduceOp.SUM)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         value = _mean_over_data(gradient, ctx.like)
-        local = ctx.like._local_tensor
+        local = local_part(ctx.like)
         return as_dtensor(value.to(local.dtype).expand(local.shape).contiguous(), ctx.like)
 
 
@@ -86,13 +64,6 @@ def _mean_over_data(gradient: Tensor, like: DTensor) -> Tensor:
         dist.all_reduce(gradient, group=group)
         gradient /= dist.get_world_size(group)
     return gradient
-
-
-def as_dtensor(local: Tensor, like: DTensor) -> DTensor:
-    """A tensor of which this rank holds ``local``, divided as ``like``."""
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
 
 
 def reduce_parts(number: Tensor, like: DTensor, op: Any) -> Tensor:
@@ -108,7 +79,7 @@ def sum_of(tensor: DTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The sum of all elements of the whole. Communication: one all-reduce of a number per axis that divides."""
     if torch.is_grad_enabled() and tensor.requires_grad and dtype is None:
         return _Sum.apply(tensor)
-    return reduce_parts(tensor._local_tensor.detach().sum(dtype=dtype), tensor, dist.ReduceOp.SUM)
+    return reduce_parts(local_part(tensor).sum(dtype=dtype), tensor, dist.ReduceOp.SUM)
 
 
 def norms_of(tensors: list[Tensor], p: float) -> list[Tensor]:
@@ -116,7 +87,7 @@ def norms_of(tensors: list[Tensor], p: float) -> list[Tensor]:
 
     Communication: one all-reduce of a float64 per tensor for each set of axes that divide, together.
     """
-    locals_ = [t._local_tensor.detach() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    locals_ = list(map(local_part, tensors))
     norms = [_norm(local, p) for local in locals_]
     divided: dict[Any, list[int]] = {}
     for index, tensor in enumerate(tensors):

@@ -13,23 +13,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.strategies.strategy import _apply_filter, _validate_keys_for_strict_loading
-from lightning.fabric.utilities.types import _PATH, _Stateful
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers as settings
-from lightning_dist.checkpoint.agreement import from_rank_zero, global_rank, num_ranks, together
 from lightning_dist.checkpoint.checksums import verify_file
-from lightning_dist.checkpoint.forms import form_of
-from lightning_dist.checkpoint.lazy import LazyTensor
-from lightning_dist.checkpoint.locations import fetched, located, settled
-from lightning_dist.checkpoint.sharded import read_sharded
-from lightning_dist.checkpoint.single import check_sizes, load_pickled, save_single
-from lightning_dist.checkpoint.state import named_parameters, with_indices
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.checkpoint.formats import format_of
+from lightning_dist.checkpoint.lazy_tensors import LazyTensor
+from lightning_dist.checkpoint.locations import as_path, local_copy, resolve_swap
+from lightning_dist.checkpoint.optimizer_state import with_indices
+from lightning_dist.checkpoint.sharded_load import read_sharded
+from lightning_dist.checkpoint.single_file import check_sizes, load_pickled, save_single
+from lightning_dist.collectives import broadcast_object, global_rank, num_ranks, raise_on_all_ranks
+from lightning_dist.compat.fabric import Stateful, apply_filter, validate_keys
 from lightning_dist.fabric.module import bare
+from lightning_dist.pytree import map_leaves
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -38,7 +37,7 @@ _KEYS = "fabric"
 
 
 def save(
-    path: _PATH,
+    path: str | Path,
     state: Mapping[str, Any],
     selected: Filter,
     sharded: bool,
@@ -56,9 +55,9 @@ def save(
     Communication: see :func:`lightning_dist.checkpoint.save`.
     """
     converted: dict[str, Any] = {}
-    owner = _together(state)
+    names = _names(state)
     for key, value in state.items():
-        _apply_filter(key, dict(selected), _state_of(value, owner), converted)
+        apply_filter(key, dict(selected), _state_of(value, names), converted)
     by_kind = {
         kind: [key for key, value in state.items() if isinstance(value, kind)] for kind in (nn.Module, Optimizer)
     }
@@ -68,10 +67,10 @@ def save(
         return
     whole = checkpoints.gather_state({"": converted}).get("", {})
     whole |= {key: _by_index(whole[key]) for key in optimizers if key in whole}
-    save_single(whole, located(from_rank_zero(path)), write)
+    save_single(whole, as_path(broadcast_object(path)), write)
 
 
-def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
+def load(path: str | Path, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
     """Puts what a checkpoint holds into the user's dictionary, in place; every rank calls this, and the path is rank
     0's.
 
@@ -92,9 +91,9 @@ def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | 
 
     Communication: some verdicts, a short string a rank.
     """
-    owner = _together(state)
-    checkpoint = _read(path, owner, weights_only)
-    _validate_keys_for_strict_loading(state.keys(), checkpoint.keys(), strict=strict)
+    names = _names(state)
+    checkpoint = _read(path, _modules(state), names, weights_only)
+    validate_keys(state.keys(), checkpoint.keys(), strict)
     for key, value in list(state.items()):
         if key not in checkpoint:
             continue
@@ -102,15 +101,15 @@ def load(path: _PATH, state: dict[str, Any], strict: bool, weights_only: bool | 
         if isinstance(value, nn.Module):
             checkpoints.load_model_state(bare(value), stored, strict, path)
         elif isinstance(value, Optimizer):
-            _load_optimizer(owner, value, stored, path)
-        elif isinstance(value, _Stateful):
+            _load_optimizer(value, stored, names, path)
+        elif isinstance(value, Stateful):
             value.load_state_dict(_in_memory(stored))
         else:
             state[key] = _in_memory(stored)
     return {key: _in_memory(_by_index(value)) for key, value in checkpoint.items()}
 
 
-def load_raw(path: _PATH, target: nn.Module | Optimizer, strict: bool, weights_only: bool | None) -> None:
+def load_raw(path: str | Path, target: nn.Module | Optimizer, strict: bool, weights_only: bool | None) -> None:
     """Puts bare weights, or the bare state of an optimizer, into a module or an optimizer in its layout.
 
     Args:
@@ -123,23 +122,28 @@ def load_raw(path: _PATH, target: nn.Module | Optimizer, strict: bool, weights_o
         weights = checkpoints.load(path, bare(target), optimizers=False, weights_only=weights_only)["state_dict"]
         checkpoints.load_model_state(bare(target), weights, strict, path)
     else:
-        _load_optimizer(nn.Module(), target, _read(path, nn.Module(), weights_only), path)
+        _load_optimizer(target, _read(path, {}, {}, weights_only), {}, path)
 
 
-def _together(state: Mapping[str, Any]) -> nn.Module:
-    """One module of all in the user's dictionary, under their keys."""
-    owner = nn.Module()
-    # not by add_module: a key may be any string
-    owner._modules.update({key: bare(value) for key, value in state.items() if isinstance(value, nn.Module)})
-    return owner
+def _modules(state: Mapping[str, Any]) -> dict[str, nn.Module]:
+    return {key: bare(value) for key, value in state.items() if isinstance(value, nn.Module)}
 
 
-def _state_of(value: Any, owner: nn.Module) -> Any:
+def _names(state: Mapping[str, Any]) -> dict[Tensor, str]:
+    """Of the parameters of all modules in the user's dictionary, each under its key; a shared one under its first."""
+    names: dict[Tensor, str] = {}
+    for key, module in _modules(state).items():
+        for parameter, name in checkpoints.parameter_names(module).items():
+            names.setdefault(parameter, f"{key}.{name}")
+    return names
+
+
+def _state_of(value: Any, names: Mapping[Tensor, str]) -> Any:
     if isinstance(value, nn.Module):
         return checkpoints.model_state(bare(value))
     if isinstance(value, Optimizer):
-        return checkpoints.optimizer_state_by_name(owner, value)
-    return value.state_dict() if isinstance(value, _Stateful) else value
+        return checkpoints.optimizer_state_by_name(value, names)
+    return value.state_dict() if isinstance(value, Stateful) else value
 
 
 def _as_directory(converted: Mapping[str, Any], modules: list[str], optimizers: list[str]) -> dict[str, Any]:
@@ -172,16 +176,21 @@ def _from_directory(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in keys["order"]}
 
 
-def _read(path: _PATH, owner: nn.Module, weights_only: bool | None) -> dict[str, Any]:
-    there = located(from_rank_zero(path))
-    with together(f"read checkpoint {there}"):
-        there = settled(there)
-        form = form_of(there)
-    if form == "sharded":
-        return _from_directory(read_sharded(there, owner, True, weights_only))
-    if form == "weights":
+def _read(
+    path: str | Path, modules: Mapping[str, nn.Module], names: Mapping[Tensor, str], weights_only: bool | None
+) -> dict[str, Any]:
+    there = as_path(broadcast_object(path))
+    with raise_on_all_ranks(f"read checkpoint {there}"):
+        there = resolve_swap(there)
+        format = format_of(there)
+    if format == "sharded":
+        states = {key: checkpoints.model_state(module) for key, module in modules.items()}
+        weights = {f"{key}.{name}": value for key, state in states.items() for name, value in state.items()}
+        parameters = {name: parameter for parameter, name in names.items()}
+        return _from_directory(read_sharded(there, weights, parameters, True, weights_only))
+    if format == "weights":
         raise ValueError(f"{there} holds weights alone; fabric.load_raw(path, model) reads them")
-    with together(f"read checkpoint {there}"), fetched(there) as local:
+    with raise_on_all_ranks(f"read checkpoint {there}"), local_copy(there) as local:
         verify_file(local, global_rank(), num_ranks())
         stored = load_pickled(local, weights_only, mmap=True)
         check_sizes(stored, local)
@@ -192,12 +201,12 @@ def _read(path: _PATH, owner: nn.Module, weights_only: bool | None) -> dict[str,
     return _from_directory(stored)
 
 
-def _load_optimizer(owner: nn.Module, optimizer: Optimizer, stored: Mapping[str, Any], path: _PATH) -> None:
-    known = {id(parameter) for parameter in named_parameters(owner).values()}
-    held_by = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not all(id(parameter) in known for parameter in held_by):
+def _load_optimizer(
+    optimizer: Optimizer, stored: Mapping[str, Any], names: Mapping[Tensor, str], path: str | Path
+) -> None:
+    if not all(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
         stored = with_indices(stored)  # nothing says what the names of its parameters are here
-    checkpoints.load_optimizer_state(owner, optimizer, stored, path)
+    checkpoints.load_optimizer_state(optimizer, stored, names, path)
     settings.settle(optimizer)
 
 

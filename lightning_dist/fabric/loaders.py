@@ -2,7 +2,7 @@
 
 Fabric puts torch's ``DistributedSampler`` in place of a sampler, or around one. It shuffles by a seed that ranks may
 have set apart, forgets a loader's generator, and lets each rank draw its own order from a sampler that draws: here the
-order is drawn once, alike on all ranks, and dealt.
+order is drawn once, alike on all ranks, and sharded.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from lightning_dist.collectives import broadcast_object
 from lightning_dist.data import share_generator
-from lightning_dist.data.samplers import DealtSampler
-from lightning_dist.ranks import broadcast
+from lightning_dist.data.samplers import DistributedSamples
 
 
 class Injected(int):
@@ -29,8 +29,8 @@ class Injected(int):
         return cls(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
-def deal_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
-    """Deals the user's own order where Fabric has put a sampler; changes the loader in place, which is Fabric's then.
+def shard_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
+    """Shards the user's own order where Fabric has put a sampler; changes the loader in place, which is Fabric's then.
 
     Args:
         loader: as Fabric hands it to a strategy.
@@ -49,12 +49,12 @@ def deal_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
     if not found:
         _refuse_other_ranks(loader.sampler, num_replicas, rank)
         return
-    seed = int(broadcast(found[0].seed))
-    dealt = DealtSampler(_source_of(found[0], loader), num_replicas, rank, seed, loader.drop_last)
+    seed = int(broadcast_object(found[0].seed))
+    sampler = DistributedSamples(_source_of(found[0], loader), num_replicas, rank, seed, loader.drop_last)
     if loader.sampler is found[0]:
-        object.__setattr__(loader, "sampler", dealt)  # which DataLoader forbids
+        object.__setattr__(loader, "sampler", sampler)  # which DataLoader forbids
     if getattr(batches, "sampler", None) is found[0]:
-        batches.sampler = dealt
+        batches.sampler = sampler
     share_generator(loader)
 
 
@@ -81,7 +81,7 @@ def _source_of(sampler: Any, loader: DataLoader) -> Any:
 def _refuse_other_ranks(sampler: Any, num_replicas: int, rank: int) -> None:
     if isinstance(sampler, DistributedSampler) and (sampler.num_replicas, sampler.rank) != (num_replicas, rank):
         raise ValueError(
-            f"the loader's DistributedSampler deals to {sampler.num_replicas} ranks, and is rank {sampler.rank} of "
+            f"the loader's DistributedSampler is for {sampler.num_replicas} ranks, as rank {sampler.rank} of "
             f"them; the layout has {num_replicas} data ranks (dp_replicate x dp_shard), of which this is {rank}: leave "
             "the sampler out, or pass it num_replicas=fabric.strategy.num_data_ranks, rank=fabric.strategy.data_rank"
         )

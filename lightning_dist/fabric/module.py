@@ -14,7 +14,7 @@ from lightning import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_dist.data import refuse_different_batches
+from lightning_dist.data import validate_same_batches
 from lightning_dist.layout import ParallelMesh
 from lightning_dist.parallel import Alone, average_buffers
 from lightning_dist.parallel.data import CALL
@@ -81,7 +81,7 @@ class InLayout(nn.Module):
         kind = "forward in training" if trains else "forward in evaluation"
         if kind not in self._compared:
             self._compared.add(kind)
-            refuse_different_batches(kind, (batch,), self._mesh.root["tp"].get_group())
+            validate_same_batches(kind, (batch,), self._mesh.root["tp"].get_group())
         if torch.is_grad_enabled():
             self._takes_part(self)
         if trains:

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision, TorchCheckpointIO
-from lightning.fabric.strategies.strategy import Strategy, _BackwardSyncControl
-from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.fabric.utilities.types import _PATH
+from lightning.fabric.strategies import ParallelStrategy
+from lightning.fabric.strategies.strategy import Strategy, TBroadcast
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
@@ -24,26 +25,39 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist import gradients, optimizers, ranks
-from lightning_dist.automatic import choose_layout
+from lightning_dist import collectives, gradients, optimizers
+from lightning_dist.auto_layout import choose_layout
+from lightning_dist.compat import fabric as private
+from lightning_dist.compat.lightning import Path
 from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files
-from lightning_dist.fabric.loaders import Injected, deal_injected, seed_workers
+from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
 from lightning_dist.fabric.module import InLayout, bare, users_compile_options
-from lightning_dist.fabric.processes import FabricRanks, StartMethod
-from lightning_dist.layout import Layout
+from lightning_dist.gathering import all_gather
+from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.logs import attach_metrics
-from lightning_dist.parallel import Checkpointing, flat_broadcast, parallelize, refuse_no_blocks
+from lightning_dist.parallel import Checkpointing, parallelize, refuse_no_blocks
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks, select_blocks
 from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
 from lightning_dist.precision import make_agreeing, shard_policy
-from lightning_dist.refusals import refuse_lazy, refuse_lost_hooks, refuse_mixed_vector, refuse_wrappers
+from lightning_dist.random_states import share_random_state
+from lightning_dist.ranks import LayoutRanks
+from lightning_dist.validation import (
+    has_hooks,
+    validate_kept_hooks,
+    validate_lbfgs,
+    validate_no_lazy,
+    validate_parameter_kinds,
+)
+
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
-class HybridFabricStrategy(FabricRanks):
+@private.fabric_hooks
+class HybridFabricStrategy(ParallelStrategy):
     """Runs a loop that a user writes with Fabric over a layout of data, shard and tensor parallelism.
 
     The loop, the modules and the optimizers stay as they are: ``fabric.setup``, ``fabric.backward``,
@@ -98,17 +112,11 @@ class HybridFabricStrategy(FabricRanks):
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,
     ) -> None:
-        super().__init__(
-            Layout.parse(layout),
-            _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
-            process_group_backend,
-            timeout,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision=precision,
-        )
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision)
+        self.start_method = _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        self.num_nodes = 1
+        self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)
+        _refuse_pipeline(self.ranks.requested)
         self.activation_checkpointing: Checkpointing = _one_of(
             "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
         )
@@ -116,7 +124,8 @@ class HybridFabricStrategy(FabricRanks):
         self._shard_units = shard_units
         self._tensor_options = TensorOptions(tensor_plan, sequence_parallel)
         self._compile_options = None if compile is False else {} if compile is True else dict(compile)
-        self._backward_sync_control = _SyncControl()
+        self.sync_control = _SyncControl()
+        self._patches = Patches()
         self._in_play: list[InLayout] = []
         """See [Note: which modules take part in a backward pass]."""
 
@@ -124,11 +133,110 @@ class HybridFabricStrategy(FabricRanks):
         """What a Trainer shows when it is given one."""
         return f"<{type(self).__name__}, for Fabric; for a Trainer there is HybridStrategy>"
 
+    # ------------------------------------------------------------------ ranks
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    def set_world_ranks(self) -> None:
+        """Called by Fabric as soon as devices and nodes are known: the layout is checked here."""
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        self.ranks.place(self.global_rank, self.root_device, self.num_processes, self.num_nodes)
+        _refuse_pipeline(self.layout)
+
+    def launcher_of_processes(self) -> Any:
+        """Starts the other processes; None where they are there."""
+        assert self.cluster_environment is not None
+        if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
+            return None
+        return private.launcher(self, self.start_method)
+
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        self.ranks.join(self.cluster_environment)
+        self.ranks.form_mesh()
         if self.world_size > 1:
-            make_agreeing(self.precision)
+            make_agreeing(self.precision, self._patches)
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout, resolved; None while ``"auto"`` is undecided."""
+        return self.ranks.layout
+
+    @property
+    def mesh(self) -> ParallelMesh | None:
+        """The ranks along the axes of the layout; None for one process."""
+        return self.ranks.mesh
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Number of ranks, or groups of ranks, that see different samples."""
+        return self.ranks.num_data_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the data ranks this is; ranks with the same one see the same samples."""
+        return self.ranks.data_rank
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different samples; None for one process, and while ``"auto"`` is undecided."""
+        return self.ranks.data_group
+
+    def _group(self, group: Any) -> dist.ProcessGroup | None:
+        if self.mesh is None and self.world_size > 1:  # "auto", of which all ranks are data ranks
+            return group if group is not None else dist.group.WORLD
+        return self.ranks.group_unless(group)
+
+    @override
+    def all_reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Over the ranks with different samples, unless another group than the world is given. One all-reduce.
+
+        As Fabric says, the tensor itself is given the result, but for the mean of integers, which is another one in
+        float64.
+        """
+        group = self._group(group)
+        if not isinstance(tensor, Tensor) or group is None:
+            return tensor
+        result = collectives.reduce_tensor(tensor.detach(), group, reduce_op)
+        if result.dtype != tensor.dtype:
+            return result
+        with torch.no_grad():
+            return tensor.copy_(result)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """From the ranks with different samples, in the order of data ranks, unless another group is given."""
+        group = self._group(group)
+        return tensor if group is None else all_gather(tensor, group, sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return collectives.reduce_decision(decision, all, self.root_device)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        collectives.barrier(self.root_device)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        return collectives.broadcast_object(obj, src)
 
     # ------------------------------------------------------------------ data
 
@@ -143,7 +251,7 @@ class HybridFabricStrategy(FabricRanks):
     @override
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
         if self.num_data_ranks > 1:
-            deal_injected(dataloader, self.num_data_ranks, self.data_rank)
+            shard_injected(dataloader, self.num_data_ranks, self.data_rank)
         seed_workers(dataloader, self.global_rank, self.data_rank)
         return dataloader
 
@@ -178,43 +286,45 @@ class HybridFabricStrategy(FabricRanks):
         assert layout is not None
         blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
         refuse_no_blocks(module, blocks, self.activation_checkpointing)
-        division = self._tensor_options.divide(module, layout.tp, blocks)
+        sharding_plan = self._tensor_options.sharding_plan(module, layout.tp, blocks)
         if self.mesh is not None:
-            refuse_lazy(module)
+            validate_no_lazy(module)
             _refuse_again(module)
-            refuse_wrappers(module, layout, parameter_splits(division.plan) if division else ())
-            ranks.share_random_state(self.root_device)
+            validate_parameter_kinds(
+                module, layout, parameter_splits(sharding_plan.tensor_plan) if sharding_plan else ()
+            )
+            share_random_state(self.root_device)
             if layout.holds_shards:
                 tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
-                flat_broadcast(tensors, dist.distributed_c10d._get_default_group())
+                collectives.broadcast_tensors(tensors, None)
             InLayout.prepare(module)
-        hooked = {name: p for name, p in module.named_parameters() if _has_hooks(p)}
+        hooked = {name: p for name, p in module.named_parameters() if has_hooks(p)}
         replaced = Replaced(module, in_lists=True)
         parallel = parallelize(
             module,
             layout,
             self.mesh,
-            division=division,
+            sharding_plan=sharding_plan,
             blocks=blocks,
             policy=shard_policy(self.precision, self.root_device),
             device=self.root_device,
             activation_checkpointing=self.activation_checkpointing,
             compile_options=self._compile_of(),
             training=True,
-            patches=Patches(),
+            patches=self._patches,  # what Fabric set up stays so
         )
         if self.mesh is None:
             return module
-        refuse_lost_hooks(module, hooked)
+        validate_kept_hooks(module, hooked)
         hooked.clear()
         parallel.reshard()
         replaced.exchange(module, [SimpleNamespace(optimizers=made_before)])
         divide(module)
         parallel.show()
         show_parts_to_compiled(module)
-        attach_metrics(module, self.mesh.data.get_group())
+        attach_metrics(module, self.mesh.data.get_group(), self._patches)
         _mark(module)
-        ranks.part_random_streams(self.data_rank)
+        self.ranks.part_random_streams()
         return InLayout(module, parallel, self.mesh, self._takes_part)
 
     def _compile_of(self) -> dict[str, Any] | None:
@@ -224,9 +334,10 @@ class HybridFabricStrategy(FabricRanks):
         return users_compile_options()
 
     def _decide_layout(self, module: nn.Module) -> None:
-        if self.layout is None:
-            self.layout, reason = choose_layout(module, self.world_size, self.root_device, self.num_processes)
-            self._build_mesh()
+        ranks = self.ranks
+        if ranks.layout is None:
+            ranks.layout, reason = choose_layout(module, ranks.world_size, ranks.device, ranks.num_processes)
+            ranks.form_mesh()
             rank_zero_info(f"layout {self.layout}: {reason}")
 
     @override
@@ -238,7 +349,7 @@ class HybridFabricStrategy(FabricRanks):
         if self.mesh is None:
             return optimizer
         assert self.layout is not None
-        refuse_mixed_vector(optimizer)
+        validate_lbfgs(optimizer)
         optimizers.settle(optimizer)
         if self.layout.holds_shards:
             optimizers.refuse_inexact(optimizer, self.layout, self.root_device)
@@ -340,13 +451,13 @@ class HybridFabricStrategy(FabricRanks):
     @property
     def saves_shards(self) -> bool:
         """Whether a checkpoint is a directory to which every rank writes what it holds."""
-        divides = self.mesh is not None and self.layout is not None and self.layout.holds_shards
+        divides = self.ranks.holds_shards and self.mesh is not None
         return self.checkpoint_format == "sharded" or (self.checkpoint_format == "auto" and divides)
 
     @override
     def save_checkpoint(
         self,
-        path: _PATH,
+        path: Path,
         state: dict[str, Any],
         storage_options: Any | None = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
@@ -363,7 +474,7 @@ class HybridFabricStrategy(FabricRanks):
     @override
     def load_checkpoint(
         self,
-        path: _PATH,
+        path: Path,
         state: nn.Module | Optimizer | dict[str, Any] | None = None,
         strict: bool = True,
         weights_only: bool | None = None,
@@ -383,11 +494,20 @@ class HybridFabricStrategy(FabricRanks):
         checkpoints.load_model_state(bare(module), state_dict, strict)
 
 
-class _SyncControl(_BackwardSyncControl):
+class _SyncControl(private.BackwardSyncControl):
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """While it lasts, backward passes add to the gradients of the module without reducing them."""
         return module.parallel.accumulating() if enabled and isinstance(module, InLayout) else nullcontext()
+
+
+def _refuse_pipeline(layout: Layout | None) -> None:
+    if layout is not None and layout.pp > 1:
+        raise ValueError(
+            f"layout {layout} asks for pp={layout.pp} under Fabric: a pipeline has to run the whole training step "
+            "itself, microbatch by microbatch, and here the loop is the user's; use HybridStrategy with a Trainer for "
+            "pp, or dp_replicate, dp_shard and tp"
+        )
 
 
 def _refuse_again(module: nn.Module) -> None:
@@ -409,10 +529,6 @@ def _mark(module: nn.Module) -> None:
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _has_hooks(parameter: nn.Parameter) -> bool:
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:

@@ -2,7 +2,7 @@
 
 - ``tape``: what a recording is made of;
 - ``recording``: the modes that write it while a model is built;
-- ``randomness``: the generators meanwhile;
+- ``recorded_draws``: the generators meanwhile;
 - ``replay``: which steps are needed, in which order values come to life and go;
 - ``install``: the values go into the (by then perhaps sharded) module.
 """

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_dist.checkpoint.placement import on_tensor_axis, place_like
-from lightning_dist.initialization.randomness import restore_host_random_state
+from lightning_dist.dtensors import on_tensor_axis, place_like
+from lightning_dist.initialization.recorded_draws import restore_host_random_state
 from lightning_dist.initialization.replay import ReplayPlan, replay
 from lightning_dist.initialization.tape import CannotDefer, Slot, Tape
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dist.initialization.install import RecordedInit
-from lightning_dist.initialization.randomness import (
+from lightning_dist.initialization.recorded_draws import (
     host_random_state,
     restore_host_random_state,
 )
 from lightning_dist.initialization.tape import CannotDefer, Constant, Draw, Slot, Step, Tape
-from lightning_dist.randomness import default_generator
+from lightning_dist.pytree import tree_flatten, tree_unflatten
+from lightning_dist.random_states import default_generator
 
 _EMPTY = {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided"}
 _FILLED = {"zeros", "ones", "full"}

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_dist.initialization.randomness import StreamPlayer
+from lightning_dist.initialization.recorded_draws import StreamPlayer
 from lightning_dist.initialization.tape import Constant, Slot, Step, Tape
+from lightning_dist.pytree import tree_flatten, tree_map
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dist.initialization.randomness import RandomStream
+from lightning_dist.initialization.recorded_draws import RandomStream
 
 
 class CannotDefer(RuntimeError):

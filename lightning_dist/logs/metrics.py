@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_dist.compat.torchmetrics import (
+    forget_computed,
+    gathers_states,
+    list_states,
+    metric_state,
+    num_updates,
+    set_num_updates,
+    set_step_value,
+)
+from lightning_dist.patches import Patches
 
-def attach_metrics(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Tells every torchmetrics metric of the module that the ranks of ``group`` hold different samples.
+
+def attach_metrics(module: nn.Module, group: dist.ProcessGroup, patches: Patches) -> None:
+    """Tells every torchmetrics metric of the module, until an undo, that the ranks of ``group`` hold different samples.
 
     Where they are all the ranks, a metric knows by itself, and stays free of a process group, which can be neither
     copied nor pickled.
@@ -23,7 +34,7 @@ def attach_metrics(module: nn.Module, group: dist.ProcessGroup) -> None:
         return
     for metric in metrics_in(module):
         if metric.process_group is None:
-            metric.process_group = group
+            patches.set(metric, "process_group", group)
 
 
 def metrics_in(module: nn.Module) -> Iterator[Metric]:
@@ -44,13 +55,7 @@ def align_states(metrics: Iterable[Metric], group: dist.ProcessGroup) -> None:
     Communication: one all-gather of objects over the group if any has a list state.
     """
     within = [inner for metric in metrics for inner in metrics_in(metric)]
-    states = [
-        (metric, name)
-        for metric in within
-        if type(metric)._sync_dist is Metric._sync_dist
-        for name, default in metric._defaults.items()
-        if isinstance(default, list)
-    ]
+    states = [(metric, name) for metric in within if gathers_states(metric) for name in list_states(metric)]
     if states:
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, [_rows(metric, name) for metric, name in states], group)
@@ -61,13 +66,13 @@ def align_states(metrics: Iterable[Metric], group: dist.ProcessGroup) -> None:
             state += [torch.zeros(0, *shape, dtype=dtype, device=device) for _ in range(count - len(state))]
     for metric in within:
         give_rows_a_dim(metric)
-        metric._computed = None  # a rank with a cached value would not gather
+        forget_computed(metric)  # a rank with a cached value would not gather
 
 
 def give_rows_a_dim(metric: Metric) -> None:
     """Rows that are scalars become vectors of one, as when torchmetrics concatenates them: others may have none."""
-    for name, default in metric._defaults.items():
-        if isinstance(default, list) and metric._reductions[name] is dim_zero_cat:
+    for name, join in list_states(metric).items():
+        if join is dim_zero_cat:
             state: Any = getattr(metric, name)
             if isinstance(state, list):
                 state[:] = [torch.atleast_1d(row) for row in state]
@@ -78,29 +83,38 @@ def _rows(metric: Metric, name: str) -> tuple[int, Any, Any]:
     state: Any = getattr(metric, name)
     if not state:
         return 0, torch.float32, ()
-    count = 1 if metric._reductions[name] is dim_zero_cat else len(state)
+    count = 1 if list_states(metric)[name] is dim_zero_cat else len(state)
     return count, state[0].dtype, tuple(torch.atleast_1d(state[0]).shape[1:])
 
 
-class KeptStates:
-    """The states of a module's metrics, to be put back after a batch that counts for nothing."""
+class MetricSnapshot:
+    """What a module's metrics have seen until now, to be put back."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._kept = [(m, m._copy_state_dict(), m._update_count, m._forward_cache) for m in metrics_in(module)]
+        self._states = [(metric, metric_state(metric)) for metric in metrics_in(module)]
 
-    def put_back(self) -> None:
-        """As if the batch had had no rows: it has updated, with nothing."""
-        for metric, state, update_count, forward_cache in self._kept:
-            for name, before in state.items():
+    def restore(self) -> None:
+        """As if nothing had been seen since."""
+        for metric, state in self._states:
+            for name, before in state.values.items():
+                setattr(metric, name, before)
+            set_num_updates(metric, state.num_updates)
+            set_step_value(metric, state.step_value)
+
+    def restore_without_rows(self) -> None:
+        """As if what was seen since had had no rows: a metric has updated, with nothing."""
+        for metric, state in self._states:
+            # torchmetrics warns of metrics that never were updated
+            set_num_updates(metric, max(state.num_updates, min(num_updates(metric), 1)))
+            set_step_value(metric, state.step_value)
+            for name, before in state.values.items():
+                rows = before
                 if isinstance(before, list):
                     # no rows, but as many tensors as other ranks have, of the right dtype and rank
                     new: Any = getattr(metric, name)
-                    empty = [
-                        torch.atleast_1d(row)[:0] if isinstance(row, Tensor) else row[:0] for row in new[len(before) :]
-                    ]
-                    setattr(metric, name, before + empty)
-                else:
-                    setattr(metric, name, before)
-            # torchmetrics warns of metrics that never were updated
-            metric._update_count = max(update_count, min(metric._update_count, 1))
-            metric._forward_cache = forward_cache
+                    rows = before + [_emptied(row) for row in new[len(before) :]]
+                setattr(metric, name, rows)
+
+
+def _emptied(row: Any) -> Any:
+    return torch.atleast_1d(row)[:0] if isinstance(row, Tensor) else row[:0]

@@ -10,24 +10,32 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from lightning_dist.logs.metrics import metrics_in
+from lightning_dist.compat.torchmetrics import set_step_value, step_value
+from lightning_dist.logs.metrics import MetricSnapshot
+from lightning_dist.logs.reductions import REDUCTIONS, Reduction, reduction_of
+from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import tree_leaves
 
 
 @dataclass
-class Logged:
+class _Entry:
     """A name that a step logged, with what each microbatch gave."""
 
     kwargs: dict[str, Any]
     values: list[Any] = field(default_factory=list)
     sizes: list[float] = field(default_factory=list)
 
+    @property
+    def reduction(self) -> Reduction:
+        """How the values of microbatches become one."""
+        return reduction_of(self.kwargs.get("reduce_fx", "mean"))
+
 
 class RecordedLogs:
-    """Stands before a module's ``log`` while microbatches run, and then logs each name once.
+    """Wraps a module's ``log`` while microbatches run, and then logs each name once.
 
     A mean is that of the microbatches, weighted by their size (or the ``batch_size`` that was given); sums, minima and
     maxima are taken of them. Under ``reduce_fx="sum"``, a Python number that does not depend on the number of samples
@@ -43,27 +51,22 @@ class RecordedLogs:
 
     def __init__(self, module: pl.LightningModule, sizes: list[float], is_constant: Callable[[str], bool]) -> None:
         self._module, self._sizes, self._is_constant = module, sizes, is_constant
-        self._logged: dict[str, Logged] = {}
+        self._logged: dict[str, _Entry] = {}
         self._index = 0
         self._active = True
         self.has_logged = False
         """Whether the microbatch that runs has logged."""
         self.takes_unknown = False
         """Whether what it logs may be without memory, to be replaced: of gradients that are not there yet."""
-        self._kept: list[tuple[Metric, dict[str, Any], int, Any]] = []
+        self._metrics: MetricSnapshot | None = None
+        """Of when the microbatch began, where the step updates metrics before the entry."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """While it lasts, ``log`` notes."""
-        before = vars(self._module).get("log")
-        vars(self._module)["log"] = self._log
-        try:
+        with Patches() as patches:
+            patches.set(self._module, "log", self._log)
             yield
-        finally:
-            if before is None:
-                del vars(self._module)["log"]
-            else:
-                vars(self._module)["log"] = before
 
     def begin(self, index: int, active: bool, sees_metrics: bool) -> None:
         """A microbatch begins.
@@ -75,18 +78,14 @@ class RecordedLogs:
         """
         self._index, self._active, self.has_logged, self.takes_unknown = index, active, False, False
         if sees_metrics and not active:
-            self._kept = [
-                (m, m._copy_state_dict(), m._update_count, m._forward_cache) for m in metrics_in(self._module)
-            ]
+            self._metrics = MetricSnapshot(self._module)
 
     def enter(self) -> None:
         """The microbatch is at its stage's entry: what metrics saw on the way there is another stage's."""
         self._active = True
-        for metric, state, update_count, forward_cache in self._kept:
-            for name, before in state.items():
-                setattr(metric, name, before)
-            metric._update_count, metric._forward_cache = update_count, forward_cache
-        self._kept = []
+        if self._metrics is not None:
+            self._metrics.restore()
+            self._metrics = None
 
     def end(self) -> None:
         """The microbatch left its stage."""
@@ -104,9 +103,9 @@ class RecordedLogs:
             )
         kwargs.update(zip(("prog_bar", "logger", "on_step", "on_epoch"), args, strict=False))
         kwargs["rank_zero_only"] = False  # rank 0 may not run the stage that logs
-        entry = self._logged.setdefault(name, Logged(kwargs))
+        entry = self._logged.setdefault(name, _Entry(kwargs))
         if isinstance(value, Metric):
-            cache = getattr(value, "_forward_cache", None)
+            cache = step_value(value)
             entry.values.append((value, cache.detach() if isinstance(cache, Tensor) else None))
         else:
             entry.values.append(value.detach() if isinstance(value, Tensor) else value)
@@ -133,46 +132,25 @@ class RecordedLogs:
         self._logged.clear()
         return logged
 
-    def _combined(self, name: str, entry: Logged) -> Any:
+    def _combined(self, name: str, entry: _Entry) -> Any:
         first = entry.values[0]
         is_number = not isinstance(first, (Tensor, tuple, dict))
         alike = is_number and all(value == first for value in entry.values)
-        if len(entry.values) > 1 and alike and _reduction(entry) == "sum" and self._is_constant(name):
+        if len(entry.values) > 1 and alike and entry.reduction.adds_up and self._is_constant(name):
             return first
         return _combined(entry)
 
 
-def _reduction(entry: Logged) -> str:
-    reduce_fx = entry.kwargs.get("reduce_fx", "mean")
-    return reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")
-
-
-def _combined(entry: Logged) -> Any:
+def _combined(entry: _Entry) -> Any:
     first = entry.values[0]
     if isinstance(first, tuple):
         metric, caches = first[0], [cache for _, cache in entry.values]
         if all(cache is not None for cache in caches):
-            metric._forward_cache = _mean(caches, entry.sizes)
+            set_step_value(metric, REDUCTIONS["mean"].combine(caches, entry.sizes))
         return metric
     if isinstance(first, dict):
         keys = first.keys()
-        return {key: _combined(Logged(entry.kwargs, [v[key] for v in entry.values], entry.sizes)) for key in keys}
-    name = _reduction(entry)
+        return {key: _combined(_Entry(entry.kwargs, [v[key] for v in entry.values], entry.sizes)) for key in keys}
     values = [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in entry.values]
-    if name == "sum":
-        return torch.stack(values).sum(0)
-    if name in ("min", "max"):
-        return getattr(torch.stack(values), f"a{name}")(0)
-    mean = _mean(values, entry.sizes)
-    return mean if isinstance(first, Tensor) else float(mean)
-
-
-def _mean(values: list[Tensor], sizes: list[float]) -> Tensor:
-    if len(values) == 1:
-        return values[0]
-    total = sum(sizes)
-    if not total:
-        return values[-1]
-    wide = sum(v.double() * (size / total) for v, size in zip(values, sizes, strict=True) if size)
-    assert isinstance(wide, Tensor)
-    return wide.to(values[0].dtype) if values[0].is_floating_point() else wide.float()
+    joined = entry.reduction.combine(values, entry.sizes)
+    return float(joined) if entry.reduction.is_weighted and not isinstance(first, Tensor) else joined

@@ -13,9 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 
-from lightning_dist.logs.mentions import READS, SYNCS, is_library, mentions
+from lightning_dist.compat.lightning import HOOK_CALLERS, LoggerConnector
+from lightning_dist.compat.torch import default_store
+from lightning_dist.logs.code_scan import READS, SYNCS, is_library, scan_hook
 from lightning_dist.logs.microbatches import RecordedLogs
 
 SHOWS = "shows"
@@ -62,11 +63,11 @@ class Readers:
             for callback in callbacks:
                 action = f"[Callback]{callback.state_key}.{hook}"
                 shows = {SHOWS} if isinstance(callback, ProgressBar) else set()
-                plan[action] = plan.get(action, frozenset()) | mentions(callback, hook) | shows
-            plan[f"[LightningModule]{type(module).__name__}.{hook}"] = mentions(module, hook)
-        within = frozenset().union(*(mentions(module, hook) for hook in (*_STEPS, *_WITHIN)))
-        training = {name for name in plan if "_validation_" not in name and "_test_" not in name}
-        syncs = SYNCS in mentions(module, "training_step"), any(SYNCS in plan[name] for name in training)
+                plan[action] = plan.get(action, frozenset()) | scan_hook(callback, hook) | shows
+            plan[f"[LightningModule]{type(module).__name__}.{hook}"] = scan_hook(module, hook)
+        within = frozenset().union(*(scan_hook(module, hook) for hook in (*_STEPS, *_WITHIN)))
+        training = {name for name in plan if ".on_validation" not in name and ".on_test" not in name}
+        syncs = SYNCS in scan_hook(module, "training_step"), any(SYNCS in plan[name] for name in training)
         everyone: list[Any] = [None] * dist.get_world_size(group)
         own = {action: tuple(sorted(found)) for action, found in plan.items() if found}
         reads = any(READS in found for found in plan.values())
@@ -81,10 +82,10 @@ class Readers:
         """Whether a training step, or its hooks, mention ``sync_dist``; the first step shows whether they log so."""
 
 
-class Meeting:
+class Rendezvous:
     """Where ranks find out, without a collective, that all of them are at the same place.
 
-    Works over torch's own store of the process group, as seen in 2.14. All ranks make theirs in the same order.
+    Works over the store of the process group. All ranks make theirs in the same order.
 
     Args:
         group: the ranks.
@@ -103,7 +104,7 @@ class Meeting:
         Raises:
             RuntimeError: with ``refusal``, if one does not come.
         """
-        store: Any = dist.distributed_c10d._get_default_store()
+        store = default_store()
         key = f"{self._key}/{self._count}"
         self._count += 1
         if store.add(key, 1) == self._size:
@@ -114,27 +115,28 @@ class Meeting:
             raise RuntimeError(refusal) from error
 
 
-class WatchedConnector(_LoggerConnector):
-    """Says when somebody is about to read. Takes the place of a trainer's connector's class, as seen in 2.6.6."""
+class WatchedConnector(LoggerConnector):
+    """Says when somebody is about to read. Takes the place of a trainer's connector's class."""
 
-    def _before_read(self) -> None: ...
+    def before_read(self) -> None:
+        """Called before each read."""
 
     @property
     def callback_metrics(self) -> Any:
         """As Lightning's."""
-        self._before_read()
+        self.before_read()
         return super().callback_metrics
 
     @property
     def logged_metrics(self) -> Any:
         """As Lightning's."""
-        self._before_read()
+        self.before_read()
         return super().logged_metrics
 
     @property
     def progress_bar_metrics(self) -> Any:
         """As Lightning's."""
-        self._before_read()
+        self.before_read()
         return super().progress_bar_metrics
 
 
@@ -149,7 +151,7 @@ def user_reads() -> str | None:
         name = str(frame.f_globals.get("__name__", ""))
         if isinstance(frame.f_locals.get("self"), ProgressBar):
             return None
-        if frame.f_code.co_name in ("_call_callback_hooks", "_call_lightning_module_hook", "_call_strategy_hook"):
+        if frame.f_code.co_name in HOOK_CALLERS:
             break
         alone |= name == "lightning_utilities.core.rank_zero" and frame.f_code.co_name == "wrapped_fn"
         if reader is None and not is_library(name):
@@ -168,8 +170,8 @@ def refusal(place: str) -> str:
     )
 
 
-def refuse_unfinished(module: pl.LightningModule) -> None:
-    """Refuses to read what microbatches log while they run.
+def validate_finished(module: pl.LightningModule) -> None:
+    """Sees that nobody reads what microbatches log while they run.
 
     Raises:
         RuntimeError: if the microbatch that runs has logged, and is read by the user.
@@ -190,7 +192,7 @@ def _callers() -> Iterator[FrameType]:
 
 
 @contextmanager
-def told(around: Any, after: Any) -> Iterator[Any]:
+def followed_by(around: Any, after: Any) -> Iterator[Any]:
     """A context that says when it has ended."""
     with around as value:
         yield value

@@ -5,46 +5,36 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
-from lightning.pytorch.trainer.connectors.logger_connector.result import (
-    _Metadata,
-    _ResultCollection,
-    _Sync,
-)
-from torch.distributed.tensor import DTensor
 
-from lightning_dist.data import DealtBatches, DealtStream
-from lightning_dist.logs.mentions import LOGS, READS
+from lightning_dist.compat import lightning as private
+from lightning_dist.data import DistributedBatches, DistributedStream
+from lightning_dist.logs.code_scan import LOGS, READS
 from lightning_dist.logs.metrics import give_rows_a_dim, metrics_in
+from lightning_dist.logs.noting import NotedLogs
 from lightning_dist.logs.readers import (
     SHOWS,
-    Meeting,
     Readers,
+    Rendezvous,
     WatchedConnector,
+    followed_by,
     refusal,
-    refuse_unfinished,
-    told,
     user_reads,
+    validate_finished,
 )
-from lightning_dist.logs.results import JointResults
-from lightning_dist.logs.uncounted import Uncounted
-from lightning_dist.logs.values import TO_TENSOR, first_batch_size, to_tensor, update_with_whole, whole
-
-NEUTRAL = {"mean": 0.0, "sum": 0.0, "min": float("inf"), "max": float("-inf")}
-"""What a step logs that is not counted, by reduction."""
+from lightning_dist.logs.repeated_batch import RepeatedBatch
+from lightning_dist.logs.results import ReducedResults, collections_of
+from lightning_dist.patches import Patches
 
 
-class StepLogs(JointResults):
+class StepLogs:
     """Makes what the data ranks log one value, in steps and in every other hook.
 
-    [Note: what a module logs is reduced jointly]
+    [Note: what a module logs is reduced reduce_together]
     A module written for one process logs without ``sync_dist``. Over several data ranks Lightning then keeps each
     rank's own value: the logged mean is that of rank 0's samples, and schedulers and callbacks that monitor it decide
     apart. With ``sync_dist`` it reduces value by value as they are logged, so ranks that log other names, or in
@@ -59,7 +49,7 @@ class StepLogs(JointResults):
     - values that the user's own code reads while steps run: before the hook of which the code says that it reads, on
       all ranks, so that also rank 0 may read alone. A read that was not foreseen waits for the others to read too, and
       from then on every step ends with whole values; one that only some ranks make is refused.
-    - values of an evaluation step: at every batch, if the first one logged any, and if the loader was dealt to the
+    - values of an evaluation step: at every batch, if the first one logged any, and if the loader was sharded over the
       ranks (the user's own may differ in length: their step values stay the rank's own).
     - values of an epoch: when its batches end, and again for what the hooks of its end logged, before callbacks and
       schedulers decide by it.
@@ -69,40 +59,38 @@ class StepLogs(JointResults):
     takes part; its step value, which torchmetrics computes of one rank's batch, becomes the mean over the ranks. Left
     to Lightning: ``rank_zero_only=True`` and ``sync_dist_group``.
 
-    Communication over the data ranks, at each point: see :func:`~lightning_dist.logs.joint.jointly` and, where a metric
-    was logged, :func:`~lightning_dist.logs.metrics.align_states`.
+    Communication over the data ranks, at each point: see :func:`~lightning_dist.logs.reduction.reduce_together` and,
+    where a metric was logged, :func:`~lightning_dist.logs.metrics.align_states`.
 
     Args:
-        trainer: whose results are reduced, from :meth:`attach` to :meth:`detach`.
+        trainer: whose results are reduced, from :meth:`attach` until an undo.
         monitored: names by which schedulers and callbacks decide.
-        group: the ranks that hold different samples; None for one process.
-        dealt: the batches that an evaluation loader was dealt, by its index; None for one that was not.
+        group: the ranks that log different values: of other samples or other stages.
+        batches: this rank's of an evaluation loader, by its index; None for one that the strategy has not sharded.
         stage: where ranks run different stages of a step: this rank's place, and that of the last stage. Then each
             step's values are reduced, since a rank may have none of its own; and of a sum that every stage's hooks log
             alike, the last stage's counts.
+        is_even: whether all data ranks have as many samples of a training batch.
     """
 
     def __init__(
         self,
         trainer: pl.Trainer,
         monitored: set[str],
-        group: dist.ProcessGroup | None,
-        dealt: Callable[[int], DealtBatches | DealtStream | None] = lambda _: None,
+        group: dist.ProcessGroup,
+        batches: Callable[[int], DistributedBatches | DistributedStream | None],
         stage: tuple[int, int] | None = None,
+        is_even: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(trainer, group, in_stages=stage is not None)
-        self.monitored, self._dealt_by_loader = monitored, dealt
-        self._repeats = stage is not None and stage[0] != stage[1]
-        self._of_step_now = False
-        self._shadows: list[tuple[Any, str, Any]] = []
+        self.trainer, self.monitored, self._group, self._batches_of = trainer, monitored, group, batches
+        self._in_stages = stage is not None
+        self._results = ReducedResults(trainer, group, self._in_stages)
+        self._noted = NotedLogs(trainer, self._results, is_even, stage is not None and stage[0] != stage[1])
         self._batch_idx = -1
-        self._size: int | None = None
-        self._is_given = False
-        """Of the batch, once a step's value was weighted by it."""
-        self._dealt: DealtBatches | DealtStream | None = None
+        self._batches: DistributedBatches | DistributedStream | None = None
         """Of the evaluation loader that runs."""
-        self._kept: Uncounted | None = None
-        """How things stood, while the batch is one that another rank counts."""
+        self._repeated: RepeatedBatch | None = None
+        """The batch that runs, while it is one that another rank counts."""
         self._decides = False
         """Whether a step's value is monitored, as all ranks know."""
         self._early = False
@@ -112,8 +100,9 @@ class StepLogs(JointResults):
         self._may_sync, self._hooks_may_sync = False, False
         """Whether their code says so, until the first step shows it."""
         self._thread = threading.get_ident()
-        self._readers: Readers | None = None
-        self._meeting: Meeting | None = None
+        self._hooks: dict[str, frozenset[str]] = {}
+        """What hooks do, by the names under which Lightning profiles them."""
+        self._rendezvous = Rendezvous(group)
         self._unknown = monitored - {"None", "epoch", "step"}
         """Monitored names that nobody logged yet, as all ranks know."""
         self._writes = True
@@ -121,195 +110,121 @@ class StepLogs(JointResults):
 
     # ------------------------------------------------------------------ between Lightning and its results
 
-    def attach(self) -> None:
-        """Starts to note and to reduce. Works around private parts of Lightning, as seen in 2.6.6.
+    def attach(self, patches: Patches) -> None:
+        """Starts to note and to reduce, until an undo.
 
         ``_LoggerConnector.on_batch_end``, ``epoch_end_reached`` and ``on_epoch_end`` are called on every rank before
         values are read; so are ``on_train_batch_end`` and ``on_train_epoch_end`` of callbacks that monitor, the latter
         after the module's own. The progress bar would compute an epoch's values on rank 0 alone. Every logged value
-        passes ``_ResultCollection.update_metrics``, every hook the profiler, every read a property of the connector.
+        passes ``_ResultCollection.update_metrics``, every hook the profiler, every read a property of the connector
+        (seen in Lightning 2.6.6).
 
         Communication: see :class:`~lightning_dist.logs.readers.Readers`.
         """
-        fitting = self.trainer.fit_loop.epoch_loop
-        loops = (fitting, fitting.val_loop, self.trainer.validate_loop, self.trainer.test_loop)
-        module = self.trainer.lightning_module
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            self._shadow(module, TO_TENSOR, partial(to_tensor, self.trainer.strategy.root_device))
-        if self.group is None or dist.get_world_size(self.group) == 1:
-            for loop in loops:
-                self._shadow(loop._results, "update_metrics", partial(update_with_whole, loop._results))
-            return
-        connector = self.trainer._logger_connector
-        self._readers, self._meeting = Readers(self.trainer, self.group), Meeting(self.group)
-        self._early = self._readers.within_steps
-        self._may_sync, self._hooks_may_sync = self._readers.may_sync, self._readers.hooks_may_sync
-        self._shadow(connector, "_before_read", self._before_read)
-        profiler: Any = self.trainer.profiler  # type: ignore[attr-defined]
-        self._shadow(profiler, "profile", partial(self._hook, profiler.profile))
+        readers = Readers(self.trainer, self._group)
+        self._hooks, self._early = readers.hooks, readers.within_steps
+        self._may_sync, self._hooks_may_sync = readers.may_sync, readers.hooks_may_sync
+        connector = private.logger_connector(self.trainer)
+        patches.set(connector, "before_read", self._before_read)
+        patches.also(lambda: setattr(connector, "__class__", private.LoggerConnector))
         connector.__class__ = WatchedConnector
-        for name in ("on_batch_start", "on_batch_end", "epoch_end_reached", "on_epoch_end"):
-            self._shadow(connector, name, partial(getattr(self, f"_{name}"), getattr(connector, name)))
+        patches.wrap(connector, "on_batch_start", self._on_batch_start)
+        patches.wrap(connector, "on_batch_end", self._on_batch_end)
+        patches.wrap(connector, "epoch_end_reached", self._epoch_end_reached)
+        patches.wrap(connector, "on_epoch_end", self._on_epoch_end)
+        patches.wrap(self.trainer.profiler, "profile", self._hook)  # type: ignore[attr-defined]
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             decides = isinstance(callback, (EarlyStopping, Checkpoint)) or getattr(callback, "monitor", None)
             if decides:
-                self._shadow(callback, "on_train_batch_end", partial(self._monitor_step, callback.on_train_batch_end))
+                patches.wrap(callback, "on_train_batch_end", self._monitor_step)
             if decides or isinstance(callback, ProgressBar):  # which reads on rank 0 only
-                own = callback.on_train_epoch_end
-                self._shadow(callback, "on_train_epoch_end", partial(self._on_train_epoch_end, own))
-        for loop in loops:
-            results = loop._results
-            self._of_step[id(results)], self._of_epoch[id(results)] = {}, set()
-            self._shadow(results, "update_metrics", partial(self._update_metrics, results))
-            self._shadow(results, "_extract_batch_size", partial(self._batch_size, results))
+                patches.wrap(callback, "on_train_epoch_end", self._on_epoch_end)
+        for results in collections_of(self.trainer):
+            self._noted.attach(results, patches)
 
     @property
     def repeats(self) -> bool:
         """Whether the evaluation batch that runs is one that another rank counts."""
-        return self._kept is not None
-
-    def detach(self) -> None:
-        """Gives Lightning its methods back."""
-        for owner, name, before in reversed(self._shadows):
-            vars(owner).pop(name) if before is None else vars(owner).update({name: before})
-        self._shadows.clear()
-        connector: Any = self.trainer._logger_connector
-        if isinstance(connector, WatchedConnector):
-            connector.__class__ = _LoggerConnector  # type: ignore[assignment]
+        return self._repeated is not None
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
         """While it lasts, a step logs; outside of it, hooks do."""
-        self._of_step_now = True
-        try:
+        with self._noted.of_step():
             yield
-        finally:
-            self._of_step_now = False
-        if self._readers is not None and self.trainer._results is not None:
+        if private.results_of(self.trainer) is not None:
             self._step_ended()
-
-    def _shadow(self, owner: Any, name: str, method: Any) -> None:
-        self._shadows.append((owner, name, vars(owner).get(name)))
-        vars(owner)[name] = method
-
-    def _batch_size(self, results: _ResultCollection, value: Any, batch_size: int | None, meta: _Metadata) -> int:
-        # Lightning weights a step's value by whatever another `log` of this rank's batch found
-        self._is_given = batch_size is not None
-        if batch_size is None and not (value.is_tensor and meta.on_epoch):
-            if self._size is None:
-                self._size = first_batch_size(results.batch)
-            return self._size
-        return _ResultCollection._extract_batch_size(results, value, batch_size, meta)
-
-    def _update_metrics(self, results: _ResultCollection, key: str, value: Any, batch_size: int) -> None:
-        metric = results[key]
-        value = whole(results, key, value)
-        if value is None:
-            return
-        if metric.meta.sync.group is None:
-            metric.meta.sync._fn = _Sync.no_op
-        # a rank's part of a batch may have none of what a mean is of, and the mean of nothing is nan
-        nothing = self.trainer.training and metric.meta.is_mean_reduction and not batch_size
-        is_sum = metric.is_tensor and metric.meta.reduce_fx.__name__ == "sum"
-        repeats = self._repeats and not self._of_step_now and is_sum
-        if self._kept or nothing or repeats:
-            batch_size = 0
-            if metric.is_tensor:
-                dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-                value = torch.full_like(value, NEUTRAL[metric.meta.reduce_fx.__name__], dtype=dtype)
-        _ResultCollection.update_metrics(results, key, value, batch_size)
-        if metric.meta.sync.rank_zero_only or metric.meta.sync.group is not None:
-            return
-        if metric.meta.on_step and not self._kept:
-            # parts of a batch that were dealt evenly count alike, whatever Lightning takes for their size
-            alike = self.trainer.training and not self._is_given and self._deals_alike
-            self._of_step[id(results)][key] = min(batch_size, 1) if alike else batch_size
-        if metric.meta.on_epoch:
-            self._of_epoch[id(results)].add(key)
-
-    @property
-    def _deals_alike(self) -> bool:
-        strategy: Any = self.trainer.strategy
-        return all(data.deals_alike for data in strategy._begun)
 
     def _on_batch_start(self, own: Any, batch: Any, dataloader_idx: int | None = None) -> None:
         own(batch, dataloader_idx)
-        self._size = None
+        self._noted.begin_batch()
         if not self.trainer.training:
             self._batch_idx += 1
-            self._dealt = self._dealt_by_loader(dataloader_idx or 0)
-            if self._dealt is not None and not self._dealt.counts(self._batch_idx):
-                self._kept = Uncounted(self.trainer)
+            self._batches = self._batches_of(dataloader_idx or 0)
+            if self._batches is not None and not self._batches.counts(self._batch_idx):
+                self._repeated = RepeatedBatch(self.trainer)
+                self._noted.counts = False
 
     def _on_batch_end(self, own: Any) -> None:
-        if self._kept is not None:
-            self._kept.put_back()
+        if self._repeated is not None:
+            self._repeated.undo()
         if not self.trainer.training:
-            if self._dealt is not None and (self._batch_idx == 0 or self._writes):
-                self._writes = bool(self._reduce_step("end"))
-            self._dirty = False
+            if self._batches is not None and (self._batch_idx == 0 or self._writes):
+                self._writes = bool(self._results.reduce_step("end"))
+            self._results.dirty = False
         elif self._ends_whole():
-            self._look(self._reduce_step("end"))
+            self._look(self._results.reduce_step("end"))
             self._hooks_may_sync = False
         own()
-        self._kept = None
+        self._repeated = None
+        self._noted.counts = True
 
     def _ends_whole(self) -> bool:
         """Whether a training step's values are reduced when its batch ends, alike on all ranks."""
         trainer: Any = self.trainer
-        fit = trainer.fit_loop
-        accumulates = fit._should_accumulate() and trainer.lightning_module.automatic_optimization
-        update = trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run)
+        accumulates = private.accumulates(trainer) and trainer.lightning_module.automatic_optimization
+        update = private.logger_connector(trainer).should_update_logs or bool(trainer.fast_dev_run)
         # after the last step, and the last before a validation, hooks and callbacks read its values
-        last = fit.epoch_loop._is_training_done or trainer.should_stop
-        timed = trainer._val_check_time_interval is not None  # by the clock of each rank
-        assert fit._data_fetcher is not None
+        last = private.is_at_last_step(trainer) or trainer.should_stop
         return (
             (update and not accumulates)
-            or (self._in_stages and self._dirty)
+            or (self._in_stages and self._results.dirty)
             or self._decides
             or bool(self._unknown)
             or self._hooks_sync
             or self._hooks_may_sync
             or last
-            or (not timed and fit.epoch_loop._should_check_val_fx(fit._data_fetcher))
+            or (not private.validates_by_the_clock(trainer) and private.validates_next(trainer))
         )
 
     def _epoch_end_reached(self, own: Any) -> None:
-        connector = self.trainer._logger_connector
-        ran = connector._first_loop_iter is not None
+        ran = private.has_batches(self.trainer)
         self._batch_idx = -1
         for metric in metrics_in(self.trainer.lightning_module):  # hooks may compute it by themselves
             give_rows_a_dim(metric)
-        if ran and self._dirty:  # its last step was skipped
-            self._look(self._reduce_step("end"))
+        if ran and self._results.dirty:  # its last step was skipped
+            self._look(self._results.reduce_step("end"))
         own()
         if ran:  # evaluation says it twice
-            self._unknown -= self._reduce_epoch()
+            self._unknown -= self._results.reduce_epoch()
 
-    def _on_epoch_end(self, own: Any) -> None:
-        self._unknown -= self._reduce_epoch()
-        own()
-
-    def _on_train_epoch_end(self, own: Any, *args: Any) -> None:
-        self._unknown -= self._reduce_epoch()
+    def _on_epoch_end(self, own: Any, *args: Any) -> None:
+        self._unknown -= self._results.reduce_epoch()
         own(*args)
 
     # ------------------------------------------------------------------ readers while steps run
 
     def _step_ended(self) -> None:
         """A step of the strategy ended, on all ranks; its hooks are still to come."""
-        if not self.trainer.training and self._dealt is None:
+        if not self.trainer.training and self._batches is None:
             return  # ranks may have another number of batches
-        self._dirty = True
+        self._results.dirty = True
         if self._early or (self.trainer.training and (self._syncs or self._may_sync)):
-            self._look(self._reduce_step("step"))
+            self._look(self._results.reduce_step("step"))
             self._may_sync &= not self.trainer.training
             return
-        results = self.trainer._results
-        assert results is not None
-        synced = [results[key].meta for key in self._of_step[id(results)] if results[key].meta.sync.should]
+        synced = [meta for meta in self._results.metas_of_step if meta.sync.should]
         if synced and self.trainer.training:
             self._meet(
                 f"self.log({synced[0].name!r}, ..., sync_dist=True) was called on this rank, and not on all ranks; it "
@@ -318,29 +233,28 @@ class StepLogs(JointResults):
 
     def _hook(self, own: Any, action: str) -> Any:
         """Around each hook, on all ranks, under the name by which Lightning profiles it."""
-        assert self._readers is not None
-        found = self._readers.hooks.get(action)
+        found = self._hooks.get(action)
         if found is None:
             return own(action)
         reads = READS in found or (SHOWS in found and (self._hooks_sync or self._hooks_may_sync))
-        if reads and self._dirty and (self.trainer.training or self._dealt is not None):
-            self._look(self._reduce_step(action))
-        return told(own(action), self._hook_logged) if LOGS in found else own(action)
+        if reads and self._results.dirty and (self.trainer.training or self._batches is not None):
+            self._look(self._results.reduce_step(action))
+        return followed_by(own(action), self._hook_logged) if LOGS in found else own(action)
 
     def _hook_logged(self) -> None:
-        self._dirty = True
+        self._results.dirty = True
 
     def _before_read(self) -> None:
         """Somebody reads, maybe on this rank only."""
-        results = self.trainer._results
-        if results is None or self.trainer._logger_connector._first_loop_iter is None:
+        if private.results_of(self.trainer) is None or not private.has_batches(self.trainer):
             return
         if threading.get_ident() != self._thread:
             return  # one that shows values now and then, while the ranks' own threads talk
-        if self._of_step_now and self._in_stages:
-            refuse_unfinished(self.trainer.lightning_module)
+        if self._noted.in_step and self._in_stages:
+            validate_finished(self.trainer.lightning_module)
             return
-        if not (self._dirty or self._of_step[id(results)]) or not (self.trainer.training or self._dealt is not None):
+        is_whole = not (self._results.dirty or self._results.metas_of_step)
+        if is_whole or not (self.trainer.training or self._batches is not None):
             return
         reader = user_reads()
         if reader is not None:
@@ -348,16 +262,15 @@ class StepLogs(JointResults):
             self._early = True
 
     def _meet(self, refusal: str) -> None:
-        assert self._meeting is not None
-        self._meeting.wait_for_all(refusal)
-        self._look(self._reduce_step("met"))
+        self._rendezvous.wait_for_all(refusal)
+        self._look(self._results.reduce_step("met"))
 
     def _monitor_step(self, own: Any, *args: Any) -> None:
         if self._decides or self._unknown:
-            self._look(self._reduce_step("monitor"))
+            self._look(self._results.reduce_step("monitor"))
         own(*args)
 
-    def _look(self, metas: list[_Metadata]) -> None:
+    def _look(self, metas: list[private.Metadata]) -> None:
         if not self.trainer.training:
             return
         names = {name for meta in metas for name in (meta.name, meta.forked_name(on_step=True))}

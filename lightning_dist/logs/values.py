@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.utilities.data import _extract_batch_size
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.lightning import ResultCollection, logged_tensor, sizes_in_batch
 from lightning_dist.placeholder import is_placeholder
-
-TO_TENSOR = "_LightningModule__to_tensor"
-"""The method by which ``log`` takes a number, as seen in Lightning 2.6.6."""
 
 
 def to_tensor(device: torch.device, value: Any, name: str) -> torch.Tensor:
-    """In place of that method: it drops the dims of a number, which torch refuses for one that is divided.
+    """In place of the method by which ``log`` takes a number: it drops the dims of a number, which torch refuses for
+    one that is divided.
 
     Communication: of a parameter of one element, an all-gather of it.
     """
     if isinstance(value, DTensor) and value.ndim and value.numel() == 1:
         value = value.full_tensor().detach()
-    number: torch.Tensor = getattr(pl.LightningModule, TO_TENSOR)(SimpleNamespace(device=device), value, name)
-    return number
+    return logged_tensor(device, value, name)
 
 
 def first_batch_size(batch: Any) -> int:
-    """Of the first tensor in a batch, as Lightning finds it where it weights by it (seen in 2.6.6); else 1."""
+    """The size of the first tensor in a batch, as Lightning finds it where it weights by it; else 1."""
     try:
-        return next((size for size in _extract_batch_size(batch) if size is not None), 1)
+        return next((size for size in sizes_in_batch(batch) if size is not None), 1)
     except RecursionError:
         return 1
 
 
-def update_with_whole(results: _ResultCollection, key: str, value: Any, batch_size: int) -> None:
-    """``results.update_metrics`` with the whole of a value that is divided. Communication: see :func:`whole`."""
-    _ResultCollection.update_metrics(results, key, whole(results, key, value), batch_size)
-
-
-def whole(results: _ResultCollection, key: str, value: Any) -> Any:
+def whole(results: ResultCollection, key: str, value: Any) -> Any:
     """The value as a plain tensor; None of a tensor that another stage of a pipeline holds.
 
     Communication: of a ``DTensor``, which all ranks of its mesh log, an all-reduce of one number per axis that it is

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
-from lightning_dist.checkpoint.placement import held_indices_of
+from lightning_dist.dtensors import held_indices_of
 from lightning_dist.placeholder import is_placeholder, placeholder_parameter
 
 LONG, SHORT = 160, 4

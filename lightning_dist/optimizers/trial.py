@@ -22,7 +22,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_dist.gradients import local
+from lightning_dist.dtensors import local_part
 from lightning_dist.optimizers.small import Small, all_parameters, as_divided, representatives, this_ranks_part
 from lightning_dist.optimizers.twin import Twin
 from lightning_dist.placeholder import is_placeholder
@@ -163,7 +163,7 @@ def _steps(twin: Twin, smalls: list[Small], losses: list[Tensor], whole: bool) -
         _set_gradients(parameters, smalls, scale, whole)
         _step(twin.optimizer, closure)
         for values, parameter in zip(after, parameters, strict=True):
-            values.append(parameter.detach() if is_placeholder(parameter) else local(parameter).detach().clone())
+            values.append(parameter.detach() if is_placeholder(parameter) else local_part(parameter).clone())
     return after
 
 
@@ -180,7 +180,7 @@ def _set_gradients(parameters: list[Tensor], smalls: list[Small], scale: float, 
         if not small.parameter.requires_grad or is_placeholder(parameter):
             continue
         slope = small.slope if whole else this_ranks_part(small.slope, small.parameter)
-        held = local(parameter).detach()
+        held = local_part(parameter)
         gradient = scale * (held / 4 + slope)
         loss = loss + scale * (held**2 / 8 + slope * held).sum().real.to(loss)
         parameter.grad = gradient if whole else _like_gradient(gradient, small)

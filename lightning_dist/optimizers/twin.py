@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_dist.gradients import local
+from lightning_dist.dtensors import local_part
 from lightning_dist.optimizers.small import Small
 from lightning_dist.placeholder import is_placeholder
 
@@ -149,7 +149,7 @@ def start_of(state: Tensor, small: Small) -> Tensor:
 
     Communication: one all-reduce of three numbers over each axis that divides the parameter.
     """
-    held, parameter = local(state).detach(), local(small.parameter).detach()
+    held, parameter = local_part(state), local_part(small.parameter)
     bounds = torch.full((3,), torch.inf, dtype=torch.float64, device=held.device)
     if held.numel():
         distance = (held - parameter).abs().max() if held.shape == parameter.shape else held.new_tensor(torch.inf)

@@ -12,14 +12,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.checkpointing import Checkpointing, checkpoint_activations, refuse_no_blocks
 from lightning_dist.parallel.data import Alone, average_buffers
-from lightning_dist.parallel.flat import flat_broadcast
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
 from lightning_dist.parallel.replicated import Replicated
 from lightning_dist.parallel.sharded import Sharded
 from lightning_dist.parallel.tensor import TensorAxis, refuse_compiled_hooks, split
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.plans.tensor import Division, partial_parameters
+from lightning_dist.plans.tensor import ShardingPlan, partial_parameters
 
 __all__ = [
     "Alone",
@@ -27,7 +26,6 @@ __all__ = [
     "Replicated",
     "Sharded",
     "average_buffers",
-    "flat_broadcast",
     "parallelize",
     "refuse_no_blocks",
 ]
@@ -38,16 +36,16 @@ def parallelize(
     layout: Layout,
     mesh: ParallelMesh | None,
     *,
-    division: Division | None,
+    sharding_plan: ShardingPlan | None,
     blocks: dict[str, nn.Module],
     policy: MixedPrecisionPolicy,
     device: torch.device,
     activation_checkpointing: Checkpointing,
     compile_options: dict[str, Any] | None,
     training: bool,
+    patches: Patches,
     partitioned: PartitionedModule | None = None,
     pipeline_options: PipelineOptions | None = None,
-    patches: Patches,
 ) -> Alone:
     """Applies the layout to a module, in place.
 
@@ -60,16 +58,16 @@ def parallelize(
             on meta.
         layout: resolved.
         mesh: of the layout; None for one process.
-        division: what the tensor axis does; None without that axis.
+        sharding_plan: what the tensor axis does; None without that axis.
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
         device: of this rank.
         activation_checkpointing: what the blocks recompute in backward, see :func:`checkpoint_activations`.
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
+        patches: note what is put onto the module; undone, its parameters are still divided.
         partitioned: the stages of the module, of which it holds this rank's; None without that axis.
         pipeline_options: the user's.
-        patches: takes off what is put onto the module.
 
     Returns:
         What runs the module's steps under the layout.
@@ -79,11 +77,11 @@ def parallelize(
     """
     tensor: TensorAxis | None = None
     blocks = {name: block for name, block in blocks.items() if _is_held(block)}
-    if division is not None:
+    if sharding_plan is not None:
         assert mesh is not None
-        division = _held_division(module, division)
-        split(module, division.plan, mesh.root["tp"], division.loss_parallel, division.chains)
-        tensor = TensorAxis(module, partial_parameters(module, division), mesh.root["tp"])
+        sharding_plan = _held_plan(module, sharding_plan)
+        split(module, sharding_plan, mesh.root["tp"], patches=patches)
+        tensor = TensorAxis(module, partial_parameters(module, sharding_plan), mesh.root["tp"])
     checkpoint_activations(module, blocks, activation_checkpointing if training else "none")
     if compile_options is not None:
         refuse_compiled_hooks(module)
@@ -110,11 +108,11 @@ def _is_held(module: nn.Module) -> bool:
     return not any(is_placeholder(p) for p in module.parameters())
 
 
-def _held_division(module: nn.Module, division: Division) -> Division:
+def _held_plan(module: nn.Module, sharding_plan: ShardingPlan) -> ShardingPlan:
     """What this rank's stages have of it."""
-    plan = {name: part for name, part in division.plan.items() if _is_held(module.get_submodule(name))}
-    chains = [[name for name in chain if _is_held(module.get_submodule(name))] for chain in division.chains]
-    return Division(plan, [chain for chain in chains if chain], division.loss_parallel)
+    plan = {name: part for name, part in sharding_plan.tensor_plan.items() if _is_held(module.get_submodule(name))}
+    blocks = [[n for n in names if _is_held(module.get_submodule(n))] for names in sharding_plan.sequence_blocks]
+    return ShardingPlan(plan, [names for names in blocks if names], sharding_plan.loss_parallel)
 
 
 def _over_data(

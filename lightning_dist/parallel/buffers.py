@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
+from lightning_dist.collectives import broadcast_parts
+
 
 class WrittenBuffers:
     """Every data rank begins a training step with the first rank's values of the buffers that training writes, as under
@@ -81,11 +83,9 @@ class WrittenBuffers:
     @torch.no_grad()
     def _send(self, same: list[_Buffer]) -> None:
         """What has another shape on the first rank, or here (a cache by length), stays as it is."""
-        flat = torch.cat([part for buffer in same for part in buffer.packed()])
-        dist.broadcast(flat, group=self.group, group_src=0)
+        parts = iter(broadcast_parts([part for buffer in same for part in buffer.packed()], self.group))
         if dist.get_rank(self.group) == 0:
             return
-        parts = iter(flat.split([size for buffer in same for size in (buffer.shape.numel(), 1)]))
         for buffer in same:
             buffer.take(next(parts), next(parts))
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.pytree import tree_leaves
 
 Checkpointing = Literal["none", "full", "selective"]
 

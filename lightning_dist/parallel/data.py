@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
+from lightning_dist.collectives import all_reduce_tensors, broadcast_tensors
 from lightning_dist.parallel.buffers import WrittenBuffers, unseen_writes
-from lightning_dist.parallel.flat import buckets, flat_broadcast, unflatten
 from lightning_dist.parallel.tensor.axis import TensorAxis
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -36,12 +35,9 @@ def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
     statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
     averaged = {*metrics, *statistics}
     others = [b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)]
-    for same in buckets(statistics):
-        flat = torch.cat([b.detach().reshape(-1) for b in same])
-        dist.all_reduce(flat, group=group)
-        unflatten(flat / dist.get_world_size(group), same)
+    all_reduce_tensors(statistics, group, mean=True)
     with unseen_writes(others):
-        flat_broadcast(others, group)
+        broadcast_tensors(others, group)
 
 
 class Alone:

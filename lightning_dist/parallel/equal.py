@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lightning_dist.parallel.flat import flat_broadcast
+from lightning_dist.collectives import broadcast_tensors
+from lightning_dist.dtensors import local_part
 
 
 @torch.no_grad()
@@ -27,8 +27,7 @@ def make_copies_equal(parameters: Iterable[Tensor], group: dist.ProcessGroup) ->
     Communication: one all-reduce of 16 bytes a parameter over the group, and a wait of the host for it; a broadcast of
     what differs.
     """
-    tensors = [t._local_tensor if isinstance(t, DTensor) else t for t in parameters]
-    tensors = [t.detach() for t in tensors if t.numel() and t.is_floating_point()]
+    tensors = [t for t in map(local_part, parameters) if t.numel() and t.is_floating_point()]
     if not tensors:
         return
     marks = torch.stack(
@@ -39,7 +38,7 @@ def make_copies_equal(parameters: Iterable[Tensor], group: dist.ProcessGroup) ->
     most, least = extremes.chunk(2)
     differ = [index for index, same in enumerate((most == -least).tolist()) if not same]
     if differ:
-        flat_broadcast([tensors[index] for index in differ], group)
+        broadcast_tensors([tensors[index] for index in differ], group)
         rank_zero_warn(
             f"{len(differ)} parameters had other values on other data ranks, written by code that draws random numbers "
             "or reads a rank's own samples; all ranks now have the first one's"

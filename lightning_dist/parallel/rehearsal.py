@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_dist.logs.mentions import is_library
+from lightning_dist.logs.code_scan import is_library
 from lightning_dist.logs.metrics import metrics_in
 from lightning_dist.placeholder import is_placeholder
 

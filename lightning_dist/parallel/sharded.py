@@ -23,10 +23,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
+from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.divided.copies import make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.data import CALL, STEPS, Alone
-from lightning_dist.parallel.flat import buckets, unflatten
 from lightning_dist.parallel.mixed import gather_as_kept, param_groups_of, places
 from lightning_dist.parallel.usage import Usage, filled, free_outdated
 from lightning_dist.placeholder import is_placeholder
@@ -181,11 +181,7 @@ class Sharded(Alone):
         self.usage.second.free()
         if not self.reduces:
             return
-        gradients = [filled(p) for p in self.usage.agree()]
-        for same in buckets(gradients):
-            flat = torch.cat([g.reshape(-1) for g in same])
-            dist.all_reduce(flat, group=self.group)
-            unflatten(flat / dist.get_world_size(self.group), same)
+        all_reduce_tensors([filled(p) for p in self.usage.agree()], self.group, mean=True)
         super().after_backward()
 
 

@@ -13,13 +13,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
+from lightning_dist.compat.transformers import block_classes
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The outermost repeated blocks of a network, by name, in the order of the module.
 
-    The first that answers: the classes which a transformers model names in ``_no_split_modules``; else the children
+    The first that answers: the classes which a transformers model declares for its blocks; else the children
     of a container (``Sequential``, ``ModuleList``, ``ModuleDict``) whose class occurs there twice and that are not
     single layers. Plain containers are looked through, so a stage of blocks gives its blocks. A network without
     repetition has none.
@@ -65,7 +67,7 @@ def select_blocks(
 def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
     classes: set[str] = set()
     for child in module.modules():
-        classes.update(getattr(child, "_no_split_modules", None) or ())
+        classes.update(block_classes(child))
     found = {name: child for name, child in module.named_modules() if class_name(child) in classes}
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     # embeddings and heads are declared too; one alone is no repeated block

@@ -2,7 +2,8 @@
 
 from lightning_dist.report.layout import LayoutReport
 from lightning_dist.report.pipeline import PipelineReport
+from lightning_dist.report.sharding_plan import ShardingPlanReport
 from lightning_dist.report.throughput import Throughput
 from lightning_dist.report.timeline import PipelineTimeline
 
-__all__ = ["LayoutReport", "PipelineReport", "PipelineTimeline", "Throughput"]
+__all__ = ["ShardingPlanReport", "LayoutReport", "PipelineReport", "PipelineTimeline", "Throughput"]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lightning_dist.dtensors import local_part
 from lightning_dist.layout import MESH_AXES, Layout
-from lightning_dist.parallel.pipeline import Stages
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.plans.tensor import Division, parameter_splits
-from lightning_dist.report.division import DivisionReport, rank_bytes, size_in_words
 from lightning_dist.report.pipeline import PipelineReport
-
-if TYPE_CHECKING:
-    from lightning_dist.strategy import HybridStrategy
+from lightning_dist.report.sharding_plan import ShardingPlanReport, size_in_words
 
 MEANING = {
     "pp": "stages of the network",
@@ -36,82 +31,45 @@ class LayoutReport:
 
     Args:
         layout: resolved.
-        reason: why ``"auto"`` chose it; empty where the user did.
-        units: names of the modules that are sharded one by one.
-        recomputed: names of the modules that compute their forward again in backward.
-        checkpointing: how much of it: ``"full"`` or ``"selective"``; ``"none"``.
         num_parameters: of the whole module.
         whole_bytes: of the whole module's parameters.
         rank_bytes: of what this rank keeps of them between steps.
-        division: what the tensor axis divides; None without it.
+        reason: why ``"auto"`` chose the layout; empty where the user did.
+        units: names of the modules that are sharded one by one.
+        recomputed: names of the modules that compute their forward again in backward.
+        checkpointing: how much of it: ``"full"`` or ``"selective"``; ``"none"``.
+        sharding_plan: what the tensor axis divides; None without it.
         pipeline: the stages; None without that axis.
     """
 
     layout: Layout
-    reason: str
-    units: list[str]
-    recomputed: list[str]
-    checkpointing: str
     num_parameters: int
     whole_bytes: int
     rank_bytes: int
-    division: DivisionReport | None = None
+    reason: str = ""
+    units: list[str] = field(default_factory=list)
+    recomputed: list[str] = field(default_factory=list)
+    checkpointing: str = "none"
+    sharding_plan: ShardingPlanReport | None = None
     pipeline: PipelineReport | None = None
 
     @classmethod
-    def of(cls, strategy: HybridStrategy) -> LayoutReport:
-        """The report of a strategy that has set up its module."""
-        module, layout = strategy.lightning_module, strategy.layout
-        assert module is not None
-        assert layout is not None
+    def of(cls, module: nn.Module, layout: Layout, rank_bytes: int | None = None, **more: Any) -> LayoutReport:
+        """The report of a module, set up or not.
+
+        Args:
+            module: with parameters of their whole shapes.
+            layout: resolved.
+            rank_bytes: what a rank will keep of the parameters; default: what they take on this one.
+            more: of the report's other arguments.
+        """
         parameters = list(module.parameters())
         return cls(
             layout=layout,
-            reason=strategy.sharding_reason,
-            units=strategy.sharded_units,
-            recomputed=strategy.recomputed_blocks,
-            checkpointing=strategy.activation_checkpointing,
             num_parameters=sum(p.numel() for p in parameters),
             whole_bytes=sum(p.numel() * p.element_size() for p in parameters),
-            rank_bytes=sum(_local_bytes(p) for p in parameters),
-            division=None if strategy.division is None else DivisionReport.of(module, strategy.division, layout),
-            pipeline=strategy.pipeline_report(),
-        )
-
-    @classmethod
-    def planned(
-        cls,
-        module: nn.Module,
-        layout: Layout,
-        division: Division | None,
-        units: list[str],
-        stages: Stages | None = None,
-        **more: Any,
-    ) -> LayoutReport:
-        """The report of a module that was not set up: on any device or on meta. Of the rank that holds most.
-
-        Args:
-            module: whole.
-            layout: resolved.
-            division: what the tensor axis will do to it.
-            units: names of the modules that will be sharded one by one.
-            stages: into which it will be cut; None without a pipeline.
-            more: of the report's other arguments.
-        """
-        parameters = dict(module.named_parameters())
-        splits = {} if division is None else parameter_splits(division.plan)
-        held = {n: rank_bytes(p, splits.get(n), layout) for n, p in parameters.items()}
-        most = sum(held.values())
-        if stages is not None:
-            most = max(sum(b for n, b in held.items() if rank in stages.holders(n)) for rank in range(layout.pp))
-        return cls(
-            layout=layout,
-            units=units if layout.holds_parts_of_blocks and layout.num_data_ranks > 1 else [],
-            num_parameters=sum(p.numel() for p in parameters.values()),
-            whole_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
-            rank_bytes=most,
-            division=None if division is None else DivisionReport.of(module, division, layout),
-            **{"reason": "", "recomputed": [], "checkpointing": "none", **more},
+            rank_bytes=sum(map(_local_bytes, parameters)) if rank_bytes is None else rank_bytes,
+            **more,
         )
 
     def table(self) -> Table:
@@ -150,15 +108,14 @@ class LayoutReport:
         console.print(self.table())
         if self.pipeline is not None:
             console.print(self.pipeline.table())
-        if self.division is not None:
-            console.print(self.division.table())
+        if self.sharding_plan is not None:
+            console.print(self.sharding_plan.table())
 
 
 def _local_bytes(parameter: Tensor) -> int:
     if is_placeholder(parameter):
         return 0
-    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return own.numel() * own.element_size()
+    return local_part(parameter).nbytes
 
 
 def _shorten(names: list[str], limit: int = 3) -> str:

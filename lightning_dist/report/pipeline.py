@@ -8,7 +8,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages
-from lightning_dist.report.division import size_in_words
+from lightning_dist.report.sharding_plan import size_in_words
 
 
 @dataclass(frozen=True)

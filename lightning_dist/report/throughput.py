@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from lightning_dist.pytree import tree_leaves
 
 
 class Throughput(Callback):

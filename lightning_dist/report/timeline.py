@@ -72,7 +72,7 @@ class PipelineTimeline(Callback):
 
 
 def _pipelined(trainer: pl.Trainer) -> PipelineRunner | None:
-    parallel = getattr(trainer.strategy, "_parallel", None)
+    parallel = getattr(getattr(trainer.strategy, "module_setup", None), "runner", None)
     return parallel if isinstance(parallel, PipelineRunner) else None
 
 

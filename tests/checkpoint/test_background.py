@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, checkpoint
-from lightning_dist.checkpoint.checksums import SummingFileSystem
+from lightning_dist.checkpoint.storage import ChecksumFileSystem
 from tests.checkpoint.training import damage
 from tests.support import models
 from tests.support.models import samples
@@ -38,7 +38,7 @@ class Both(Callback):
             strategy.async_save = False
             trainer.save_checkpoint(self.folder / "now.ckpt")
             strategy.async_save = True
-            start = strategy._saves.start
+            start = strategy.checkpoints.saves.start
 
             def late(path: Path, save: Any) -> None:
                 def waiting(group: Any) -> None:
@@ -47,9 +47,9 @@ class Both(Callback):
 
                 start(path, waiting)
 
-            strategy._saves.start = late
+            strategy.checkpoints.saves.start = late
             trainer.save_checkpoint(self.folder / "later.ckpt")
-            strategy._saves.start = start
+            strategy.checkpoints.saves.start = start
         if trainer.global_step == 5:
             self.while_held.append((self.folder / "later.ckpt").exists())
             self.held.set()
@@ -90,9 +90,9 @@ def _failing(rank: int, folder: Path) -> None:
                 def no_space(*_: Any, **__: Any) -> None:
                     raise OSError("no space left on device")
 
-                SummingFileSystem.create_stream = no_space  # type: ignore[method-assign, assignment]
+                ChecksumFileSystem.create_stream = no_space  # type: ignore[method-assign, assignment]
 
-    kept = SummingFileSystem.create_stream
+    kept = ChecksumFileSystem.create_stream
     strategy = HybridStrategy("dp_shard=2", async_save=True)
     try:
         trainer = L.Trainer(
@@ -104,7 +104,7 @@ def _failing(rank: int, folder: Path) -> None:
         )
         trainer.fit(models.Grouped(), DataLoader(samples(), batch_size=4))
     finally:
-        SummingFileSystem.create_stream = kept  # type: ignore[method-assign]
+        ChecksumFileSystem.create_stream = kept  # type: ignore[method-assign]
 
 
 def test_an_error_in_the_background_ends_all_ranks_and_the_checkpoint_before_stays(tmp_path: Path) -> None:

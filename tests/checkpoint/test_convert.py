@@ -18,8 +18,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_dist import checkpoint
 from lightning_dist.checkpoint.directory import Directory
-from lightning_dist.checkpoint.lazy import bytes_of
-from lightning_dist.checkpoint.opened import open_checkpoint
+from lightning_dist.checkpoint.lazy_tensors import bytes_of
+from lightning_dist.checkpoint.reader import open_checkpoint
 from lightning_dist.cli import main
 from tests.checkpoint.test_layouts import assert_same
 from tests.checkpoint.training import Net, build, damage, make_optimizer, restore, snapshot, train
@@ -152,7 +152,7 @@ def test_rows_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_large_tensors_become_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("lightning_dist.checkpoint.convert"), "_PART", 4 * 30 * 7)
+    monkeypatch.setattr(import_module("lightning_dist.checkpoint.writer"), "_PART", 4 * 30 * 7)
     base = torch.randn(40, 30)
     weights = {"matrix": base, "tied": base, "vector": torch.randn(1000), "scalar": torch.tensor(2.5)}
     checkpoint.save({"state_dict": weights}, tmp_path / "file.ckpt", sharded=False)

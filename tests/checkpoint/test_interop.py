@@ -108,7 +108,7 @@ def _through_shards(source: Path, target: Path, sharded: bool) -> None:
     optimizer = make_optimizer(module, "adamw")
     state = restore(source, module, optimizer)
     state["state_dict"] = checkpoint.model_state(module)
-    state["optimizer_states"] = [checkpoint.optimizer_state_by_name(module, optimizer)]
+    state["optimizer_states"] = [checkpoint.optimizer_state_by_name(optimizer, checkpoint.parameter_names(module))]
     checkpoint.save(state, target, sharded=sharded)
 
 
@@ -160,7 +160,7 @@ def save_shards(layout: str, path: Path) -> Any:
     L.seed_everything(1, verbose=False)
     strategy = HybridStrategy(layout, checkpoint_format="sharded")
     trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_epochs=1)
-    ranks = strategy.requested.resolve(trainer.world_size).num_data_ranks  # type: ignore[union-attr]
+    ranks = strategy.ranks.requested.resolve(trainer.world_size).num_data_ranks  # type: ignore[union-attr]
     module = TiedWords()
     trainer.fit(module, DataLoader(words(), batch_size=8 // ranks))
     trainer.save_checkpoint(path)
@@ -208,6 +208,6 @@ def go_on(layout: str, path: Path) -> list[float]:
     L.seed_everything(2, verbose=False)
     watch, strategy = Watch(), HybridStrategy(layout)
     trainer = L.Trainer(**QUIET, devices=2, strategy=strategy, max_epochs=2, callbacks=[watch])
-    ranks = strategy.requested.resolve(2).num_data_ranks  # type: ignore[union-attr]
+    ranks = strategy.ranks.requested.resolve(2).num_data_ranks  # type: ignore[union-attr]
     trainer.fit(TiedWords(), DataLoader(words(), batch_size=8 // ranks), ckpt_path=path)
     return watch.losses

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dist import checkpoint
-from lightning_dist.checkpoint.state import with_indices
-from lightning_dist.checkpoint.tree import map_leaves
+from lightning_dist.checkpoint.optimizer_state import with_indices
+from lightning_dist.pytree import map_leaves
 from tests.checkpoint.training import (
     OPTIMIZERS,
     RANKS,
@@ -115,8 +115,8 @@ def test_compiled_module_saves_and_loads_plain_names(tmp_path: Path) -> None:
     checkpoint.load_model_state(other, state)
     checkpoint.load_model_state(module, build("one", seed=2).state_dict())
     assert torch.equal(module.hidden.weight, build("one", seed=2).hidden.weight)
-    names = checkpoint.optimizer_state_by_name(module, make_optimizer(module, "adamw"))["param_groups"][0]["params"]
-    assert "hidden.weight" in names
+    by_name = checkpoint.optimizer_state_by_name(make_optimizer(module, "adamw"), checkpoint.parameter_names(module))
+    assert "hidden.weight" in by_name["param_groups"][0]["params"]
 
 
 def test_callback_may_hold_sharded_tensors(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def _plain_state() -> str:
     optimizer = make_optimizer(module, "sgd")
     optimizer.state[module.hidden.weight]["history"] = torch.zeros(4)
     with pytest.raises(ValueError, match="plain tensor") as error:
-        checkpoint.optimizer_state_by_name(module, optimizer)
+        checkpoint.optimizer_state_by_name(optimizer, checkpoint.parameter_names(module))
     return str(error.value)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from lightning_dist import checkpoint
-from lightning_dist.checkpoint import sharded as sharded_form
+from lightning_dist.checkpoint import directory, sharded_load
 from tests.checkpoint.training import build, damage, make_optimizer, restore, snapshot
 from tests.support.ranks import run_on_ranks
 
@@ -114,7 +114,7 @@ def _damaged_checksums(path: Path) -> None:
 def _newer(path: Path) -> None:
     _directory(path)
     rest = torch.load(path / "meta.pt")
-    rest[sharded_form.MARKER]["format"] = 99
+    rest[directory.MARKER]["format"] = 99
     torch.save(rest, path / "meta.pt")
     (path / "checksums.json").unlink()
 
@@ -327,19 +327,19 @@ def _load_error(path: Path) -> str:
 
 
 def _load_error_on_rank_1(path: Path) -> str:
-    real = sharded_form._read_parts
+    real = sharded_load.read_into_targets
 
     def read(*args: Any) -> None:
         if torch.distributed.get_rank() == 1:
             raise OSError("the disk of rank 1")
         real(*args)
 
-    sharded_form._read_parts = read
+    sharded_load.read_into_targets = read
     try:
         with pytest.raises(OSError, match="disk") as error:
             checkpoint.load(path, build("shard"))
     finally:
-        sharded_form._read_parts = real
+        sharded_load.read_into_targets = real
     return str(error.value)
 
 

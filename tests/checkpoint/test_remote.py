@@ -78,7 +78,7 @@ def _train(path: str | None, steps: range, end: str | None, sharded: bool) -> li
 
 
 def _names(folder: str) -> list[str]:
-    return sorted(file.name for file in locations.located(folder).iterdir())
+    return sorted(file.name for file in locations.as_path(folder).iterdir())
 
 
 @FORMS

@@ -58,7 +58,7 @@ def fit(
     L.seed_everything(1, verbose=False)
     world = dist.get_world_size() if dist.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format=saved_as, **more)  # type: ignore[arg-type]
-    ranks = 1 if layout is None else strategy.requested.resolve(world).num_data_ranks
+    ranks = 1 if layout is None else strategy.ranks.requested.resolve(world).num_data_ranks
     watch = Watch()
     keeps = ModelCheckpoint(folder, save_top_k=1, monitor="step", mode="max", filename="{step}")
     trainer = L.Trainer(

@@ -105,7 +105,7 @@ def snapshot(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {
         "epoch": 1,
         "state_dict": checkpoint.model_state(module),
-        "optimizer_states": [checkpoint.optimizer_state_by_name(module, optimizer)],
+        "optimizer_states": [checkpoint.optimizer_state_by_name(optimizer, checkpoint.parameter_names(module))],
         "callbacks": {"Score": {"best": torch.tensor(0.5)}},
     }
 
@@ -113,7 +113,7 @@ def snapshot(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def restore(path: Path | str, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     state = checkpoint.load(path, module)
     checkpoint.load_model_state(module, state["state_dict"], source=path)
-    checkpoint.load_optimizer_state(module, optimizer, state["optimizer_states"][0], source=path)
+    checkpoint.load_optimizer_state(optimizer, state["optimizer_states"][0], checkpoint.parameter_names(module), path)
     return state
 
 

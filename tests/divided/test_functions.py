@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_dist.divided import Divided, as_divided, readers
-from lightning_dist.parallel.tensor.shards import local_part, placement
+from lightning_dist.parallel.tensor.shards import placement, shard_of
 from tests.divided.functions import READS, WHOLE, WRITES
 from tests.support.ranks import run_on_ranks
 
@@ -43,7 +43,7 @@ def packed(whole: Tensor) -> DTensor:
 
 def _on_tensor_axis(whole: Tensor, dim: int, pieces: int) -> DTensor:
     mesh, place = _mesh("tp"), placement(dim, pieces)
-    part = local_part(whole, place, mesh)
+    part = shard_of(whole, place, mesh)
     return DTensor.from_local(part, mesh, [place], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
@@ -59,7 +59,7 @@ def gathered(tensor: Any) -> Tensor:
         numbers = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
         place, mesh = tensor.placements[0], tensor.device_mesh
         if mesh.mesh_dim_names == ("tp",):
-            where = local_part(numbers, place, mesh)
+            where = shard_of(numbers, place, mesh)
         else:
             where = distribute_tensor(numbers, mesh, tensor.placements).to_local()
         everyone: list[Any] = [None] * dist.get_world_size()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dist.elastic import WorkerFailed, is_launched, launch
-from lightning_dist.elastic.launch import short_traceback
+from lightning_dist.elastic.failures import short_traceback
 from tests.launch import workers
 from tests.launch.processes import noted_pids, running
 

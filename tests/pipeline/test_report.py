@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, PipelineTimeline
 from lightning_dist.cli import main
-from lightning_dist.explain import built
+from lightning_dist.explain import build_deferred
 from lightning_dist.parallel.pipeline.timeline import Event
 from lightning_dist.report import LayoutReport
 from lightning_dist.report.timeline import draw, waiting
@@ -30,10 +30,10 @@ from tests.test_explain import uneven_decoder
 def _reports(layout: str, schedule: str) -> tuple[LayoutReport, LayoutReport]:
     strategy = HybridStrategy(layout, pipeline_schedule=schedule)
     loader = DataLoader(Blocks(16), batch_size=4)
-    planned = strategy.explain(built(uneven_decoder), dist.get_world_size(), next(iter(loader)))
+    planned = strategy.explain(build_deferred(uneven_decoder), dist.get_world_size(), next(iter(loader)))
     trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_steps=1)
     trainer.fit(uneven_decoder(), loader)
-    return planned, LayoutReport.of(strategy)
+    return planned, strategy.report()
 
 
 @pytest.mark.parametrize(

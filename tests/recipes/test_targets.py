@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lightning_dist.explain import built
+from lightning_dist.explain import build_deferred
 from recipes import targets
 from recipes.config_errors import ConfigError
 from recipes.explain import from_overrides
@@ -82,8 +82,8 @@ def test_explain_takes_the_same_setting() -> None:
     overrides = ["model._target_=tests.recipes.test_targets.classifier", "trainer.devices=1"]
     with pytest.raises(ValueError, match=r"test_targets\.classifier is not among"):
         from_overrides(overrides)
-    make, *_ = from_overrides([*overrides, "targets=[tests.recipes]"])
-    assert any(isinstance(layer, torch.nn.Linear) for layer in built(make).modules())
+    make = from_overrides([*overrides, "targets=[tests.recipes]"]).make
+    assert any(isinstance(layer, torch.nn.Linear) for layer in build_deferred(make).modules())
 
 
 def classifier(**_: object) -> torch.nn.Module:

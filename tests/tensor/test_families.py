@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dist.parallel.tensor.split import split
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
 from tests.support.ranks import run_on_ranks
@@ -46,9 +47,9 @@ def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) ->
     divided = copy.deepcopy(plain)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
     options = TensorOptions(None, sequence_parallel, loss_parallel)
-    division = options.divide(divided, mesh.size(), find_blocks(divided))
-    assert division is not None
-    split(divided, division.plan, mesh, loss_parallel, division.chains)
+    sharding_plan = options.sharding_plan(divided, mesh.size(), find_blocks(divided))
+    assert sharding_plan is not None
+    split(divided, sharding_plan, mesh, patches=Patches())
     with torch.no_grad():
         family.loss(divided)  # the first run proves the parts, which costs collectives of its own
     expected = family.loss(plain)
@@ -58,7 +59,7 @@ def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) ->
     with Counted() as backward:
         loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    gradients = _differences(plain, divided, set(partial_parameters(divided, division)))
+    gradients = _differences(plain, divided, set(partial_parameters(divided, sharding_plan)))
     plain.eval(), divided.eval()
     with torch.no_grad():
         torch.testing.assert_close(family.loss(divided), family.loss(plain), rtol=1e-5, atol=1e-6)
@@ -67,8 +68,8 @@ def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) ->
     with torch.no_grad():
         torch.testing.assert_close(family.loss(again), family.loss(plain), rtol=1e-5, atol=1e-6)
     return {
-        "plan": {n: part.split for n, part in division.plan.items()},
-        "chains": len(division.chains),
+        "plan": {n: part.split for n, part in sharding_plan.tensor_plan.items()},
+        "stacks": len(sharding_plan.sequence_blocks),
         "gradients": gradients,
         "forward": dict(forward.counts),
         "backward": dict(backward.counts),
@@ -134,17 +135,17 @@ def test_divided_positions_equal_one_process_with_the_same_bytes(name: str) -> N
     for answer in run_on_ranks(2, _compare, name, False, True, timeout=60):
         assert answer["gradients"] == {}
         head = 1 if family.lookups else 0
-        chains = answer["chains"]
+        stacks = answer["stacks"]
         assert answer["forward"].get("allreduce", 0) == family.lookups
         assert answer["forward"]["reducescatter"] == family.parts
-        assert answer["forward"]["allgather"] == family.parts + chains + head
+        assert answer["forward"]["allgather"] == family.parts + stacks + head
         assert answer["backward"].get("allreduce", 0) == family.crossing + head
         assert answer["backward"]["reducescatter"] == family.parts - family.first
-        assert answer["backward"]["allgather"] == family.parts + (chains if not family.first else 0)
+        assert answer["backward"]["allgather"] == family.parts + (stacks if not family.first else 0)
 
 
 @pytest.mark.parametrize("name", WITHOUT_CHAIN)
 def test_networks_that_do_not_run_position_by_position_are_refused(name: str) -> None:
     network = FAMILIES[name].network()
     with pytest.raises(ValueError, match="sequence_parallel"):
-        TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
+        TensorOptions(None, sequence_parallel=True).sharding_plan(network, 2, find_blocks(network))

@@ -101,7 +101,7 @@ def test_gated_modules_train_as_in_one_process(kind: str, layout: str, num_ranks
     assert_parity(Run(partial(Classifies, kind), samples, samples), layout, num_ranks)
 
 
-def test_explain_shows_the_division(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_shows_the_sharding_plan(capsys: pytest.CaptureFixture[str]) -> None:
     HybridStrategy("tp=2").explain(Classifies("SwiGLU"), 2).print()
     shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if "net.*.feed " in line]

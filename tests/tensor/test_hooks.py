@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.tensor.split import split
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
 from tests.support.ranks import RankError, run_on_ranks
@@ -27,10 +28,12 @@ HOOKED = ["timm vit norms", "llama", "bert", "torch transformer", "eva", "t5", "
 def _divided(plain: nn.Module, sequence_parallel: bool = False, loss_parallel: bool = False) -> tuple[Any, TensorAxis]:
     network = copy.deepcopy(plain)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
-    division = TensorOptions(None, sequence_parallel, loss_parallel).divide(network, mesh.size(), find_blocks(network))
-    assert division is not None
-    split(network, division.plan, mesh, loss_parallel, division.chains)
-    return network, TensorAxis(network, partial_parameters(network, division), mesh)
+    sharding_plan = TensorOptions(None, sequence_parallel, loss_parallel).sharding_plan(
+        network, mesh.size(), find_blocks(network)
+    )
+    assert sharding_plan is not None
+    split(network, sharding_plan, mesh, patches=Patches())
+    return network, TensorAxis(network, partial_parameters(network, sharding_plan), mesh)
 
 
 def _leaves(network: nn.Module) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 
-from lightning_dist.parallel.tensor.logits import VocabLogits
-from lightning_dist.parallel.tensor.vocabulary import Vocabulary
+from lightning_dist.parallel.tensor.vocab_parallel.logits import VocabLogits
+from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 from tests.support.ranks import RankError, run_on_ranks
 from tests.tensor.test_families import Counted
 

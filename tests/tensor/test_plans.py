@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
-from lightning_dist.plans.tensor import Part, Split, check, find_tensor_plan
-from lightning_dist.refusals import warn_of_axes_across_nodes
+from lightning_dist.plans.tensor import ModulePlan, Split, check, find_tensor_plan
+from lightning_dist.validation import warn_of_axes_across_nodes
 from tests.support.models import samples
 from tests.support.parity import QUIET
 from tests.tensor.families import FAMILIES
@@ -101,7 +101,7 @@ def test_a_users_plan_is_the_whole_plan() -> None:
 def test_a_users_plan_that_does_not_fit_is_refused(styles: dict[str, str], message: str | None) -> None:
     network = FAMILIES["recipe decoder"].network()
     if message is None:
-        assert all(isinstance(part, Part) for part in find_tensor_plan(network, styles).values())
+        assert all(isinstance(part, ModulePlan) for part in find_tensor_plan(network, styles).values())
         return
     with pytest.raises(ValueError, match=message):
         find_tensor_plan(network, styles)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.tensor.split import split
+from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
 from tests.support.ranks import RankError, run_on_ranks
@@ -66,10 +67,10 @@ class Network(nn.Module):
 
 def _divide(network: nn.Module) -> TensorAxis:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    division = TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
-    assert division is not None
-    split(network, division.plan, mesh, chains=division.chains)
-    return TensorAxis(network, partial_parameters(network, division), mesh)
+    sharding_plan = TensorOptions(None, sequence_parallel=True).sharding_plan(network, 2, find_blocks(network))
+    assert sharding_plan is not None
+    split(network, sharding_plan, mesh, patches=Patches())
+    return TensorAxis(network, partial_parameters(network, sharding_plan), mesh)
 
 
 def _inputs() -> tuple[Tensor, Tensor]:
@@ -146,7 +147,7 @@ def test_norms_over_positions_are_refused() -> None:
     network = Network()
     network.blocks[0].norm = nn.BatchNorm1d(POSITIONS)
     with pytest.raises(ValueError, match=r"blocks\.0\.norm takes statistics over the positions"):
-        TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
+        TensorOptions(None, sequence_parallel=True).sharding_plan(network, 2, find_blocks(network))
 
 
 class OtherKind(Conditioned):
@@ -172,7 +173,7 @@ def test_a_weight_shared_with_what_lies_outside_the_blocks_is_refused() -> None:
     network.blocks[0].extra = nn.Linear(WIDTH, WIDTH, bias=False)
     network.blocks[0].extra.weight = network.stem.weight
     with pytest.raises(ValueError, match=r"are one parameter, .* leave sequence_parallel off"):
-        TensorOptions(None, sequence_parallel=True).divide(network, 2, find_blocks(network))
+        TensorOptions(None, sequence_parallel=True).sharding_plan(network, 2, find_blocks(network))
 
 
 class MixingPositions(Conditioned):
@@ -218,12 +219,12 @@ def test_dropout_differs_between_positions_and_stochastic_depth_does_not() -> No
 def _set_up_twice() -> None:
     network = Network()
     _divide(network)
-    division = TensorOptions().divide(network, 2, {})
-    assert division is not None
-    split(network, division.plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    sharding_plan = TensorOptions().sharding_plan(network, 2, {})
+    assert sharding_plan is not None
+    split(network, sharding_plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), patches=Patches())
 
 
-def test_a_module_keeps_its_chains() -> None:
+def test_a_module_keeps_its_stacks() -> None:
     with pytest.raises(RankError, match="in an earlier run; build the module anew"):
         run_on_ranks(2, _set_up_twice)
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
-from lightning_dist.parallel.tensor.collectives import gather, leave
-from lightning_dist.parallel.tensor.randomness import shared_again
+from lightning_dist.parallel.tensor.mappings import gather, reduce_from_tensor_region
 from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.random_states import shared_again
 
 
 class LocalHeads(TorchFunctionMode):
@@ -37,7 +37,7 @@ class LocalHeads(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         partial, attention, bias = _attend(self.mesh, *args, **(kwargs or {}))
         shared_again()
-        output = self.region.leave(partial, self.position_dim)
+        output = self.region.reduce_output(partial, self.position_dim)
         return output if bias is None else output + bias.to(output.dtype), attention
 
 
@@ -132,5 +132,5 @@ def _mask(
 def _all_heads(mesh: DeviceMesh, attention: Tensor, average: bool) -> Tensor:
     """(batch, queries, keys) averaged over all heads, or (batch, heads, queries, keys) of all."""
     if average:
-        return leave(attention.sum(1), mesh) / (attention.shape[1] * mesh.size())
+        return reduce_from_tensor_region(attention.sum(1), mesh) / (attention.shape[1] * mesh.size())
     return gather(attention, mesh, 1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from lightning_dist.parallel.flat import buckets, unflatten
-from lightning_dist.parallel.tensor.positions import SequenceBlock
+from lightning_dist.collectives import all_reduce_tensors
+from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.parallel.tensor.sequence_block import SequenceBlock
 
 
 class TensorAxis:
@@ -31,7 +30,7 @@ class TensorAxis:
     def __init__(self, module: nn.Module, partial: Iterable[str], mesh: DeviceMesh) -> None:
         self.module, self.partial, self.mesh = module, list(partial), mesh
         blocks = [region for m in module.modules() if isinstance(region := Region.of(m), SequenceBlock)]
-        self._chains = {id(block.positions): block.positions for block in blocks if block.positions is not None}
+        self._positions = {id(block.positions): block.positions for block in blocks if block.positions is not None}
         for name in self.partial:
             _see_in_part(module, name)
 
@@ -39,9 +38,9 @@ class TensorAxis:
         """Called after the network ran.
 
         Raises:
-            ValueError: a chain of blocks began and did not run to its last, so that what came out is a part.
+            ValueError: a stack of sequence-parallel blocks did not run to its last, so that what came out is a part.
         """
-        for positions in self._chains.values():
+        for positions in self._positions.values():
             positions.refuse_open()
 
     def _gradients(self) -> list[Tensor]:
@@ -51,10 +50,7 @@ class TensorAxis:
     @torch.no_grad()
     def after_backward(self) -> None:
         """Sums; called after backward passes that reduce."""
-        for same in buckets([_local(g) for g in self._gradients()]):
-            flat = torch.cat([g.reshape(-1) for g in same])
-            dist.all_reduce(flat, group=self.mesh.get_group())
-            unflatten(flat / self.mesh.size(), same)
+        all_reduce_tensors(map(local_part, self._gradients()), self.mesh.get_group(), mean=True)
 
 
 def _see_in_part(module: nn.Module, name: str) -> None:
@@ -67,7 +63,3 @@ def _see_in_part(module: nn.Module, name: str) -> None:
     below = name[len(outer) + 1 :] if outer else name
     if below not in region.partial:
         region.partial.append(below)
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

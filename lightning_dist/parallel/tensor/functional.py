@@ -48,16 +48,16 @@ class AppliedWindows(LocalWidth):
         width, local: see :class:`LocalWidth`.
         heads: of all ranks; the function also scales by the width of one of them, so it has to be told all.
         weight: of the layer that writes back, as the forward sees it.
-        leave: what that layer's partial sum, without the bias, goes through.
+        reduce: what that layer's partial sum, without the bias, goes through.
     """
 
-    def __init__(self, width: int, local: int, heads: int, weight: Tensor, leave: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, width: int, local: int, heads: int, weight: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
         super().__init__(width, local)
-        self.heads, self.weight, self.leave = heads, weight, leave
+        self.heads, self.weight, self.reduce = heads, weight, reduce
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and args[1] is self.weight:
-            output = self.leave(F.linear(args[0], self.weight))
+            output = self.reduce(F.linear(args[0], self.weight))
             return output if args[2] is None else output + args[2].to(output.dtype)
         if func in (Tensor.reshape, Tensor.view):
             args = self._own_heads(*args)

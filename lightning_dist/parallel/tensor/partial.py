@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.parallel.tensor.collectives import leave
+from lightning_dist.compat.torch import returns_gradient
+from lightning_dist.parallel.tensor.mappings import reduce_from_tensor_region
 
 
 def seen_in_part(parameter: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -48,18 +49,6 @@ class _SeenInPart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if _is_returned(ctx.next_functions[0][0]):
-            return leave(gradient, ctx.mesh), None
+        if returns_gradient(ctx.next_functions[0][0]):
+            return reduce_from_tensor_region(gradient, ctx.mesh), None
         return gradient * ctx.mesh.size(), None
-
-
-def _is_returned(leaf: Any) -> bool:
-    """Whether the pass that runs returns a parameter's gradient (``torch.autograd.grad``), not adds it to ``.grad``.
-
-    What torch asks itself about a leaf is an error exactly then (private; seen in torch 2.14).
-    """
-    try:
-        torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:
-        return True
-    return False

@@ -2,8 +2,8 @@
 
 [Note: regions]
 A split parameter is a DTensor on the tensor axis, with the plain model's name and shape; activations are plain
-tensors. While a region's forward runs, the module's ``__dict__`` shadows its parameters by their local parts, and its
-numbers (of heads, of features) by those of this rank; so the code of the model need not know. The shadows are gone
+tensors. While a region's forward runs, the module's ``__dict__`` overrides its parameters by their local parts, and its
+numbers (of heads, of features) by those of this rank; so the code of the model need not know. The overrides are gone
 when it ends, also by an exception.
 """
 
@@ -14,28 +14,52 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
-from torch.utils._pytree import tree_map
 
-from lightning_dist.parallel.tensor.collectives import enter, gather, leave
-from lightning_dist.parallel.tensor.own_part import marked, unmarked
+from lightning_dist.compat.torch import own_parameters
+from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather, reduce_from_tensor_region
+from lightning_dist.parallel.tensor.opaque_part import made_opaque, without_opaque
+from lightning_dist.parallel.tensor.overrides import overridden
 from lightning_dist.parallel.tensor.partial import seen_in_part
-from lightning_dist.parallel.tensor.randomness import own_stream, shared_again
-from lightning_dist.parallel.tensor.shadows import shadowed
-from lightning_dist.parallel.tensor.shards import local_part, on_axis
+from lightning_dist.parallel.tensor.positions import Positions
+from lightning_dist.parallel.tensor.shards import on_axis, shard_of
+from lightning_dist.patches import Patches
+from lightning_dist.pytree import tree_map
+from lightning_dist.random_states import own_stream, shared_again
 
-if TYPE_CHECKING:
-    from lightning_dist.parallel.tensor.hooks import HooksInside
-    from lightning_dist.parallel.tensor.positions import Positions
-    from lightning_dist.parallel.tensor.proof import Proof
+_ATTRIBUTE = "lightning_dist_tensor_region"
 
-_ATTRIBUTE = "_tensor_region"
+
+class FirstRunCheck(Protocol):
+    """Compares the first run of each kind of module with the whole one; see
+    :class:`~lightning_dist.parallel.tensor.equivalence.EquivalenceCheck`.
+
+    Attributes:
+        own_outputs: which of the tensors that a kind of module returns are this rank's part.
+    """
+
+    own_outputs: dict[type, frozenset[int]]
+
+    def is_due(self, module: nn.Module) -> bool:
+        """Whether no module of this kind ran yet."""
+
+    def run(self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares; raises a ValueError on every rank where they differ."""
+
+
+class HooksAround(Protocol):
+    """Shows users' hooks whole activations; see :class:`~lightning_dist.parallel.tensor.hooks.HooksInside`."""
+
+    def seen_whole(
+        self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """While the module's forward runs on these arguments, hooks inside see whole activations."""
 
 
 @dataclass
@@ -49,20 +73,21 @@ class Region:
         partial: names of replicated parameters that it uses on its part; see [Note: gradients of a part].
         attributes: numbers by dotted name that it sees instead of its own.
         buffers: placements of buffers, by dotted name, of which it sees its part.
-        enters: its activations are replicated, and each rank's part uses them.
+        copies_inputs: its activations are replicated, and each rank's part uses them.
         stays: names of arguments that are this rank's own already.
-        leaves: its output is a partial sum.
-        width: of inputs that are not divided. A layer that leaves is given those where the code of a model calls it
+        reduces_output: its output is a partial sum.
+        width: of inputs that are not divided. A row-wise layer is given those where the code of a model calls it
             from elsewhere than the module whose part it is; it then runs whole. None for what always runs in part.
         mode: makes a context for the module's forward to run in.
-        draws: random numbers inside, until a region that leaves, belong to this rank's part: dropout between heads.
+        draws: random numbers inside, until a row-wise layer, belong to this rank's part: dropout between heads.
         finish: what its output, this rank's part, goes through.
         hooks: shows users' hooks inside whole activations; None where there is nothing divided inside.
-        proof: compares the first run of each kind of module with the whole one; None for what needs none.
-        positions: of the chain of blocks that it lies in, under sequence parallel.
+        check: compares the first run of each kind of module with the whole one; None for what needs none.
+        positions: of the stack of blocks that it lies in, under sequence parallel.
         names: of the forward's arguments that may be given by place; ``attach`` notes them.
 
-    Communication: see :func:`~lightning_dist.parallel.tensor.collectives.enter` and ``leave``.
+    Communication: see :func:`~lightning_dist.parallel.tensor.mappings.copy_to_tensor_region` and
+    ``reduce_from_tensor_region``.
     """
 
     mesh: DeviceMesh
@@ -71,25 +96,25 @@ class Region:
     partial: list[str] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
     buffers: dict[str, Placement] = field(default_factory=dict)
-    enters: bool = False
+    copies_inputs: bool = False
     stays: frozenset[str] = frozenset()
-    leaves: bool = False
+    reduces_output: bool = False
     width: int | None = None
     mode: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     draws: bool = False
     finish: Callable[[Any], Any] | None = None
-    hooks: HooksInside | None = None
-    proof: Proof | None = None
+    hooks: HooksAround | None = None
+    check: FirstRunCheck | None = None
     positions: Positions | None = None
     names: tuple[str, ...] = ()
 
-    def attach(self, module: nn.Module) -> None:
-        """Makes the module a region."""
+    def attach(self, module: nn.Module, patches: Patches) -> None:
+        """Makes the module a region until the patches are undone."""
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
-        vars(module)[_ATTRIBUTE] = self
+        patches.set(module, _ATTRIBUTE, self)
         # a bound method on the instance: deepcopy binds it anew, and the hooks of the module stay outside of it
-        vars(module)["forward"] = MethodType(_forward, module)
+        patches.set(module, "forward", MethodType(_forward, module))
 
     @staticmethod
     def of(module: nn.Module) -> Region | None:
@@ -100,33 +125,33 @@ class Region:
         """The module's own forward, on this rank's part."""
         if self.width is not None and args and args[0].shape[-1] == self.width:
             return type(module).forward(module, *args, **kwargs)  # with a weight that answers as the whole
-        own = frozenset() if self.proof is None else self.proof.own_outputs.get(type(module), frozenset())
-        if self.stays and any(self.proof.own_outputs.values() if self.proof is not None else ()):
-            args, kwargs = unmarked((args, kwargs))
-        if self.proof is not None and self.proof.is_due(module):
-            self.proof.run(module, args, kwargs)
-            own = self.proof.own_outputs.get(type(module), frozenset())
+        own = frozenset() if self.check is None else self.check.own_outputs.get(type(module), frozenset())
+        if self.stays and any(self.check.own_outputs.values() if self.check is not None else ()):
+            args, kwargs = without_opaque((args, kwargs))
+        if self.check is not None and self.check.is_due(module):
+            self.check.run(module, self, args, kwargs)
+            own = self.check.own_outputs.get(type(module), frozenset())
         with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
             output = self._run(module, args, kwargs)
-        return marked(output, own) if own else output
+        return made_opaque(output, own) if own else output
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.enters:
-            args, kwargs = self._enter(args, kwargs)
+        if self.copies_inputs:
+            args, kwargs = self._copy_inputs(args, kwargs)
         draws = own_stream(self.mesh) if self.draws and module.training else nullcontext()
-        with self._shadowed(module), draws, nullcontext() if self.mode is None else self.mode(module):
+        with self._local_view(module), draws, nullcontext() if self.mode is None else self.mode(module):
             output = type(module).forward(module, *args, **kwargs)
         if self.finish is not None:
             output = self.finish(output)
-        if self.leaves:
+        if self.reduces_output:
             shared_again()
-            output = self.leave(output)
+            output = self.reduce_output(output)
             bias = None if self.after is None else getattr(module, self.after)
             if bias is not None:
                 output = output + bias.to(output.dtype)
         return output
 
-    def leave(self, partial: Tensor, dim: int = 1) -> Tensor:
+    def reduce_output(self, partial: Tensor, dim: int = 1) -> Tensor:
         """The sum over the axis of what the ranks' parts made; under sequence parallel this rank's positions of it.
 
         Args:
@@ -134,20 +159,20 @@ class Region:
             dim: of positions.
         """
         if self.positions is not None and self.positions.is_inside:
-            return self.positions.leave(partial, dim)
-        return leave(partial, self.mesh)
+            return self.positions.reduce_scatter(partial, dim)
+        return reduce_from_tensor_region(partial, self.mesh)
 
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        entered: dict[int, tuple[Any, Any]] = {}
+    def _copy_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        copies: dict[int, tuple[Any, Any]] = {}
         positions = self.positions if self.positions is not None and self.positions.is_inside else None
 
         def once(value: Any) -> Any:
             if not isinstance(value, Tensor) or not (value.requires_grad or positions is not None):
                 return value
-            if id(value) not in entered:  # the same object stays the same: modules ask whether query is key
-                inner = enter(value, self.mesh) if positions is None else positions.enter(value)
-                entered[id(value)] = (inner, value)
-            return entered[id(value)][0]
+            if id(value) not in copies:  # the same object stays the same: modules ask whether query is key
+                inner = copy_to_tensor_region(value, self.mesh) if positions is None else positions.gather_input(value)
+                copies[id(value)] = (inner, value)
+            return copies[id(value)][0]
 
         return self.rewrite(args, kwargs, lambda name, value: value if name in self.stays else tree_map(once, value))
 
@@ -190,30 +215,20 @@ class Region:
         parameters = {name: _parameter(module, name) for name in self.partial}
         return {name: seen_in_part(p, self.mesh) for name, p in parameters.items() if p is not None and p.requires_grad}
 
-    def _shadowed(self, module: nn.Module) -> AbstractContextManager[None]:
+    def _local_view(self, module: nn.Module) -> AbstractContextManager[None]:
+        """While it lasts, the module finds this rank's part under its names."""
         values: dict[str, Any] = {}
         for name in self.local:
-            parameter = _parameter(module, name)
-            if parameter is None and name.rpartition(".")[2] == "weight":
-                raise RuntimeError(
-                    f"the {name} of a {type(module).__name__} was taken out of it (pruned, or parametrised) during the "
-                    "fit, while tp divides it; do so before the fit, or leave the layer whole with tensor_plan="
-                )
-            if parameter is not None and not isinstance(parameter, DTensor):
-                raise ValueError(
-                    f"tp divides the {name} of a {type(module).__name__}, which is another, whole tensor now "
-                    "(functional_call, or an assignment): write the values into the parameter, or leave the layer "
-                    "whole with tensor_plan="
-                )
-            if isinstance(parameter, DTensor):
+            parameter = _divided_parameter(module, name)
+            if parameter is not None:
                 values[name] = on_axis(parameter, "tp")  # of a copy of a module that dp_shard divides too, it gathers
-        if self.after is not None and module._parameters[self.after] is not None:
+        if self.after is not None and own_parameters(module)[self.after] is not None:
             values[self.after] = _no_bias(module, self.after)
         values |= self._partial_views(module)
         values |= self.attributes
         for name, place in self.buffers.items():
-            values[name] = local_part(module.get_buffer(name), place, self.mesh)
-        return shadowed(module, values)
+            values[name] = shard_of(module.get_buffer(name), place, self.mesh)
+        return overridden(module, values)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +250,7 @@ def is_whole() -> bool:
 def whole(module: nn.Module) -> Iterator[None]:
     """While it lasts, the module runs as the plain one. Communication: gathers what is divided in it, over the axis."""
     divided = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
-    with shadowed(module, {name: p.full_tensor() for name, p in divided.items()}):
+    with overridden(module, {name: p.full_tensor() for name, p in divided.items()}):
         _whole.append(module)
         try:
             yield
@@ -245,11 +260,27 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
     owner, _, leaf = name.rpartition(".")
-    return module.get_submodule(owner)._parameters.get(leaf)
+    return own_parameters(module.get_submodule(owner)).get(leaf)
+
+
+def _divided_parameter(module: nn.Module, name: str) -> DTensor | None:
+    parameter = _parameter(module, name)
+    if parameter is None and name.rpartition(".")[2] == "weight":
+        raise RuntimeError(
+            f"the {name} of a {type(module).__name__} was taken out of it (pruned, or parametrised) during the "
+            "fit, while tp divides it; do so before the fit, or leave the layer whole with tensor_plan="
+        )
+    if parameter is not None and not isinstance(parameter, DTensor):
+        raise ValueError(
+            f"tp divides the {name} of a {type(module).__name__}, which is another, whole tensor now "
+            "(functional_call, or an assignment): write the values into the parameter, or leave the layer "
+            "whole with tensor_plan="
+        )
+    return parameter
 
 
 def _no_bias(module: nn.Module, name: str) -> Tensor | None:
     """nn.Linear takes None; others, such as transformers' Conv1D, add what they find."""
-    bias = module._parameters[name]
+    bias = own_parameters(module)[name]
     assert bias is not None
     return None if isinstance(module, nn.Linear) else torch.zeros_like(bias)

@@ -6,20 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
+from lightning_dist.compat.torch import StridedShard, own_parameters
 from lightning_dist.divided import whole
 
 
 def placement(dim: int, packed: int = 1) -> Placement:
     """Split along a dim; of each of ``packed`` equal pieces along it (q, k, v in one matrix) if there are several.
 
-    The packed form is torch's ``_StridedShard``, which is private (seen in torch 2.14 and 2.15).
+    See [Note: placements on the tensor axis].
     """
-    return Shard(dim) if packed == 1 else _StridedShard(dim, split_factor=packed)
+    return Shard(dim) if packed == 1 else StridedShard(dim, split_factor=packed)
 
 
-def local_part(tensor: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
+def shard_of(tensor: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a whole tensor, a copy. Communication: none.
 
     Args:
@@ -27,7 +28,7 @@ def local_part(tensor: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
         place: from :func:`placement`.
         mesh: of one axis.
     """
-    assert isinstance(place, (Shard, _StridedShard))
+    assert isinstance(place, (Shard, StridedShard))
     pieces = tensor.chunk(getattr(place, "split_factor", 1), place.dim)
     mine = [_chunk(piece, place.dim, mesh) for piece in pieces]
     return torch.cat(mine, place.dim).clone()
@@ -44,7 +45,7 @@ def on_axis(tensor: DTensor, axis: str) -> Tensor:
     if not others:
         return tensor.to_local()
     place = tensor.placements[names.index(axis)]
-    return local_part(whole(tensor), place, mesh[axis])
+    return shard_of(whole(tensor), place, mesh[axis])
 
 
 def _chunk(piece: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
@@ -64,21 +65,21 @@ def split_parameter(root: nn.Module, owner: nn.Module, name: str, place: Placeme
         place: from :func:`placement`.
         mesh: of one axis.
     """
-    if name not in owner._parameters:
+    if name not in own_parameters(owner):
         raise ValueError(
             f"tp can't divide the {name} of a {type(owner).__name__}, which is no plain parameter there "
             "(parametrised, or pruned); leave the layer whole with tensor_plan="
         )
-    plain = owner._parameters[name]
+    plain = own_parameters(owner)[name]
     if plain is None or isinstance(plain, DTensor):
         return
-    part = local_part(plain.detach(), place, mesh)
+    part = shard_of(plain.detach(), place, mesh)
     split = nn.Parameter(
         DTensor.from_local(part, mesh, [place], run_check=False, shape=plain.shape, stride=plain.stride()),
         requires_grad=plain.requires_grad,
     )
     split.__dict__.update(plain.__dict__)  # marks that models put on their parameters
     for module in root.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is plain:
-                module._parameters[key] = split
+        parameters = own_parameters(module)
+        for key in [key for key, parameter in parameters.items() if parameter is plain]:
+            parameters[key] = split

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_dist.parallel.tensor.shadows import shadowed
+from lightning_dist.compat.torch import BACKWARD_HOOKS, BACKWARD_PRE_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS
+from lightning_dist.parallel.tensor.overrides import overridden
 
-FORWARD = ("_forward_pre_hooks", "_forward_hooks")
-BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
+FORWARD = (FORWARD_PRE_HOOKS, FORWARD_HOOKS)
+BACKWARD = (BACKWARD_PRE_HOOKS, BACKWARD_HOOKS)
 
 
 def users_hooks(module: nn.Module, kinds: tuple[str, ...]) -> bool:
@@ -34,7 +35,7 @@ def without_users_hooks(module: nn.Module) -> AbstractContextManager[None]:
         for kind in FORWARD if name else ():
             if users_hooks(child, (kind,)):
                 values[f"{name}.{kind}"] = others(child, kind)
-    return shadowed(module, values) if values else nullcontext()
+    return overridden(module, values) if values else nullcontext()
 
 
 def others(module: nn.Module, kind: str) -> OrderedDict[int, Any]:

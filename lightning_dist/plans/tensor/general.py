@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from lightning_dist.compat.torch import is_plain_feed_forward
 from lightning_dist.plans.blocks import class_name
 from lightning_dist.plans.tensor import layers
 from lightning_dist.plans.tensor.gated import ELEMENTWISE, gated_layers
-from lightning_dist.plans.tensor.plan import OWN_ARGUMENTS, Part, Split, TensorPlan
+from lightning_dist.plans.tensor.plan import OWN_ARGUMENTS, ModulePlan, Split, TensorPlan
 
 ATTENTION = (
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")),
@@ -61,14 +62,16 @@ def general_plan(module: nn.Module) -> TensorPlan:
     """The parts of a network, by name."""
     plan: TensorPlan = {}
     for name, child in module.named_modules():
-        if name and any(name.startswith(f"{other}.") for other, part in plan.items() if part.enters and part.rows):
+        if name and any(
+            name.startswith(f"{other}.") for other, part in plan.items() if part.copies_inputs and part.rows
+        ):
             continue
-        for below, part in _parts(child):
+        for below, part in _module_plans(child):
             plan[f"{name}.{below}".strip(".")] = part
     return plan
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[str, Part]]:
+def _module_plans(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
     """Of one module: itself as a part, or layers of it; by name below it."""
     if isinstance(module, nn.MultiheadAttention):
         if part := _multihead(module):
@@ -85,37 +88,37 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, Part]]:
     yield from _apart(module)
 
 
-def _multihead(module: nn.MultiheadAttention) -> Part | None:
+def _multihead(module: nn.MultiheadAttention) -> ModulePlan | None:
     if module.bias_k is not None or module.add_zero_attn:
         return None
     names = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     packed = {"in_proj_weight": 3, "in_proj_bias": 3}
     parameters = {name: Split(0, packed.get(name, 1)) for name in names if getattr(module, name) is not None}
     parameters["out_proj.weight"] = Split(1)
-    return Part(parameters, divides={"heads": module.num_heads}, multihead=True, split="by heads")
+    return ModulePlan(parameters, divides={"heads": module.num_heads}, multihead=True, split="by heads")
 
 
-def _shifted_windows(module: nn.Module) -> Part | None:
+def _shifted_windows(module: nn.Module) -> ModulePlan | None:
     """torchvision's: the function that it calls gets the layers' weights, and all ranks' number of heads."""
-    part = attention_part(module, ("qkv",), "proj", 3)
+    part = attention_plan(module, ("qkv",), "proj", 3)
     if part is None:
         return None
     parameters = {**part.parameters, "proj.weight": part.rows["proj"]}
     return replace(part, parameters=parameters, rows={}, attributes=(), applied_row="proj")
 
 
-def _attention(module: nn.Module) -> Part | None:
+def _attention(module: nn.Module) -> ModulePlan | None:
     children = dict(module.named_children())
     for kinds, packed in ((ATTENTION, 1), (PACKED_ATTENTION, 3)):
         for columns, rows in kinds:
             names = columns if packed == 1 else tuple(n for n in columns if n in children)[:1]
             row = next((n for n in rows if layers.is_dense(children.get(n))), None)
             if names and row and all(layers.is_dense(children.get(n)) for n in names):
-                return attention_part(module, names, row, packed)
+                return attention_plan(module, names, row, packed)
     return None
 
 
-def attention_part(module: nn.Module, columns: tuple[str, ...], row: str | None, packed: int) -> Part | None:
+def attention_plan(module: nn.Module, columns: tuple[str, ...], row: str | None, packed: int) -> ModulePlan | None:
     """An attention module by the names of its layers; None if it does not tell its heads, or holds more."""
     children = dict(module.named_children())
     width, heads = layers.head_width(module), layers.count_heads(module)
@@ -146,7 +149,7 @@ def attention_part(module: nn.Module, columns: tuple[str, ...], row: str | None,
     partial = tuple(f"{norm}.{n}" for norm in NORMS if norm in children for n, _ in children[norm].named_parameters())
     if not all(own[name].numel() == features // heads for name in partial):
         return None  # norms over all heads at once
-    part = Part(
+    part = ModulePlan(
         parameters,
         {row: layers.row(children[row])} if row else {},
         partial,
@@ -160,18 +163,18 @@ def attention_part(module: nn.Module, columns: tuple[str, ...], row: str | None,
     return part if _accounts_for(module, part) else None
 
 
-def _feed_forward(module: nn.Module) -> Part | None:
+def _feed_forward(module: nn.Module) -> ModulePlan | None:
     children = dict(module.named_children())
     for columns, rows in FEED_FORWARD:
         row = next((n for n in rows if layers.is_dense(children.get(n))), None)
         if row and all(layers.is_dense(children.get(n)) for n in columns):
-            part = feed_forward_part(module, columns, row)
+            part = feed_forward_plan(module, columns, row)
             if part is not None and _accounts_for(module, part):
                 return part
     return None
 
 
-def feed_forward_part(module: nn.Module, columns: tuple[str, ...], row: str) -> Part | None:
+def feed_forward_plan(module: nn.Module, columns: tuple[str, ...], row: str) -> ModulePlan | None:
     """A feed-forward module by the names of its layers; None if their sizes don't fit.
 
     One layer with twice the outputs holds a gate and what it multiplies, one after the other (timm's ``GluMlp``).
@@ -187,16 +190,16 @@ def feed_forward_part(module: nn.Module, columns: tuple[str, ...], row: str) -> 
         parameters |= layers.column(name, layer, packed)
         attributes += layers.column_attributes(name, layer)
     rows = {row: layers.row(module.get_submodule(row))}
-    return Part(parameters, rows, attributes=attributes, split="by columns")
+    return ModulePlan(parameters, rows, attributes=attributes, split="by columns")
 
 
-def _gated(module: nn.Module) -> Part | None:
+def _gated(module: nn.Module) -> ModulePlan | None:
     """A gated feed-forward module of any names, see :mod:`~lightning_dist.plans.tensor.gated`."""
     found = gated_layers(module)
-    return None if found is None else feed_forward_part(module, *found)
+    return None if found is None else feed_forward_plan(module, *found)
 
 
-def _sequential(module: nn.Module) -> Part | None:
+def _sequential(module: nn.Module) -> ModulePlan | None:
     """Two dense layers with nothing between them but functions of one element (torchvision's ``MLPBlock``)."""
     if not isinstance(module, nn.Sequential):
         return None
@@ -204,17 +207,17 @@ def _sequential(module: nn.Module) -> Part | None:
     others = [child for child in module.children() if not layers.is_dense(child)]
     if len(dense) != 2 or not others or not all(isinstance(child, ELEMENTWISE) for child in others):
         return None
-    if next(iter(module._modules)) != dense[0] or list(module._modules).index(dense[1]) == 1:
+    names = [name for name, _ in module.named_children()]
+    if names[0] != dense[0] or names[1] == dense[1]:
         return None  # something before the first would see activations that entered; nothing between is no pair
-    return feed_forward_part(module, (dense[0],), dense[1])
+    return feed_forward_plan(module, (dense[0],), dense[1])
 
 
-def _apart(module: nn.Module) -> Iterator[tuple[str, Part]]:
+def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
     """Pairs whose layers lie beside other things: of torch's transformer layers, and of the BERT family."""
     children = dict(module.named_children())
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        plain = (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
-        if type(module)._ff_block not in plain or not all(map(layers.is_dense, (module.linear1, module.linear2))):
+        if not is_plain_feed_forward(module) or not all(map(layers.is_dense, (module.linear1, module.linear2))):
             return
         yield "linear1", column_alone(children["linear1"])
         yield "linear2", row_alone(children["linear2"])
@@ -226,7 +229,7 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, Part]]:
     middle = dict(children["intermediate"].named_children()).get("dense") if "intermediate" in children else None
     if inner is not None and {"query", "key", "value"} <= dict(inner.named_children()).keys():
         name = "self" if "self" in children else "attention"
-        part = attention_part(inner, ("query", "key", "value"), None, 1)
+        part = attention_plan(inner, ("query", "key", "value"), None, 1)
         if part is not None:
             yield name, part
             yield "output.dense", row_alone(dense)
@@ -239,19 +242,19 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, Part]]:
         yield "output.dense", row_alone(dense)
 
 
-def column_alone(layer: nn.Module) -> Part:
+def column_alone(layer: nn.Module) -> ModulePlan:
     """A layer that is a part by itself, whose outputs go on divided."""
     parameters = {name.removeprefix("."): split for name, split in layers.column("", layer).items()}
     attributes = tuple(name.removeprefix(".") for name in layers.column_attributes("", layer))
-    return Part(parameters, attributes=attributes, split="by columns")
+    return ModulePlan(parameters, attributes=attributes, split="by columns")
 
 
-def row_alone(layer: nn.Module) -> Part:
+def row_alone(layer: nn.Module) -> ModulePlan:
     """A layer that writes back, and whose inputs come divided."""
-    return Part(rows={"": layers.row(layer)}, enters=False, split="by rows")
+    return ModulePlan(rows={"": layers.row(layer)}, copies_inputs=False, split="by rows")
 
 
-def _accounts_for(module: nn.Module, part: Part) -> bool:
+def _accounts_for(module: nn.Module, part: ModulePlan) -> bool:
     """Whether every parameter of the module is divided, written back, or said to be used in part."""
     known = {*part.parameters, *part.partial, *(f"{row}.{leaf}" for row in part.rows for leaf in ("weight", "bias"))}
     return all(name in known for name, _ in module.named_parameters())

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_dist.compat.torch import own_parameters
 from lightning_dist.plans.tensor.plan import Split
 
 
@@ -15,7 +16,7 @@ def is_dense(module: object) -> bool:
     A layer with a forward of its own, or whose weight is computed (parametrised, pruned), is not.
     """
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward and "weight" in module._parameters
+        return type(module).forward is nn.Linear.forward and "weight" in own_parameters(module)
     return _is_transposed(module)
 
 

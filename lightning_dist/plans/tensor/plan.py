@@ -15,7 +15,7 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class ModulePlan:
     """A module that every rank runs on its heads or its columns: its activations enter whole.
 
     Args:
@@ -45,7 +45,7 @@ class Part:
     applied_row: str = ""
     multihead: bool = False
     vocabulary: int = 0
-    enters: bool = True
+    copies_inputs: bool = True
     split: str = ""
 
 
@@ -57,5 +57,5 @@ def join_names(*names: str) -> str:
 OWN_ARGUMENTS = frozenset({"position_bias", "encoder_decoder_position_bias"})
 """Names of arguments that another part made, so that they are of this rank's heads."""
 
-TensorPlan = dict[str, Part]
+TensorPlan = dict[str, ModulePlan]
 """By name of the module, in the order of the model."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_dist.compat.torch import NormBase
 from lightning_dist.plans.blocks import CONTAINERS, class_name
 from lightning_dist.plans.tensor import layers
 from lightning_dist.plans.tensor.plan import TensorPlan, join_names
 
-Chains = list[list[str]]
-"""Names of blocks, in the order in which they run; a network may have several chains (encoder and decoder)."""
+SequenceBlocks = list[list[str]]
+"""Names of sequence-parallel blocks, in the order in which they run, stack by stack: an encoder's and a decoder's."""
 
 
-def sequence_chains(module: nn.Module, plan: TensorPlan, blocks: dict[str, nn.Module]) -> Chains:
-    """The chains of a network: neighbours in one container, each with layers that the plan divides.
+def find_sequence_blocks(module: nn.Module, plan: TensorPlan, blocks: dict[str, nn.Module]) -> SequenceBlocks:
+    """The stacks of a network: neighbours in one container, each with layers that the plan divides.
 
     Args:
         module: the whole module.
@@ -27,41 +27,39 @@ def sequence_chains(module: nn.Module, plan: TensorPlan, blocks: dict[str, nn.Mo
     by_container: dict[str, list[str]] = {}
     for name in blocks:
         by_container.setdefault(name.rpartition(".")[0], []).append(name)
-    chains: Chains = []
+    stacks: SequenceBlocks = []
     for container, names in by_container.items():
-        held = [f"{container}.{leaf}".strip(".") for leaf, _ in module.get_submodule(container).named_children()]
-        is_chain = isinstance(module.get_submodule(container), CONTAINERS) and held == names
-        if is_chain and all(_has_parts(name, plan) for name in names):
-            chains.append(names)
-    for name in (name for chain in chains for name in chain):
+        held = [join_names(container, leaf) for leaf, _ in module.get_submodule(container).named_children()]
+        is_stack = isinstance(module.get_submodule(container), CONTAINERS) and held == names
+        if is_stack and all(_has_parts(name, plan) for name in names):
+            stacks.append(names)
+    for name in (name for names in stacks for name in names):
         _refuse_other_dims(module, name, plan)
-    if not chains:
+    if not stacks:
         raise ValueError(
             "sequence_parallel divides positions between blocks that follow each other in one list, each with layers "
             f"that tp divides; {type(module).__name__} has none. Leave it off, or name the blocks in shard_units="
         )
-    return chains
+    return stacks
 
 
-def chain_parameters(module: nn.Module, plan: TensorPlan, chains: Chains) -> list[str]:
-    """Names of the parameters of chains that are not divided: each rank uses them on its positions."""
-    divided = {join_names(name, below) for name, part in plan.items() for below in part.parameters}
-    divided |= {join_names(name, row, "weight") for name, part in plan.items() for row in part.rows}
-    in_chains = tuple(f"{name}." for chain in chains for name in chain)
+def sequence_parameters(module: nn.Module, divided: set[str], blocks: SequenceBlocks) -> list[str]:
+    """Names of the parameters of blocks that are not ``divided``: each rank uses them on its positions."""
+    in_blocks = tuple(f"{name}." for names in blocks for name in names)
     return [
         name
         for name, _ in module.named_parameters(remove_duplicate=False)
-        if name.startswith(in_chains) and name not in divided
+        if name.startswith(in_blocks) and name not in divided
     ]
 
 
 def _has_parts(block: str, plan: TensorPlan) -> bool:
-    return block not in plan and any(name.startswith(f"{block}.") and part.enters for name, part in plan.items())
+    return block not in plan and any(name.startswith(f"{block}.") and part.copies_inputs for name, part in plan.items())
 
 
 def _refuse_other_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
     """Divided layers that read something else than the features of a position, and norms over positions."""
-    norm = next((n for n, child in module.get_submodule(block).named_modules() if isinstance(child, _NormBase)), None)
+    norm = next((n for n, child in module.get_submodule(block).named_modules() if isinstance(child, NormBase)), None)
     if norm is not None:
         _refuse(f"{block}.{norm}", "takes statistics over the positions that would be divided")
     widths = set()
@@ -70,7 +68,7 @@ def _refuse_other_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
             continue
         if part.applied_row or "Window" in class_name(module.get_submodule(name)):
             _refuse(name, "attends within windows of an image, across what would be divided")
-        if part.enters and not part.multihead:
+        if part.copies_inputs and not part.multihead:
             first = next(iter(part.parameters)).rpartition(".")[0]
             widths.add(layers.inputs(module.get_submodule(f"{name}.{first}".strip("."))))
     if len(widths) > 1:

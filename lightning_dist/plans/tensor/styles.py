@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
+from lightning_dist.compat.torch import own_parameters
+from lightning_dist.compat.transformers import declared_tensor_plan
 from lightning_dist.plans.tensor import layers
-from lightning_dist.plans.tensor.general import attention_part, column_alone, feed_forward_part, row_alone
-from lightning_dist.plans.tensor.plan import Part, TensorPlan
+from lightning_dist.plans.tensor.general import attention_plan, column_alone, feed_forward_plan, row_alone
+from lightning_dist.plans.tensor.plan import ModulePlan, TensorPlan
 
 COLWISE, ROWWISE, REPLICATE = "colwise", "rowwise", "replicate"
 STYLES = (COLWISE, ROWWISE, REPLICATE)
@@ -49,7 +50,7 @@ def styled_plan(module: nn.Module, styles: Styles) -> TensorPlan:
             raise ValueError(f"tensor_plan gives {name!r} the style {style!r}; the styles are {', '.join(STYLES)}")
         if style != REPLICATE and not layers.is_dense(modules[name]):
             kind = type(modules[name]).__name__
-            computed = isinstance(modules[name], nn.Linear) and "weight" not in modules[name]._parameters
+            computed = isinstance(modules[name], nn.Linear) and "weight" not in own_parameters(modules[name])
             why = " whose weight is computed from other parameters (pruned or parametrised)" if computed else ""
             raise ValueError(f"tensor_plan divides {name!r}, a {kind}{why}; it can divide nn.Linear and Conv1D")
     plan: TensorPlan = {}
@@ -66,11 +67,11 @@ def styled_plan(module: nn.Module, styles: Styles) -> TensorPlan:
 
 
 def declared_plan(module: nn.Module) -> TensorPlan:
-    """What transformers models declare in ``_tp_plan``; layers with styles other than those here stay whole."""
+    """What transformers models declare themselves; layers with styles other than those here stay whole."""
     plan: TensorPlan = {}
     for prefix, child in module.named_modules():
-        declared: Any = getattr(child, "_tp_plan", None)
-        if not isinstance(declared, Mapping):
+        declared = declared_tensor_plan(child)
+        if not declared:
             continue
         names = {
             f"{prefix}.{name}".strip("."): below for name, below in child.named_modules() if layers.is_dense(below)
@@ -87,21 +88,21 @@ def declared_plan(module: nn.Module) -> TensorPlan:
     return plan
 
 
-def _assemble(module: nn.Module, chosen: Mapping[str, str]) -> dict[str, Part | None]:
+def _assemble(module: nn.Module, chosen: Mapping[str, str]) -> dict[str, ModulePlan | None]:
     """Parts made of styled layers that have the same parent; None for one whose sizes don't tell how to divide it."""
     by_parent: dict[str, dict[str, str]] = {}
     for name, style in chosen.items():
         parent, _, leaf = name.rpartition(".")
         by_parent.setdefault(parent, {})[leaf] = style
-    parts: dict[str, Part | None] = {}
+    parts: dict[str, ModulePlan | None] = {}
     for parent, styled in by_parent.items():
         columns = tuple(leaf for leaf, style in styled.items() if style == COLWISE)
         rows = [leaf for leaf, style in styled.items() if style == ROWWISE]
         owner = module.get_submodule(parent)
         if len(columns) in (1, 3) and len(rows) < 2 and (layers.count_heads(owner) or layers.head_width(owner)):
-            parts[parent] = attention_part(owner, columns, rows[0] if rows else None, 3 if len(columns) == 1 else 1)
+            parts[parent] = attention_plan(owner, columns, rows[0] if rows else None, 3 if len(columns) == 1 else 1)
         elif columns and len(rows) == 1 and all(layers.is_dense(c) for c in owner.children() if _has_parameters(c)):
-            parts[parent] = feed_forward_part(owner, columns, rows[0])
+            parts[parent] = feed_forward_plan(owner, columns, rows[0])
         else:
             for leaf in styled:
                 layer = owner.get_submodule(leaf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_dist.plans.tensor import layers
-from lightning_dist.plans.tensor.plan import Part, Split, TensorPlan
+from lightning_dist.plans.tensor.plan import ModulePlan, Split, TensorPlan
 
 
 def vocabulary_plan(module: nn.Module, plan: TensorPlan) -> TensorPlan:
@@ -30,9 +30,11 @@ def vocabulary_plan(module: nn.Module, plan: TensorPlan) -> TensorPlan:
         if not own or not isinstance(head, nn.Linear):
             continue
         for below in tied or own:
-            found[below] = Part({"weight": Split(0)}, vocabulary=sizes[0], enters=False, split="by vocabulary")
+            found[below] = ModulePlan(
+                {"weight": Split(0)}, vocabulary=sizes[0], copies_inputs=False, split="by vocabulary"
+            )
         parameters = {leaf: Split(0) for leaf in ("weight", "bias") if getattr(head, leaf) is not None}
-        found[name] = Part(parameters, vocabulary=sizes[0], split="by vocabulary")
+        found[name] = ModulePlan(parameters, vocabulary=sizes[0], split="by vocabulary")
     return found
 
 

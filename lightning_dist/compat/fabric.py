@@ -1,0 +1,59 @@
+"""Private names of Lightning's Fabric."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from lightning.fabric.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.fabric.strategies.strategy import _apply_filter as apply_filter
+from lightning.fabric.strategies.strategy import _BackwardSyncControl as BackwardSyncControl
+from lightning.fabric.strategies.strategy import _validate_keys_for_strict_loading as validate_keys
+from lightning.fabric.utilities.types import _Stateful as Stateful
+
+from lightning_dist.compat.names import hands_on, uses
+
+S = TypeVar("S", bound=type)
+
+hands_on("lightning.fabric.strategies.strategy._apply_filter", "leaves out of a checkpoint what fabric.save says")
+hands_on(
+    "lightning.fabric.strategies.strategy._validate_keys_for_strict_loading", "refuses a checkpoint as Fabric does"
+)
+hands_on("lightning.fabric.strategies.strategy._BackwardSyncControl", "serves fabric.no_backward_sync")
+hands_on("lightning.fabric.utilities.types._Stateful", "knows what has a state_dict")
+
+
+@uses(
+    "lightning.fabric.strategies.launchers._SubprocessScriptLauncher",
+    "lightning.fabric.strategies.launchers._MultiProcessingLauncher",
+    "lightning.fabric.strategies.Strategy._configure_launcher",
+    "lightning.fabric.strategies.Strategy._launcher",
+    "lightning.fabric.strategies.Strategy._backward_sync_control",
+    "lightning.fabric.strategies.DDPStrategy._set_world_ranks",
+    "lightning.fabric.strategies.DDPStrategy._num_nodes",
+)
+def fabric_hooks(strategy: S) -> S:
+    """Lets Fabric find, under its private names, what a strategy class has under public ones.
+
+    They are ``set_world_ranks()``, called as soon as devices and nodes are known; ``launcher_of_processes()``, the
+    launcher or None; ``num_nodes``; and ``sync_control``.
+    """
+
+    def configure_launcher(self: Any) -> None:
+        self._launcher = self.launcher_of_processes()
+
+    strategy._set_world_ranks = lambda self: self.set_world_ranks()  # type: ignore[attr-defined]
+    strategy._configure_launcher = configure_launcher  # type: ignore[attr-defined]
+    strategy._num_nodes = property(  # type: ignore[attr-defined]
+        lambda self: self.num_nodes, lambda self, number: setattr(self, "num_nodes", number)
+    )
+    strategy._backward_sync_control = property(  # type: ignore[attr-defined]
+        lambda self: self.sync_control, lambda self, control: None
+    )
+    return strategy
+
+
+def launcher(strategy: Any, start_method: str) -> Any:
+    """Starts the other processes as Fabric does."""
+    if start_method == "popen":
+        return _SubprocessScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+    return _MultiProcessingLauncher(strategy, start_method=start_method)  # type: ignore[arg-type]

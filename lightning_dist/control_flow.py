@@ -1,0 +1,197 @@
+"""What one rank decides of a training's control flow: all ranks do it, or all end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_dist.compat import lightning as private
+from lightning_dist.compat.torch import default_store
+from lightning_dist.elastic import guard
+from lightning_dist.parallel import Alone
+from lightning_dist.patches import Patches
+
+LONGEST_WAIT = timedelta(minutes=2)
+"""For the other ranks, where one leaves a step or an epoch that they may be in."""
+
+
+class ControlFlow:
+    """Keeps the ranks together where one of them stops, skips a step, or has no batch left.
+
+    [Note: what is agreed]
+    ``trainer.should_stop``, set anywhere on any rank, stops all ranks where it would stop one process. Lightning
+    broadcasts before each batch whether rank 0 was told to end (a SIGTERM); that broadcast is replaced by an all-reduce
+    of both after the batch, so a step costs what it did.
+
+    Loaders that a user shards, of unknown or of different length, may end apart: where a rank has its last batch, the
+    epoch ends for all. That is agreed on before the step, in an all-reduce that other loaders do not have.
+
+    What has no collective to travel with is met about: a rank whose ``training_step`` returns None, or that leaves an
+    epoch by ``StopIteration`` (``on_train_batch_start`` that returns -1), says so in the process group's store, and
+    waits there for the others to say the same. They skip together, or that rank raises.
+
+    Args:
+        trainer: of the fit.
+        parallel: what gradients are reduced by.
+        device: of the collectives.
+        timeout: of collectives; the wait for others is at most :data:`LONGEST_WAIT`.
+        is_even: whether every data rank has as many training batches, since the strategy shards them.
+
+    Communication: over the world, per batch one all-reduce of 8 bytes in place of a broadcast; the same once more
+    around each epoch and validation.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        parallel: Alone,
+        device: torch.device,
+        timeout: timedelta,
+        is_even: Callable[[], bool],
+    ) -> None:
+        self.trainer, self._parallel, self._device, self._is_even = trainer, parallel, device, is_even
+        self._longest_wait = min(timeout, LONGEST_WAIT)
+        self._end_apart = False
+        """Whether the training loaders may end on some ranks before they do on others, as all ranks know."""
+        self._told_to_end = False
+
+    def attach(self, patches: Patches) -> None:
+        """Starts to agree, until an undo."""
+        fit: Any = self.trainer.fit_loop
+        epoch = fit.epoch_loop
+        patches.wrap(fit, "run", self._before)
+        patches.wrap(fit, "on_run_start", self._after)
+        patches.wrap(fit, "on_advance_end", self._after)
+        patches.wrap(epoch, "on_run_start", self._begin_epoch)
+        patches.wrap(epoch.val_loop, "run", self._after)
+        patches.set(epoch, private.SIGTERM_BROADCAST, self._end_if_told)
+        patches.wrap(epoch, "advance", self._advance)
+        patches.wrap(private.logger_connector(self.trainer), "on_batch_end", self._on_batch_end)
+        patches.set(epoch.automatic_optimization, private.AUTOMATIC_STEP, self._training_step)
+
+    # ------------------------------------------------------------------ stopping
+
+    def _any(self, *decisions: bool) -> list[bool]:
+        """Whether any rank says so, for each. One all-reduce over the world."""
+        verdict = torch.tensor(decisions, dtype=torch.int32, device=self._device)
+        dist.all_reduce(verdict, dist.ReduceOp.MAX)
+        return [bool(number) for number in verdict.tolist()]
+
+    def _agree(self) -> None:
+        stop, self._told_to_end = self._any(self.trainer.should_stop, self.trainer.received_sigterm)
+        self.trainer.should_stop = stop
+
+    def _before(self, own: Callable[..., Any], *args: Any) -> Any:
+        self._agree()
+        try:
+            return own(*args)
+        except BaseException:
+            guard.say_it_leaves()
+            raise
+
+    def _after(self, own: Callable[..., Any], *args: Any) -> Any:
+        result = own(*args)
+        self._agree()
+        return result
+
+    def _on_batch_end(self, own: Callable[[], None]) -> None:
+        """After the hooks of a batch; what is logged, and whether to validate, depends on ``should_stop``."""
+        if self.trainer.training:
+            self._agree()
+        own()
+
+    def _end_if_told(self) -> None:
+        if self._told_to_end:
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
+            raise SIGTERMException
+
+    # ------------------------------------------------------------------ the end of an epoch
+
+    def _begin_epoch(self, own: Callable[[Any], None], data_fetcher: Any) -> None:
+        own(data_fetcher)
+        self._agree()
+        length = sized_len(private.loaders_of(self.trainer.fit_loop))
+        # as many on all ranks, or not known
+        least, most = (-1, -1) if length is None else (-length, length)
+        lengths = torch.tensor([least, most], device=self._device)
+        is_even = self._is_even()
+        if not is_even:
+            dist.all_reduce(lengths, dist.ReduceOp.MAX)
+        self._end_apart = not is_even and (length is None or int(lengths[0]) != -int(lengths[1]))
+
+    def before_batch(self) -> None:
+        """Called when a batch is there, before its step."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if not self._end_apart:
+            return
+        (is_last,) = self._any(progress.is_last_batch)
+        if is_last and not progress.is_last_batch:
+            progress.is_last_batch = True
+            rank_zero_warn(
+                "the training loaders of the ranks have different numbers of batches, so this epoch ends where the "
+                "first of them does; shard the samples so that each rank has as many"
+            )
+
+    def _advance(self, own: Callable[[Any], None], data_fetcher: Any) -> None:
+        try:
+            own(data_fetcher)
+        except StopIteration:
+            self._meet(
+                "epoch",
+                "this rank left an epoch that other ranks go on with (by StopIteration, by -1 from "
+                "on_train_batch_start, or since its loader had fewer batches than it said)",
+                "decide it alike on all ranks, by trainer.strategy.reduce_boolean_decision(...)",
+            )
+            raise
+
+    # ------------------------------------------------------------------ steps without a loss
+
+    def _training_step(self, kwargs: Any) -> ClosureResult:
+        """In place of Lightning's method of this name, which refuses None over several processes (seen in 2.6.6)."""
+        trainer = self.trainer
+        output = private.call_training_step(trainer, *kwargs.values())
+        trainer.strategy.post_training_step()
+        if output is None:
+            self._meet(
+                "step",
+                "training_step returned None on this rank, to skip the batch, and not on others",
+                "return a loss of zero that depends on the parameters (0 * loss), or decide it alike on all ranks",
+            )
+            self._parallel.skip_backward(trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches > 0)
+        return ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)
+
+    # ------------------------------------------------------------------ meeting
+
+    def _meet(self, place: str, what: str, instead: str) -> None:
+        """Waits until all ranks are at this place.
+
+        Raises:
+            RuntimeError: some have not come in time.
+        """
+        store, rank = default_store(), dist.get_rank()
+        place = f"lightning_dist/{place}/{guard.number_of_run()}"
+        number = store.add(f"{place}/{rank}", 1)
+        keys = [f"{place}/{number}/{other}" for other in range(dist.get_world_size())]
+        store.set(keys[rank], "1")
+        try:
+            store.wait(keys, self._longest_wait)
+        except RuntimeError:
+            absent = [other for other, key in enumerate(keys) if not store.check([key])]
+            message = (
+                f"{what}: ranks {', '.join(map(str, absent))} did not do so within "
+                f"{self._longest_wait.total_seconds():g} s of rank {rank}. Each would wait for the others for good; "
+                f"{instead}"
+            )
+            guard.say_why(store, message)
+            raise RuntimeError(message) from None

@@ -1,0 +1,157 @@
+"""Where a rank's part of an activation lies in the whole, found by value; from the part to the whole and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather, scatter, scatter_to_sequence_region
+from lightning_dist.parallel.tensor.shards import placement, shard_of
+
+PACKED = (1, 2, 3)
+"""Into how many pieces, of each of which a rank has its part, an activation is cut: a gate and values; q, k and v."""
+
+
+@dataclass(frozen=True)
+class ActivationPlacement:
+    """Of one activation.
+
+    Args:
+        dim: along which it is divided; None if each rank has the whole, to use for its part (it entered).
+        packed: see :data:`PACKED`.
+        length: of the whole, along ``dim``.
+        is_positions: divided as in [Note: positions that are divided], with the length of the moment.
+    """
+
+    dim: int | None = None
+    packed: int = 1
+    length: int = 0
+    is_positions: bool = False
+
+    def whole(self, part: Tensor, mesh: DeviceMesh, num_positions: int) -> Tensor:
+        """The whole, for what runs alike on every rank. Differentiable.
+
+        Communication: forward one all-gather, backward none; nothing for what entered.
+        """
+        if self.dim is None:
+            return _Shared.apply(part, mesh.size())
+        if self.is_positions:
+            return gather(part, mesh, self.dim, num_positions)
+        dim, piece, width = self.dim, self._piece, self._width(mesh)
+        padded = _padded(part.unflatten(dim, (self.packed, -1)), dim + 1, width).flatten(dim, dim + 1)
+        ranks = gather(padded, mesh, dim).unflatten(dim, (mesh.size(), self.packed, width))
+        return ranks.transpose(dim, dim + 1).flatten(dim + 1, dim + 2).narrow(dim + 1, 0, piece).flatten(dim, dim + 1)
+
+    def part(self, whole: Tensor, mesh: DeviceMesh) -> Tensor:
+        """This rank's part of the whole, to go on with. Differentiable.
+
+        Communication: backward one all-gather; for what enters again, one all-reduce.
+        """
+        if self.dim is None:
+            return copy_to_tensor_region(whole, mesh)
+        if self.is_positions:
+            return scatter_to_sequence_region(whole, mesh, self.dim)
+        dim, width = self.dim, self._width(mesh)
+        pieces = _padded(whole.unflatten(dim, (self.packed, self._piece)), dim + 1, mesh.size() * width)
+        ranks = pieces.unflatten(dim + 1, (mesh.size(), width)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+        own = scatter(ranks, mesh, dim).unflatten(dim, (self.packed, width))
+        return own.narrow(dim + 1, 0, self._present(mesh)).flatten(dim, dim + 1)
+
+    def fits(self, part: Tensor, mesh: DeviceMesh) -> bool:
+        """Whether a part is as long as one in this place."""
+        if self.dim is None:
+            return True
+        return self.dim < part.ndim and (self.is_positions or part.shape[self.dim] == self.packed * self._present(mesh))
+
+    def _present(self, mesh: DeviceMesh) -> int:
+        """How much of a piece this rank has."""
+        width = self._width(mesh)
+        return min(max(self._piece - mesh.get_local_rank() * width, 0), width)
+
+    @property
+    def _piece(self) -> int:
+        return self.length // self.packed
+
+    def _width(self, mesh: DeviceMesh) -> int:
+        return -(-self._piece // mesh.size())
+
+
+def find_placements(
+    pairs: list[tuple[Tensor, Tensor]], mesh: DeviceMesh, in_positions: bool, rounding: Callable[[Tensor], float]
+) -> list[ActivationPlacement | None]:
+    """Where parts lie in their wholes; ``dim`` None for those that are whole, None for those that are nowhere in them.
+
+    Args:
+        pairs: whole and part, as many on every rank.
+        mesh: of the tensor axis.
+        in_positions: they may be divided by positions too.
+        rounding: the relative difference that is taken for rounding.
+
+    Communication: one all-reduce of some numbers over ``mesh``.
+    """
+    candidates = [list(_candidates(whole, mesh, in_positions)) for whole, _ in pairs]
+    fits = [
+        [int(_is_close(part, own, rounding)) for _, own in found]
+        for (_, part), found in zip(pairs, candidates, strict=True)
+    ]
+    device = pairs[0][0].device if pairs else torch.device(mesh.device_type)
+    verdict = torch.tensor([fit for row in fits for fit in row], device=device)
+    dist.all_reduce(verdict, dist.ReduceOp.MIN, mesh.get_group())
+    agreed = iter(verdict.tolist())
+    places: list[ActivationPlacement | None] = []
+    for found in candidates:
+        fitting = [place for place, _ in found if next(agreed)]
+        places.append(fitting[0] if fitting else None)
+    return places
+
+
+def _candidates(whole: Tensor, mesh: DeviceMesh, in_positions: bool) -> Iterator[tuple[ActivationPlacement, Tensor]]:
+    yield ActivationPlacement(), whole
+    for dim, length in reversed(list(enumerate(whole.shape))):
+        if in_positions and dim == 1:
+            yield (
+                ActivationPlacement(dim, length=length, is_positions=True),
+                scatter_to_sequence_region(whole, mesh, dim),
+            )
+        for packed in PACKED:
+            if length % packed == 0 and length // packed >= mesh.size():
+                yield ActivationPlacement(dim, packed, length), shard_of(whole, placement(dim, packed), mesh)
+
+
+def _is_close(part: Tensor, own: Tensor, rounding: Callable[[Tensor], float]) -> bool:
+    if part.shape != own.shape or part.dtype != own.dtype:
+        return False
+    if not part.is_floating_point():
+        return torch.equal(part, own)
+    finite = own.isfinite()
+    if not torch.equal(finite, part.isfinite()):
+        return False
+    part, own = part.float().where(finite, 0), own.float().where(finite, 0)
+    return float((part - own).norm()) <= rounding(part) * max(float(own.norm()), 1e-12)
+
+
+def _padded(tensor: Tensor, dim: int, length: int) -> Tensor:
+    missing = length - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = [missing if d == dim else size for d, size in enumerate(tensor.shape)]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+class _Shared(torch.autograd.Function):
+    """What each rank uses for its part, so that gradients are summed over the ranks, used alike on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, num_ranks: int) -> Tensor:
+        ctx.num_ranks = num_ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.num_ranks, None

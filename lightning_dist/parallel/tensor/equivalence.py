@@ -1,0 +1,173 @@
+"""A part is what the plan took it for: seen once, before anything is trained on it.
+
+[Note: parts are checked]
+The plan recognises attention and feed-forward modules by what they are made of; what their forward does with the
+numbers that it sees is its own affair. One that scales its scores by ``width // self.num_heads``, say, gets this rank's
+heads and another scale, and no error would tell. So the first time that a kind of module runs, it runs twice more, as a
+part and whole, with fixed numbers for random ones, and the outputs are compared, the tensors that it keeps, and the
+gradients that reach its inputs. A module whose plain attributes change is one of another kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from lightning_dist.compat.torch import disable_current_modes
+from lightning_dist.parallel.rehearsal import FixedNumbers, undone
+from lightning_dist.parallel.tensor.both_ways import (
+    PartFailed,
+    both_ways,
+    rounding_of,
+    tensor_attributes,
+    tensors_in,
+    without_cache,
+)
+from lightning_dist.parallel.tensor.region import Region, whole
+from lightning_dist.parallel.tensor.shards import shard_of
+from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
+from lightning_dist.pytree import tree_leaves, tree_map
+
+
+class EquivalenceCheck:
+    """Compares the modules of one plan with the whole ones; see [Note: parts are checked].
+
+    Args:
+        mesh: of the tensor axis.
+
+    Communication: for each kind of module, once: the gathering of its parameters over ``mesh``, its own collectives
+    once more, and one all-reduce of a number.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self._seen: set[Any] = set()
+        self.own_outputs: dict[type, frozenset[int]] = {}
+        """Which of the tensors that a kind of module returns, beside the first, are this rank's part."""
+
+    def is_due(self, module: nn.Module) -> bool:
+        """Whether a module of this kind did not run yet. Compiled ones are not looked at."""
+        return not torch.compiler.is_compiling() and _kind(module) not in self._seen
+
+    @torch.no_grad()
+    def run(self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares.
+
+        Raises:
+            ValueError: on every rank of the axis, if the part gives another result than the whole, or fails where the
+                whole does not.
+        """
+        kind = _kind(module)
+        self._seen.add(kind)
+        if region.is_given_own(args, kwargs):
+            return  # made by another part: the whole module could not use it
+        before = tensor_attributes(module)
+        with without_users_hooks(module), undone(module):
+            try:
+                expected, part, kept = both_ways(module, region, args, kwargs, watched=before)
+            except PartFailed as error:
+                raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
+            gradients = self._gradient_difference(module, region, args, kwargs)
+        _refuse_differences(module, self._largest(module, expected, part), kept, gradients, rounding_of(part[0]))
+        # those of another shape are this rank's: of its heads, say
+        pairs = enumerate(zip(expected, part, strict=False))
+        self.own_outputs[type(module)] = frozenset(i for i, (w, p) in pairs if i and w.shape != p.shape)
+
+    def _largest(self, module: nn.Module, expected: list[Tensor], part: list[Tensor]) -> float:
+        """The largest relative difference between outputs of one shape; infinite where there is none to compare."""
+        if part[0].shape != expected[0].shape:  # it goes on divided
+            expected = [shard_of(expected[0], Shard(expected[0].ndim - 1), self.mesh), *expected[1:]]
+        largest = torch.full((), torch.inf, device=part[0].device)
+        if len(part) == len(expected) and part[0].shape == expected[0].shape:
+            pairs = [(w, p) for w, p in zip(expected, part, strict=True) if w.shape == p.shape]
+            found = [(p - w).float().norm() / w.float().norm().clamp(min=1e-12) for w, p in pairs]
+            largest = torch.stack(found).max()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.mesh.get_group())
+        return float(largest)
+
+    @torch.enable_grad()
+    def _gradient_difference(
+        self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> float:
+        """Of the gradients that reach the inputs, between the part and the whole; 0 where none is asked for."""
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not (region.copies_inputs and region.positions is None and leaves):
+            return 0.0
+        inputs = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
+
+        def fresh(leaf: Any) -> Any:
+            return inputs.get(id(leaf), leaf)
+
+        given, named = tree_map(without_cache, (tree_map(fresh, args), tree_map(fresh, kwargs)))
+        # checkpointing of activations keeps nothing of what this saves, in the first run or in the second
+        with disable_current_modes(), saved_tensors_hooks(_as_it_is, _as_it_is), FixedNumbers():
+            with whole(module):
+                whole_output = tensors_in(type(module).forward(module, *given, **named))[0]
+            output = tensors_in(region.run(module, given, named))[0]
+            if output.shape != whole_output.shape:  # it goes on divided
+                return 0.0
+            expected, part = _gradients(whole_output, inputs), _gradients(output, inputs)
+        if expected is None or part is None:
+            return 0.0
+        difference = (part - expected).norm() / expected.norm().clamp(min=1e-12)
+        dist.all_reduce(difference, dist.ReduceOp.MAX, self.mesh.get_group())
+        return float(difference)
+
+
+def _refuse_differences(module: nn.Module, outputs: float, kept: list[str], gradients: float, rounding: float) -> None:
+    if not outputs <= rounding:
+        raise ValueError(
+            _told(
+                module,
+                f"that gives another result than the whole module (relative difference {outputs:.1e}): its "
+                "forward does something with its sizes that tp does not know",
+            )
+        )
+    if kept:
+        raise ValueError(_told(module, f"its forward keeps {', '.join(kept)}, of which it would keep this rank's part"))
+    if not gradients <= 10 * rounding:
+        raise ValueError(
+            f"tp runs {type(module).__name__} on each rank's heads or columns, and that sends another gradient to "
+            f"its input than the whole module (relative difference {gradients:.1e}): its forward uses the input "
+            "beside its divided layers too, in a residual connection of its own. Name its layers in tensor_plan= "
+            '(the first "colwise", the last "rowwise"), and they are divided one by one'
+        )
+
+
+def _told(module: nn.Module, what: str) -> str:
+    return (
+        f"tp runs {type(module).__name__} on each rank's heads or columns, and {what}. Name the layers that may be "
+        "divided in tensor_plan=, and leave these out"
+    )
+
+
+def _gradients(output: Tensor, inputs: dict[int, Tensor]) -> Tensor | None:
+    """Of a sum of the output's elements, each times a number of its own, for all inputs, as one vector."""
+    if not output.requires_grad:
+        return None
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=output.dtype).view(output.shape)
+    found = torch.autograd.grad((output * weights).sum(), list(inputs.values()), allow_unused=True)
+    given = [gradient.flatten().double() for gradient in found if gradient is not None]
+    return torch.cat(given) if given else None
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _kind(module: nn.Module) -> Any:
+    """Class, shapes and plain attributes: another flag is another forward."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    plain = tuple(
+        (name, key, value)
+        for name, child in module.named_modules()
+        for key, value in vars(child).items()
+        if isinstance(value, (bool, str, type(None))) or (isinstance(value, (int, float)) and value == value)
+    )
+    return type(module), shapes, plain

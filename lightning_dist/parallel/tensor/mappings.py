@@ -1,0 +1,188 @@
+"""The differentiable collectives at the border of a tensor-parallel region.
+
+``copy_to_tensor_region`` and ``reduce_from_tensor_region`` are each other's transpose (Megatron-LM's f and g,
+https://arxiv.org/abs/1909.08053), as are ``gather_from_sequence_region`` and ``reduce_scatter_to_sequence_region``,
+their sequence-parallel forms (https://arxiv.org/abs/2205.05198), and ``gather`` and ``scatter``. So the backward of
+each is the other one, differentiable again to any order: a gradient penalty costs the collectives of the backward once
+more.
+
+[Note: positions that are divided]
+Positions are divided along a dim of size L into ceil(L / ranks) for each rank. What is missing at the end is filled
+with the last position again, so that whatever works position by position stays as finite there as anywhere; it is cut
+off wherever the positions come together, and gets no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_dist.compat.torch import functional_collectives as functional
+
+
+def copy_to_tensor_region(activation: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A replicated activation, about to be used by each rank's part.
+
+    Communication: forward none; backward one all-reduce of the gradient over ``mesh``.
+    """
+    return _Copy.apply(activation, mesh)
+
+
+def reduce_from_tensor_region(partial: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of each rank's part of an activation, replicated.
+
+    Communication: forward one all-reduce over ``mesh``; backward none.
+    """
+    return _Reduce.apply(partial, mesh)
+
+
+def gather(part: Tensor, mesh: DeviceMesh, dim: int, length: int | None = None) -> Tensor:
+    """The ranks' parts beside each other along a dim; what follows runs alike on every rank.
+
+    Args:
+        part: of this rank, as large on every rank.
+        mesh: of the axis.
+        dim: along which.
+        length: of the result; by default all of it.
+
+    Communication: forward one all-gather over ``mesh``; none backward.
+    """
+    return _Gather.apply(part, mesh, dim, part.shape[dim] * mesh.size() if length is None else length)
+
+
+def scatter(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's part of a replicated activation, as wide on every rank: zeros stand for what is missing at the end.
+
+    Communication: forward none; backward one all-gather over ``mesh``.
+    """
+    return _Scatter.apply(whole, mesh, dim, False)
+
+
+def scatter_to_sequence_region(whole: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's positions of a replicated activation; see [Note: positions that are divided].
+
+    Communication: forward none; backward one all-gather over ``mesh``.
+    """
+    return _Scatter.apply(whole, mesh, dim, True)
+
+
+def gather_from_sequence_region(part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+    """All positions, of which this rank has a part, about to be used by each rank's part of a layer.
+
+    Communication: forward one all-gather over ``mesh``; backward one reduce-scatter.
+    """
+    return _GatherPositions.apply(part, mesh, dim, length)
+
+
+def reduce_scatter_to_sequence_region(partial: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's positions of the sum of each rank's part of an activation.
+
+    Communication: forward one reduce-scatter over ``mesh``; backward one all-gather.
+    """
+    return _ReduceScatterPositions.apply(partial, mesh, dim, True)
+
+
+def all_reduce(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over the axis, in a new tensor. One all-reduce; not differentiable."""
+    return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), "sum", mesh))
+
+
+def _all_gather(part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+    """The first ``length`` of the ranks' parts along a dim."""
+    stacked = functional.wait_tensor(functional.all_gather_tensor(part.contiguous(), 0, mesh))
+    width = part.shape[dim]
+    parts = stacked.chunk(mesh.size()) if len(part) else [part] * mesh.size()
+    return torch.cat([p.narrow(dim, 0, _present(i, width, length)) for i, p in enumerate(parts)], dim)
+
+
+def _reduce_scatter(whole: Tensor, mesh: DeviceMesh, dim: int, repeat: bool) -> Tensor:
+    """This rank's positions of the sum over the axis."""
+    parts = torch.cat([_own(whole, rank, mesh.size(), dim, repeat) for rank in range(mesh.size())])
+    return functional.wait_tensor(functional.reduce_scatter_tensor(parts, "sum", 0, mesh))
+
+
+def _own(whole: Tensor, rank: int, num_ranks: int, dim: int, repeat: bool) -> Tensor:
+    """A rank's positions; what is missing at the end is the last one again, or zeros."""
+    length = whole.shape[dim]
+    width = -(-length // num_ranks)
+    present = _present(rank, width, length)
+    own = whole.narrow(dim, min(rank * width, length), present)
+    if present == width:
+        return own
+    last = whole.narrow(dim, length - 1, 1) if repeat else torch.zeros_like(whole.narrow(dim, 0, 1))
+    shape = [width - present if d == dim else -1 for d in range(whole.ndim)]
+    return torch.cat([own, last.expand(shape)], dim)
+
+
+def _present(rank: int, width: int, length: int) -> int:
+    """How many of a rank's positions there are."""
+    return min(max(length - rank * width, 0), width)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Reduce.apply(gradient, ctx.mesh), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return all_reduce(partial, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Copy.apply(gradient, ctx.mesh), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        return _all_gather(part, mesh, dim, length)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Scatter.apply(gradient, ctx.mesh, ctx.dim, False), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, mesh: DeviceMesh, dim: int, repeat: bool) -> Tensor:
+        ctx.mesh, ctx.dim, ctx.length = mesh, dim, whole.shape[dim]
+        return _own(whole, mesh.get_local_rank(), mesh.size(), dim, repeat).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Gather.apply(gradient, ctx.mesh, ctx.dim, ctx.length), None, None, None
+
+
+class _GatherPositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, mesh: DeviceMesh, dim: int, length: int) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        return _all_gather(part, mesh, dim, length)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _ReduceScatterPositions.apply(gradient, ctx.mesh, ctx.dim, False), None, None, None
+
+
+class _ReduceScatterPositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh, dim: int, repeat: bool) -> Tensor:
+        ctx.mesh, ctx.dim, ctx.length = mesh, dim, partial.shape[dim]
+        return _reduce_scatter(partial, mesh, dim, repeat)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _GatherPositions.apply(gradient, ctx.mesh, ctx.dim, ctx.length), None, None, None

@@ -1,0 +1,145 @@
+"""Sequence parallel: between the blocks of a stack, each rank holds its part of the positions.
+
+[Note: sequence parallel]
+The first block of a stack takes its part of the activation, the last one puts the parts together again; in between,
+what is not divided by the tensor plan (norms, dropout, residuals, LayerScale) works on the part. A region inside a
+block gathers all positions where it would have taken a replicated activation, and scatters its sum where it would
+have left it replicated: the same bytes. See also [Note: positions that are divided].
+
+A weight of a block that is not divided sees this rank's positions, so its gradient is a part of the sum, as are those
+of norms of heads; :class:`~lightning_dist.parallel.tensor.axis.TensorAxis` adds all of them in one all-reduce. The same
+holds for other activations that a block is given (what an encoder made, a condition): they stay whole and are copied to
+the region once.
+
+What lies between the blocks is the network's own code, on a part of the positions: the stack makes sure that it hands
+on what the block before returned. Outputs that a network collects are parts as well; hooks on blocks are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
+
+from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather
+from lightning_dist.parallel.tensor.positions import DIM
+from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.parallel.tensor.users_hooks import refuse_hooks
+from lightning_dist.pytree import tree_leaves, tree_map
+from lightning_dist.random_states import own_stream
+
+
+@dataclass
+class SequenceBlock(Region):
+    """A block of a stack, see [Note: sequence parallel].
+
+    Args:
+        name: of the block, for messages.
+        is_first, is_last: in its stack.
+    """
+
+    name: str = ""
+    is_first: bool = False
+    is_last: bool = False
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's own forward, on this rank's positions."""
+        assert self.positions is not None
+        before = self.positions.state()
+        if self.check is not None and self.check.is_due(module):
+            self.check.run(module, self, args, kwargs)
+            self.positions.restore(before)  # what the comparison gave went nowhere
+        refuse_hooks(module, self.name)
+        with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
+            self.positions.restore(before)
+            return self._run(module, args, kwargs)
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.positions is not None
+        begin = self.positions.begin if self.is_first else self.positions.go_on
+        args, kwargs, others = self._prepare(args, kwargs, begin)
+        dropout = OwnDropout(self.mesh) if self.draws and module.training else nullcontext()
+        with self.positions.inside(others), self._local_view(module), dropout:
+            output = type(module).forward(module, *args, **kwargs)
+        return _with_first(output, self.positions.end(_first(output), self.is_last))
+
+    def _prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[Tensor, str], Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+        """The arguments as the forward gets them, and those of them that stay whole."""
+        others: list[Tensor] = []
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        first = iter((True,))
+
+        def whole(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in copies:
+                copies[id(value)] = (copy_to_tensor_region(value, self.mesh) if value.requires_grad else value, value)
+                others.append(copies[id(value)][0])
+            return copies[id(value)][0]
+
+        def prepared(name: str, value: Any) -> Any:
+            if next(first, False):
+                return begin(value, self.name)
+            return value if name in self.stays else tree_map(whole, value)
+
+        return *self.rewrite(args, kwargs, prepared), others
+
+    def again(self) -> AbstractContextManager[Any]:
+        """While the forward is computed again in backward, the activation is where it is now."""
+        assert self.positions is not None
+        return self.positions.snapshot()
+
+    def whole_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As the whole block takes them. Communication: an all-gather, but for the first block."""
+        assert self.positions is not None
+        if self.is_first:
+            return args, kwargs
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        hidden = gather(hidden, self.mesh, DIM, self.positions.length)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): hidden}
+
+    def whole_output(self, output: Tensor) -> Tensor:
+        """As the whole block returns it. Communication: an all-gather, but for the last block."""
+        assert self.positions is not None
+        return output if self.is_last else gather(output, self.mesh, DIM, self.positions.length)
+
+
+class OwnDropout(TorchFunctionMode):
+    """While it lasts, dropout draws numbers of this rank's own: other positions, other features are dropped.
+
+    What is drawn for a sample as a whole (stochastic depth) is drawn alike on every rank.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with own_stream(self.mesh) if func in _DROPOUTS else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+
+
+def _first(output: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _with_first(output: Any, first: Tensor) -> Any:
+    """The output with its first tensor replaced."""
+    if isinstance(output, Tensor):
+        return first
+    old = _first(output)
+    return tree_map(lambda leaf: first if leaf is old else leaf, output)

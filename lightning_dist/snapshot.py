@@ -1,0 +1,179 @@
+"""The state that a user's own objects hold in Python, to be put back after something that counts for nothing."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
+
+
+class Snapshot:
+    """What objects hold in Python, to be put back: attributes, containers and their contents, tensors and arrays.
+
+    Objects of the user's own classes are followed; tensors within lists, which collect, are taken for unchanged.
+
+    Args:
+        owners: whose attributes are kept.
+        data: they are data sets, whose tensors are taken for unchanged; else data sets are left out.
+        of_module: gives what restores a module that an owner holds; None of one that is left out, as all are by
+            default.
+    """
+
+    def __init__(
+        self,
+        owners: Iterable[Any],
+        data: bool = False,
+        of_module: Callable[[nn.Module], Callable[[], None] | None] = lambda _: None,
+    ) -> None:
+        owners = list(owners)
+        self._data, self._of_module = data, of_module
+        self._undo: list[Callable[[], None]] = []
+        self._seen = {id(owner) for owner in owners}
+        for owner in owners:
+            self._keep_attributes(owner)
+
+    def restore(self) -> None:
+        """Everything is as it was."""
+        for undo in self._undo:
+            undo()
+
+    def add(self, *values: Any) -> None:
+        """These too."""
+        for value in values:
+            self._keep(value, nested=False)
+
+    def _keep_attributes(self, owner: Any) -> None:
+        attributes = {name: value for name, value in vars(owner).items() if name not in _attributes_of_lightning()}
+
+        def undo() -> None:
+            now = vars(owner)
+            for name in [name for name in now if name not in attributes and name not in _attributes_of_lightning()]:
+                del now[name]
+            now.update(attributes)
+
+        self._undo.append(undo)
+        for value in attributes.values():
+            self._keep(value, nested=False)
+
+    def _keep(self, root: Any, nested: bool) -> None:
+        """Keeps a value and what it holds; tensors within lists, which collect, are taken for unchanged."""
+        waiting = [(root, nested)]
+        while waiting:
+            value, nested = waiting.pop()
+            if isinstance(value, (str, bytes, int, float, type(None), type)) or id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            if isinstance(value, (Dataset, DataLoader)) and not self._data:
+                continue
+            if isinstance(value, DataLoader):
+                self._keep_attributes(value)
+            elif isinstance(value, torch.Generator):
+                self._undo.append(partial(_set_state, value, value.get_state()))
+            elif isinstance(value, nn.Module):
+                undo = self._of_module(value)
+                self._undo += [] if undo is None else [undo]
+            elif isinstance(value, (Tensor, np.ndarray)):
+                if not nested and not self._data and not isinstance(value, nn.Parameter):
+                    self._undo.append(_undo_array(value))
+            elif isinstance(value, (list, deque)):
+                self._undo.append(_undo_list(value))
+                waiting += [(inner, True) for inner in value]
+            elif isinstance(value, dict):
+                self._undo.append(_undo_mapping(value))
+                waiting += [(inner, nested) for inner in value.values()]
+            elif isinstance(value, set):
+                self._undo.append(_undo_mapping(value))
+            elif isinstance(value, tuple):
+                waiting += [(inner, nested) for inner in value]
+            elif hasattr(value, "__dict__") and is_users(type(value)):
+                self._keep_attributes(value)
+
+
+def _undo_array(value: Any) -> Callable[[], None]:
+    before = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+
+    def undo() -> None:
+        if not isinstance(value, Tensor):
+            value[...] = before
+        elif value.shape == before.shape:
+            with torch.no_grad():
+                value.copy_(before)
+
+    return undo
+
+
+def _undo_list(value: list[Any] | deque[Any]) -> Callable[[], None]:
+    before = list(value)
+
+    def undo() -> None:
+        grown = list(value)[len(before) :]
+        value.clear()
+        value.extend(before if before else _without_rows(grown))
+
+    return undo
+
+
+def _undo_mapping(value: dict[Any, Any] | set[Any]) -> Callable[[], None]:
+    before: Any = value.copy()
+
+    def undo() -> None:
+        value.clear()
+        value.update(before)
+
+    return undo
+
+
+def _without_rows(grown: list[Any]) -> list[Any]:
+    emptied = [_emptied(item) for item in grown]
+    return [] if any(item is None for item in emptied) else emptied
+
+
+def _emptied(item: Any) -> Any:
+    """The item with none of its rows; None where it has no rows."""
+    if isinstance(item, (Tensor, np.ndarray)):
+        return item[:0] if item.ndim else None
+    if type(item) is list:
+        return []
+    if type(item) is tuple:
+        parts = [_emptied(inner) for inner in item]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if type(item) is dict:
+        values = {key: _emptied(inner) for key, inner in item.items()}
+        return None if any(part is None for part in values.values()) else values
+    return None
+
+
+@cache
+def _attributes_of_lightning() -> frozenset[str]:
+    """What every LightningModule has of its own, parameters, buffers and submodules among it."""
+    return frozenset(vars(pl.LightningModule()))
+
+
+def is_users(kind: type) -> bool:
+    """Whether a class is of the user's own code, not of Python, of an installed package or of this one."""
+    return not issubclass(kind, Metric) and _is_users_module(kind.__module__)
+
+
+@cache
+def _is_users_module(name: str) -> bool:
+    if name.split(".")[0] in ("builtins", "lightning_dist"):
+        return False
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return name == "__main__"
+    installed = any(folder in file for folder in ("site-packages", "dist-packages"))
+    return not installed and not file.startswith(sysconfig.get_paths()["stdlib"])
+
+
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)

@@ -1,0 +1,388 @@
+"""The set-up of the user's module: from what the user built to what runs its steps over the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_dist.auto_layout import choose_layout
+from lightning_dist.collectives import broadcast_tensors
+from lightning_dist.compat import lightning as private
+from lightning_dist.divided import divide
+from lightning_dist.divided.averages import copies_of, divide_copies
+from lightning_dist.divided.compiled import show_parts_to_compiled
+from lightning_dist.explain import plan_report
+from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
+from lightning_dist.layout import MESH_AXES, Layout
+from lightning_dist.parallel import (
+    Alone,
+    Checkpointing,
+    Sharded,
+    average_buffers,
+    parallelize,
+    refuse_no_blocks,
+)
+from lightning_dist.parallel.pipeline import (
+    PartitionedModule,
+    PipelineOptions,
+    PipelineRunner,
+    partition_module,
+    partition_of,
+)
+from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.patches import Patches
+from lightning_dist.plans import find_blocks, select_blocks
+from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
+from lightning_dist.precision import shard_policy
+from lightning_dist.ranks import LayoutRanks, resolve
+from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
+from lightning_dist.validation import (
+    has_hooks,
+    has_lazy_parameters,
+    validate_built,
+    validate_kept_hooks,
+    validate_no_lazy,
+    validate_no_new_parameters,
+    validate_parameter_kinds,
+    validate_trainer,
+)
+
+ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class ModuleOptions:
+    """What a user says of the module beside the layout.
+
+    Args:
+        shard_units: the modules to shard one by one; None for the repeated blocks.
+        tensor: of the tensor axis.
+        pipeline: of the pipeline axis.
+        activation_checkpointing: what blocks compute again in backward.
+        compile: keyword arguments of ``torch.compile`` for the blocks; None to compile nothing.
+    """
+
+    shard_units: ShardUnits | None
+    tensor: TensorOptions
+    pipeline: PipelineOptions
+    activation_checkpointing: Checkpointing
+    compile: dict[str, Any] | None
+
+    def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The modules that are sharded, recomputed and compiled one by one, by name."""
+        return find_blocks(module) if self.shard_units is None else select_blocks(module, self.shard_units)
+
+    def keeps_blocks_whole(self, layout: Layout) -> bool:
+        """Whether something is done to blocks that a cut inside of them would break."""
+        recomputes = self.activation_checkpointing != "none"
+        return layout.holds_parts_of_blocks or self.compile is not None or recomputes
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks compute something again in backward."""
+        return self.activation_checkpointing != "none"
+
+
+class ModuleSetup:
+    """Builds the user's module over the layout, and knows what was done to it.
+
+    Args:
+        ranks: of the run.
+        options: the user's.
+    """
+
+    def __init__(self, ranks: LayoutRanks, options: ModuleOptions) -> None:
+        self.options = options
+        self.runner: Alone | None = None
+        """Runs the steps of the module, once it has been set up."""
+        self.sharding_plan: ShardingPlan | None = None
+        """What ``tp`` divides, once the module has been set up."""
+        self.recomputed_blocks: list[str] = []
+        """Names of the modules that compute their forward again in backward, once a fit has been set up."""
+        self.reason = ""
+        """Why ``"auto"`` chose the layout; empty where the user did."""
+        self.known_parameters: dict[int, nn.Parameter] = {}
+        """Those of the module when the run began, by id; held, so that an id is not used again."""
+        self.patches = Patches()
+        """Of the module, for as long as it is divided."""
+        self._ranks = ranks
+        self._module: pl.LightningModule | None = None
+        self._recorded: RecordedInit | None = None
+
+    @property
+    def _pipelined(self) -> PipelineRunner | None:
+        return self.runner if isinstance(self.runner, PipelineRunner) else None
+
+    @property
+    def stage(self) -> Any:
+        """Where this rank lies in the pipeline; None without one."""
+        return None if self._pipelined is None else self._pipelined.place
+
+    @property
+    def sharded_units(self) -> list[str]:
+        """Names of the modules that are sharded one by one."""
+        runner = self.runner if self._pipelined is None else self._pipelined.inner
+        return list(runner.units) if isinstance(runner, Sharded) else []
+
+    # ------------------------------------------------------------------ before there are processes
+
+    def refuse_what_cannot_split(self, module: pl.LightningModule) -> None:
+        """Raises before process groups form, where the network is there already; :meth:`build` asks again.
+
+        Raises:
+            ValueError: the layout does not fit the network.
+        """
+        if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
+            return
+        self._plan(module)
+        if module.trainer.state.fn == TrainerFn.FITTING and self.options.recomputes:
+            refuse_no_blocks(module, self.options.blocks(module), self.options.activation_checkpointing)
+
+    def _plan(self, module: pl.LightningModule) -> ShardingPlan | None:
+        layout = self._ranks.layout
+        return (
+            None
+            if layout is None
+            else self.options.tensor.sharding_plan(module, layout.tp, self.options.blocks(module))
+        )
+
+    # ------------------------------------------------------------------ building
+
+    @contextmanager
+    def deferring(self, module: pl.LightningModule) -> Iterator[None]:
+        """While it lasts, what ``configure_model`` builds is deferred if the layout shards; see ``initialization``."""
+        layout = self._ranks.layout
+        if self._ranks.world_size == 1 or (layout is not None and not layout.defers):
+            yield
+            return
+        try:
+            with record_initialization() as self._recorded:
+                yield
+        except CannotDefer as error:
+            rank_zero_warn(f"{error} It is now built whole on every rank before it is sharded.")
+            self._recorded = None
+            module.configure_model()
+            validate_built(module)
+        else:
+            self._recorded.bind(module)
+
+    def _materialize(self, module: pl.LightningModule) -> None:
+        """Gives what ``configure_model`` deferred the values of plain building; a rank keeps its part."""
+        if self._recorded is not None and self._recorded.names:
+            self._recorded.materialize(module, device=self._ranks.device)
+        self._recorded = None
+
+    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> Alone:
+        """Applies the layout to the module, in place; what an earlier run did to it stays.
+
+        Args:
+            module: attached to the Trainer, as its hooks left it.
+            precision: of the Trainer.
+            training: whether gradients will be asked for.
+
+        Returns:
+            What runs the module's steps.
+
+        Communication: the parameters' and buffers' bytes from rank 0 where it was built whole, and see
+        :func:`~lightning_dist.parallel.parallelize`.
+
+        Raises:
+            ValueError: the layout does not fit the module.
+        """
+        self._module = module
+        if self._ranks.world_size > 1:
+            validate_no_lazy(module)
+        # if so, its ranks hold different parameters by now, and placeholders for others
+        was_cut = partition_of(module) is not None
+        if not was_cut:
+            precision.convert_module(module)
+        layout = self._decide_layout(module)
+        self._refuse_other_mesh(module)
+        self.sharding_plan = self._plan(module)
+        validate_parameter_kinds(
+            module, layout, parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ()
+        )
+        if was_cut or any(isinstance(p, DTensor) for p in module.parameters()):
+            validate_no_new_parameters(module, self.known_parameters)
+        else:
+            self._give_all_ranks_the_same(module, layout, training)
+        if not layout.defers:
+            self._materialize(module)
+        self.runner = self._apply(module, layout, precision, training)
+        self.known_parameters = {id(p): p for p in module.parameters()}
+        return self.runner
+
+    def _give_all_ranks_the_same(self, module: pl.LightningModule, layout: Layout, training: bool) -> None:
+        to_device(module, self._ranks.device)
+        if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
+            broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
+
+    def _apply(self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool) -> Alone:
+        ranks, options = self._ranks, self.options
+        blocks = options.blocks(module)
+        hooked = {name: p for name, p in module.named_parameters() if has_hooks(p)}
+        replaced = Replaced(module)
+        policy = shard_policy(precision, ranks.device)
+        partitioned = self._partition(module, list(blocks), policy.param_dtype) if layout.pp > 1 else None
+        self.recomputed_blocks = list(blocks) if training and options.recomputes else []
+        runner = parallelize(
+            module,
+            layout,
+            ranks.mesh,
+            sharding_plan=self.sharding_plan,
+            blocks=blocks,
+            policy=policy,
+            device=ranks.device,
+            activation_checkpointing=options.activation_checkpointing,
+            compile_options=options.compile,
+            training=training,
+            patches=self.patches,
+            partitioned=partitioned,
+            pipeline_options=options.pipeline,
+        )
+        validate_kept_hooks(module, hooked)
+        runner.reshard()
+        self._materialize(module)
+        hooked.clear()
+        replaced.exchange(module, _owners(module.trainer))
+        divide(module)
+        runner.show()
+        show_parts_to_compiled(module)
+        divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
+        return runner
+
+    def _partition(self, module: pl.LightningModule, blocks: list[str], dtype: torch.dtype | None) -> PartitionedModule:
+        """Leaves this rank the stages of the pipeline that are its own."""
+        mesh, layout = self._ranks.mesh, self._ranks.layout
+        assert mesh is not None
+        assert layout is not None
+        if self._recorded is not None and any(buffer.is_meta for buffer in module.buffers()):
+            # what depends on no parameter is traced for real
+            self._recorded.materialize(module, device=self._ranks.device, parameters=False)
+        return partition_module(
+            module,
+            module.trainer,
+            self.options.pipeline,
+            mesh.root["pp"].get_group(),
+            blocks,
+            undivided=[] if self.sharding_plan is None else list(self.sharding_plan.tensor_plan),
+            keep_whole=self.options.keeps_blocks_whole(layout),
+            device=self._ranks.device,
+            dtype=dtype if layout.dp_shard > 1 else None,
+            patches=self.patches,
+        )
+
+    def _decide_layout(self, module: pl.LightningModule) -> Layout:
+        ranks = self._ranks
+        if ranks.layout is None:
+            ranks.layout, self.reason = choose_layout(module, ranks.world_size, ranks.device, ranks.num_processes)
+            ranks.form_mesh()
+            private.show_mesh(module, None if ranks.mesh is None else ranks.mesh.root)
+            validate_trainer(module.trainer, ranks.layout, ranks.device)
+        return ranks.layout
+
+    def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
+        partitioned, mesh, layout = partition_of(module), self._ranks.mesh, self._ranks.layout
+        assert layout is not None
+        if partitioned is not None:
+            partitioned.refuse_other(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)
+        mine = {} if mesh is None else dict(zip(MESH_AXES, mesh.root.shape, strict=True))
+        of_earlier = next((p.device_mesh for p in module.parameters() if isinstance(p, DTensor)), None)
+        if of_earlier is not None and any(
+            mine.get(axis) != of_earlier[axis].size() for axis in of_earlier.mesh_dim_names or ()
+        ):
+            raise ValueError(
+                f"this module is sharded over {of_earlier} from an earlier run, and the layout is now {layout}; build "
+                "the module anew and pass ckpt_path= to go on from its checkpoint"
+            )
+
+    # ------------------------------------------------------------------ while it runs
+
+    def share_buffers(self) -> None:
+        """Makes the module's buffers equal on all ranks before they are used or saved, those of averages of it too.
+
+        Communication: see :func:`~lightning_dist.parallel.average_buffers`; none for one process.
+        """
+        group, module = self._ranks.data_group, self._module
+        if group is None or module is None:
+            return
+        trainer = private.trainer_of(module)
+        for one in (module, *copies_of(module, [] if trainer is None else trainer.callbacks)):
+            average_buffers(one, group)
+        if self.runner is not None:
+            self.runner.share_buffers()
+
+    def reshard(self) -> None:
+        """Frees what was gathered for a forward pass that no backward followed. Communication: none."""
+        if self.runner is not None:
+            self.runner.reshard()
+
+    # ------------------------------------------------------------------ reports
+
+    def report(self, module: pl.LightningModule) -> LayoutReport:
+        """What was done to the module."""
+        plan = self.sharding_plan
+        assert self._ranks.layout is not None
+        return LayoutReport.of(
+            module,
+            self._ranks.layout,
+            sharding_plan=None if plan is None else ShardingPlanReport.of(module, plan, self._ranks.layout),
+            reason=self.reason,
+            units=self.sharded_units,
+            recomputed=self.recomputed_blocks,
+            checkpointing=self.options.activation_checkpointing,
+            pipeline=self._pipeline_report(module),
+        )
+
+    def _pipeline_report(self, module: pl.LightningModule) -> PipelineReport | None:
+        runner = self._pipelined
+        return None if runner is None else PipelineReport.of(module, runner.stages, self.options.pipeline)
+
+    def explain(self, module: pl.LightningModule, num_ranks: int, batch: Any = None) -> LayoutReport:
+        """What would be done to a module on so many ranks, without processes; see ``HybridStrategy.explain``."""
+        requested, options = self._ranks.requested, self.options
+        return plan_report(
+            module,
+            num_ranks,
+            None if requested is None else resolve(requested, num_ranks),
+            options.blocks(module),
+            options.tensor,
+            options.pipeline,
+            options.keeps_blocks_whole,
+            options.activation_checkpointing,
+            batch,
+        )
+
+
+def _owners(trainer: Any) -> list[object]:
+    """Who may have collected parameters of the module before it was divided."""
+    return [*trainer.callbacks, *filter(None, [trainer.datamodule])]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t.detach() for t in (*module.parameters(), *module.buffers())]
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Moves what is real; what is deferred is materialised on the device later."""
+    if not any(tensor.is_meta for tensor in _tensors(module)):
+        module.to(device)
+        return
+    for child in module.modules():
+        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+        if own and not any(tensor.is_meta for tensor in own):
+            for parameter in child.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            for buffer in child.buffers(recurse=False):
+                buffer.data = buffer.data.to(device)

@@ -1,0 +1,397 @@
+"""Where a training stands between two steps, so that one that goes on from a checkpoint does so as if never stopped.
+
+[Note: what a checkpoint is the state of]
+The last optimizer step. Between two of them gradients add up, which no checkpoint holds: one that is written there
+says how things stood at the step before, in random states, buffers and progress, and a resumed run takes those
+microsteps again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_dist.compat import lightning as private
+from lightning_dist.data import TrainingData
+from lightning_dist.patches import Patches
+from lightning_dist.random_states import RandomStates, kept_random_states, seed_generators
+from lightning_dist.ranks import LayoutRanks
+from lightning_dist.trainer.loaders import Loaders
+from lightning_dist.trainer.loop_states import leave_epoch_that_has_not_started, reopen_epoch, take_back
+
+RESUME = "lightning_dist_resume"
+"""The entry of a checkpoint that says where the data and the random generators stood."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How things stood when the batch after an optimizer step was asked for, or when the run began."""
+
+    random: RandomStates
+    batches: int
+    """That were done by then, of all epochs."""
+    buffers: dict[str, Tensor]
+    """Copies; only where gradients of several batches add up."""
+
+
+class Resume:
+    """Knows where in its data and its random streams a fit is; writes it into checkpoints, and goes on from there.
+
+    Args:
+        ranks: of the run.
+        loaders: of the run.
+        share_buffers: makes the module's buffers equal on all ranks, before they are saved.
+    """
+
+    def __init__(self, ranks: LayoutRanks, loaders: Loaders, share_buffers: Callable[[], None]) -> None:
+        self._ranks, self._loaders, self._share_buffers = ranks, loaders, share_buffers
+        self._trainer: Any = None
+        self.training_data: list[TrainingData] = []
+        """Where each training loader began its current epoch."""
+        self.last_step: Step | None = None
+        """How things stood at the last optimizer step of the run."""
+        self._epoch = 0
+        """Of the last batch."""
+        self._to_resume: dict[str, Any] | None = None
+        self._random_at_start: RandomStates | None = None
+        """Of the first batch of a run that goes on."""
+        self._begin_again: Callable[[], None] | None = None
+        """Puts the loaders where the run goes on, until its first batch has begun."""
+        self._is_plain = False
+        """Whether the run goes on from a checkpoint that does not say where its data stood."""
+        self._begun_in_place = False
+        """Whether the loaders have begun where the run goes on."""
+
+    def attach(self, trainer: pl.Trainer, patches: Patches) -> None:
+        """A run begins: from here on its loaders begin where it goes on, and each batch is noted."""
+        self.training_data, self.last_step, self._to_resume, self._epoch = [], None, None, 0
+        self._random_at_start = self._begin_again = None
+        self._is_plain = self._begun_in_place = False
+        self._trainer = trainer
+        loop = trainer.fit_loop
+        patches.wrap(loop, private.LOAD_LOADER_STATES, self._begin_loaders)
+        patches.wrap(loop, "setup_data", self._set_up_data)
+        patches.wrap(loop.epoch_loop, private.BEFORE_FETCH, self._before_fetch)
+        patches.wrap(loop.epoch_loop, "on_run_start", self._before_epoch)
+
+    def is_even(self) -> bool:
+        """Whether each training batch has as many samples on every data rank, as all of them know."""
+        return all(data.is_even for data in self.training_data)
+
+    # ------------------------------------------------------------------ while training
+
+    def on_train_start(self) -> None:
+        """Hooks have drawn what they draw before the first batch."""
+        if self._random_at_start is not None:
+            self._random_at_start.restore(self._ranks.device)
+        self._to_resume = self._random_at_start = None
+        self._note_step()
+
+    def on_train_batch_start(self) -> None:
+        """A batch begins."""
+        self._begin_again = None
+        self._note_epoch()
+
+    def _note_epoch(self) -> None:
+        if self._epochs.processed > self._epoch:
+            self._epoch = self._epochs.processed
+            for data in self.training_data:
+                data.next_epoch()
+
+    def _before_fetch(self, original: Callable[[], None]) -> None:
+        """Wraps Lightning's method that is called before each training batch is asked for."""
+        self._note_epoch()
+        current = self._batches.current
+        ready, current.ready = current.ready, current.processed  # a step with dataloader_iter has counted this batch
+        if not private.accumulates(self._trainer):
+            self._note_step()
+        current.ready = ready
+        original()
+
+    def _note_step(self) -> None:
+        """Notes how things stand now."""
+        buffers = {}
+        if self._trainer.accumulate_grad_batches > 1:
+            module = self._trainer.lightning_module
+            buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        self.last_step = Step(RandomStates.now(self._ranks.device), self._batches.total.processed, buffers)
+
+    # ------------------------------------------------------------------ saving
+
+    @property
+    def _since_step(self) -> int:
+        """Batches that were done since the last optimizer step, whose gradients are not in a checkpoint."""
+        if self.last_step is None or not self._saves_training:
+            return 0
+        if self._between_batches and not private.accumulates(self._trainer):
+            return 0
+        since = self._batches.total.processed - self.last_step.batches
+        return since if 0 <= since < self._trainer.accumulate_grad_batches else 0
+
+    @property
+    def _between_batches(self) -> bool:
+        return bool(self._batches.current.ready == self._batches.current.processed)
+
+    @property
+    def _batches(self) -> Any:
+        return self._trainer.fit_loop.epoch_loop.batch_progress
+
+    @property
+    def _epochs(self) -> Any:
+        return self._trainer.fit_loop.epoch_progress.current
+
+    @property
+    def _saves_training(self) -> bool:
+        return self.last_step is not None and self._trainer.state.fn == TrainerFn.FITTING
+
+    def added_to(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint with the state of data and random generators, taken back to the last optimizer step.
+
+        Communication over the data ranks: one all-gather of their random states and of the loaders' own, as objects of
+        about 10 kB.
+        """
+        if self.last_step is None and self._to_resume is not None:  # nothing was done since the run goes on
+            return {**checkpoint, RESUME: self._to_resume}
+        if not self._saves_training or "optimizer_states" not in checkpoint:
+            return checkpoint
+        assert self.last_step is not None
+        batches, since = self._batches, self._since_step
+        at_step = since == 0 and self._between_batches
+        states = RandomStates.now(self._ranks.device) if at_step else self.last_step.random
+        position = self._position(since)
+        done, ended = batches.current.processed - since, position["epoch"] > self._epoch
+        ahead = private.fetches_ahead(self._trainer.fit_loop)
+        own = states.to_state(), [data.state(done, ended, ahead) for data in self.training_data]
+        every: list[Any] = [own]
+        if self._ranks.num_data_ranks > 1:
+            every = [None] * self._ranks.num_data_ranks
+            dist.all_gather_object(every, own, self._ranks.data_group)
+        loops = copy.deepcopy(checkpoint["loops"])
+        if since:
+            take_back(loops, since)
+        if self._ended_early:
+            reopen_epoch(loops)
+        leave_epoch_that_has_not_started(loops)
+        random, loaders = (list(part) for part in zip(*every, strict=True))
+        self._tell_of_other_orders(loaders)
+        resume = {"random": random, "loaders": loaders, **position}
+        plain = [data.plain_state(done, ended) for data in self.training_data]
+        if any(state is not None for state in plain):
+            loops["fit_loop"]["state_dict"]["combined_loader"] = [state for state in plain if state is not None]
+        return {**checkpoint, "loops": loops, RESUME: resume}
+
+    def _tell_of_other_orders(self, loaders: list[list[Any]]) -> None:
+        """Where the ranks' samplers drew apart; said at a save, which has gathered what each drew."""
+        for number, data in enumerate(self.training_data):
+            if data.order is None:
+                continue
+            digests = {of_rank[number]["digest"] for of_rank in loaders if of_rank[number] is not None}
+            if len(digests) > 1:
+                kind = type(getattr(data.order.source, "sampler", data.order.source)).__name__
+                rank_zero_warn(
+                    f"the data ranks drew different orders from the {kind} of training loader {number}, so an epoch "
+                    "repeats samples and leaves others out; seed what it draws from alike on all ranks, or let it draw "
+                    "from a torch.Generator that is its attribute `generator`"
+                )
+
+    def _position(self, since: int) -> dict[str, Any]:
+        """The epoch, and what was taken of it from each loader."""
+        loop, batches = self._trainer.fit_loop, self._batches
+        done = batches.current.processed - since
+        here = {
+            "num_data_ranks": self._ranks.num_data_ranks,
+            "batches": done,
+            "batch_sizes": [data.batch_size for data in self.training_data],
+        }
+        if done >= loop.max_batches or (batches.is_last_batch and self._between_batches):
+            return {**here, "epoch": self._epoch + 1, "taken": [0 for _ in self.training_data], "batches": 0}
+        return {**here, "epoch": self._epoch, "taken": self._taken(done)}
+
+    def _taken(self, done: int) -> list[int]:
+        """Of each loader, at a count of batches of this epoch, as Lightning's mode combines them."""
+        starts_over = private.mode_of(private.loaders_of(self._trainer.fit_loop)) == "max_size_cycle"
+        return [data.taken(done - data.done, starts_over) for data in self.training_data]
+
+    @property
+    def _ended_early(self) -> bool:
+        """Whether Lightning ended an epoch within, at ``max_steps``, say; a run that goes on finishes it first."""
+        loop, batches = self._trainer.fit_loop, self._batches
+        is_within = batches.current.processed < loop.max_batches and not batches.is_last_batch
+        return is_within and self._epochs.processed > self._epoch
+
+    def buffers_at_step(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A module's state dict, with the buffers of the last optimizer step.
+
+        Communication: none, or that of making buffers equal.
+        """
+        step = self.last_step
+        if step is None or not step.buffers or not self._since_step:
+            return state
+        buffers = dict(self._trainer.lightning_module.named_buffers())
+        now = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(step.buffers[name])
+            self._share_buffers()
+            then = {name: buffer.detach().clone() for name, buffer in buffers.items() if name in state}
+            for name, buffer in buffers.items():
+                buffer.copy_(now[name])
+        return {**state, **then}
+
+    # ------------------------------------------------------------------ resuming
+
+    def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Notes what a checkpoint says, for the loaders and the generators of the run that begins."""
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._to_resume = checkpoint.get(RESUME)
+            self._is_plain = self._to_resume is None
+
+    def _before_epoch(self, original: Callable[[Any], None], data_fetcher: Any) -> None:
+        """Wraps Lightning's method that begins the loaders anew for all epochs but the first of
+        a run; a run that goes on from the validation at an epoch's end has begun them for that one (seen in 2.6.6).
+        """
+        loop = self._trainer.fit_loop
+        if self._begin_again is not None and not loop.is_resuming and not loop.epoch_loop.restarting:
+            self._begin_again()
+        original(data_fetcher)
+
+    def _set_up_data(self, original: Callable[[], None]) -> None:
+        """Wraps Lightning's method that fetches a first batch of loaders without a length."""
+        loop = self._trainer.fit_loop
+        if self._goes_on and not self._begun_in_place:
+            private.forget_loaders(loop)  # that somebody asked for (estimated_stepping_batches) before
+        original()
+        saved = self._to_resume if self._goes_on else None
+        if saved is not None and self._random_at_start is None:
+            # within an epoch that batch was there already when the run was saved
+            self._random_at_start = (
+                self._saved_random(saved) if saved["batches"] else RandomStates.now(self._ranks.device)
+            )
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the training goes on from a checkpoint whose progress Lightning has restored by now."""
+        return (self._to_resume is not None or self._is_plain) and private.goes_on(self._trainer.fit_loop)
+
+    def _begin_loaders(self, original: Callable[[], None]) -> None:
+        """Wraps Lightning's method that is called when loaders are there, and not yet asked."""
+        loop = self._trainer.fit_loop
+        combined, self._begin_again = private.loaders_of(loop), None
+        saved = self._to_resume if self._goes_on else None
+        self._begun_in_place |= self._goes_on
+        has_states = private.has_loader_states(loop)
+        if saved is None:
+            original()
+        else:
+            private.forget_loader_states(loop)
+        self._epoch = self._epochs.processed if saved is None else saved["epoch"]
+        self.training_data = [
+            TrainingData(loader, self._ranks.num_data_ranks, self._ranks.data_rank, self._places_kept)
+            for loader in combined.flattened
+        ]
+        for data in self.training_data:
+            data.begin(self._epoch)
+        if saved is not None:
+            self._begin_where(saved)
+            self._saved_random(saved).restore(self._ranks.device)
+        elif self._goes_on:
+            self._begin_after_plain(has_states)
+        limits, shown = combined.limits, combined.flattened
+        combined.flattened = [data.loader for data in self.training_data]
+        combined.limits = limits
+        self._loaders.show(combined, shown)
+
+    def _begin_after_plain(self, in_place: bool) -> None:
+        """Begins the loaders within an epoch of a run under plain Lightning, which says how many batches were done.
+
+        A step is taken to have had as many samples as here. Plain Lightning itself would go on with the first samples.
+
+        Args:
+            in_place: Lightning has put loaders that have states where they were.
+        """
+        self._is_plain = False
+        progress, combined = self._batches, private.loaders_of(self._trainer.fit_loop)
+        done, epoch = progress.current.processed, self._epochs.processed
+        if not done or progress.is_last_batch or done >= max(combined.limits or [math.inf]):
+            return
+        went_on = [data.skip(done, in_place) for data in self.training_data]
+        for data in self.training_data:
+            data.done = done
+        if all(went_on):
+            rank_zero_info(
+                f"The checkpoint was written by plain Lightning within epoch {epoch}: this run goes on after {done} "
+                "batches, as large as those of this layout together"
+            )
+            return
+        rank_zero_warn(
+            f"the checkpoint was written by plain Lightning after {done} batches of epoch {epoch}, in an order that "
+            "can't be drawn again, so this epoch begins anew; save at the end of an epoch, or give the loader an order "
+            "of its own (a sampler with set_epoch)"
+        )
+        for data in self.training_data:
+            data.begin(epoch)
+            data.done = 0
+        # where a checkpoint was written at the end of a batch, Lightning counts it when the loop is reset
+        progress.current.completed -= done
+        progress.current.ready = progress.current.started = progress.current.processed = 0
+
+    def _places_kept(self) -> int:
+        return int(self._trainer.accumulate_grad_batches) + 2
+
+    def _begin_where(self, saved: dict[str, Any]) -> None:
+        if len(saved["taken"]) != len(self.training_data):
+            raise ValueError(
+                f"the checkpoint was written within a training on {len(saved['taken'])} loaders, and this run has "
+                f"{len(self.training_data)}; train on as many, or load the weights alone"
+            )
+        same_ranks = saved["num_data_ranks"] == self._ranks.num_data_ranks
+        self._begin_at(saved, same_ranks)
+        if not saved["batches"]:
+            self._begin_again = lambda: self._begin_at(saved, same_ranks)
+        same_batches = saved["batch_sizes"] == [data.batch_size for data in self.training_data]
+        if saved["batches"] and not (same_ranks and same_batches):
+            self._count_from(max(self.training_data, key=lambda data: data.left))
+        for data in self.training_data:
+            data.done = self._batches.current.processed if saved["batches"] else 0
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    def _begin_at(self, saved: dict[str, Any], same_ranks: bool) -> None:
+        every = self._trainer.reload_dataloaders_every_n_epochs
+        are_new = every and not saved["batches"] and saved["epoch"] % every == 0
+        for number, data in enumerate(self.training_data):
+            states = None if are_new else [of_rank[number] for of_rank in saved["loaders"]]
+            data.begin(saved["epoch"], saved["taken"][number], states, same_ranks)
+
+    def _count_from(self, longest: TrainingData) -> None:
+        """Lets Lightning's count of batches end with what is left of the epoch, under other ranks or batch sizes."""
+        combined, current = private.loaders_of(self._trainer.fit_loop), self._batches.current
+        size = max(combined.limits or [math.inf])
+        if not math.isfinite(size):
+            return
+        is_limited = size < len(longest.loader)  # limit_train_batches
+        done = min(int(size), longest.before) if is_limited else max(0, int(size - longest.left))
+        unfinished = current.processed - current.completed
+        current.ready = current.started = current.processed = done
+        current.completed = max(0, done - unfinished)
+
+    def _saved_random(self, saved: dict[str, Any]) -> RandomStates:
+        """Of this data rank; one that the saved run did not have draws on from another one's, apart."""
+        states = saved["random"]
+        random = RandomStates.from_state(states[self._ranks.data_rank % len(states)])
+        if self._ranks.data_rank < len(states):
+            return random
+        with kept_random_states(self._ranks.device):
+            random.restore(self._ranks.device)
+            seed_generators(int(torch.randint(2**31, ())) + self._ranks.data_rank, self._ranks.device)
+            return RandomStates.now(self._ranks.device)

@@ -1,0 +1,146 @@
+"""Parts are proved: what a plan takes for attention or feed-forward, and is not, is an error and no other number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+from lightning_dist.parallel.tensor.split import split
+from lightning_dist.patches import Patches
+from lightning_dist.plans.tensor import ShardingPlan, find_tensor_plan
+from tests.support import models
+from tests.support.models import samples
+from tests.support.parity import Run, on_layout
+from tests.support.ranks import RankError, run_on_ranks
+
+WIDTH, HEADS = 32, 4
+
+
+class Attention(nn.Module):
+    """As many write it; ``own_scale`` takes the width of a head from all heads together."""
+
+    def __init__(self, own_scale: bool) -> None:
+        super().__init__()
+        self.num_heads, self.width, self.own_scale = HEADS, WIDTH, own_scale
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        width = self.width // self.num_heads if self.own_scale else q.shape[-1]
+        return self.proj(F.scaled_dot_product_attention(q, k, v, scale=width**-0.5).transpose(1, 2).flatten(2))
+
+
+class CentredFeedForward(nn.Module):
+    """Its activation looks at all columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).softmax(-1))
+
+
+def _attention(own_scale: bool) -> nn.Module:
+    return nn.Sequential(Attention(own_scale), Attention(own_scale))
+
+
+def _run(network: Any, *args: Any) -> Tensor:
+    torch.manual_seed(0)
+    module = network(*args).train()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    split(module, ShardingPlan(find_tensor_plan(module)), mesh, patches=Patches())
+    return module(torch.randn(2, 5, WIDTH)).detach()
+
+
+def test_a_part_that_gives_the_whole_result_runs() -> None:
+    torch.manual_seed(0)
+    expected = _attention(False)(torch.randn(2, 5, WIDTH))
+    for output in run_on_ranks(2, _run, _attention, False):
+        torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "args", "name"), [(_attention, (True,), "Attention"), (CentredFeedForward, (), "CentredFeedForward")]
+)
+def test_a_part_that_gives_another_result_is_an_error(network: Any, args: Any, name: str) -> None:
+    with pytest.raises(RankError, match=rf"tp runs {name} .* gives another result"):
+        run_on_ranks(2, _run, network, *args)
+
+
+def _both_raise() -> list[str]:
+    try:
+        _run(_attention, True)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def test_every_rank_raises() -> None:
+    assert all(run_on_ranks(2, _both_raise))
+
+
+def test_only_the_first_of_a_kind_is_compared() -> None:
+    assert run_on_ranks(2, _num_checks) == [2, 2]
+
+
+def _num_checks() -> int:
+    """Of a network with two attention modules alike and one feed-forward, run twice."""
+    from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
+
+    runs: list[str] = []
+    original = EquivalenceCheck.run
+
+    def noting(self: Any, module: nn.Module, *args: Any) -> None:
+        runs.append(type(module).__name__)
+        original(self, module, *args)
+
+    EquivalenceCheck.run = noting  # type: ignore[method-assign]
+    try:
+        module = nn.Sequential(_attention(False), Mlp())
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        split(module, ShardingPlan(find_tensor_plan(module)), mesh, patches=Patches())
+        for _ in range(2):
+            module(torch.randn(2, 5, WIDTH))
+    finally:
+        EquivalenceCheck.run = original  # type: ignore[method-assign]
+    return len(runs)
+
+
+class Mlp(CentredFeedForward):
+    """Plain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+class OwnResidual(nn.Module):
+    """A feed-forward module that adds its input by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(models.WIDTH, 2 * models.WIDTH), nn.Linear(2 * models.WIDTH, models.WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(torch.relu(self.fc1(x)))
+
+
+class WithOwnResidual(models.Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(models.WIDTH, models.WIDTH), OwnResidual(), nn.Linear(models.WIDTH, models.CLASSES)
+        )
+
+
+def test_a_part_that_sends_another_gradient_to_its_input_is_refused() -> None:
+    with pytest.raises(RankError, match="sends another gradient to its input than the whole module"):
+        on_layout(Run(WithOwnResidual, samples), "tp=2", 2)
