@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
@@ -53,15 +54,24 @@ class LayoutRanks:
 
     # ------------------------------------------------------------------ forming
 
-    def place(self, rank: int, device: torch.device, num_processes: int, num_nodes: int) -> None:
+    def place(self, environment: ClusterEnvironment, devices: list[torch.device], num_nodes: int) -> None:
         """Says which rank this is, as soon as devices and nodes are known; the layout is checked here.
+
+        Args:
+            environment: is told the rank and the size of the world.
+            devices: of this node's processes.
+            num_nodes: machines of the run.
 
         Raises:
             ValueError: the layout does not fit the number of ranks.
         """
-        self.rank, self.device = rank, device
-        self.num_processes, self.num_nodes = num_processes, num_nodes
-        self.world_size = num_processes * num_nodes
+        self.num_processes, self.num_nodes = len(devices), num_nodes
+        self.world_size = self.num_processes * num_nodes
+        self.device = devices[environment.local_rank()]
+        environment.set_world_size(self.world_size)
+        environment.set_global_rank(environment.node_rank() * self.num_processes + environment.local_rank())
+        self.rank = environment.global_rank()
+        rank_zero_only.rank = self.rank  # type: ignore[attr-defined]
         if self.requested is not None:
             self.layout = resolve(self.requested, self.world_size)
 

@@ -406,7 +406,7 @@ def test_blocks_built_in_the_setup_hook_are_found() -> None:
     runner = trainer("dp_shard=1", strategy=options, max_steps=1)
     runner.fit(BuiltInSetup(), DataLoader(samples(), batch_size=4))
     assert isinstance(runner.strategy, HybridStrategy)
-    assert len(runner.strategy.module_setup.recomputed_blocks) == 3
+    assert len(runner.strategy.parts.module_setup.recomputed_blocks) == 3
 
 
 def test_evaluation_needs_no_blocks() -> None:

@@ -117,12 +117,12 @@ def test_arguments_that_are_lists_mappings_and_functions() -> None:
         "--trainer.strategy.timeout=0:10:00",
         "--trainer.strategy.pipeline_cuts=[net.blocks.1]",
     )
-    assert strategy.module_setup.options.tensor.styles == {"net.stem": "colwise"}
-    assert strategy.module_setup.options.pipeline.batch_split == [0, None]
-    assert strategy.module_setup.options.pipeline.microbatch_weight is samples
-    assert strategy.module_setup.options.pipeline.cuts == ["net.blocks.1"]
-    assert strategy.module_setup.options.compile == {"mode": "default"}
-    assert list(strategy.module_setup.options.blocks(Saved())) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
+    assert strategy.parts.module_setup.options.tensor.styles == {"net.stem": "colwise"}
+    assert strategy.parts.module_setup.options.pipeline.batch_split == [0, None]
+    assert strategy.parts.module_setup.options.pipeline.microbatch_weight is samples
+    assert strategy.parts.module_setup.options.pipeline.cuts == ["net.blocks.1"]
+    assert strategy.parts.module_setup.options.compile == {"mode": "default"}
+    assert list(strategy.parts.module_setup.options.blocks(Saved())) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
 
 
 @pytest.mark.parametrize("named", ["tests.support.models.Block", "torch.nn.LayerNorm"])

@@ -317,7 +317,8 @@ class Resting(Stack):
         set_requires_grad([self.net.stem, self.net.blocks[2]], not 1 <= batch_idx <= 5)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        parallel = getattr(getattr(self.trainer.strategy, "module_setup", None), "runner", None)
+        parts: Any = getattr(self.trainer.strategy, "parts", None)
+        parallel = parts and parts.module_setup.runner
         self.seen.append(("", False, float(len(getattr(parallel, "_trained", [])))))
 
 

@@ -221,8 +221,8 @@ def _count(layout: str) -> dict[str, dict[str, int]]:
         def backward(self, *args: Any, **kwargs: Any) -> Any:
             with Collectives() as seen:
                 loss = super().backward(*args, **kwargs)
-            assert self.module_setup.runner is not None
-            found["reduce" if self.module_setup.runner.reduces else "accumulate"] = dict(seen.counts)
+            assert self.parts.module_setup.runner is not None
+            found["reduce" if self.parts.module_setup.runner.reduces else "accumulate"] = dict(seen.counts)
             return loss
 
     class Clipped(models.Classifier):
@@ -286,7 +286,7 @@ def _state_bytes(layout: str) -> tuple[int, list[str]]:
 
     runner = L.Trainer(**QUIET, devices=world, strategy=strategy, max_steps=3, callbacks=[Weigh()])
     runner.fit(module, DataLoader(samples(), batch_size=4))
-    return max(held), strategy.module_setup.sharded_units
+    return max(held), strategy.parts.module_setup.sharded_units
 
 
 # ---------------------------------------------------------------- data
@@ -430,7 +430,7 @@ def _fit_units(units: list[Any]) -> list[str]:
     runner = trainer("dp_shard=2", strategy={"shard_units": units}, max_steps=1)
     runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
     assert isinstance(runner.strategy, HybridStrategy)
-    return runner.strategy.module_setup.sharded_units
+    return runner.strategy.parts.module_setup.sharded_units
 
 
 class Masked(models.Classifier):

@@ -55,5 +55,5 @@ def fabric_hooks(strategy: S) -> S:
 def launcher(strategy: Any, start_method: str) -> Any:
     """Starts the other processes as Fabric does."""
     if start_method == "popen":
-        return _SubprocessScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+        return _SubprocessScriptLauncher(strategy.cluster_environment, strategy.ranks.num_processes, strategy.num_nodes)
     return _MultiProcessingLauncher(strategy, start_method=start_method)  # type: ignore[arg-type]

@@ -15,8 +15,7 @@ from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision, TorchCheckpointIO
 from lightning.fabric.strategies import ParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy, TBroadcast
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
-from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
@@ -116,7 +115,7 @@ class HybridFabricStrategy(ParallelStrategy):
         self.start_method = _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self.num_nodes = 1
         self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)
-        _refuse_pipeline(self.ranks.requested)
+        _validate_no_pipeline(self.ranks.requested)
         self.activation_checkpointing: Checkpointing = _one_of(
             "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
         )
@@ -141,24 +140,17 @@ class HybridFabricStrategy(ParallelStrategy):
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
-    @property
-    def num_processes(self) -> int:
-        """Processes of this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
     def set_world_ranks(self) -> None:
         """Called by Fabric as soon as devices and nodes are known: the layout is checked here."""
         assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-        self.ranks.place(self.global_rank, self.root_device, self.num_processes, self.num_nodes)
-        _refuse_pipeline(self.layout)
+        assert self.parallel_devices is not None
+        self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
+        _validate_no_pipeline(self.layout)
 
     def launcher_of_processes(self) -> Any:
         """Starts the other processes; None where they are there."""
         assert self.cluster_environment is not None
-        if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
+        if self.cluster_environment.creates_processes_externally or self.ranks.world_size == 1:
             return None
         return private.launcher(self, self.start_method)
 
@@ -501,7 +493,7 @@ class _SyncControl(private.BackwardSyncControl):
         return module.parallel.accumulating() if enabled and isinstance(module, InLayout) else nullcontext()
 
 
-def _refuse_pipeline(layout: Layout | None) -> None:
+def _validate_no_pipeline(layout: Layout | None) -> None:
     if layout is not None and layout.pp > 1:
         raise ValueError(
             f"layout {layout} asks for pp={layout.pp} under Fabric: a pipeline has to run the whole training step "

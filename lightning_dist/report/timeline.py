@@ -72,8 +72,8 @@ class PipelineTimeline(Callback):
 
 
 def _pipelined(trainer: pl.Trainer) -> PipelineRunner | None:
-    parallel = getattr(getattr(trainer.strategy, "module_setup", None), "runner", None)
-    return parallel if isinstance(parallel, PipelineRunner) else None
+    parts: Any = getattr(trainer.strategy, "parts", None)  # another strategy has none
+    return parts.module_setup.runner if parts and isinstance(parts.module_setup.runner, PipelineRunner) else None
 
 
 def waiting(by_rank: list[list[Event]]) -> float:

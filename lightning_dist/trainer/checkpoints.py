@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,26 +34,32 @@ from lightning_dist.trainer.resume import Resume
 Format = Literal["auto", "single", "sharded"]
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What a user says of checkpoints.
+
+    Args:
+        format: ``"single"``, ``"sharded"``, or ``"auto"``.
+        in_background: whether saves go on beside the training.
+        pretrained: weights that a fit begins from.
+    """
+
+    format: Format = "auto"
+    in_background: bool = False
+    pretrained: private.Path | None = None
+
+
 class Checkpoints:
     """Saves and loads the checkpoints of a run, in files that fit every layout.
 
     Args:
         ranks: of the run.
         resume: what of a checkpoint says where the run was.
-        format: ``"single"``, ``"sharded"``, or ``"auto"``.
-        in_background: whether saves go on beside the training.
-        pretrained: weights that a fit begins from.
+        options: the user's.
     """
 
-    def __init__(
-        self,
-        ranks: LayoutRanks,
-        resume: Resume,
-        format: Format = "auto",
-        in_background: bool = False,
-        pretrained: private.Path | None = None,
-    ) -> None:
-        self.format, self.in_background, self.pretrained = format, in_background, pretrained
+    def __init__(self, ranks: LayoutRanks, resume: Resume, options: CheckpointOptions) -> None:
+        self.options = options
         self.saves = BackgroundSaves()
         self._ranks, self._resume = ranks, resume
         self._trainer: Any = None
@@ -77,12 +84,12 @@ class Checkpoints:
             ValueError: options that don't go together.
         """
         self._trainer, self._io, self._is_set_up = trainer, io, False
-        if self.pretrained is not None:
+        if self.options.pretrained is not None:
             # what is not there is refused before processes talk
-            checkpoints.is_sharded(self.pretrained)
-        if self.in_background:
+            checkpoints.is_sharded(self.options.pretrained)
+        if self.options.in_background:
             _refuse_links(trainer)
-        if self.format == "sharded" and self._has_own_io:
+        if self.options.format == "sharded" and self._has_own_io:
             raise ValueError(
                 f'checkpoint_format="sharded" with a {type(io).__name__}: every rank writes its part of a directory, '
                 'and a CheckpointIO writes the whole from one; choose checkpoint_format="single", or leave the plugin '
@@ -101,10 +108,10 @@ class Checkpoints:
     @property
     def are_sharded(self) -> bool:
         """Whether a checkpoint is a directory to which every rank writes what it holds."""
-        if self.format == "auto":
+        if self.options.format == "auto":
             # not in the process that started others, which has whole weights
             return self._ranks.holds_shards and not self._has_own_io and dist.is_initialized()
-        return self.format == "sharded"
+        return self.options.format == "sharded"
 
     # ------------------------------------------------------------------ saving
 
@@ -154,7 +161,7 @@ class Checkpoints:
             sharded=self.are_sharded,
             write=partial(self._write, path, storage_options) if self._has_own_io else None,
             stages=stage_ranks(self._ranks),
-            background=self.saves if self.in_background else None,
+            background=self.saves if self.options.in_background else None,
         )
 
     def _write(self, path: private.Path, storage_options: Any | None, checkpoint: dict[str, Any], _: Path) -> None:
@@ -285,12 +292,12 @@ class Checkpoints:
         A checkpoint to go on from is read later, over them: it may hold only what was trained.
         """
         module = self._module
-        if self.pretrained is None or not self._is_training or module in self._begun:
+        if self.options.pretrained is None or not self._is_training or module in self._begun:
             return
         if not self._is_set_up and any(parameter.is_meta for parameter in module.parameters()):
             return  # when they are there
-        state = checkpoints.load(self.pretrained, module, optimizers=False, when_used=True)["state_dict"]
-        checkpoints.load_model_state(module, state, module.strict_loading, self.pretrained)
+        state = checkpoints.load(self.options.pretrained, module, optimizers=False, when_used=True)["state_dict"]
+        checkpoints.load_model_state(module, state, module.strict_loading, self.options.pretrained)
         self._begun.add(module)
 
     def on_train_start(self) -> None:

@@ -137,12 +137,14 @@ class ModuleSetup:
 
     # ------------------------------------------------------------------ before there are processes
 
-    def refuse_what_cannot_split(self, module: pl.LightningModule) -> None:
+    def validate(self, module: pl.LightningModule) -> None:
         """Raises before process groups form, where the network is there already; :meth:`build` asks again.
 
         Raises:
-            ValueError: the layout does not fit the network.
+            ValueError: the layout does not fit the options, or the network.
         """
+        if self._ranks.layout is not None:
+            self.options.pipeline.refuse(self._ranks.layout.pp)
         if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
             return
         self._plan(module)

@@ -165,7 +165,7 @@ class Saves(Callback):
                 begin = time.perf_counter()
                 kinds[name](path)
                 took = time.perf_counter() - begin
-                strategy.checkpoints.saves.wait()
+                strategy.parts.checkpoints.saves.wait()
                 dist.barrier()
                 if name == "save":
                     self.written = sum(file.stat().st_size for file in path.iterdir())

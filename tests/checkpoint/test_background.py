@@ -38,7 +38,7 @@ class Both(Callback):
             strategy.async_save = False
             trainer.save_checkpoint(self.folder / "now.ckpt")
             strategy.async_save = True
-            start = strategy.checkpoints.saves.start
+            start = strategy.parts.checkpoints.saves.start
 
             def late(path: Path, save: Any) -> None:
                 def waiting(group: Any) -> None:
@@ -47,9 +47,9 @@ class Both(Callback):
 
                 start(path, waiting)
 
-            strategy.checkpoints.saves.start = late
+            strategy.parts.checkpoints.saves.start = late
             trainer.save_checkpoint(self.folder / "later.ckpt")
-            strategy.checkpoints.saves.start = start
+            strategy.parts.checkpoints.saves.start = start
         if trainer.global_step == 5:
             self.while_held.append((self.folder / "later.ckpt").exists())
             self.held.set()

@@ -38,7 +38,11 @@ def _given_back(schedule: str | None) -> dict[str, Any]:
     marks = {name: set(vars(p)) for name, p in module.named_parameters()}
     strategy: Any = "auto" if schedule is None else HybridStrategy("pp=2", pipeline_schedule=schedule)
     trainer = L.Trainer(
-        **QUIET, devices=2 if schedule else 1, max_epochs=1, strategy=strategy, callbacks=[GivesBack()] if schedule else []
+        **QUIET,
+        devices=2 if schedule else 1,
+        max_epochs=1,
+        strategy=strategy,
+        callbacks=[GivesBack()] if schedule else [],
     )
     trainer.fit(module, loader(8))
     if schedule is not None:

@@ -56,7 +56,7 @@ def set_launcher(strategy: Any, start_method: str) -> None:
     """
     if start_method == "popen":
         strategy._launcher = _SubprocessScriptLauncher(
-            strategy.cluster_environment, strategy.num_processes, strategy.num_nodes
+            strategy.cluster_environment, strategy.ranks.num_processes, strategy.num_nodes
         )
     else:
         strategy._launcher = _GatheringLauncher(strategy, start_method=start_method)  # type: ignore[arg-type]

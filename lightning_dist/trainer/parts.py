@@ -1,0 +1,147 @@
+"""The parts of a strategy together, and the order in which a run sets them up and leaves them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.plugins import CheckpointIO, Precision
+
+from lightning_dist.compat import lightning as private
+from lightning_dist.compiled_module import CompiledModule
+from lightning_dist.elastic.guard import begin_run, end_run
+from lightning_dist.patches import Patches
+from lightning_dist.ranks import LayoutRanks
+from lightning_dist.trainer.checkpoints import CheckpointOptions, Checkpoints
+from lightning_dist.trainer.coordination import Coordination
+from lightning_dist.trainer.loaders import Loaders
+from lightning_dist.trainer.module_setup import ModuleOptions, ModuleSetup
+from lightning_dist.trainer.optimization import Optimization
+from lightning_dist.trainer.resume import Resume
+from lightning_dist.trainer.steps import Steps
+from lightning_dist.tuning import Tuning, validate_tuner
+from lightning_dist.validation import validate_trainer, warn_of_axes_across_nodes
+
+
+class Parts:
+    """What a strategy is made of.
+
+    Args:
+        ranks: of the run.
+        module_options: what the user says of the module.
+        checkpoint_options: what the user says of checkpoints.
+    """
+
+    def __init__(
+        self, ranks: LayoutRanks, module_options: ModuleOptions, checkpoint_options: CheckpointOptions
+    ) -> None:
+        self.ranks = ranks
+        self.tuning = Tuning()
+        self.loaders = Loaders(ranks)
+        self.module_setup = ModuleSetup(ranks, module_options)
+        self.resume = Resume(ranks, self.loaders, self.module_setup.share_buffers)
+        self.checkpoints = Checkpoints(ranks, self.resume, checkpoint_options)
+        self.optimization = Optimization(ranks, self.module_setup)
+        self.coordination = Coordination(ranks, self.loaders, self.module_setup, self.resume)
+        self.steps = Steps(ranks, self.module_setup, self.loaders, self.coordination, self.tuning)
+        self.is_set_up = False
+        """Whether a run has set up its module, and goes on."""
+        self._is_in_run = False
+        self._patches, self._setup_patches = Patches(), Patches()
+        """Of a run, and of what is set up in it."""
+        self._compiled: CompiledModule | None = None
+        """What the user compiled whole, until it has been set up."""
+
+    def take_module(self, module: pl.LightningModule | None, is_new: bool) -> None:
+        """Called when Lightning sets the module, before it looks whether the module's steps are compiled."""
+        if module is not None and CompiledModule.compiles(module):
+            self._compiled = CompiledModule(module)
+        elif is_new:
+            self._compiled = None
+
+    # ------------------------------------------------------------------ the environment
+
+    def validate(self, module: pl.LightningModule, start_method: str, io: CheckpointIO) -> None:
+        """A run begins; raises before process groups form.
+
+        Raises:
+            ValueError: what can't work under the layout.
+            RuntimeError: other ranks are still in an earlier run.
+        """
+        ranks, trainer = self.ranks, module.trainer
+        self._is_in_run = True
+        if ranks.world_size > 1:
+            begin_run()
+        if self._compiled is not None:
+            self._compiled.validate(ranks.layout)
+        validate_trainer(trainer, ranks.layout, ranks.device)
+        self.module_setup.validate(module)
+        if ranks.layout is not None:
+            warn_of_axes_across_nodes(ranks.layout, ranks.num_processes, ranks.num_nodes)
+        validate_tuner(trainer, start_method)
+        self._patches.undo()
+        self.checkpoints.attach(trainer, io)
+
+    def join(self, module: pl.LightningModule, environment: ClusterEnvironment) -> None:
+        """Forms the process groups; from here on the Trainer's loaders are dealt."""
+        ranks, is_new = self.ranks, not dist.is_initialized()
+        ranks.join(environment)
+        if is_new and ranks.world_size > 1:
+            begin_run()
+        ranks.form_mesh()
+        private.show_mesh(module, None if ranks.mesh is None else ranks.mesh.root)
+        self.loaders.attach(module.trainer, self._patches)
+        self.resume.attach(module.trainer, self._patches)
+
+    def building(self, module: pl.LightningModule | None) -> AbstractContextManager[None]:
+        """Around ``configure_model``; outside of a run, in ``Trainer.init_module``, a module is built whole."""
+        return self.module_setup.deferring(module) if self._is_in_run and module is not None else nullcontext()
+
+    # ------------------------------------------------------------------ the module and its optimizers
+
+    def before_setup(self, precision: Precision) -> None:
+        """The module is about to be set up: all hooks have seen the checkpoint."""
+        self._setup_patches.undo()
+        self.checkpoints.before_setup()
+        self.optimization.attach(precision, self._setup_patches)
+        self.steps.attach()
+
+    def after_setup(self, trainer: pl.Trainer, monitored: set[str], training: bool) -> None:
+        """The module and its optimizers have been set up; the loops are about to begin."""
+        self.coordination.attach(trainer, monitored, self._setup_patches)
+        if self._compiled is not None:
+            self._compiled.validate(self.ranks.layout)
+        self._compile_again()
+        if not training:
+            self.ranks.part_random_streams()
+        self.is_set_up = True
+        self.module_setup.report(trainer.lightning_module).show(trainer)
+
+    def _compile_again(self) -> None:
+        compiled, self._compiled = self._compiled, None
+        if compiled is not None:
+            compiled.put_back()
+
+    # ------------------------------------------------------------------ the end
+
+    def leave(self) -> None:
+        """The run ends, perhaps by an exception and before it was set up."""
+        self._is_in_run = self.is_set_up = False
+        self._compile_again()
+        if self.tuning.is_searching:
+            self.resume.last_step = self.tuning.leave()
+        self.checkpoints.detach()
+        self._setup_patches.undo()
+        self._patches.undo()
+        self.module_setup.reshard()
+
+    def end(self, exception: BaseException | None = None, launcher: Any = None) -> None:
+        """This rank leaves the run, as the others hear; see [Note: who may go on]."""
+        if self.ranks.world_size > 1:
+            end_run(self.ranks.groups, exception, launcher)
+        if exception is not None:
+            self.steps.forget()
+            self.checkpoints.end_saves(exception)
