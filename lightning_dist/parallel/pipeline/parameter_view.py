@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_dist.compat.torch import version_of
-from lightning_dist.logs.mentions import GRADIENTS, mentions
+from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
 from lightning_dist.parallel.pipeline.stage_owner import StageOwner, forget_stage, plain_parameters, staged
 from lightning_dist.parallel.pipeline.staged_states import StagedStates
 from lightning_dist.parallel.pipeline.staged_tensors import callable_parts, refuse_outside
@@ -134,4 +134,4 @@ def _gradients_are_seen(module: pl.LightningModule) -> bool:
         return True
     if any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own):
         return True
-    return any(GRADIENTS in mentions(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
+    return any(GRADIENTS in scan_hook(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
