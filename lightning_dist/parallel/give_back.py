@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_dist.compat.torch import own_buffers, own_parameters
 from lightning_dist.dtensors import full
 from lightning_dist.parallel.replaced import Exchange
+from lightning_dist.parallel.tensor import unsplit_copy
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import map_leaves
 
@@ -93,6 +94,7 @@ def _modules_of(owners: Iterable[object], module: nn.Module) -> list[nn.Module]:
 
 
 def _make_whole(copied: nn.Module) -> None:
+    unsplit_copy(copied)
     made: dict[Tensor, Tensor] = {}
     for child in copied.modules():
         for tensors in _registered(child):
