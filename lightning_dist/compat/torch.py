@@ -67,8 +67,6 @@ def local_tensor(tensor: DTensor) -> Tensor:
 
 
 # --- logs, data, elastic ---
-
-
 RANK_NOT_IN_GROUP = name_of(
     "torch.distributed.distributed_c10d._rank_not_in_group", "The function that every collective asks about its group."
 )

@@ -1,4 +1,4 @@
-"""Iterable data: where every rank reads the same, each sample is used once; dealt by its owner, it is left alone."""
+"""Iterable data: where every rank reads the same, each sample is used once; sharded by its owner, it is left alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sized(Plain):
 
 
 class ByRank(Plain):
-    """Dealt by its owner, by global rank."""
+    """Sharded by its owner, by global rank."""
 
     def __iter__(self) -> Iterator[Any]:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -51,7 +51,7 @@ class ByRank(Plain):
 
 
 class ByHalf(Plain):
-    """Dealt to two halves of the ranks."""
+    """Sharded over two halves of the ranks."""
 
     def __iter__(self) -> Iterator[Any]:
         yield from [s for index, s in enumerate(super().__iter__()) if index % 2 == torch.distributed.get_rank() // 2]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_dist.compat.torch import version_of
-from lightning_dist.logs.mentions import GRADIENTS, scan_hook
+from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
 from lightning_dist.parallel.pipeline.stage_owner import StageOwner, forget_stage, plain_parameters, staged
 from lightning_dist.parallel.pipeline.staged_states import StagedStates
 from lightning_dist.parallel.pipeline.staged_tensors import callable_parts, refuse_outside
