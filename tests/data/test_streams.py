@@ -109,7 +109,7 @@ def fit(
 
 @pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"))
 @pytest.mark.parametrize("kind", [Plain, Sized])
-def test_a_stream_that_nobody_deals_is_read_as_in_one_process(layout: str, num_ranks: int, kind: type[Plain]) -> None:
+def test_a_stream_that_nobody_shards_is_read_as_in_one_process(layout: str, num_ranks: int, kind: type[Plain]) -> None:
     one = once(fit, None, kind, 0)
     ranks = run_on_ranks(num_ranks, fit, layout, kind, 0)
     for rank in ranks:
@@ -136,7 +136,7 @@ def test_with_workers_each_sample_is_used_once() -> None:
         assert sorted(read) == list(range(32))
 
 
-def test_what_its_owner_deals_is_left_alone() -> None:
+def test_what_its_owner_shards_is_left_alone() -> None:
     ranks = run_on_ranks(2, fit, "dp_replicate=2", ByRank, 0)
     read = [index for rank in ranks for batch in rank["read"][:4] for index in batch]
     assert sorted(read) == list(range(32))
@@ -146,7 +146,7 @@ def _undealt_on_purpose() -> Any:
     return fit("dp_replicate=2", Plain, 0, use_distributed_sampler=False)["read"]
 
 
-def test_the_trainers_word_that_the_user_deals_is_taken() -> None:
+def test_the_trainers_word_that_the_user_shards_is_taken() -> None:
     first, second = run_on_ranks(2, _undealt_on_purpose)
     assert first == second
     assert len(first) == 16
