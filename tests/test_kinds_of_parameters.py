@@ -34,6 +34,15 @@ class Complex(Momentum):
         return self.net((x.to(torch.complex64) @ self.turn).abs())
 
 
+class Grows(Momentum):
+    """Gets a parameter, and its optimizer too, once it trains."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not hasattr(self, "late"):
+            self.late = nn.Parameter(torch.zeros(WIDTH))
+            self.optimizers().add_param_group({"params": [self.late]})  # type: ignore[union-attr]
+
+
 class Wide(Momentum):
     """With float64 parameters among others."""
 
@@ -217,9 +226,10 @@ def refusal(run: Run, layout: str) -> str:
         (run_of(Quantised), ("dp_shard=2", "tp=2"), "net.blocks.0.up.weight: a Half, which layout "),
         (run_of(Momentum, callbacks=pruning), ("dp_shard=2", "tp=2"), "ModelPruning compares the elements of whole"),
         (run_of(PrunedBlocks), ("tp=2",), "a Linear whose weight is computed from other parameters (pruned or"),
+        (run_of(Grows), ("dp_replicate=2", "dp_shard=2"), "late came to the module after the fit had begun"),
         (Run(NewtonLike, samples), ("tp=2",), "LBFGS works on all parameters as one vector, and this layout divides"),
     ],
-    ids=["lazy", "quantised", "pruning", "pruned", "lbfgs"],
+    ids=["lazy", "quantised", "pruning", "pruned", "grows", "lbfgs"],
 )
 def test_what_cannot_be_divided_is_refused_on_every_rank(run: Run, layouts: tuple[str, ...], told: str) -> None:
     for layout in layouts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from io import IOBase
 from typing import IO, Any, cast
 
@@ -12,22 +13,27 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
 from torch._C import _EnableTorchFunction as EnableTorchFunction
+from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
+from torch.amp import GradScaler
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, _redistribute
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import _reduction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten as tree_flatten
@@ -66,7 +72,6 @@ def local_tensor(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
-# --- logs, data, elastic ---
 RANK_NOT_IN_GROUP = name_of(
     "torch.distributed.distributed_c10d._rank_not_in_group", "The function that every collective asks about its group."
 )
@@ -175,9 +180,6 @@ def versions_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 def set_versions(state_dict: Any, versions: dict[str, Any]) -> None:
     """Gives a state dict the versions of the parts of its module."""
     state_dict._metadata = versions
-
-
-# --- tensor ---
 
 
 hands_on("torch._C.DisableTorchFunctionSubclass", "runs an operator on a subclass of tensors as on a plain one")
@@ -392,3 +394,88 @@ def written_arguments(operator: Any, args: Any, kwargs: Any) -> list[Any]:
 def all_overloads(operator: Any) -> Any:
     """The operator with all its overloads, under which torch lists what it costs."""
     return operator._overloadpacket
+
+
+@uses(
+    "torch.distributed.tensor._redistribute._gen_transform_infos",
+    "torch.distributed.tensor.debug._clear_sharding_prop_cache",
+)
+def forget_earlier_meshes() -> None:
+    """Empties the caches in which DTensor keeps what it inferred of equal meshes.
+
+    A mesh equals an earlier one of the same ranks, also where that one's process groups are gone, since its process
+    group was destroyed; results would then name groups that can't be found.
+    """
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+
+
+@uses("torch.distributed.device_mesh.DeviceMesh._flatten")
+def flattened_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Joins the axes of a mesh into one. Communication: makes its process groups."""
+    return mesh._flatten(name)
+
+
+@uses("torch.amp.GradScaler._unscale_grads_", "torch._amp_foreach_non_finite_check_and_unscale_")
+class UnscalingGradScaler(GradScaler):
+    """A gradient scaler that says itself how gradients are unscaled: torch's own works on plain tensors only."""
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        verdict = self.unscale_gradients(optimizer, inv_scale, found_inf, allow_fp16)
+        return {verdict.device: verdict}
+
+    def unscale_gradients(self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Tensor:
+        """Unscales the gradients of an optimizer's parameters, in place.
+
+        Args:
+            optimizer: about to step.
+            inv_scale: one element, what gradients are multiplied by.
+            found_inf: one element, 0.
+            allow_fp16: whether gradients may be of 16 bits.
+
+        Returns:
+            One element, above 0 where a gradient was not finite.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def unscale_tensors(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+        """Unscales plain tensors of one device and dtype, and notes in ``found_inf`` whether they were finite."""
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
+
+
+# --- logs, data, elastic ---
+
+hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
+
+
+# --- parallel, divided ---
+
+hands_on("torch._dynamo.eval_frame.OptimizedModule", "the class of what torch.compile makes of a module")
+
+
+HOOKS_OF_MODULES = (
+    *(FORWARD_PRE_HOOKS, FORWARD_HOOKS),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+"""The attributes in which a module keeps the hooks of its forward and of its state dict."""
+
+
+for _name in HOOKS_OF_MODULES[2:]:
+    hands_on(f"torch.nn.Module.{_name}", "hooks of a module, of which a copy of a sharded one leaves some out")
+
+
+@uses("torch.autograd._unsafe_preserve_version_counter")
+def preserve_versions(tensors: tuple[Tensor, ...]) -> AbstractContextManager[None]:
+    """Lets writes to the tensors meanwhile not count as writes."""
+    return torch.autograd._unsafe_preserve_version_counter(tensors)
+
+
+@uses("torch.nn.Module._compiled_call_impl")
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What ``module.compile()`` made of a module's call; None where it is not compiled."""
+    return module._compiled_call_impl

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,25 +25,23 @@ from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
+from lightning_dist.module_options import ModuleOptions
 from lightning_dist.parallel import (
-    Alone,
-    Checkpointing,
-    Sharded,
+    FSDPRunner,
+    SingleProcessRunner,
     average_buffers,
     parallelize,
     refuse_no_blocks,
 )
 from lightning_dist.parallel.pipeline import (
     PartitionedModule,
-    PipelineOptions,
     PipelineRunner,
     partition_module,
     partition_of,
 )
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
-from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
+from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
@@ -58,41 +55,6 @@ from lightning_dist.validation import (
     validate_trainer,
 )
 
-ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
-
-
-@dataclass(frozen=True)
-class ModuleOptions:
-    """What a user says of the module beside the layout.
-
-    Args:
-        shard_units: the modules to shard one by one; None for the repeated blocks.
-        tensor: of the tensor axis.
-        pipeline: of the pipeline axis.
-        activation_checkpointing: what blocks compute again in backward.
-        compile: keyword arguments of ``torch.compile`` for the blocks; None to compile nothing.
-    """
-
-    shard_units: ShardUnits | None
-    tensor: TensorOptions
-    pipeline: PipelineOptions
-    activation_checkpointing: Checkpointing
-    compile: dict[str, Any] | None
-
-    def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
-        """The modules that are sharded, recomputed and compiled one by one, by name."""
-        return find_blocks(module) if self.shard_units is None else select_blocks(module, self.shard_units)
-
-    def keeps_blocks_whole(self, layout: Layout) -> bool:
-        """Whether something is done to blocks that a cut inside of them would break."""
-        recomputes = self.activation_checkpointing != "none"
-        return layout.holds_parts_of_blocks or self.compile is not None or recomputes
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether blocks compute something again in backward."""
-        return self.activation_checkpointing != "none"
-
 
 class ModuleSetup:
     """Builds the user's module over the layout, and knows what was done to it.
@@ -104,7 +66,7 @@ class ModuleSetup:
 
     def __init__(self, ranks: LayoutRanks, options: ModuleOptions) -> None:
         self.options = options
-        self.runner: Alone | None = None
+        self.runner: SingleProcessRunner | None = None
         """Runs the steps of the module, once it has been set up."""
         self.sharding_plan: ShardingPlan | None = None
         """What ``tp`` divides, once the module has been set up."""
@@ -133,7 +95,7 @@ class ModuleSetup:
     def sharded_units(self) -> list[str]:
         """Names of the modules that are sharded one by one."""
         runner = self.runner if self._pipelined is None else self._pipelined.inner
-        return list(runner.units) if isinstance(runner, Sharded) else []
+        return list(runner.units) if isinstance(runner, FSDPRunner) else []
 
     # ------------------------------------------------------------------ before there are processes
 
@@ -185,7 +147,7 @@ class ModuleSetup:
             self._recorded.materialize(module, device=self._ranks.device)
         self._recorded = None
 
-    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> Alone:
+    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> SingleProcessRunner:
         """Applies the layout to the module, in place; what an earlier run did to it stays.
 
         Args:
@@ -231,7 +193,9 @@ class ModuleSetup:
         if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
             broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
 
-    def _apply(self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool) -> Alone:
+    def _apply(
+        self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool
+    ) -> SingleProcessRunner:
         ranks, options = self._ranks, self.options
         blocks = options.blocks(module)
         hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
@@ -261,7 +225,7 @@ class ModuleSetup:
         replaced.exchange(module, _owners(module.trainer))
         divide(module)
         runner.show()
-        show_parts_to_compiled(module)
+        show_parts_to_compiled(module, self.patches)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         return runner
 
