@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import IOBase
 from typing import IO, Any, cast
 
@@ -348,6 +350,19 @@ for _name in ("DataDependentOutputException", "DynamicOutputShapeException", "Un
     hands_on(
         f"torch._subclasses.fake_tensor.{_name}", "tells that an operator asks for values of a tensor without memory"
     )
+
+
+@uses("torch._subclasses.fake_tensor")
+@contextmanager
+def without_fake_tensor_errors() -> Iterator[None]:
+    """While it lasts, torch logs no errors of operators on tensors without memory, which are tried again for real."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
 
 COMPILED_CALL = "_compiled_call_impl"
 """The attribute of a module that torch calls in place of hooks and forward, where there is one; copies leave it out."""
