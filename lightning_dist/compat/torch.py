@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from io import IOBase
 from typing import IO, Any, cast
 
@@ -322,6 +323,18 @@ for _name in ("DataDependentOutputException", "DynamicOutputShapeException", "Un
     hands_on(
         f"torch._subclasses.fake_tensor.{_name}", "tells that an operator asks for values of a tensor without memory"
     )
+
+
+@uses("torch._subclasses.fake_tensor")
+@contextmanager
+def without_fake_tensor_errors() -> Iterator[None]:
+    """While it lasts, torch logs no errors of operators on tensors without memory, which are tried again for real."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 COMPILED_CALL = "_compiled_call_impl"

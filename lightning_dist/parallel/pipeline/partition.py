@@ -33,7 +33,7 @@ _STEP_OF = {
 }
 
 
-_PARTITION = "_pipeline_partition"
+_PARTITION = "lightning_dist_partition"
 """Attribute of a module that has been cut, as long as it is."""
 
 
