@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
-from lightning_dist.parallel.checkpointing import checkpoint_activations
+from lightning_dist.parallel.activation_checkpoint import checkpoint_activations
+from lightning_dist.patches import Patches
 from tests.support import models
 from tests.support.collectives import counting
 from tests.support.models import WIDTH, few_samples, samples
@@ -175,7 +176,7 @@ def test_the_empty_cache_that_transformers_makes_is_not_filled_twice(mode: Any) 
     model, tokens = LlamaForCausalLM(config), torch.randint(0, 64, (2, 8))
     gradients = []
     for value in ("none", mode):
-        checkpoint_activations(model, dict(model.model.layers.named_children()), value)
+        checkpoint_activations(model, dict(model.model.layers.named_children()), value, Patches())
         model.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -256,7 +257,7 @@ def _step(mode: Any, batch: int = 64) -> tuple[int, Counter[str], Counter[str], 
     """Bytes held between forward and backward, operators of each, gradients."""
     torch.manual_seed(0)
     net = models.Net()
-    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode)
+    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode, Patches())
     x = torch.randn(batch, WIDTH)
     with Kept() as forward:
         loss = net(x).square().mean()
@@ -291,7 +292,7 @@ def test_selective_keeps_the_result_of_attention() -> None:
     block = Attending()
     counts = {}
     for mode in ("full", "selective"):
-        checkpoint_activations(nn.ModuleList([block]), {"0": block}, mode)  # type: ignore[arg-type]
+        checkpoint_activations(nn.ModuleList([block]), {"0": block}, mode, Patches())  # type: ignore[arg-type]
         output, _ = block(torch.randn(2, 4, 4), scale=torch.ones(4))
         with Kept() as backward:
             output.sum().backward()
@@ -323,7 +324,7 @@ def _collectives(layout: str) -> list[list[dict[str, int]]]:
 
 def _recomputing(mode: Any) -> models.Net:
     net = models.Net()
-    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode)
+    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode, Patches())
     return net
 
 
@@ -349,7 +350,7 @@ def test_a_replaced_forward_is_wrapped_and_put_back() -> None:
     x = torch.randn(2, WIDTH)
     plain = net(x)
     for mode in ("full", "full", "selective", "none"):
-        checkpoint_activations(net, dict(net.blocks.named_children()), mode)  # type: ignore[arg-type]
+        checkpoint_activations(net, dict(net.blocks.named_children()), mode, Patches())  # type: ignore[arg-type]
         torch.testing.assert_close(net(x), plain, rtol=0, atol=0)
     assert vars(first)["forward"] is doubled
     assert vars(second)["forward"].__func__ is _double_method
@@ -366,7 +367,7 @@ def _double_method(self: nn.Module, x: Tensor) -> Tensor:
 
 def test_blocks_left_out_of_a_second_call_are_put_back() -> None:
     net = _recomputing("full")
-    checkpoint_activations(net, {"blocks.1": net.blocks[1]}, "full")
+    checkpoint_activations(net, {"blocks.1": net.blocks[1]}, "full", Patches())
     assert ["forward" in vars(block) for block in net.blocks] == [False, True, False]
 
 

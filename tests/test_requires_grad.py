@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist.checkpoint import full
-from lightning_dist.parallel import replicated
+from lightning_dist.parallel import ddp
 from tests.support import models
 from tests.support.collectives import counting
 from tests.support.models import BLOCK_PLAN, WIDTH, Block, samples
@@ -311,11 +311,11 @@ class Resting(Stack):
 
 
 def _rest(run: Run) -> Any:
-    before, replicated.PATIENCE = replicated.PATIENCE, 3
+    before, ddp.PATIENCE = ddp.PATIENCE, 3
     try:
         return train_noting_flags(run, "dp_replicate=2")
     finally:
-        replicated.PATIENCE = before
+        ddp.PATIENCE = before
 
 
 def test_zeros_of_what_stays_frozen_are_not_sent_for_long() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from io import IOBase
 from typing import IO, Any, cast
 
@@ -12,6 +13,7 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
 from torch._C import _EnableTorchFunction as EnableTorchFunction
+from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -68,9 +70,6 @@ hands_on(
 def local_tensor(tensor: DTensor) -> Tensor:
     """Gives this rank's part of a divided tensor, without autograd."""
     return tensor._local_tensor
-
-
-# --- logs, data, elastic ---
 
 
 RANK_NOT_IN_GROUP = name_of(
@@ -181,9 +180,6 @@ def versions_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 def set_versions(state_dict: Any, versions: dict[str, Any]) -> None:
     """Gives a state dict the versions of the parts of its module."""
     state_dict._metadata = versions
-
-
-# --- tensor ---
 
 
 hands_on("torch._C.DisableTorchFunctionSubclass", "runs an operator on a subclass of tensors as on a plain one")
@@ -448,3 +444,38 @@ class UnscalingGradScaler(GradScaler):
     def unscale_tensors(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
         """Unscales plain tensors of one device and dtype, and notes in ``found_inf`` whether they were finite."""
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
+
+
+# --- logs, data, elastic ---
+
+hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
+
+
+# --- parallel, divided ---
+
+hands_on("torch._dynamo.eval_frame.OptimizedModule", "the class of what torch.compile makes of a module")
+
+
+HOOKS_OF_MODULES = (
+    *(FORWARD_PRE_HOOKS, FORWARD_HOOKS),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+"""The attributes in which a module keeps the hooks of its forward and of its state dict."""
+
+
+for _name in HOOKS_OF_MODULES[2:]:
+    hands_on(f"torch.nn.Module.{_name}", "hooks of a module, of which a copy of a sharded one leaves some out")
+
+
+@uses("torch.autograd._unsafe_preserve_version_counter")
+def preserve_versions(tensors: tuple[Tensor, ...]) -> AbstractContextManager[None]:
+    """Lets writes to the tensors meanwhile not count as writes."""
+    return torch.autograd._unsafe_preserve_version_counter(tensors)
+
+
+@uses("torch.nn.Module._compiled_call_impl")
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What ``module.compile()`` made of a module's call; None where it is not compiled."""
+    return module._compiled_call_impl

@@ -182,13 +182,13 @@ def test_a_module_keeps_its_stacks() -> None:
 
 def _two_lengths() -> None:
     """Two runs before their backward passes, of lengths that leave a rank as many positions."""
-    from lightning_dist.parallel.checkpointing import checkpoint_activations
+    from lightning_dist.parallel.activation_checkpoint import checkpoint_activations
 
     torch.manual_seed(0)
     plain = Network()
     divided = copy.deepcopy(plain)
     axis = _divide(divided)
-    checkpoint_activations(divided, find_blocks(divided), "full")
+    checkpoint_activations(divided, find_blocks(divided), "full", Patches())
     x, condition = inputs()
     losses = []
     for network in (plain, divided):

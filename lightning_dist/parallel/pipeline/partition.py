@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_dist.compat.torch import has_gradient_hooks
+from lightning_dist.compat.torch import has_gradient_hooks, hooks_after_accumulation
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.first_batch import first_batch
 from lightning_dist.parallel.pipeline.options import PipelineOptions
@@ -96,7 +96,8 @@ def partition_module(
 
 
 def _refuse_has_gradient_hooks(module: nn.Module) -> None:
-    hooked = next((name for name, parameter in module.named_parameters() if has_gradient_hooks(parameter)), None)
+    named = module.named_parameters()
+    hooked = next((name for name, p in named if has_gradient_hooks(p) or hooks_after_accumulation(p)), None)
     if hooked is not None:
         raise ValueError(
             f"pp: the parameter {hooked} has hooks on its gradient, which would see that of each microbatch; change "
