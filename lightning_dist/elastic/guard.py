@@ -166,8 +166,8 @@ def _meet_after(left: str) -> None:
 
 
 def left_together() -> bool:
-    """After :func:`end_run` by an exception: whether all ranks left the run within :data:`AT_ONCE`, at the same place of
-    its collectives, so that they can communicate once more. All ranks are told the same.
+    """After :func:`end_run` by an exception: whether all ranks left the run within :data:`AT_ONCE`, at the same place
+    of its collectives, so that they can communicate once more. All ranks are told the same.
 
     Communication: none; ranks meet at the store.
     """
