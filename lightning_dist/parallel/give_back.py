@@ -19,14 +19,15 @@ from lightning_dist.pytree import map_leaves
 
 
 def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of which this rank holds a part, whole, by name; a tied one under its first.
+    """The parameters and buffers of which this rank holds a part, whole and on the CPU, by name; a tied one under its
+    first.
 
     What another stage of a pipeline holds is not in it.
 
     Communication: that of :func:`~lightning_dist.dtensors.full` for each; all ranks that hold a part call it.
     """
     named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: full(tensor) for name, tensor in named if isinstance(tensor, DTensor)}
+    return {name: full(tensor.detach()).cpu() for name, tensor in named if isinstance(tensor, DTensor)}
 
 
 @torch.no_grad()

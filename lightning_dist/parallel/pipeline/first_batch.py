@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_dist.compat.lightning import data_source, loaders_of, mode_of, prepared_loader
+from lightning_dist.compat.lightning import data_source, mode_of, prepared_loader, requested_loaders
 from lightning_dist.pytree import tree_map
 
 
@@ -28,7 +28,7 @@ def first_batch(trainer: pl.Trainer) -> Any:
         TrainerFn.PREDICTING: (trainer.predict_loop, RunningStage.PREDICTING),
     }
     loop, stage = loops[fn]
-    loaders: Any = loaders_of(loop)
+    loaders: Any = requested_loaders(loop)
     if not isinstance(loaders, CombinedLoader):
         loaders = CombinedLoader(loaders, "max_size_cycle" if fn == TrainerFn.FITTING else "sequential")
     firsts, taken = [], {}
