@@ -70,9 +70,9 @@ class Replaced:
         names = [name for *_, name in places.values()]
         held: list[Any] = [places.pop(key)[0] for key in list(places)]
         self._refuse_held(held, names)
-        for parameter in held:
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
-        self.originals = dict(zip(names, held, strict=True))
+        self.originals = {name: old for name, old in zip(names, held, strict=True) if not old.is_meta}
+        for parameter in self.originals.values():
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
     def _refuse_held(self, held: list[Any], names: list[str]) -> None:
         for _ in range(_ROUNDS):
