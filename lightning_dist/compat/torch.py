@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from io import IOBase
 from typing import IO, Any, cast
 
@@ -324,6 +325,18 @@ for _name in ("DataDependentOutputException", "DynamicOutputShapeException", "Un
     )
 
 
+@uses("torch._subclasses.fake_tensor")
+@contextmanager
+def without_fake_tensor_errors() -> Iterator[None]:
+    """While it lasts, torch logs no errors of operators on tensors without memory, which are tried again for real."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 COMPILED_CALL = "_compiled_call_impl"
 
 
@@ -444,11 +457,6 @@ class UnscalingGradScaler(GradScaler):
     def unscale_tensors(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
         """Unscales plain tensors of one device and dtype, and notes in ``found_inf`` whether they were finite."""
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
-
-
-# --- logs, data, elastic ---
-
-hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
 
 
 # --- parallel, divided ---

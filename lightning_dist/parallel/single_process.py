@@ -13,7 +13,7 @@ from lightning_dist.parallel.tensor.axis import TensorAxis
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
-CALL = "_call_in_layout"
+CALL = "lightning_dist_call"
 """What a strategy of Fabric runs in place of a step: the module's own call, an attribute of it."""
 
 

@@ -36,7 +36,7 @@ class IdleOptimizer:
     """
 
     def __init__(self, real: Any) -> None:
-        self.__dict__["_real"] = real
+        self.__dict__.update(_real=real)
 
     def step(self, closure: Any = None, **_: Any) -> None:
         """Does nothing.

@@ -108,7 +108,7 @@ def batch_norm(module: nn.Module, called: set[str]) -> str:
     return ""
 
 
-def _looks_at_batch(norm: NormBase) -> bool:
+def _looks_at_batch(norm: Any) -> bool:
     return isinstance(norm, BatchNormBase) or norm.track_running_stats
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_dist.compat.torch import version_of
 from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
-from lightning_dist.parallel.pipeline.stage_owner import StageOwner, forget_stage, plain_parameters, staged
+from lightning_dist.parallel.pipeline.stage_owner import StageOwner, forget_stage, origin, plain_parameters, staged
 from lightning_dist.parallel.pipeline.staged_states import StagedStates
 from lightning_dist.parallel.pipeline.staged_tensors import callable_parts, refuse_outside
 from lightning_dist.parallel.pipeline.stages import Stages
@@ -62,6 +62,8 @@ class ParameterView:
         """Called when parameters are in place. Communication: none."""
         if self._divides:
             for child in callable_parts(self._module):
+                if any(origin(parameter) for parameter in child.parameters()):
+                    continue  # since an earlier run
                 self._patches.also(child.register_forward_pre_hook(refuse_outside, prepend=True).remove)
         self._own = [(n, p) for n, p in self._module.named_parameters() if not is_placeholder(p)]
         for name, parameter in self._module.named_parameters():

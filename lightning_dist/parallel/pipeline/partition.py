@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_dist.compat.torch import has_gradient_hooks
+from lightning_dist.compat.torch import has_gradient_hooks, hooks_after_accumulation
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.first_batch import first_batch
 from lightning_dist.parallel.pipeline.options import PipelineOptions
@@ -33,7 +33,7 @@ _STEP_OF = {
 }
 
 
-_PARTITION = "_pipeline_partition"
+_PARTITION = "lightning_dist_partition"
 """Attribute of a module that has been cut, as long as it is."""
 
 
@@ -57,7 +57,7 @@ def partition_module(
     """Cuts a module, in place: what other ranks hold becomes placeholders. One that has been cut stays.
 
     The batch is the first of the loader of the run that begins, made once more and in this process; random states are
-    left as they were. :func:`give_back_parameters` makes the module whole again, and ``patches`` takes off the rest.
+    left as they were. :func:`whole_of_all_stages` gives what a rank lacks, and ``patches`` takes off the rest.
 
     Args:
         module: whole and equal on every rank, or on meta but for its buffers.
@@ -96,7 +96,8 @@ def partition_module(
 
 
 def _refuse_has_gradient_hooks(module: nn.Module) -> None:
-    hooked = next((name for name, parameter in module.named_parameters() if has_gradient_hooks(parameter)), None)
+    named = module.named_parameters()
+    hooked = next((name for name, p in named if has_gradient_hooks(p) or hooks_after_accumulation(p)), None)
     if hooked is not None:
         raise ValueError(
             f"pp: the parameter {hooked} has hooks on its gradient, which would see that of each microbatch; change "

@@ -143,21 +143,7 @@ def torch_schedule(
         device: of this rank.
         timeline: notes when its parts run.
     """
-    num_stages = len(p2p) + 1
-    made = [
-        PipelineStage(
-            module,
-            stage,
-            num_stages,
-            device,
-            input_args=p2p[stage - 1].examples(device, True) if stage else (),
-            output_args=p2p[stage].examples(device, True)
-            if stage < num_stages - 1
-            else torch.empty(1, device=device, requires_grad=True),
-            group=group,
-        )
-        for stage, module in sorted(stages.items())
-    ]
+    made = [_torch_stage(module, stage, p2p, group, device) for stage, module in sorted(stages.items())]
     for stage in made:
         for part, name in _PARTS.items():
             setattr(stage, name, timeline.timed(part, stage.stage_index, getattr(stage, name)))
@@ -169,6 +155,15 @@ def torch_schedule(
         loss_fn=lambda output, _: output.sum(),
         scale_grads=False,
     )
+
+
+def _torch_stage(
+    module: StageModule, stage: int, p2p: list[P2PTensors], group: dist.ProcessGroup, device: torch.device
+) -> PipelineStage:
+    loss = torch.empty(1, device=device, requires_grad=True)
+    received = p2p[stage - 1].examples(device, True) if stage else ()
+    sent = p2p[stage].examples(device, True) if stage < len(p2p) else loss
+    return PipelineStage(module, stage, len(p2p) + 1, device, input_args=received, output_args=sent, group=group)
 
 
 def run_torch_schedule(made: Any, step: Any, num_microbatches: int, has_last: bool) -> None:

@@ -12,7 +12,7 @@ from lightning_dist.placeholder import is_placeholder
 
 T = TypeVar("T", bound=type)
 
-_STAGE = "_stage"
+_STAGE = "lightning_dist_stage"
 """Attribute of a staged tensor: its :class:`StageOwner`."""
 
 

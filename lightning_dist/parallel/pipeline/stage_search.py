@@ -44,7 +44,7 @@ def find_stages(
             which other steps may use; what is not trained is a copy (an average, a teacher).
 
     Raises:
-        ValueError: there are fewer cut points than needed, or none where the user wants one.
+        ValueError: there are fewer split points than needed, or none where the user wants one.
     """
     schedule = schedule_named(options.schedule)
     num_stages = schedule.num_stages(num_ranks)
@@ -53,17 +53,48 @@ def find_stages(
     anywhere = between if keep_whole or not blocks else split_points(trace, hooked)
     if options.cuts is not None:
         chosen = sorted(named_split_points(anywhere, options.cuts, trace), key=lambda point: point.after)
+    elif len(anywhere) < num_stages - 1:
+        raise ValueError(_too_few(module, trace, anywhere, num_stages, schedule, keep_whole and bool(blocks)))
     else:
-        if len(anywhere) < num_stages - 1:
-            raise ValueError(_too_few(module, trace, anywhere, num_stages, schedule, keep_whole and bool(blocks)))
-        chosen = balanced(between, trace.costs, num_stages) if len(between) >= num_stages - 1 else []
-        costs = stage_costs(chosen, trace.costs)
-        if not chosen or max(costs) > EVEN_ENOUGH * sum(costs) / num_stages:
-            chosen = balanced(anywhere, trace.costs, num_stages)
+        chosen = _balanced(between, anywhere, trace.costs, num_stages)
     bounds = [point.after for point in chosen]
-    used = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.parameters.items()}
-    shapes = {name: p.shape for name, p in (*module.named_parameters(), *module.named_buffers())}
-    order = [name for name, _ in module.named_parameters()]
+    equal = [between[(i + 1) * len(between) // num_stages] for i in range(num_stages - 1)] if between else []
+    return Stages(
+        schedule,
+        num_ranks,
+        tuple(point.label for point in chosen),
+        _owners_of_parameters(module, _stages_of_use(trace.parameters, bounds), num_stages, undivided, is_trained),
+        _owners_of_buffers(module, _stages_of_use(trace.buffers, bounds)),
+        tuple(stage_costs(chosen, trace.costs)),
+        tuple(stage_costs(equal, trace.costs)),
+        tuple(point.num_bytes for point in chosen),
+    )
+
+
+def _balanced(
+    between: list[SplitPoint], anywhere: list[SplitPoint], costs: list[float], num_stages: int
+) -> list[SplitPoint]:
+    """Split points between blocks if those balance, else anywhere."""
+    chosen = balanced(between, costs, num_stages) if len(between) >= num_stages - 1 else []
+    of_stages = stage_costs(chosen, costs)
+    if not chosen or max(of_stages) > EVEN_ENOUGH * sum(of_stages) / num_stages:
+        return balanced(anywhere, costs, num_stages)
+    return chosen
+
+
+def _stages_of_use(ops: dict[str, set[int]], bounds: list[int]) -> dict[str, tuple[int, ...]]:
+    """The stages in which ops lie, by what they use."""
+    return {name: tuple(sorted({bisect_left(bounds, op) for op in used})) for name, used in ops.items()}
+
+
+def _owners_of_parameters(
+    module: nn.Module,
+    used: dict[str, tuple[int, ...]],
+    num_stages: int,
+    undivided: Iterable[str],
+    is_trained: Callable[[str], bool],
+) -> dict[str, tuple[int, ...]]:
+    shapes, order = _shapes(module), [name for name, _ in module.named_parameters()]
     owners = {
         name: used.get(name) or _like_its_twin(name, used, shapes, is_trained) or _near(name, used, order, num_stages)
         for name in order
@@ -71,20 +102,18 @@ def find_stages(
     for part in undivided:
         inside = [name for name in owners if name.startswith(f"{part}.")]
         owners.update(dict.fromkeys(inside, tuple(sorted({stage for name in inside for stage in owners[name]}))))
-    buffers = {name: tuple(sorted({bisect_left(bounds, op) for op in ops})) for name, ops in trace.buffers.items()}
-    twins = {name: _like_its_twin(name, buffers, shapes) for name, _ in module.named_buffers() if name not in buffers}
-    buffers.update({name: stages for name, stages in twins.items() if stages is not None})
-    equal = [between[(i + 1) * len(between) // num_stages] for i in range(num_stages - 1)] if between else []
-    return Stages(
-        schedule,
-        num_ranks,
-        tuple(point.label for point in chosen),
-        owners,
-        buffers,
-        tuple(stage_costs(chosen, trace.costs)),
-        tuple(stage_costs(equal, trace.costs)),
-        tuple(point.num_bytes for point in chosen),
-    )
+    return owners
+
+
+def _owners_of_buffers(module: nn.Module, used: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Of those that a stage uses, or that belong to a copy of such."""
+    shapes, unused = _shapes(module), [name for name, _ in module.named_buffers() if name not in used]
+    twins = {name: stages for name in unused if (stages := _like_its_twin(name, used, shapes)) is not None}
+    return used | twins
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
 def _like_its_twin(

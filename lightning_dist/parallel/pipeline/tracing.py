@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning_dist.compat.torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
+    without_fake_tensor_errors,
 )
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.guards import AddGuard
@@ -33,7 +33,7 @@ def trace_step(
     part: Any,
     rest: tuple[Any, ...] | Callable[[AddGuard], tuple[Any, ...]] = (),
 ) -> Trace:
-    """Runs a step of the fake_module once, without computing what depends on a parameter.
+    """Runs a step of the fake module once, without computing what depends on a parameter.
 
     Args:
         fake_module: of the module.
@@ -47,25 +47,13 @@ def trace_step(
     """
     recorder = TraceRecorder(fake_module)
     fake_module.follow(module, recorder.add_guard, in_step=True)
-    errors = logging.getLogger("torch._subclasses.fake_tensor")  # of what is tried again for real
-    was_disabled, errors.disabled = errors.disabled, True
     try:
-        with torch.no_grad(), recorder.seeing_attributes(), recorder:
+        with torch.no_grad(), without_fake_tensor_errors(), recorder.seeing_attributes(), recorder:
             others = rest(recorder.add_guard) if callable(rest) else rest
             recorder.trace.output = getattr(fake_module.module, name)(part, *others)
-    except _NEEDS_VALUES as error:
-        recorder.trace.open_end = str(error) or type(error).__name__
-    except RuntimeError as error:
-        if "does not require grad" in str(error):
-            raise ValueError(
-                f"pp: {name} takes gradients itself (torch.autograd.grad, or backward), through a network of which a "
-                "rank has some stages only; use another axis"
-            ) from error
-        if "numpy() is not supported for tensor subclasses" not in str(error):
-            raise
-        recorder.trace.open_end = str(error)
+    except (*_NEEDS_VALUES, RuntimeError) as error:
+        recorder.trace.open_end = _value_asked_for(error, name)
     finally:
-        errors.disabled = was_disabled
         recorder.put_back()
         recorder.trace.kept = _kept(fake_module.module)
         fake_module.forget_trainer()
@@ -73,7 +61,22 @@ def trace_step(
     return recorder.trace
 
 
+def _value_asked_for(error: Exception, step: str) -> str:
+    """What a step asked of a value, where its trace ends by this error; raises any other error."""
+    if isinstance(error, _NEEDS_VALUES):
+        return str(error) or type(error).__name__
+    if "does not require grad" in str(error):
+        raise ValueError(
+            f"pp: {step} takes gradients itself (torch.autograd.grad, or backward), through a network of which a rank "
+            "has some stages only; use another axis"
+        ) from error
+    if "numpy() is not supported for tensor subclasses" not in str(error):
+        raise error
+    return str(error)
+
+
 def _kept(module: nn.Module) -> list[tuple[str, str, Any, Tensor]]:
+    """Tensors without memory in attributes of modules; see :class:`Trace`."""
     found: list[tuple[str, str, Any, Tensor]] = []
     for name, child in module.named_modules():
         for key, value in vars(child).items():
