@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.compile import to_uncompiled
 
-from lightning_dist.compat.lightning import compile_steps, compiled_steps
+from lightning_dist.compat import lightning as private
 from lightning_dist.layout import Layout
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -24,13 +24,13 @@ class CompiledModule:
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self._context: dict[str, Any] = dict(compiled_steps(module) or {})
+        self._context: dict[str, Any] = dict(private.compiled_steps(module) or {})
         self._module = to_uncompiled(module)
 
     @staticmethod
     def compiles(module: Any) -> bool:
         """Whether the steps of a module are compiled."""
-        return compiled_steps(module) is not None
+        return private.compiled_steps(module) is not None
 
     def validate(self, layout: Layout | None) -> None:
         """Raises where steps are run in parts.
@@ -46,4 +46,4 @@ class CompiledModule:
 
     def put_back(self) -> None:
         """Compiles the steps again, as the user did."""
-        compile_steps(self._module, _STEPS, self._context)
+        private.compile_steps(self._module, _STEPS, self._context)

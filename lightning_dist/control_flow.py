@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import default_store
 from lightning_dist.elastic import guard
-from lightning_dist.parallel import Alone
+from lightning_dist.parallel import SingleProcessRunner
 from lightning_dist.patches import Patches
 
 LONGEST_WAIT = timedelta(minutes=2)
@@ -54,7 +54,7 @@ class ControlFlow:
     def __init__(
         self,
         trainer: pl.Trainer,
-        parallel: Alone,
+        parallel: SingleProcessRunner,
         device: torch.device,
         timeout: timedelta,
         is_even: Callable[[], bool],

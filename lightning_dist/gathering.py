@@ -1,4 +1,4 @@
-"""Gathering what the ranks with different samples hold: differentiably, and of different lengths."""
+"""UnevenAllGather what the ranks with different samples hold: differentiably, and of different lengths."""
 
 from __future__ import annotations
 

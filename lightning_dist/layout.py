@@ -9,24 +9,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import _redistribute
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from lightning_dist.compat.torch import flattened_mesh, forget_earlier_meshes
 
 REST = -1
 """The degree that takes whatever the other axes leave of the world."""
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the device mesh, outermost first: ``tp`` is innermost, so that it stays inside a node."""
-
-
-def forget_earlier_meshes() -> None:
-    """Empties the caches in which DTensor keeps what it inferred of equal meshes (private; seen in torch 2.14).
-
-    A mesh equals an earlier one of the same ranks, also where that one's process groups are gone, since its process
-    group was destroyed; results would then name groups that can't be found.
-    """
-    _clear_sharding_prop_cache()
-    _redistribute._gen_transform_infos.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -186,10 +176,10 @@ class Layout:
         root = init_device_mesh(device_type, tuple(getattr(self, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
         return ParallelMesh(
             root=root,
-            data=root["dp_replicate", "dp_shard"]._flatten("data"),
-            shard=root["dp_shard", "cp"]._flatten("shard"),
-            loss=root["dp_replicate", "dp_shard", "cp"]._flatten("loss"),
-            logs=root["pp", "dp_replicate", "dp_shard"]._flatten("logs"),
+            data=flattened_mesh(root["dp_replicate", "dp_shard"], "data"),
+            shard=flattened_mesh(root["dp_shard", "cp"], "shard"),
+            loss=flattened_mesh(root["dp_replicate", "dp_shard", "cp"], "loss"),
+            logs=flattened_mesh(root["pp", "dp_replicate", "dp_shard"], "logs"),
         )
 
     def _misfit(self, world_size: int, known: int) -> str:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
+from typing_extensions import override
 
+from lightning_dist.compat.torch import UnscalingGradScaler
 from lightning_dist.dtensors import local_part
 from lightning_dist.patches import Patches
 
@@ -79,7 +81,7 @@ _CASTING: tuple[type[nn.Module], ...] = (
 )
 
 
-class AgreeingGradScaler(GradScaler):
+class AgreeingGradScaler(UnscalingGradScaler):
     """A gradient scaler by which all ranks skip a step together when any of them holds a non-finite gradient.
 
     Under sharding a rank sees only its part of the gradients; torch's scaler would let the others step.
@@ -87,10 +89,8 @@ class AgreeingGradScaler(GradScaler):
     Communication: one all-reduce of one float over the world for each call of ``unscale_``.
     """
 
-    def _unscale_grads_(
-        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
-    ) -> dict[torch.device, Tensor]:
-        # torch's own loop works on plain tensors: show it what this rank holds (seen in torch 2.14 and 2.15)
+    @override
+    def unscale_gradients(self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Tensor:
         shards = [local_part(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if any(shard.dtype == torch.float16 for shard in shards) and not allow_fp16:
             raise ValueError("Attempting to unscale FP16 gradients.")
@@ -101,11 +101,11 @@ class AgreeingGradScaler(GradScaler):
         verdict = found_inf.clone()
         for (device, _), tensors in by_kind.items():
             found = torch.zeros_like(verdict, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, inv_scale.to(device))
+            self.unscale_tensors(tensors, found, inv_scale.to(device))
             verdict = torch.maximum(verdict, found.to(verdict.device))
         if dist.is_initialized():
             dist.all_reduce(verdict, dist.ReduceOp.MAX)
-        return {verdict.device: verdict}
+        return verdict
 
 
 def make_agreeing(precision: Precision, patches: Patches) -> None:

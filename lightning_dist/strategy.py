@@ -27,13 +27,14 @@ from lightning_dist import collectives
 from lightning_dist.checkpoint.lazy_tensors import read_kept_tensors
 from lightning_dist.compat import lightning as private
 from lightning_dist.layout import Layout
+from lightning_dist.module_options import ModuleOptions, ShardUnits
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
 from lightning_dist.plans.tensor import Styles, TensorOptions
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.report import LayoutReport
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Format
-from lightning_dist.trainer.module_setup import ModuleOptions, ShardUnits, to_device
+from lightning_dist.trainer.module_setup import to_device
 from lightning_dist.trainer.parts import Parts
 
 
@@ -134,9 +135,9 @@ class HybridStrategy(ParallelStrategy):
         self._module_options = ModuleOptions(
             shard_units,
             TensorOptions(tensor_plan, sequence_parallel, loss_parallel),
-            PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs),
             _one_of("activation_checkpointing", activation_checkpointing, ("none", "full", "selective")),
             None if compile is False else {} if compile is True else dict(compile),
+            PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs),
         )
         chosen = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
         self._checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
@@ -339,8 +340,8 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        loss = self.parts.optimization.before_backward(closure_loss, kwargs.get("inputs"))
         with self.parts.steps.trial(), self.parts.tuning.apart(self.parts.steps.runner):
+            loss = self.parts.optimization.before_backward(closure_loss, kwargs.get("inputs"))
             return super().backward(loss, optimizer, *args, **kwargs)
 
     @override

@@ -26,7 +26,7 @@ from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import num_collectives
 from lightning_dist.data.sharding import distributed_sampler
-from lightning_dist.parallel import Alone, Replicated
+from lightning_dist.parallel import DDPRunner, SingleProcessRunner
 from lightning_dist.patches import Patches
 from lightning_dist.random_states import RandomStates
 from lightning_dist.ranks import LayoutRanks
@@ -117,13 +117,13 @@ class Tuning:
         search = self._search
         return nullcontext() if search is None or search.fits is None else search.fits.agreed(forget)
 
-    def apart(self, runner: Alone) -> AbstractContextManager[None]:
+    def apart(self, runner: SingleProcessRunner) -> AbstractContextManager[None]:
         """Around a backward pass: in a trial copies reduce no gradients, so that none waits for another in it.
 
         The weights of a trial are thrown away.
         """
         is_trial = self._search is not None and self._search.fits is not None
-        return runner.accumulating() if is_trial and isinstance(runner, Replicated) else nullcontext()
+        return runner.accumulating() if is_trial and isinstance(runner, DDPRunner) else nullcontext()
 
     def raise_if_broken(self) -> None:
         """Before a barrier: raises where ranks are at different places, so that it would wait for good."""

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dist.compat.lightning import detects_anomaly, layer_sync
-from lightning_dist.compat.torch import has_backward_hooks, hooks_after_accumulation
+from lightning_dist.compat.torch import hooks_after_accumulation
 from lightning_dist.layout import Layout
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.precision import refuse_precision
@@ -56,11 +56,6 @@ def validate_kept_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> N
                 "makes it another object: register them in on_fit_start with register_post_accumulate_grad_hook, or "
                 "change gradients in on_before_optimizer_step"
             )
-
-
-def has_hooks(parameter: nn.Parameter) -> bool:
-    """Whether a user's hook runs when the parameter's gradient is there."""
-    return has_backward_hooks(parameter) or bool(hooks_after_accumulation(parameter))
 
 
 def validate_gradient_hooks(module: pl.LightningModule, layout: Layout) -> None:

@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
-from lightning_dist.parallel.checkpointing import checkpoint_activations
+from lightning_dist.parallel.activation_checkpoint import checkpoint_activations
+from lightning_dist.patches import Patches
 from tests.support import models
+from tests.support.collectives import counting
 from tests.support.models import WIDTH, few_samples, samples
-from tests.support.parity import QUIET, Record, Run, assert_equal, train, whole_weights
+from tests.support.parity import QUIET, Record, Run, assert_equal, once, one_process, train, trainer, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
-from tests.test_strategy import Collectives, trainer
 
 MODES = ["full", "selective"]
 LAYOUTS = [("dp_shard=1", 1), ("dp_replicate=2", 2), ("dp_shard=2", 2)]
@@ -98,7 +99,7 @@ class Normed(models.Momentum):
 @pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_training_equals_one_process_without_it(mode: str, layout: str, num_ranks: int) -> None:
     run = Run(Attended, samples, few_samples, trainer=ACCUMULATING, strategy={"activation_checkpointing": mode})
-    one = train(run, None)
+    one = one_process(run)
     for record in _records(run, layout, num_ranks):
         assert_equal(one, record)
 
@@ -114,9 +115,9 @@ def test_random_numbers_and_statistics_are_those_without_it(module: Any, mode: s
         Run(module, samples, few_samples, trainer=ACCUMULATING, strategy={"activation_checkpointing": value})
         for value in ("none", mode)
     )
-    one = train(plain, "dp_shard=1")
+    one = once(train, plain, "dp_shard=1")
     _assert_same(one, train(recomputing, "dp_shard=1"))
-    assert one.losses != train(Run(models.Momentum, samples, trainer=ACCUMULATING), None).losses
+    assert one.losses != one_process(Run(models.Momentum, samples, trainer=ACCUMULATING)).losses
 
 
 @pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
@@ -159,7 +160,7 @@ def _train_16_bit(layout: str) -> dict[tuple[str, str], dict[str, Tensor]]:
 @pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
 def test_compiled_blocks_train_as_plain_ones(layout: str, mode: str) -> None:
     options = {"compile": {"backend": "aot_eager"}, "activation_checkpointing": mode}
-    one = train(Run(models.Momentum, samples, trainer=ACCUMULATING), None)
+    one = one_process(Run(models.Momentum, samples, trainer=ACCUMULATING))
     for record in run_on_ranks(2, train, Run(models.Momentum, samples, trainer=ACCUMULATING, strategy=options), layout):
         assert_equal(one, record)
 
@@ -175,7 +176,7 @@ def test_the_empty_cache_that_transformers_makes_is_not_filled_twice(mode: Any) 
     model, tokens = LlamaForCausalLM(config), torch.randint(0, 64, (2, 8))
     gradients = []
     for value in ("none", mode):
-        checkpoint_activations(model, dict(model.model.layers.named_children()), value)
+        checkpoint_activations(model, dict(model.model.layers.named_children()), value, Patches())
         model.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -256,7 +257,7 @@ def _step(mode: Any, batch: int = 64) -> tuple[int, Counter[str], Counter[str], 
     """Bytes held between forward and backward, operators of each, gradients."""
     torch.manual_seed(0)
     net = models.Net()
-    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode)
+    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode, Patches())
     x = torch.randn(batch, WIDTH)
     with Kept() as forward:
         loss = net(x).square().mean()
@@ -291,7 +292,7 @@ def test_selective_keeps_the_result_of_attention() -> None:
     block = Attending()
     counts = {}
     for mode in ("full", "selective"):
-        checkpoint_activations(nn.ModuleList([block]), {"0": block}, mode)  # type: ignore[arg-type]
+        checkpoint_activations(nn.ModuleList([block]), {"0": block}, mode, Patches())  # type: ignore[arg-type]
         output, _ = block(torch.randn(2, 4, 4), scale=torch.ones(4))
         with Kept() as backward:
             output.sum().backward()
@@ -310,17 +311,9 @@ def test_collectives_are_those_without_it(layout: str) -> None:
 def _collectives(layout: str) -> list[list[dict[str, int]]]:
     """Of each step, under each mode, plain and compiled."""
     counts: list[list[dict[str, int]]] = []
-
-    class Observing(HybridStrategy):
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-            with Collectives() as seen:
-                output = super().optimizer_step(*args, **kwargs)
-            counts[-1].append(dict(seen.counts))
-            return output
-
     for mode, compile in itertools.product(("none", *MODES), (False, {"backend": "aot_eager"})):
         counts.append([])
-        strategy = Observing(layout, activation_checkpointing=mode, compile=compile)  # type: ignore[arg-type]
+        strategy = counting("optimizer_step", counts[-1])(layout, activation_checkpointing=mode, compile=compile)  # type: ignore[arg-type]
         runner = L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=3, gradient_clip_val=0.1)
         runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
     return counts
@@ -331,7 +324,7 @@ def _collectives(layout: str) -> list[list[dict[str, int]]]:
 
 def _recomputing(mode: Any) -> models.Net:
     net = models.Net()
-    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode)
+    checkpoint_activations(net, {f"blocks.{i}": block for i, block in enumerate(net.blocks)}, mode, Patches())
     return net
 
 
@@ -357,7 +350,7 @@ def test_a_replaced_forward_is_wrapped_and_put_back() -> None:
     x = torch.randn(2, WIDTH)
     plain = net(x)
     for mode in ("full", "full", "selective", "none"):
-        checkpoint_activations(net, dict(net.blocks.named_children()), mode)  # type: ignore[arg-type]
+        checkpoint_activations(net, dict(net.blocks.named_children()), mode, Patches())  # type: ignore[arg-type]
         torch.testing.assert_close(net(x), plain, rtol=0, atol=0)
     assert vars(first)["forward"] is doubled
     assert vars(second)["forward"].__func__ is _double_method
@@ -374,7 +367,7 @@ def _double_method(self: nn.Module, x: Tensor) -> Tensor:
 
 def test_blocks_left_out_of_a_second_call_are_put_back() -> None:
     net = _recomputing("full")
-    checkpoint_activations(net, {"blocks.1": net.blocks[1]}, "full")
+    checkpoint_activations(net, {"blocks.1": net.blocks[1]}, "full", Patches())
     assert ["forward" in vars(block) for block in net.blocks] == [False, True, False]
 
 

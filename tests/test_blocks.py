@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_dist.auto_layout import ROOM, choose_layout, state_bytes
 from lightning_dist.layout import Layout
-from lightning_dist.parallel.sharded import shard_roots, shard_units, unsharded_parameters
+from lightning_dist.parallel.fsdp_units import shard_roots, shard_units, unsharded_parameters
 from lightning_dist.plans import find_blocks, select_blocks
 from tests.support import models
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import lightning as L
@@ -14,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
+from tests.support.collectives import counting
 from tests.support.models import CLASSES, WIDTH, Block, samples
-from tests.support.parity import QUIET, Run, assert_equal, train
+from tests.support.parity import QUIET, Run, assert_equal, one_process, train
 from tests.support.ranks import run_on_ranks
-from tests.test_strategy import Collectives
 
 LAYOUTS = [
     pytest.param("dp_replicate=2", 2, id="replicate2"),
@@ -175,27 +174,19 @@ class Constants(Quantised):
         pass
 
 
-def _collectives(kind: type[Quantised], layout: str) -> list[Counter[str]]:
+def _collectives(kind: type[Quantised], layout: str) -> list[dict[str, int]]:
     """Of each training step, from its first line to the end of its backward."""
-    counts = []
-
-    class Counting(HybridStrategy):
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-            with Collectives() as seen:
-                output = super().optimizer_step(*args, **kwargs)
-            counts.append(seen.counts)
-            return output
-
-    fit(kind(), layout, strategy=Counting(layout))
+    counts: list[dict[str, int]] = []
+    fit(kind(), layout, strategy=counting("optimizer_step", counts)(layout))
     return counts
 
 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS[:3])
 def test_only_written_buffers_are_communicated(layout: str, num_ranks: int) -> None:
     for counts in run_on_ranks(num_ranks, _collectives, Constants, layout):
-        assert [count["broadcast"] for count in counts[2:]] == [0, 0]
+        assert [count.get("broadcast", 0) for count in counts[2:]] == [0, 0]
     for counts in run_on_ranks(num_ranks, _collectives, Quantised, layout):
-        assert [count["broadcast"] for count in counts[2:]] == [2, 2]  # floats and integers
+        assert [count.get("broadcast", 0) for count in counts[2:]] == [2, 2]  # floats and integers
 
 
 class Scheduled(Quantised):
@@ -214,7 +205,7 @@ class Scheduled(Quantised):
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS[:3])
 def test_what_does_not_depend_on_samples_equals_one_process(layout: str, num_ranks: int) -> None:
     run = Run(Scheduled, samples)
-    one = train(run, None)
+    one = one_process(run)
     for record in run_on_ranks(num_ranks, train, run, layout):
         assert_equal(one, record)
 

@@ -10,64 +10,15 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.elastic import guard
-from tests.support.models import Words, words
-from tests.support.parity import QUIET, Watch, slow, whole_weights
+from tests.support.parity import QUIET, Watch, once, slow, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
-from tests.test_scripts import ROOT, assert_no_process_left, finish, start
+from tests.support.scripts import ROOT, assert_no_process_left, finish, start
+from tests.support.stops import Pruned, Stops, fit
 
 LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", "dp_shard=2,tp=2"]
-
-
-class Pruned(Exception):
-    """As of a search for hyper-parameters."""
-
-
-class Stops(Words):
-    """Raises at some place of the second epoch, on some ranks."""
-
-    def __init__(self, where: str, ranks: tuple[int, ...] = (0, 1, 2, 3)) -> None:
-        super().__init__()
-        self.where, self.ranks = where, ranks
-
-    def stop(self, where: str) -> None:
-        if where == self.where and self.trainer.current_epoch == 1 and self.trainer.global_rank in self.ranks:
-            raise Pruned(where)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.trainer.training:
-            self.stop("forward")
-        return super().forward(x)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self.stop("backward")
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.stop("step")
-
-    def validation_step(self, batch: Any) -> None:
-        self.log("val", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def on_validation_epoch_end(self) -> None:
-        self.stop("validation")
-
-
-def fit(module: L.LightningModule, layout: str | None, trainer: L.Trainer | None = None) -> tuple[Any, list[float]]:
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    strategy: Any = "auto" if layout is None else HybridStrategy(layout)
-    watch = Watch()
-    if trainer is None:
-        trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=2, callbacks=[watch])
-    else:
-        watch = next(callback for callback in trainer.callbacks if isinstance(callback, Watch))
-    ranks = 1 if layout is None else HybridStrategy(layout).ranks.requested.resolve(trainer.world_size).num_data_ranks
-    loader = DataLoader(words(), batch_size=8 // ranks)
-    trainer.fit(module, loader, DataLoader(words(), batch_size=4))
-    return trainer, watch.losses
 
 
 def go_on(layout: str | None, where: str, same_trainer: bool, same_module: bool) -> tuple[list[float], Any]:
@@ -105,7 +56,7 @@ def test_ranks_that_all_raised_go_on_as_one_process(
     ranks = 4 if "," in layout else 2
     if same_module and not same_trainer and "pp" in layout:
         pytest.skip("a module that was cut stays with its strategy")
-    expected = go_on(None, where, same_trainer, same_module)
+    expected = once(go_on, None, where, same_trainer, same_module)
     for losses, weights in run_on_ranks(ranks, go_on, layout, where, same_trainer, same_module):
         torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
@@ -169,7 +120,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 import lightning_dist
 from lightning_dist.elastic import guard
-from tests.test_caught_exceptions import Pruned, Stops, fit, two_ranks
+from tests.support.stops import Pruned, Stops, fit, two_ranks
 guard.PATIENCE = guard.GRACE = 1.0
 
 class Tells(Stops):
@@ -184,10 +135,6 @@ if __name__ == "__main__":
         print("caught", flush=True)
         time.sleep(60)
 """
-
-
-def two_ranks() -> L.Trainer:
-    return L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("dp_replicate=2"), max_epochs=2, callbacks=[Watch()])
 
 
 @pytest.mark.parametrize("rank", [slow(0), 1])

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import LightningCLI
-from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
-from tests.support.models import Classifier, samples
-from tests.test_scripts import ROOT, finish
+from tests.support.command_line import Data, Saved
+from tests.support.models import samples
+from tests.support.scripts import ROOT, finish
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI's args parameter", r"ignore:\s*skip_none parameter", "ignore:.*LeafSpec.*"
@@ -27,32 +27,11 @@ CLASS = "lightning_dist.HybridStrategy"
 ONE = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 
 
-class Saved(Classifier):
-    """Keeps its hyperparameters in checkpoints, as LightningCLI's users do."""
-
-    def __init__(self, lr: float = 1e-2) -> None:
-        super().__init__(lr)
-        self.save_hyperparameters()
-
-
-class Data(L.LightningDataModule):
-    """Batches of a size that the command line gives."""
-
-    def __init__(self, batch_size: int = 16) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(samples(), batch_size=self.batch_size)
-
-    val_dataloader = test_dataloader = train_dataloader
-
-
 SCRIPT = """
 import json
 import lightning_dist
 from lightning.pytorch.cli import LightningCLI
-from tests.test_cli_of_lightning import Data, Saved
+from tests.support.command_line import Data, Saved
 
 if __name__ == "__main__":
     cli = LightningCLI(Saved, Data)

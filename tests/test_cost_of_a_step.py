@@ -9,13 +9,11 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
-from recipes.benchmark.collectives import Collectives
 from tests.support import models
-from tests.support.models import samples
+from tests.support.collectives import Collectives
+from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
-
-PLAN = {"*.up": "colwise", "*.down": "rowwise"}
 
 
 class Counting(L.Callback):
@@ -41,7 +39,7 @@ class Counting(L.Callback):
 
 def _steady(layout: str) -> list[dict[str, int]]:
     counting = Counting()
-    strategy = HybridStrategy(layout, tensor_plan=PLAN if "tp" in layout else None)
+    strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)
     quiet = {**QUIET, "log_every_n_steps": 1000, "max_epochs": 1}
     trainer = L.Trainer(**quiet, devices=2, strategy=strategy, callbacks=[counting])
     trainer.fit(models.Classifier(), DataLoader(samples(), batch_size=4))

@@ -13,11 +13,9 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy
 from lightning_dist.initialization.install import RecordedInit
 from tests.support import models
-from tests.support.models import few_samples, samples
+from tests.support.models import BLOCK_PLAN, few_samples, samples
 from tests.support.parity import QUIET, Run, assert_parity
 from tests.support.ranks import run_on_ranks
-
-PLAN = {"*.up": "colwise", "*.down": "rowwise"}
 
 
 class Buffered(models.Deferred):
@@ -36,7 +34,7 @@ class Buffered(models.Deferred):
     ("layout", "num_ranks"), [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("pp=2", 2), ("pp=2,dp_shard=2", 4)]
 )
 def test_a_deferred_model_trains_as_one_process(layout: str, num_ranks: int) -> None:
-    strategy = {"tensor_plan": PLAN} if "tp" in layout else {}
+    strategy = {"tensor_plan": BLOCK_PLAN} if "tp" in layout else {}
     assert_parity(Run(Buffered, samples, few_samples, strategy=strategy), layout, num_ranks)
 
 
@@ -57,7 +55,7 @@ def _deferred(layout: str) -> tuple[set[str], set[str]]:
     RecordedInit.bind = noting  # type: ignore[method-assign]
     try:
         module = Buffered()
-        strategy = HybridStrategy(layout, tensor_plan=PLAN if "tp" in layout else None)
+        strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)
         trainer = L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=1)
         trainer.fit(module, DataLoader(samples(), batch_size=8))
     finally:

@@ -34,7 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_dist import HybridStrategy
 from tests.support import models
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, once
 from tests.support.ranks import run_on_ranks
 
 SIZE = 44
@@ -492,7 +492,7 @@ def test_other_ranks_take_the_rest_of_the_epoch_once(
 
 @pytest.mark.parametrize("loading", ["dp_shard=2", "dp_shard=1"])
 def test_the_losses_go_on_under_other_ranks(loading: str, tmp_path: Path) -> None:
-    one = plain("dp_shard=1", 8, None, None)
+    one = once(plain, "dp_shard=1", 8, None, None)
     first = plain_on("dp_replicate=2", 4, (tmp_path / "a.ckpt", 5), None)
     rest = plain_on(loading, 4 if "=2" in loading else 8, None, tmp_path / "a.ckpt")
     torch.testing.assert_close([*first[:5], *rest], one, rtol=1e-5, atol=1e-6)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+import sys
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,18 +16,11 @@ from lightning_dist import HybridStrategy
 from lightning_dist.cli import main
 from lightning_dist.explain import build_deferred
 from lightning_dist.report import LayoutReport
-from recipes.language_model import CausalLM
-from recipes.language_model.decoder import Decoder
-from tests.recipes.test_parity import LENGTH, Blocks
+from tests.recipes.runs import Blocks, uneven_decoder
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
 
-VOCABULARY = 67
-
-
-def uneven_decoder() -> L.LightningModule:
-    network = partial(Decoder, VOCABULARY, width=32, depth=2, num_heads=4, num_kv_heads=2, feed_forward_width=45)
-    return CausalLM(network, partial(torch.optim.SGD, lr=0.1))
+NUMBER = 3
 
 
 class Huge(L.LightningModule):
@@ -98,13 +91,33 @@ def test_the_command_takes_a_class_or_overrides_of_a_recipe(capsys: pytest.Captu
     assert "positions" in output
 
 
+def test_recipes_are_those_of_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["explain", "width=8"]) == 2
+    assert "has [tool.lightning_dist] recipes" in capsys.readouterr().err
+    (tmp_path / "pyproject.toml").write_text('[tool.lightning_dist]\nrecipes = "recipes_of_mine:of"\n')
+    (tmp_path / "recipes_of_mine.py").write_text(
+        "from lightning_dist import HybridStrategy\nfrom lightning_dist.explain import Subject, parse_arguments\n"
+        "from tests.test_explain import Huge\n"
+        "def of(arguments):\n"
+        "    return Subject(lambda: Huge(**parse_arguments(arguments)), HybridStrategy('dp_shard=2'), 2)\n"
+    )
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert main(["explain", "width=64"]) == 0
+    assert "41,600" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["tests.test_explain:Huge"], "--layout is missing"),
         (["tests.test_explain:Hug", "--layout", "tp=2"], "can't be imported"),
         (["tests.test_explain:Huge", "with=64", "--layout", "tp=2"], "unexpected keyword argument 'with'"),
-        (["tests.test_explain:LENGTH", "--layout", "tp=2"], "not a callable object"),
+        (["tests.test_explain:NUMBER", "--layout", "tp=2"], "not a callable object"),
         (["tests.test_explain:Huge", "width=64", "--layout", "dp_shard=-1"], "--ranks is missing"),
         (["recipe=nope"], "Could not find 'recipe/nope'"),
         (["strategy=ddp"], "DDPStrategy has no layout to explain"),
@@ -119,7 +132,7 @@ def test_what_can_not_be_explained_is_one_line(
     error: Any = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert LENGTH
+    assert NUMBER
 
 
 def test_the_start_of_a_run_shows_the_sharding_plan(capsys: pytest.CaptureFixture[str]) -> None:

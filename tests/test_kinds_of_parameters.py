@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils import _pytree as pytree
 
 from tests.support.models import CLASSES, WIDTH, Classifier, Momentum, samples
-from tests.support.parity import Record, Run, assert_equal, train
+from tests.support.parity import Record, Run, assert_equal, once, one_process, train
 from tests.support.ranks import run_on_ranks
 
 PLAN = {"net.blocks.*.up": "colwise", "net.blocks.*.down": "rowwise"}
@@ -32,6 +32,15 @@ class Complex(Momentum):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x.to(torch.complex64) @ self.turn).abs())
+
+
+class Grows(Momentum):
+    """Gets a parameter, and its optimizer too, once it trains."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not hasattr(self, "late"):
+            self.late = nn.Parameter(torch.zeros(WIDTH))
+            self.optimizers().add_param_group({"params": [self.late]})  # type: ignore[union-attr]
 
 
 class Wide(Momentum):
@@ -168,7 +177,7 @@ def record_of(run: Run, layout: str | None) -> Record:
 
 @pytest.mark.parametrize("module", [Complex, Wide, Fixed, Pruned, weight_norm, spectral_norm, orthogonal])
 def test_is_as_in_one_process(module: Any) -> None:
-    one = record_of(run_of(module), None)
+    one = once(record_of, run_of(module), None)
     layouts = ["dp_replicate=2", "dp_shard=2"]
     if module not in (weight_norm, spectral_norm, orthogonal):
         layouts.append("tp=2")
@@ -181,7 +190,7 @@ def test_is_as_in_one_process(module: Any) -> None:
 @pytest.mark.parametrize("layout", ["dp_replicate=2,dp_shard=2", "dp_shard=2,tp=2"])
 @pytest.mark.parametrize("module", [Complex, Wide])
 def test_dtypes_are_as_in_one_process_on_two_axes(module: Any, layout: str) -> None:
-    one = record_of(run_of(module), None)
+    one = once(record_of, run_of(module), None)
     for record in run_on_ranks(4, record_of, run_of(module, layout), layout):
         assert_equal(one, record)
 
@@ -190,14 +199,14 @@ def test_dtypes_are_as_in_one_process_on_two_axes(module: Any, layout: str) -> N
 def test_lbfgs_is_as_in_one_process(layout: str) -> None:
     """It divides by differences of gradients, which enlarges rounding."""
     run = Run(NewtonLike, samples, trainer={"max_steps": 6})
-    one = train(run, None)
+    one = one_process(run)
     for record in run_on_ranks(2, train, run, layout):
         assert_equal(one, record, 1e-4)
 
 
 def test_a_lazy_module_that_setup_ran_trains_as_in_one_process() -> None:
     run = run_of(SetUp)
-    one = record_of(run, None)
+    one = once(record_of, run, None)
     for record in run_on_ranks(2, record_of, run, "dp_shard=2"):
         assert_equal(one, record)
 
@@ -217,9 +226,10 @@ def refusal(run: Run, layout: str) -> str:
         (run_of(Quantised), ("dp_shard=2", "tp=2"), "net.blocks.0.up.weight: a Half, which layout "),
         (run_of(Momentum, callbacks=pruning), ("dp_shard=2", "tp=2"), "ModelPruning compares the elements of whole"),
         (run_of(PrunedBlocks), ("tp=2",), "a Linear whose weight is computed from other parameters (pruned or"),
+        (run_of(Grows), ("dp_replicate=2", "dp_shard=2"), "late came to the module after the fit had begun"),
         (Run(NewtonLike, samples), ("tp=2",), "LBFGS works on all parameters as one vector, and this layout divides"),
     ],
-    ids=["lazy", "quantised", "pruning", "pruned", "lbfgs"],
+    ids=["lazy", "quantised", "pruning", "pruned", "grows", "lbfgs"],
 )
 def test_what_cannot_be_divided_is_refused_on_every_rank(run: Run, layouts: tuple[str, ...], told: str) -> None:
     for layout in layouts:
@@ -248,6 +258,6 @@ def warned_of_whole_on_first(layout: str) -> bool:
 
 def test_model_pruning_on_copies_is_as_in_one_process() -> None:
     run = run_of(Momentum, callbacks=pruning)
-    one = record_of(run, None)
+    one = once(record_of, run, None)
     for record in run_on_ranks(2, record_of, run, "dp_replicate=2"):
         assert_equal(one, record)

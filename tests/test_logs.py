@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from lightning_dist.compat.lightning import has_batches
 from lightning_dist.logs import StepLogs, results
 from tests.support import models
+from tests.support.collectives import Collectives
 from tests.support.models import few_samples, samples
-from tests.support.parity import Run, assert_equal, assert_parity, on_layout, train
+from tests.support.parity import Run, assert_equal, assert_parity, on_layout, one_process, trainer
 from tests.support.ranks import run_on_ranks
-from tests.test_strategy import Collectives, trainer
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2), pytest.param("dp_shard=2", 2)]
 
@@ -96,7 +96,7 @@ class Copied(models.Classifier):
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
 def test_names_that_only_some_ranks_log_keep_their_own_values(layout: str, num_ranks: int) -> None:
     run = Run(ByClass, models.sorted_samples, trainer={"max_epochs": 2})
-    one = train(run, None)
+    one = one_process(run)
     assert one.logged["count/0"] == 32
     records = on_layout(run, layout, num_ranks)
     for record in records:
@@ -114,7 +114,7 @@ def test_what_rank_0_alone_logs_reaches_every_rank(layout: str, num_ranks: int) 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
 def test_logs_of_hooks_equal_one_process_and_schedules_follow_them(layout: str, num_ranks: int) -> None:
     run = Run(InHooks, samples, few_samples, trainer={"max_epochs": 4})
-    one = train(run, None)
+    one = one_process(run)
     assert one.logged["hook/count"] == 13
     for record in on_layout(run, layout, num_ranks):
         assert_equal(one, record)
@@ -162,8 +162,8 @@ def _collectives_by_step(folder: Any) -> list[int]:
 
     def ended(logs: StepLogs, *args: Any) -> None:
         end(logs, *args)
-        counts.append(sum(mode.counts.values()))
-        mode.counts.clear()
+        counts.append(sum(mode.count.values()))
+        mode.count.clear()
 
     runner = trainer("dp_replicate=2", log_every_n_steps=4, logger=CSVLogger(folder, name="csv", version=0))
     with pytest.MonkeyPatch.context() as patch:

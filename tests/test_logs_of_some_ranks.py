@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_dist import HybridStrategy
 from tests.support import models
 from tests.support.models import CLASSES, samples
-from tests.support.parity import QUIET, Run, assert_parity, train
+from tests.support.parity import QUIET, Run, assert_parity, one_process
 from tests.support.ranks import run_on_ranks
 
 
@@ -376,7 +376,7 @@ class OfKind(Bare):
 
 
 def test_a_rank_without_rows_adds_nothing_to_a_mean() -> None:
-    one = train(Run(OfKind, models.sorted_samples), None)
+    one = one_process(Run(OfKind, models.sorted_samples))
     assert one.logged["positive"] == one.logged["positive"]
     assert_parity(Run(OfKind, models.sorted_samples), "dp_replicate=2", 2)
 

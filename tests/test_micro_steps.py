@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from lightning_dist.checkpoint import full
 from lightning_dist.placeholder import is_placeholder
 from tests.support import models
-from tests.support.models import samples
-from tests.support.parity import Run, assert_equal, train
+from tests.support.models import BLOCK_PLAN, samples
+from tests.support.parity import DATA_AND_TENSOR, Run, assert_equal, once, train
 from tests.support.ranks import run_on_ranks
-from tests.test_requires_grad import DIVIDED, LAYOUTS
 
 PIPELINES = [
     pytest.param("pp=2", 2, id="pp2"),
@@ -97,15 +96,15 @@ def train_noting_gradients(run: Run, layout: str | None) -> Any:
         kept.append(run.module())
         return kept[0]
 
-    strategy = DIVIDED if layout is not None and "tp" in layout else {}
+    strategy = {"tensor_plan": BLOCK_PLAN} if layout is not None and "tp" in layout else {}
     record = train(Run(**{**vars(run), "module": build, "strategy": strategy}), layout)
     return record, kept[0].seen
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS, *PIPELINES])
+@pytest.mark.parametrize(("layout", "num_ranks"), [*DATA_AND_TENSOR, *PIPELINES])
 def test_each_micro_step_shows_the_gradients_of_one_process(case: str, layout: str, num_ranks: int) -> None:
-    one, seen = train_noting_gradients(CASES[case], None)
+    one, seen = once(train_noting_gradients, CASES[case], None)
     assert one.norms
     for record, seen_there in run_on_ranks(num_ranks, train_noting_gradients, CASES[case], layout):
         assert len(seen_there) == len(seen)

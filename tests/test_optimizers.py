@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy
 from lightning_dist.dtensors import local_part
 from tests.support import models, optimizers
-from tests.support.models import samples
+from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET, Run, assert_parity
 from tests.support.ranks import run_on_ranks
 
@@ -30,7 +30,6 @@ LOOKING_FURTHER: dict[str, Any] = {
     "Rprop": optim.Rprop,
     "Noisy": partial(optimizers.Noisy, lr=0.1),
 }
-PLAN = {"*.up": "colwise", "*.down": "rowwise"}
 
 
 class By(models.Classifier):
@@ -45,11 +44,11 @@ class By(models.Classifier):
 
 
 def _run(make: Any, layout: str) -> Run:
-    return Run(partial(By, make), samples, strategy={"tensor_plan": PLAN} if "tp" in layout else {})
+    return Run(partial(By, make), samples, strategy={"tensor_plan": BLOCK_PLAN} if "tp" in layout else {})
 
 
 def _strategy(layout: str) -> HybridStrategy:
-    return HybridStrategy(layout, tensor_plan=PLAN if "tp" in layout else None)
+    return HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)
 
 
 def _warm(params: Any) -> Any:

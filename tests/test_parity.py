@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from tests.support import models
 from tests.support.models import few_samples, samples
-from tests.support.parity import Run, assert_equal, assert_parity, on_layout, train
+from tests.support.parity import Run, assert_equal, assert_parity, on_layout, once, one_process, train
 from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2, id="replicate2"), pytest.param("dp_shard=2", 2, id="shard2")]
@@ -86,7 +86,7 @@ def test_16_bit_training_stays_within_its_rounding(precision: str, layout: str, 
 @pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS, HYBRID])
 def test_early_stopping_and_schedules_decide_alike_on_every_rank(layout: str, num_ranks: int) -> None:
     run = Run(models.Plateau, samples, few_samples, trainer={"max_epochs": 20}, callbacks=_stopping)
-    one = train(run, None)
+    one = one_process(run)
     assert len(one.losses) < 20 * 8
     for record in on_layout(run, layout, num_ranks):
         assert len(record.losses) == len(one.losses)
@@ -99,13 +99,13 @@ def _stopping() -> list[Callback]:
 
 def test_one_process_under_the_strategy_equals_lightnings_own() -> None:
     run = Run(models.Grouped, samples, few_samples, trainer={"gradient_clip_val": 0.1})
-    assert_equal(train(run, None), train(run, "dp_shard=-1"))
+    assert_equal(one_process(run), train(run, "dp_shard=-1"))
 
 
 @pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS, HYBRID])
 def test_shuffled_epochs_are_those_of_one_process_under_the_strategy(layout: str, num_ranks: int) -> None:
     run = Run(models.Momentum, samples, shuffle=True, trainer={"max_epochs": 2})
-    one = train(run, "dp_shard=1")
+    one = once(train, run, "dp_shard=1")
     assert one.losses[:8] != one.losses[8:]
     assert_equal(one, on_layout(run, layout, num_ranks)[-1])
 
@@ -144,7 +144,7 @@ class LearningRate(Callback):
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
 def test_batchnorm_statistics_are_the_mean_over_the_ranks(layout: str, num_ranks: int) -> None:
     run = Run(models.Normalised, samples, few_samples, trainer={"max_steps": 1})
-    one = train(run, None)
+    one = one_process(run)
     for record in on_layout(run, layout, num_ranks):
         torch.testing.assert_close(record.weights["net.1.running_mean"], one.weights["net.1.running_mean"])
         assert record.weights["net.1.num_batches_tracked"] == 1

@@ -28,7 +28,7 @@ from lightning_dist import HybridStrategy
 from lightning_dist.precision import cast_by_autocast, refuse_precision
 from tests.support import models
 from tests.support.models import samples
-from tests.support.parity import QUIET, whole_weights
+from tests.support.parity import QUIET, once, whole_weights
 from tests.support.ranks import run_on_ranks
 
 LAYOUTS = ["dp_replicate=2", "dp_shard=2"]
@@ -51,7 +51,7 @@ class OwnScaler(torch.amp.GradScaler):
 @pytest.mark.parametrize("scaler", [None, OwnScaler], ids=["torch's", "own"])
 @pytest.mark.parametrize(("layout", "num_ranks"), [*((layout, 2) for layout in LAYOUTS), ("pp=2", 2), ("pp=4", 4)])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(layout: str, num_ranks: int, scaler: Any) -> None:
-    one = _scaled("dp_shard=1", scaler)
+    one = once(_scaled, "dp_shard=1", scaler)
     for scale, weights in run_on_ranks(num_ranks, _scaled, layout, scaler):
         assert scale == one[0] == 2.0**15  # halved once
         for name, weight in one[1].items():
@@ -102,7 +102,7 @@ def _norms(layout: str) -> list[float]:
 
 
 def test_hooks_see_unscaled_gradients_of_all_stages() -> None:
-    one = _norms("dp_shard=1")
+    one = once(_norms, "dp_shard=1")
     for norms in run_on_ranks(2, _norms, "pp=2"):
         assert norms == pytest.approx(one, rel=2e-2)
 
@@ -282,7 +282,7 @@ def _off(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_trains_as_in_one_process(precision: str, layout: str) -> None:
-    losses, weights = _trained(precision, None)
+    losses, weights = once(_trained, precision, None)
     tolerance = PRECISIONS[precision][1]
     for rank_losses, rank_weights in run_on_ranks(2, _trained, precision, layout):
         torch.testing.assert_close(rank_losses, losses, rtol=tolerance, atol=tolerance)
@@ -332,7 +332,7 @@ def _over_points(precision: str, layout: str) -> Tensor:
 # at 2 ** 16, where the scale begins by default, a gradient of a rank's mean over fewer samples overflows earlier
 @pytest.mark.parametrize("precision", ["own scaler", "bf16-mixed"])
 def test_a_block_may_begin_with_a_norm_of_float32_data(precision: str) -> None:
-    one = _over_points(precision, "dp_shard=1")
+    one = once(_over_points, precision, "dp_shard=1")
     for losses in run_on_ranks(2, _over_points, precision, "dp_shard=2"):
         torch.testing.assert_close(losses, one, rtol=5e-3, atol=5e-3)
 

@@ -19,8 +19,8 @@ from lightning_dist import Layout
 from lightning_dist.logs import StepLogs, results
 from tests.support import models
 from tests.support.models import samples
+from tests.support.parity import once, trainer
 from tests.support.ranks import RankError, run_on_ranks
-from tests.test_strategy import trainer
 
 FOUR = pytest.param("pp=2,dp_replicate=2", marks=pytest.mark.slow)
 LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", FOUR]
@@ -149,7 +149,7 @@ def read(layout: str, module: Callable[[], L.LightningModule], callbacks: list[C
 def assert_reads(
     layout: str, module: Any, callbacks: list[Callback], only_rank_0: bool = False, **arguments: Any
 ) -> None:
-    one = read("dp_replicate=1", module, callbacks, arguments)
+    one = once(read, "dp_replicate=1", module, callbacks, arguments)
     assert len(one) > 2
     num_ranks = 4 if "," in layout else 2
     for rank, notes in enumerate(run_on_ranks(num_ranks, read, layout, module, callbacks, arguments)):
@@ -307,7 +307,7 @@ def _shown(layout: str, module: Any) -> list[dict[str, float]]:
 
 
 def test_a_progress_bar_shows_values_with_sync_dist_whole_and_no_rank_waits_for_it() -> None:
-    one = _shown("dp_replicate=1", Synced)
+    one = once(_shown, "dp_replicate=1", Synced)
     shown, nothing = run_on_ranks(2, _shown, "dp_replicate=2", Synced)
     assert shown == [pytest.approx(values, rel=1e-5) for values in one]
     assert not nothing

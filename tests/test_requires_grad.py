@@ -13,22 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_dist import HybridStrategy
 from lightning_dist.checkpoint import full
-from lightning_dist.parallel import replicated
+from lightning_dist.parallel import ddp
 from tests.support import models
-from tests.support.models import WIDTH, Block, samples
-from tests.support.parity import QUIET, Run, assert_equal, train
+from tests.support.collectives import counting
+from tests.support.models import BLOCK_PLAN, WIDTH, Block, samples
+from tests.support.parity import DATA_AND_TENSOR, QUIET, Run, assert_equal, once, train
 from tests.support.ranks import run_on_ranks
-from tests.test_strategy import Collectives
-
-LAYOUTS = [
-    pytest.param("dp_replicate=2", 2, id="replicate2"),
-    pytest.param("dp_shard=2", 2, id="shard2"),
-    pytest.param("tp=2", 2, id="tp2"),
-    pytest.param("dp_replicate=2,dp_shard=2", 4, id="replicate2-shard2", marks=pytest.mark.slow),
-    pytest.param("dp_shard=2,tp=2", 4, id="shard2-tp2", marks=pytest.mark.slow),
-]
 
 
 class PerParameter(Callback):
@@ -262,9 +253,6 @@ def block_by_block() -> list[Callback]:
     return [BlockByBlock()]
 
 
-DIVIDED = {"tensor_plan": {"*.up": "colwise", "*.down": "rowwise"}}
-"""What ``tp`` divides: the small blocks of these tests are not recognised."""
-
 CASES: dict[str, Run] = {
     "toggled": Run(Toggled, samples),
     "toggled-models-accumulating": Run(ToggledModels, samples),
@@ -292,15 +280,15 @@ def train_noting_flags(run: Run, layout: str | None) -> Any:
         kept.append(run.module())
         return kept[0]
 
-    strategy = DIVIDED if layout is not None and "tp" in layout else {}
+    strategy = {"tensor_plan": BLOCK_PLAN} if layout is not None and "tp" in layout else {}
     record = train(Run(**{**vars(run), "module": build, "strategy": strategy}), layout)
     return record, kept[0].seen, {name: p.requires_grad for name, p in kept[0].named_parameters()}
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "num_ranks"), DATA_AND_TENSOR)
 def test_flags_that_change_train_what_one_process_trains(case: str, layout: str, num_ranks: int) -> None:
-    one, seen, flags = train_noting_flags(CASES[case], None)
+    one, seen, flags = once(train_noting_flags, CASES[case], None)
     assert one.losses
     assert seen
     for record, seen_there, flags_there in run_on_ranks(num_ranks, train_noting_flags, CASES[case], layout):
@@ -323,11 +311,11 @@ class Resting(Stack):
 
 
 def _rest(run: Run) -> Any:
-    before, replicated.PATIENCE = replicated.PATIENCE, 3
+    before, ddp.PATIENCE = ddp.PATIENCE, 3
     try:
         return train_noting_flags(run, "dp_replicate=2")
     finally:
-        replicated.PATIENCE = before
+        ddp.PATIENCE = before
 
 
 def test_zeros_of_what_stays_frozen_are_not_sent_for_long() -> None:
@@ -342,15 +330,7 @@ def test_zeros_of_what_stays_frozen_are_not_sent_for_long() -> None:
 
 def _reductions(layout: str) -> list[dict[str, int]]:
     counts: list[dict[str, int]] = []
-
-    class Counting(HybridStrategy):
-        def backward(self, *args: Any, **kwargs: Any) -> Any:
-            with Collectives() as seen:
-                loss = super().backward(*args, **kwargs)
-            counts.append(dict(seen.counts))
-            return loss
-
-    runner = L.Trainer(**QUIET, devices=2, strategy=Counting(layout), max_epochs=1)
+    runner = L.Trainer(**QUIET, devices=2, strategy=counting("backward", counts)(layout), max_epochs=1)
     runner.fit(Toggled(), DataLoader(samples(), batch_size=8))
     return counts
 
@@ -358,4 +338,4 @@ def _reductions(layout: str) -> list[dict[str, int]]:
 def test_a_frozen_network_costs_no_collective() -> None:
     for counts in run_on_ranks(2, _reductions, "dp_replicate=2"):
         assert len(counts) == 8
-        assert counts[4:] == [{"allreduce": 1}] * 4
+        assert counts[4:] == [{"all-reduce": 1}] * 4

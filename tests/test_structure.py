@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import re
 import statistics
 
 import pytest
@@ -49,3 +50,16 @@ def test_files_and_functions_are_short() -> None:
     assert not too_long
     functions = source.function_lengths()
     assert functions[int(0.95 * len(functions))] <= 30
+
+
+# ---------------------------------------------------------------- the tests
+
+
+def test_no_module_of_the_tests_imports_from_a_test_module() -> None:
+    """What several test files use lies in ``support`` or in a module of their folder."""
+    found = {
+        name: borrowed
+        for name, tree in source.trees("tests").items()
+        if (borrowed := [used for used in source.imported(tree) if re.match(r"tests\.(\w+\.)*test_", used)])
+    }
+    assert not found

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from lightning_dist import HybridStrategy
 from tests.support.models import Words, words
-from tests.support.parity import QUIET, Watch, slow, whole_weights
+from tests.support.parity import QUIET, Watch, once, slow, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = {"dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "tp=2": 2, "pp=2": 2}
@@ -200,7 +200,7 @@ def train_compiled(layout: str | None, whole: bool) -> Any:
 
 @pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2"])
 def test_a_module_that_is_compiled_whole_trains(layout: str) -> None:
-    expected = train_compiled(None, True)
+    expected = once(train_compiled, None, True)
     for found in everywhere(layout, train_compiled, True):
         torch.testing.assert_close(found[:3], expected[:3], rtol=1e-5, atol=1e-6)
         assert found[3] == expected[3]
@@ -260,7 +260,7 @@ def asks(layout: str | None, where: str, ckpt: Path | None, saves: Path | None) 
 @pytest.mark.parametrize("where", ["setup", "configure_optimizers"])
 @pytest.mark.parametrize("layout", EACH[:3])
 def test_who_asks_for_the_number_of_steps_changes_nothing(layout: str, where: str, tmp_path: Path) -> None:
-    losses, steps, _ = asks(None, where, None, None)
+    losses, steps, _ = once(asks, None, where, None, None)
     for found in everywhere(layout, asks, where, None, None):
         torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=1e-6)
         assert found[1] == steps
@@ -294,7 +294,7 @@ def predict(layout: str | None) -> Any:
 
 @pytest.mark.parametrize("layout", EACH)
 def test_predict_loaders_show_the_users_sampler(layout: str) -> None:
-    expected = predict(None)
+    expected = once(predict, None)
     assert set(everywhere(layout, predict)) == {expected}
 
 
@@ -348,7 +348,7 @@ def copies(layout: str | None) -> Any:
 
 @pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2"])
 def test_a_trainer_is_copied_and_pickled_after_a_fit(layout: str) -> None:
-    expected = copies(None)
+    expected = once(copies, None)
     for found in everywhere(layout, copies):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -374,7 +374,7 @@ def twice(layout: str | None) -> Any:
 
 @pytest.mark.parametrize("layout", EACH)
 def test_a_module_whose_steps_are_none_trains_twice(layout: str) -> None:
-    expected = twice(None)
+    expected = once(twice, None)
     for found in everywhere(layout, twice):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -454,7 +454,7 @@ def told(layout: str | None) -> Any:
 
 @pytest.mark.parametrize("layout", EACH[:3])
 def test_samplers_are_told_the_epoch_once_and_loaders_keep_their_length(layout: str) -> None:
-    expected = told(None)
+    expected = once(told, None)
     for found in everywhere(layout, told):
         assert found == expected
 
@@ -525,7 +525,7 @@ def pickles_itself(layout: str | None) -> Any:
 
 @pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
 def test_a_module_pickles_as_a_whole_and_keeps_its_name(layout: str) -> None:
-    expected = pickles_itself(None)
+    expected = once(pickles_itself, None)
     for found in everywhere(layout, pickles_itself):
         torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
         assert found[2:] == expected[2:]

@@ -105,7 +105,7 @@ def search(layout: str | None, module: Any, finder: Any, folder: str) -> tuple[A
     found = finder.optimal_lr.results if isinstance(finder, LearningRateFinder) else finder.optimal_batch_size
     found = (found, finder.optimal_lr.suggestion()) if isinstance(finder, LearningRateFinder) else found
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    record = Record(watch.losses, watch.norms, logged, whole_weights(module))
+    record = Record(watch.losses, watch.norms(), logged, whole_weights(module))
     (weights, *rest), (weights_then, *rest_then) = before.seen, after.seen
     same = rest == rest_then and all(torch.equal(weights[name], weights_then[name]) for name in weights)
     return found, record, same and not list(Path(folder).iterdir())

@@ -75,7 +75,7 @@ def verify_file(path: Path, rank: int, num_ranks: int) -> None:
     """
     if not zipfile.is_zipfile(path):
         return
-    refuse_compressed(path)
+    validate_uncompressed(path)
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist()[rank::num_ranks]:
             try:
@@ -90,7 +90,7 @@ def verify_file(path: Path, rank: int, num_ranks: int) -> None:
                 ) from error
 
 
-def refuse_compressed(path: Path) -> None:
+def validate_uncompressed(path: Path) -> None:
     """Compressed records ask for much more memory than the file has bytes; ``torch.save`` writes none.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_dist.checkpoint.module_state import load_model_state
-from lightning_dist.compat.torch import IncompatibleKeys, TorchDispatchMode, storage_id, written_arguments
+from lightning_dist.compat.torch import IncompatibleKeys, TorchDispatchMode, memory_of, written_arguments
 from lightning_dist.patches import Patches
 
 
@@ -66,11 +66,11 @@ class _RefusedWrites(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         # kept, so that no other tensor gets their place
-        self._deferred = {storage_id(p): (name, p) for name, p in module.named_parameters() if p.is_meta}
+        self._deferred = {memory_of(p): (name, p) for name, p in module.named_parameters() if p.is_meta}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in written_arguments(func, args):
-            found = self._deferred.get(storage_id(value)) if isinstance(value, Tensor) and value.is_meta else None
+        for value in written_arguments(func, args, kwargs or {}):
+            found = self._deferred.get(memory_of(value)) if isinstance(value, Tensor) and value.is_meta else None
             if found is not None:
                 raise RuntimeError(
                     f"{found[0]} is deferred while a checkpoint is restored, so what is written to it would be lost: "

@@ -153,7 +153,7 @@ class OnDisk(Tensor):
     reader: Reader
     key: str
     value: Tensor | None
-    """Once it was read; what the hooks made of it."""
+    """What was read, or what hooks made of it; None before."""
 
     @staticmethod
     def __new__(cls, reader: Reader, key: str, shape: torch.Size, dtype: torch.dtype) -> OnDisk:  # noqa: D102
@@ -163,13 +163,13 @@ class OnDisk(Tensor):
         return made
 
     def plain(self) -> Tensor:
-        """With its values, which are kept."""
+        """The plain tensor, whose values are kept from now on."""
         if self.value is None:
             self.value = self.reader.whole(self.key)
         return self.value
 
     def once(self) -> Tensor:
-        """With its values, which are not kept."""
+        """The plain tensor, whose values are not kept."""
         return self.reader.whole(self.key) if self.value is None else self.value
 
     @classmethod

@@ -173,7 +173,7 @@ def save_sharded(
         # The file's checksum stands for those of its records; an option of torch holds for one thread.
         with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             _write(shards.nested(), writer, planner or DefaultSavePlanner(), group)
-    except (CheckpointException, OSError) as error:
+    except (CheckpointException, Exception) as error:  # the first is no Exception
         if global_rank() == 0:
             remove(place)
         raise RuntimeError(f"could not write checkpoint {path}: {first_failure(error)}") from error

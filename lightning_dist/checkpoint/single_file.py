@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.checkpoint.checksums import UNRELATED, refuse_compressed, verify_file
+from lightning_dist.checkpoint.checksums import UNRELATED, validate_uncompressed, verify_file
 from lightning_dist.checkpoint.formats import DamagedCheckpoint
 from lightning_dist.checkpoint.locations import is_remote, upload_on_exit, validate_target, written_beside
 from lightning_dist.checkpoint.optimizer_state import with_indices
@@ -169,7 +169,7 @@ def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> A
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     if is_zip:
-        refuse_compressed(path)
+        validate_uncompressed(path)
     try:
         with _safe_containers() if weights_only is not False else nullcontext(), _source(path) as source:
             return torch.load(source, map_location="cpu", mmap=mmap and is_zip, weights_only=weights_only)

@@ -63,7 +63,7 @@ class ChecksumFileSystem(FileSystem):
             self._sums[Path(path).name] = stream.size, stream.sum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Also of the file's checksum."""
+        """Renames the file, and what is known of its checksum."""
         super().rename(path, new_path)
         if Path(path).name in self._sums:
             self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
@@ -81,7 +81,7 @@ class ChecksumStream(io.BufferedWriter):
     _handed_over = 0
 
     def write(self, data: Any) -> int:
-        """As of a file."""
+        """Writes as a file does, and counts."""
         self.sum = zlib.crc32(data, self.sum)
         self.size += memoryview(data).nbytes
         written = super().write(data)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from io import IOBase
 from typing import IO, Any, cast
 
@@ -13,24 +13,30 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
-from torch._C import _EnableTorchFunction
+from torch._C import _EnableTorchFunction as EnableTorchFunction
+from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
+from torch.amp import GradScaler
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, _redistribute
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import _reduction
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.dropout import _DropoutNd as DropoutNd
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -67,11 +73,6 @@ def local_tensor(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
-# --- logs, data, elastic ---
-
-hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
-
-
 RANK_NOT_IN_GROUP = name_of(
     "torch.distributed.distributed_c10d._rank_not_in_group", "The function that every collective asks about its group."
 )
@@ -87,12 +88,6 @@ def default_store() -> Any:
 def num_collectives(group: dist.ProcessGroup) -> int:
     """How many collectives this rank has begun in a group."""
     return group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-
-
-@uses("torch.Tensor._backward_hooks")
-def has_backward_hooks(tensor: Tensor) -> bool:
-    """Whether ``register_hook`` was called on a tensor."""
-    return bool(tensor._backward_hooks)
 
 
 @uses("torch.Tensor._post_accumulate_grad_hooks")
@@ -129,7 +124,7 @@ def forget_iterator(loader: Any) -> None:
 
 
 @uses("torch.nn.Module._modules")
-def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """A module's children by name, which may be any string here."""
     return module._modules
 
@@ -170,22 +165,6 @@ def place_in_file(fake: Tensor) -> int | None:
     return offset
 
 
-@uses("torch.UntypedStorage._cdata")
-def storage_id(tensor: Tensor) -> int:
-    """Tells whether two tensors share their memory, also where they have none (on meta)."""
-    return tensor.untyped_storage()._cdata
-
-
-@uses("torch._ops.OpOverload._schema")
-def written_arguments(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-    """The arguments of a call of an operator that it writes to."""
-    schema = operator._schema
-    if not schema.is_mutable:
-        return []
-    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **(kwargs or {})}
-    return [given[argument.name] for argument in schema.arguments if argument.is_write and argument.name in given]
-
-
 @uses("torch.Tensor._make_wrapper_subclass")
 def wrapper_tensor(kind: type[Any], size: list[int], dtype: torch.dtype, device: torch.device) -> Any:
     """A tensor of a class of ours that has a shape and no memory."""
@@ -202,14 +181,6 @@ def versions_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 def set_versions(state_dict: Any, versions: dict[str, Any]) -> None:
     """Gives a state dict the versions of the parts of its module."""
     state_dict._metadata = versions
-
-
-# --- tensor ---
-
-NormBase, DropoutNd = _NormBase, _DropoutNd
-
-
-disable_current_modes = _disable_current_modes
 
 
 hands_on("torch._C.DisableTorchFunctionSubclass", "runs an operator on a subclass of tensors as on a plain one")
@@ -314,9 +285,6 @@ def is_plain_feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDeco
     return type(layer)._ff_block in plain
 
 
-# --- logs, data, elastic ---
-
-
 class StandsForLoader:
     """Shows Lightning the iterator of a ``DataLoader`` in whose place it is iterated, by which it ends the workers.
 
@@ -339,13 +307,18 @@ class StandsForLoader:
             self.loader._iterator = value
 
 
-# --- pipeline ---
-
-EnableTorchFunction, BatchNormBase = _EnableTorchFunction, _BatchNorm
-
 hands_on("torch._C._EnableTorchFunction", "lets subclasses of tensors see functions again inside of that")
+
+
 hands_on("torch.nn.modules.batchnorm._BatchNorm", "tells BatchNorm of any number of dims")
+
+
+hands_on("torch.utils._python_dispatch._disable_current_modes", "runs a module beside what sees its operators")
+
+
 hands_on("torch._subclasses.fake_tensor.FakeTensor", "stands for a tensor without memory")
+
+
 for _name in ("DataDependentOutputException", "DynamicOutputShapeException", "UnsupportedOperatorException"):
     hands_on(
         f"torch._subclasses.fake_tensor.{_name}", "tells that an operator asks for values of a tensor without memory"
@@ -365,7 +338,11 @@ def without_fake_tensor_errors() -> Iterator[None]:
 
 
 COMPILED_CALL = "_compiled_call_impl"
+
+
 """The attribute of a module that torch calls in place of hooks and forward, where there is one; copies leave it out."""
+
+
 hands_on(f"torch.nn.Module.{COMPILED_CALL}", "wraps the calls of a module, hooks included")
 
 
@@ -387,6 +364,12 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+@uses("torch.nn.Module._modules")
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary in which a module keeps its children."""
+    return module._modules
+
+
 @uses("torch.nn.Module._parameters", "torch.nn.Module._buffers", "torch.nn.Module._modules")
 def registries(parameters: dict[str, Any], buffers: dict[str, Any], modules: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module that keeps these as its own."""
@@ -394,12 +377,118 @@ def registries(parameters: dict[str, Any], buffers: dict[str, Any], modules: dic
 
 
 @uses("torch.nn.Module._backward_hooks", "torch.nn.Module._backward_pre_hooks")
-def module_has_backward_hooks(module: nn.Module) -> bool:
+def has_backward_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks that run in backward passes."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+@uses("torch.Tensor._backward_hooks", "torch.Tensor._post_accumulate_grad_hooks")
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has hooks on its gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+@uses("torch.UntypedStorage._cdata")
+def memory_of(tensor: Tensor) -> int:
+    """Which memory a tensor has, also one of no elements, or without any; views have that of their base."""
+    return tensor.untyped_storage()._cdata
+
+
+@uses("torch._ops.OpOverload._schema")
+def written_arguments(operator: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments of an operator's call that it changes."""
+    arguments = operator._schema.arguments
+    given = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+    changed = (a for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return [given.get(argument.name) for argument in changed]
 
 
 @uses("torch._ops.OpOverload._overloadpacket")
 def all_overloads(operator: Any) -> Any:
     """The operator with all its overloads, under which torch lists what it costs."""
     return operator._overloadpacket
+
+
+@uses(
+    "torch.distributed.tensor._redistribute._gen_transform_infos",
+    "torch.distributed.tensor.debug._clear_sharding_prop_cache",
+)
+def forget_earlier_meshes() -> None:
+    """Empties the caches in which DTensor keeps what it inferred of equal meshes.
+
+    A mesh equals an earlier one of the same ranks, also where that one's process groups are gone, since its process
+    group was destroyed; results would then name groups that can't be found.
+    """
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+
+
+@uses("torch.distributed.device_mesh.DeviceMesh._flatten")
+def flattened_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Joins the axes of a mesh into one. Communication: makes its process groups."""
+    return mesh._flatten(name)
+
+
+@uses("torch.amp.GradScaler._unscale_grads_", "torch._amp_foreach_non_finite_check_and_unscale_")
+class UnscalingGradScaler(GradScaler):
+    """A gradient scaler that says itself how gradients are unscaled: torch's own works on plain tensors only."""
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        verdict = self.unscale_gradients(optimizer, inv_scale, found_inf, allow_fp16)
+        return {verdict.device: verdict}
+
+    def unscale_gradients(self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Tensor:
+        """Unscales the gradients of an optimizer's parameters, in place.
+
+        Args:
+            optimizer: about to step.
+            inv_scale: one element, what gradients are multiplied by.
+            found_inf: one element, 0.
+            allow_fp16: whether gradients may be of 16 bits.
+
+        Returns:
+            One element, above 0 where a gradient was not finite.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def unscale_tensors(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+        """Unscales plain tensors of one device and dtype, and notes in ``found_inf`` whether they were finite."""
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
+
+
+# --- logs, data, elastic ---
+
+hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
+
+
+# --- parallel, divided ---
+
+hands_on("torch._dynamo.eval_frame.OptimizedModule", "the class of what torch.compile makes of a module")
+
+
+HOOKS_OF_MODULES = (
+    *(FORWARD_PRE_HOOKS, FORWARD_HOOKS),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+"""The attributes in which a module keeps the hooks of its forward and of its state dict."""
+
+
+for _name in HOOKS_OF_MODULES[2:]:
+    hands_on(f"torch.nn.Module.{_name}", "hooks of a module, of which a copy of a sharded one leaves some out")
+
+
+@uses("torch.autograd._unsafe_preserve_version_counter")
+def preserve_versions(tensors: tuple[Tensor, ...]) -> AbstractContextManager[None]:
+    """Lets writes to the tensors meanwhile not count as writes."""
+    return torch.autograd._unsafe_preserve_version_counter(tensors)
+
+
+@uses("torch.nn.Module._compiled_call_impl")
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What ``module.compile()`` made of a module's call; None where it is not compiled."""
+    return module._compiled_call_impl

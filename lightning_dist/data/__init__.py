@@ -2,24 +2,19 @@
 
 from lightning_dist.data.position import TrainingData
 from lightning_dist.data.samplers import DistributedBatches
-from lightning_dist.data.sharding import (
-    distributed_batches,
-    seed_loader,
-    shard_loader,
-    share_generator,
-    validate_same_batches,
-)
+from lightning_dist.data.seeds import seed_loader
+from lightning_dist.data.sharding import distributed_batches, shard_loader, share_generator, validate_same_batches
 from lightning_dist.data.streams import DistributedStream, is_stream, shard_stream
 
 __all__ = [
     "DistributedBatches",
     "DistributedStream",
     "TrainingData",
-    "shard_loader",
-    "shard_stream",
     "distributed_batches",
     "is_stream",
-    "validate_same_batches",
     "seed_loader",
+    "shard_loader",
+    "shard_stream",
     "share_generator",
+    "validate_same_batches",
 ]

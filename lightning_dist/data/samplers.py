@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import Sampler
 
 from lightning_dist.random_states import seed_generators
 
@@ -36,7 +36,7 @@ class DistributedOrder(Sampler[Any]):
         self.told_by_lightning: Any = None
         """A sampler that Lightning finds by itself, and tells the epoch."""
         self._source: Iterator[Any] | None = None
-        """Of the user's sampler, in the iteration that runs."""
+        """The user's sampler's, in the iteration that runs."""
         self._drawn: dict[str, Any] | None = None
         self._to_repeat: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class DistributedOrder(Sampler[Any]):
             next(source, None)
 
     def state(self) -> dict[str, Any] | None:
-        """Of the last order: its epoch and digest, and how the sampler's own generator was before it and is now."""
+        """The last order's epoch and digest, and how the sampler's own generator was before it and is now."""
         if self._drawn is None:
             return self._resumed
         return {**self._drawn, "now": None if self.generator is None else self.generator.get_state()}
@@ -137,7 +137,7 @@ class DistributedOrder(Sampler[Any]):
         return math.ceil(items / self.num_replicas)
 
     def __len__(self) -> int:
-        """Of a whole epoch."""
+        """This rank's items of a whole epoch."""
         return self.of_each(len(self.source))
 
 
@@ -184,7 +184,7 @@ class DistributedBatches(DistributedOrder):
         super().__init__(source, num_replicas, rank, seed)
         self._limit: float | None = None if limited else math.inf
         self.total = math.inf
-        """Of the last order."""
+        """Batches of the last order."""
 
     def limit(self, batches: float) -> float:
         """All ranks together take the first so many batches; returns how many this one takes at most."""
@@ -220,51 +220,6 @@ class DistributedBatches(DistributedOrder):
         if name == "source":
             raise AttributeError(name)
         return getattr(self.source, name)
-
-
-class SeededBatches(Sampler[list[Any]]):
-    """Batches that bring the seed under which a loader's worker makes them.
-
-    A worker's generators otherwise depend on all that it made since it started, so that a run which is resumed within
-    an epoch would augment otherwise.
-
-    Args:
-        batches: of indices.
-        order: what shards them or their samples; gives the epoch and what was taken of it.
-        items: how many of what is sharded make a batch.
-    """
-
-    def __init__(self, batches: Any, order: DistributedOrder, items: int) -> None:
-        self.batches, self.order, self._items = batches, order, items
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        order = self.order
-        position = order.taken + order.rank
-        for batch in self.batches:
-            number = (order.seed * 1_000_003 + order.epoch) * 1_000_003 + position
-            yield SeededBatch(batch, number % 2**31)
-            position += self._items * order.num_replicas
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "batches":
-            raise AttributeError(name)
-        return getattr(self.batches, name)
-
-
-class SeededBatch(list[Any]):
-    """Indices of a batch; a worker that goes through them seeds its generators first."""
-
-    def __init__(self, indices: Any = (), seed: int | None = None) -> None:
-        super().__init__(indices)
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.seed is not None and get_worker_info() is not None:
-            seed_generators(self.seed)
-        return super().__iter__()
 
 
 _DIGESTED = 1 << 16

@@ -1,17 +1,15 @@
-"""Loaders sharded over the data ranks, and the random streams of loaders."""
+"""Loaders sharded over the data ranks."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import has_iterable_dataset
 from torch import Tensor
@@ -20,21 +18,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat.lightning import IndexBatchSamplerWrapper, with_sampler, without_index_wrapper
 from lightning_dist.compat.torch import forget_iterator
-from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples, SeededBatches
+from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples
+from lightning_dist.data.seeds import SeededBatches
 from lightning_dist.pytree import tree_leaves
-from lightning_dist.random_states import seed_generators
-
-
-def share_generator(loader: object) -> None:
-    """Makes the generators that a user's loader and sampler bring the same on all ranks: they draw one order.
-
-    Communication: one broadcast of a state, 5 kB, over the world, for each.
-    """
-    order = distributed_sampler(loader)
-    own = [getattr(loader, "generator", None), None if order is None else order.generator]
-    for generator in {id(generator): generator for generator in own}.values():
-        if isinstance(generator, torch.Generator):
-            generator.set_state(broadcast_object(generator.get_state()))
 
 
 def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:
@@ -56,13 +42,7 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
         ValueError: there are fewer training samples than data ranks, or a ``DistributedSampler`` for other ranks.
     """
     if isinstance(loader.sampler, DistributedSampler):
-        if (loader.sampler.num_replicas, loader.sampler.rank) != (num_replicas, rank):
-            raise ValueError(
-                f"the loader's DistributedSampler is for {loader.sampler.num_replicas} ranks, as rank "
-                f"{loader.sampler.rank} of them; the layout has {num_replicas} data ranks (dp_replicate x dp_shard), "
-                f"of which this is {rank}: pass them as num_replicas= and rank=, or leave the sampler out, which is "
-                "not needed"
-            )
+        _validate_ranks(loader.sampler, num_replicas, rank)
         return loader
     if has_iterable_dataset(loader):
         return loader
@@ -87,6 +67,15 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
         batches.told_by_lightning = loader.sampler
         loader = _with_batch_sampler(loader, batches)
     return _with_seeds(loader)
+
+
+def _validate_ranks(sampler: DistributedSampler, num_replicas: int, rank: int) -> None:
+    if (sampler.num_replicas, sampler.rank) != (num_replicas, rank):
+        raise ValueError(
+            f"the loader's DistributedSampler is for {sampler.num_replicas} ranks, as rank {sampler.rank} of them; the "
+            f"layout has {num_replicas} data ranks (dp_replicate x dp_shard), of which this is {rank}: pass them as "
+            "num_replicas= and rank=, or leave the sampler out, which is not needed"
+        )
 
 
 def _with_seeds(loader: DataLoader) -> DataLoader:
@@ -185,31 +174,13 @@ def validate_same_batches(step: str, args: tuple[Any, ...], group: dist.ProcessG
         )
 
 
-def seed_loader(loader: DataLoader, data_rank: int) -> None:
-    """Gives the loader's workers, and the seeds that it draws itself, the stream of the data rank.
+def share_generator(loader: object) -> None:
+    """Makes the generators that a user's loader and sampler bring the same on all ranks: they draw one order.
 
-    Lightning seeds workers by global rank: augmentation would then differ between ranks that must see the same
-    batch. What the user set stays.
-
-    Args:
-        loader: changed in place.
-        data_rank: ranks with the same one get the same stream.
+    Communication: one broadcast of a state, 5 kB, over the world, for each.
     """
-    if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
-        loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)
-    if loader.worker_init_fn is None and data_rank and "PL_GLOBAL_SEED" not in os.environ:
-        loader.worker_init_fn = partial(_part_worker, data_rank)  # what they start from was drawn alike on all ranks
-    if loader.generator is None and "PL_GLOBAL_SEED" in os.environ:
-        seed = loader_seed(data_rank)
-        assert seed is not None
-        loader.generator = torch.Generator().manual_seed(seed)
-
-
-def _part_worker(data_rank: int, worker: int) -> None:
-    """Gives a worker process the stream of a data rank."""
-    seed_generators(torch.initial_seed() % 2**62 + 7919 * data_rank)
-
-
-def loader_seed(data_rank: int) -> int | None:
-    """Of what a loader of a data rank draws itself; None where the user seeded nothing."""
-    return int(os.environ["PL_GLOBAL_SEED"]) + 7919 * data_rank if "PL_GLOBAL_SEED" in os.environ else None
+    order = distributed_sampler(loader)
+    own = [getattr(loader, "generator", None), None if order is None else order.generator]
+    for generator in {id(generator): generator for generator in own}.values():
+        if isinstance(generator, torch.Generator):
+            generator.set_state(broadcast_object(generator.get_state()))

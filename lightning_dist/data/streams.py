@@ -122,7 +122,7 @@ class DistributedStream(StandsForLoader):
 
 class _SizedStream(DistributedStream):
     def __len__(self) -> int:
-        """Of this rank; of one process, until a limit was said."""
+        """This rank's batches; those of one process, until a limit was said."""
         if self._limit is None:
             return len(self.loader)
         return self.of_each(int(min(self._limit, len(self.loader))))
@@ -172,7 +172,7 @@ def shard_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessG
 
 
 def _digest(source: Any) -> str | None:
-    """Of the first samples; None if there are none, or they can't be read here."""
+    """A digest of the first samples; None if there are none, or they can't be read here."""
     snapshot = Snapshot([source] if hasattr(source, "__dict__") else [], data=True)
     try:
         with kept_random_states(CPU):

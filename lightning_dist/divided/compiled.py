@@ -14,27 +14,26 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.torch import COMPILED_CALL, OptimizedModule, compiled_call
 from lightning_dist.divided.tensor import Divided
+from lightning_dist.patches import Patches
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has a part of it, which can't see through a parameter of another class."""
-    return any(
-        child._compiled_call_impl is not None or isinstance(child, OptimizedModule) for child in module.modules()
-    )
+    return any(compiled_call(child) is not None or isinstance(child, OptimizedModule) for child in module.modules())
 
 
-def show_parts_to_compiled(module: nn.Module) -> None:
+def show_parts_to_compiled(module: nn.Module, patches: Patches) -> None:
     """Makes the compiled modules in it see plain DTensors; see [Note: compiled modules see parts]."""
     for child in module.modules():
         if isinstance(child, OptimizedModule):
             if not isinstance(child.forward, _SeesParts):
-                child.forward = _SeesParts(child, child.forward)
-        elif child._compiled_call_impl is not None and not isinstance(child._compiled_call_impl, _SeesParts):
-            vars(child)["_compiled_call_impl"] = _SeesParts(child, child._compiled_call_impl)
+                patches.set(child, "forward", _SeesParts(child, child.forward))
+        elif (compiled := compiled_call(child)) is not None and not isinstance(compiled, _SeesParts):
+            patches.set(child, COMPILED_CALL, _SeesParts(child, compiled))
 
 
 class _SeesParts:

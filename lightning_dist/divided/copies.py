@@ -9,71 +9,63 @@ each parameter where it is used; element by element it pairs with the original o
 from __future__ import annotations
 
 import copy
-import copyreg
 from types import MethodType
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-_OURS = ("torch.distributed.fsdp.", "lightning_dist.parallel.usage", "lightning_dist.parallel.sharded")
-_FSDP_STATE = "__composable_api_state_key"
-"""Where torch keeps what its composable transforms know of a module (private; seen in 2.14)."""
+from lightning_dist.compat.fsdp import STATE_KEYS, own_class
+from lightning_dist.compat.torch import HOOKS_OF_MODULES as HOOKS
+from lightning_dist.patches import Patches
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+_OURS = ("torch.distributed.fsdp.", "lightning_dist.parallel.unused_parameters", "lightning_dist.parallel.fsdp")
+ROOT_GATHERING = "_root_gathering"
+"""Attribute of a root of fully_shard: what gathers it around its methods, with those that were there before."""
 
 
-def make_copyable(unit: nn.Module) -> None:
+def make_copyable(unit: nn.Module, patches: Patches) -> None:
     """Lets ``copy.deepcopy`` copy a module that fully_shard took; see [Note: copies of a sharded module]."""
-    vars(unit)["__deepcopy__"] = MethodType(_copy, unit)
+    patches.set(unit, "__deepcopy__", MethodType(_copy, unit))
 
 
 def pass_for_own_class(unit: nn.Module) -> None:
     """Makes the class that fully_shard gave a module pass for the user's: by its name, after which code names files or
     messages, and in pickles, which hold a module of the user's class.
     """
-    own, made = _own_class(unit), type(unit)
+    own, made = own_class(unit), type(unit)
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
     made.__reduce_ex__ = _reduced  # type: ignore[assignment, method-assign]
 
 
 def _reduced(unit: nn.Module, protocol: Any) -> Any:
     copied = copy.deepcopy(unit)
-    return copyreg._reconstructor, (type(copied), object, None), copied.__getstate__()  # type: ignore[attr-defined]
+    return _empty, (type(copied),), copied.__getstate__()
+
+
+def _empty(kind: type[nn.Module]) -> nn.Module:
+    """A module of a class, of which :mod:`pickle` then sets the state."""
+    return kind.__new__(kind)
 
 
 def _copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    cls = _own_class(unit)
+    cls = own_class(unit)
     copied = cls.__new__(cls)
     memo[id(unit)] = copied
     state: dict[str, Any] = dict(unit.__getstate__())
-    for name, before in state.pop("_instance_methods", {}).items():
+    gathering = state.pop(ROOT_GATHERING, None)
+    for name, before in {} if gathering is None else gathering.methods_before.items():
         state.pop(name, None)
         if before is not None:
             state[name] = before
-    for name in ("__deepcopy__", "_root_gathering", "_gather_root"):
+    for name in ("__deepcopy__", *STATE_KEYS):
         state.pop(name, None)
-    state = {name: value for name, value in state.items() if not name.startswith(_FSDP_STATE)}
-    state |= {name: _without_ours(state[name]) for name in _HOOKS if name in state}
+    state |= {name: _without_ours(state[name]) for name in HOOKS if name in state}
     copied.__setstate__(copy.deepcopy(state, memo))
     for child in copied.modules():
-        for name in _HOOKS:
+        for name in HOOKS:
             if name in vars(child):
                 vars(child)[name] = _without_ours(vars(child)[name])
     return copied
-
-
-def _own_class(unit: nn.Module) -> type[nn.Module]:
-    """The user's, of which fully_shard made one of its own."""
-    return next(
-        base for base in type(unit).__mro__[1:] if not issubclass(base, FSDPModule) and issubclass(base, nn.Module)
-    )
 
 
 def _without_ours(hooks: Any) -> Any:

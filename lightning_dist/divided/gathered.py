@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.fsdp import gathered_of, place_of, wrap_free_gathered, wrap_show_gathered
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass, EnableTorchFunction, own_parameters, version_of
 from lightning_dist.divided.functions import Way, name_of, way_of
 from lightning_dist.divided.tensor import as_divided
+from lightning_dist.dtensors import local_part
 
 
 class GatheredParameter(nn.Parameter):
@@ -33,7 +36,7 @@ class GatheredParameter(nn.Parameter):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # first the divided ones are gathered
         way = way_of(func)
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             if way is Way.SET_DATA and isinstance(args[0], GatheredParameter):
                 return _assign(*args)
             if way is Way.COPY and isinstance(args[0], GatheredParameter):
@@ -50,40 +53,37 @@ def watch(param_group: Any, sees_data: bool) -> None:
     Args:
         param_group: of a unit.
         sees_data: also what is written by way of ``.data``. Gathered parameters then have a class of their own.
-
-    Works around fully_shard's ``_to_unsharded`` and ``_to_sharded``, as seen in torch 2.14: after the one whole
-    parameters are in the modules, before the other their memory is there.
     """
     if vars(param_group).get("_watched"):
         return
     vars(param_group)["_watched"] = True
-    gather, free = param_group._to_unsharded, param_group._to_sharded
 
-    def to_unsharded() -> None:
+    def show_gathered(original: Callable[[], None]) -> None:
         for parameter in param_group.fsdp_params:
             _refuse_removed(parameter)
-        gather()
+        original()
         for parameter in param_group.fsdp_params:
             _begin(parameter, sees_data)
 
-    def to_sharded() -> None:
+    def free_gathered(original: Callable[[], None]) -> None:
         if param_group.is_unsharded:
             for parameter in param_group.fsdp_params:
                 write_back(parameter)
-        free()
+        original()
 
-    param_group._to_unsharded, param_group._to_sharded = to_unsharded, to_sharded
+    wrap_show_gathered(param_group, show_gathered)
+    wrap_free_gathered(param_group, free_gathered)
 
 
 def _refuse_removed(parameter: Any) -> None:
-    place = parameter._module_info
-    name, kind, there = place.param_name, type(place.module).__name__, place.module._parameters
+    module, name = place_of(parameter)
+    kind, there = type(module).__name__, own_parameters(module)
     if name not in there:
         raise RuntimeError(
             f"the parameter {name} of a {kind} was taken out of it (pruned, or parametrised) during the fit, while "
             "dp_shard divides it; do so before the fit, or use dp_replicate"
         )
-    if not any(there[name] is own for own in (parameter.sharded_param, getattr(parameter, "_unsharded_param", None))):
+    if not any(there[name] is own for own in (parameter.sharded_param, gathered_of(parameter))):
         raise RuntimeError(
             f"the {name} of a {kind} is another tensor (functional_call, or an assignment) while dp_shard divides it: "
             "the block would run with its own one; use dp_replicate, or write the values into the parameter"
@@ -91,12 +91,12 @@ def _refuse_removed(parameter: Any) -> None:
 
 
 def _begin(parameter: Any, sees_data: bool) -> None:
-    gathered = as_divided(parameter._unsharded_param)
+    gathered = as_divided(gathered_of(parameter))
     if sees_data and type(gathered) is nn.Parameter:
         gathered.__class__ = GatheredParameter
         vars(gathered)["_fsdp_param"] = weakref.ref(parameter)
     vars(gathered)["_aliases"], vars(gathered)["_detached"] = [], []
-    vars(gathered)["_seen"] = _version(_local(gathered)), _version(_local(parameter.sharded_param))
+    vars(gathered)["_seen"] = version_of(local_part(gathered)), version_of(local_part(parameter.sharded_param))
 
 
 def write_back(parameter: Any) -> None:
@@ -105,13 +105,13 @@ def write_back(parameter: Any) -> None:
     Raises:
         RuntimeError: it was gathered in another dtype, which would round what was not written.
     """
-    gathered = parameter._unsharded_param
-    whole, part = _local(gathered), _local(parameter.sharded_param)
+    gathered: Any = gathered_of(parameter)
+    whole, part = local_part(gathered), local_part(parameter.sharded_param)
     if whole.is_inference():  # has no version
         is_written = whole.dtype == part.dtype
     else:
-        is_written = _version(whole) != vars(gathered)["_seen"][0]
-        is_written |= any(alias._version for alias in vars(gathered)["_aliases"])
+        is_written = version_of(whole) != vars(gathered)["_seen"][0]
+        is_written |= any(version_of(alias) for alias in vars(gathered)["_aliases"])
     if not is_written:
         return
     if whole.dtype != part.dtype:
@@ -123,9 +123,9 @@ def write_back(parameter: Any) -> None:
     width = -(-whole.shape[dim] // mesh.shard_mesh_size)
     start = min(mesh.shard_mesh_rank * width, whole.shape[dim])
     with torch.no_grad():
-        part.detach().copy_(whole.narrow(dim, start, part.shape[dim] if part.numel() else 0).view_as(part))
+        part.copy_(whole.narrow(dim, start, part.shape[dim] if part.numel() else 0).view_as(part))
     vars(gathered)["_aliases"] = []
-    vars(gathered)["_seen"] = _version(whole), _version(part)
+    vars(gathered)["_seen"] = version_of(whole), version_of(part)
 
 
 def is_outdated(param_group: Any) -> bool:
@@ -133,16 +133,8 @@ def is_outdated(param_group: Any) -> bool:
     if not param_group.is_unsharded:
         return False
     return any(
-        vars(p._unsharded_param)["_seen"][1] != _version(_local(p.sharded_param)) for p in param_group.fsdp_params
+        vars(gathered_of(p))["_seen"][1] != version_of(local_part(p.sharded_param)) for p in param_group.fsdp_params
     )
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
@@ -163,7 +155,7 @@ def _assign(target: Tensor, value: Tensor) -> None:
 def _copy_of_part(tensor: Any, memo: dict[int, Any]) -> Any:
     parameter = tensor._fsdp_param()
     write_back(parameter)
-    with torch._C._EnableTorchFunction():
+    with EnableTorchFunction():
         copied = copy.deepcopy(parameter.sharded_param, memo)
     memo[id(tensor)] = copied
     return copied

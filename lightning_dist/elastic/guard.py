@@ -25,7 +25,9 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch.distributed as dist
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from lightning_dist.compat.lightning import started_processes
+from lightning_dist.compat.torch import default_store, num_collectives
 
 GRACE = 5.0
 """Seconds that the other processes of a script get to end by themselves, so that the first to fail can say why."""
@@ -40,13 +42,15 @@ _POLL = 0.05
 
 
 class _Runs:
-    """Of this process."""
+    """The runs of this process. It is a state of the whole process, as its process group is: a run that follows, of
+    another Trainer and another strategy, has to know how this process left the one before.
+    """
 
     number: ClassVar[int] = 0
-    """Of the last run in the process group; the same on all ranks."""
+    """The number of the last run in the process group; the same on all ranks."""
     is_on: ClassVar[bool] = False
     outer: ClassVar[list[int]] = []
-    """Of runs within which this one runs: a validation in a hook of a fit, say."""
+    """Numbers of runs within which this one runs: a validation in a hook of a fit, say."""
     left: ClassVar[str | None] = None
     """The exception by which this process left the last run; None where it ended well."""
     children: ClassVar[list[Any]] = []
@@ -82,7 +86,7 @@ def begin_run() -> None:
 
 
 def number_of_run() -> int:
-    """Of the run that is going on; the same on all ranks."""
+    """The number of the run that is going on; the same on all ranks."""
     return _Runs.number
 
 
@@ -96,8 +100,8 @@ def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, l
         launcher: of the strategy. Where it started processes and this run fails, this process ends them when it ends
             itself.
     """
-    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-        _Runs.children = launcher.procs
+    if started := started_processes(launcher):
+        _Runs.children = started
     if exception is not None and _Runs.children:
         atexit.unregister(_end_children)
         atexit.register(_end_children)
@@ -117,8 +121,7 @@ def _say_how_it_left(groups: Mapping[str, Any], exception: BaseException | None)
     store = _store()
     if store is None:
         return
-    # private; seen in torch 2.14: how many collectives this rank has begun in a group
-    counts = {name: group._get_sequence_number_for_group() for name, group in groups.items()}
+    counts = {name: num_collectives(group) for name, group in groups.items()}
     store.set(_key(dist.get_rank()), json.dumps({"by": _Runs.left, "collectives": counts}))
     if exception is not None and not _is_of_lost_peer(exception):
         threading.Thread(target=_watch, args=(_Runs.number, _words(exception)), daemon=True).start()
@@ -269,12 +272,12 @@ def _words(exception: BaseException) -> str:
 
 
 def _store() -> Any:
-    """Of the process group; None without one (private; seen in torch 2.14)."""
-    return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None
+    """The store of the process group; None without one."""
+    return default_store() if dist.is_available() and dist.is_initialized() else None
 
 
 def _key(rank: int | None = None, number: int | None = None) -> str:
-    """Of the first words that ended a run, or of how one rank left it."""
+    """The key of the first words that ended a run, or of how one rank left it."""
     run = f"lightning_dist/ended/{_Runs.number if number is None else number}"
     return run if rank is None else f"{run}/{rank}"
 

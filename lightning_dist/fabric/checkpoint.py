@@ -2,7 +2,7 @@
 
 [Note: the user's dictionary]
 A single file is what plain Fabric writes in one process: each module's state dict and each optimizer's, under the
-user's keys, and the rest as it is. A directory of shards has the form of this package's other ones, so that its tools
+user's keys, and the rest as it is. A directory of shards has the format of this package's other ones, so that its tools
 read it: ``state_dict`` with the user's key before each name, ``optimizer_states`` by the names of parameters, and
 under ``fabric`` the keys and the rest. :func:`load` gives the user's dictionary back from both.
 """
@@ -130,7 +130,7 @@ def _modules(state: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def _names(state: Mapping[str, Any]) -> dict[Tensor, str]:
-    """Of the parameters of all modules in the user's dictionary, each under its key; a shared one under its first."""
+    """Names of the parameters of all modules in the user's dictionary, under their keys; a shared one by its first."""
     names: dict[Tensor, str] = {}
     for key, module in _modules(state).items():
         for parameter, name in checkpoints.parameter_names(module).items():

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from lightning_dist.data import validate_same_batches
 from lightning_dist.layout import ParallelMesh
-from lightning_dist.parallel import Alone, average_buffers
-from lightning_dist.parallel.data import CALL
-from lightning_dist.parallel.equal import make_copies_equal
+from lightning_dist.parallel import SingleProcessRunner, average_buffers
+from lightning_dist.parallel.equal_copies import make_copies_equal
+from lightning_dist.parallel.single_process import CALL
 from lightning_dist.placeholder import held
 
 
@@ -43,7 +43,11 @@ class InLayout(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, parallel: Alone, mesh: ParallelMesh, takes_part: Callable[[InLayout], None]
+        self,
+        module: nn.Module,
+        parallel: SingleProcessRunner,
+        mesh: ParallelMesh,
+        takes_part: Callable[[InLayout], None],
     ) -> None:
         super().__init__()
         self.module = module
@@ -63,7 +67,7 @@ class InLayout(nn.Module):
 
     @staticmethod
     def prepare(module: nn.Module) -> None:
-        """Called before the module is divided: names what a strategy runs. See :data:`~.parallel.data.CALL`."""
+        """Called before the module is divided: names what a strategy runs, see :data:`CALL`."""
         vars(module)[CALL] = partial(nn.Module.__call__, module)
 
     @torch.compiler.disable
@@ -132,7 +136,7 @@ class InLayout(nn.Module):
         if not self.is_unreduced:
             return
         self.is_unreduced = False
-        if type(self.parallel) is Alone:
+        if type(self.parallel) is SingleProcessRunner:
             self.parallel.after_backward()
         else:
             self.parallel.skip_backward(held=True)

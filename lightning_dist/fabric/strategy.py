@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial, wraps
-from types import SimpleNamespace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -15,41 +15,30 @@ from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision, TorchCheckpointIO
 from lightning.fabric.strategies import ParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy, TBroadcast
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import collectives, gradients, optimizers
-from lightning_dist.auto_layout import choose_layout
 from lightning_dist.compat import fabric as private
 from lightning_dist.compat.lightning import Path
-from lightning_dist.divided import divide
-from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.fabric import checkpoint as files
 from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
-from lightning_dist.fabric.module import InLayout, bare, users_compile_options
+from lightning_dist.fabric.module import InLayout, bare
+from lightning_dist.fabric.module_setup import FabricModuleSetup, named_tensors
 from lightning_dist.gathering import all_gather
-from lightning_dist.layout import Layout, ParallelMesh
-from lightning_dist.logs import attach_metrics
-from lightning_dist.parallel import Checkpointing, parallelize, refuse_no_blocks
-from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.layout import Layout
+from lightning_dist.module_options import ModuleOptions
+from lightning_dist.parallel import Checkpointing
 from lightning_dist.patches import Patches
-from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import Styles, TensorOptions, parameter_splits
-from lightning_dist.precision import make_agreeing, shard_policy
-from lightning_dist.random_states import share_random_state
+from lightning_dist.plans.tensor import Styles, TensorOptions
+from lightning_dist.precision import make_agreeing
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.validation import (
-    has_hooks,
-    validate_kept_hooks,
     validate_lbfgs,
-    validate_no_lazy,
-    validate_parameter_kinds,
 )
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -85,9 +74,9 @@ class HybridFabricStrategy(ParallelStrategy):
     Raises:
         ValueError: see :class:`~lightning_dist.Layout`; and for ``pp``, which has to run the whole step itself.
 
-    What is communicated: see :class:`~lightning_dist.parallel.Replicated` and
-    :class:`~lightning_dist.parallel.Sharded` for a step, :class:`~lightning_dist.fabric.module.InLayout` for a forward,
-    :func:`~lightning_dist.gradients.global_norm` for clipping.
+    What is communicated: see the runners in :mod:`lightning_dist.parallel` for a step,
+    :class:`~lightning_dist.fabric.module.InLayout` for a forward, :func:`~lightning_dist.gradients.global_norm` for
+    clipping.
     """
 
     strategy_name = "hybrid"
@@ -116,15 +105,16 @@ class HybridFabricStrategy(ParallelStrategy):
         self.num_nodes = 1
         self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)
         _validate_no_pipeline(self.ranks.requested)
-        self.activation_checkpointing: Checkpointing = _one_of(
-            "activation_checkpointing", activation_checkpointing, ("none", "full", "selective")
-        )
         self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
-        self._shard_units = shard_units
-        self._tensor_options = TensorOptions(tensor_plan, sequence_parallel)
-        self._compile_options = None if compile is False else {} if compile is True else dict(compile)
         self.sync_control = _SyncControl()
         self._patches = Patches()
+        options = ModuleOptions(
+            shard_units,
+            TensorOptions(tensor_plan, sequence_parallel),
+            _one_of("activation_checkpointing", activation_checkpointing, ("none", "full", "selective")),
+            None if compile is False else {} if compile is True else dict(compile),
+        )
+        self._module_setup = FabricModuleSetup(self.ranks, options, self._patches, self._takes_part)
         self._in_play: list[InLayout] = []
         """See [Note: which modules take part in a backward pass]."""
 
@@ -164,30 +154,11 @@ class HybridFabricStrategy(ParallelStrategy):
         if self.world_size > 1:
             make_agreeing(self.precision, self._patches)
 
-    @property
-    def layout(self) -> Layout | None:
-        """The layout, resolved; None while ``"auto"`` is undecided."""
-        return self.ranks.layout
-
-    @property
-    def mesh(self) -> ParallelMesh | None:
-        """The ranks along the axes of the layout; None for one process."""
-        return self.ranks.mesh
-
-    @property
-    def num_data_ranks(self) -> int:
-        """Number of ranks, or groups of ranks, that see different samples."""
-        return self.ranks.num_data_ranks
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the data ranks this is; ranks with the same one see the same samples."""
-        return self.ranks.data_rank
-
-    @property
-    def data_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold different samples; None for one process, and while ``"auto"`` is undecided."""
-        return self.ranks.data_group
+    layout = property(attrgetter("ranks.layout"), doc='The layout, resolved; None while ``"auto"`` is undecided.')
+    mesh = property(attrgetter("ranks.mesh"), doc="The ranks along the axes of the layout; None for one process.")
+    num_data_ranks = property(attrgetter("ranks.num_data_ranks"), doc="Number of ranks that see different samples.")
+    data_rank = property(attrgetter("ranks.data_rank"), doc="Ranks with the same one see the same samples.")
+    data_group = property(attrgetter("ranks.data_group"), doc="The ranks with different samples; None for one process.")
 
     def _group(self, group: Any) -> dist.ProcessGroup | None:
         if self.mesh is None and self.world_size > 1:  # "auto", of which all ranks are data ranks
@@ -251,7 +222,7 @@ class HybridFabricStrategy(ParallelStrategy):
 
     @override
     def module_to_device(self, module: nn.Module) -> None:
-        meta = next((name for name, tensor in _named_tensors(module) if tensor.is_meta), None)
+        meta = next((name for name, tensor in named_tensors(module) if tensor.is_meta), None)
         if meta is not None:
             raise ValueError(
                 f"{meta} is on the meta device, and nothing says what its values are: build the module without "
@@ -262,75 +233,15 @@ class HybridFabricStrategy(ParallelStrategy):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Divides, or replicates, the module in place. All ranks call it, and go on with rank 0's values."""
-        return self._set_up(module, [])
+        return self._module_setup.build(module, self.precision, [])
 
     @override
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """The optimizers, made before, are given the divided parameters."""
-        module = self._set_up(module, optimizers)
+        module = self._module_setup.build(module, self.precision, optimizers)
         return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
-
-    def _set_up(self, module: nn.Module, made_before: list[Optimizer]) -> nn.Module:
-        self._decide_layout(module)
-        layout = self.layout
-        assert layout is not None
-        blocks = find_blocks(module) if self._shard_units is None else select_blocks(module, self._shard_units)
-        refuse_no_blocks(module, blocks, self.activation_checkpointing)
-        sharding_plan = self._tensor_options.sharding_plan(module, layout.tp, blocks)
-        if self.mesh is not None:
-            validate_no_lazy(module)
-            _refuse_again(module)
-            validate_parameter_kinds(
-                module, layout, parameter_splits(sharding_plan.tensor_plan) if sharding_plan else ()
-            )
-            share_random_state(self.root_device)
-            if layout.holds_shards:
-                tensors = [tensor.detach() for _, tensor in _named_tensors(module)]
-                collectives.broadcast_tensors(tensors, None)
-            InLayout.prepare(module)
-        hooked = {name: p for name, p in module.named_parameters() if has_hooks(p)}
-        replaced = Replaced(module, in_lists=True)
-        parallel = parallelize(
-            module,
-            layout,
-            self.mesh,
-            sharding_plan=sharding_plan,
-            blocks=blocks,
-            policy=shard_policy(self.precision, self.root_device),
-            device=self.root_device,
-            activation_checkpointing=self.activation_checkpointing,
-            compile_options=self._compile_of(),
-            training=True,
-            patches=self._patches,  # what Fabric set up stays so
-        )
-        if self.mesh is None:
-            return module
-        validate_kept_hooks(module, hooked)
-        hooked.clear()
-        parallel.reshard()
-        replaced.exchange(module, [SimpleNamespace(optimizers=made_before)])
-        divide(module)
-        parallel.show()
-        show_parts_to_compiled(module)
-        attach_metrics(module, self.mesh.data.get_group(), self._patches)
-        _mark(module)
-        self.ranks.part_random_streams()
-        return InLayout(module, parallel, self.mesh, self._takes_part)
-
-    def _compile_of(self) -> dict[str, Any] | None:
-        """What is asked of ``torch.compile``; in one process, Fabric compiles what the user compiled as it was."""
-        if self._compile_options is not None or self.mesh is None:
-            return self._compile_options
-        return users_compile_options()
-
-    def _decide_layout(self, module: nn.Module) -> None:
-        ranks = self.ranks
-        if ranks.layout is None:
-            ranks.layout, reason = choose_layout(module, ranks.world_size, ranks.device, ranks.num_processes)
-            ranks.form_mesh()
-            rank_zero_info(f"layout {self.layout}: {reason}")
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -500,27 +411,6 @@ def _validate_no_pipeline(layout: Layout | None) -> None:
             "itself, microbatch by microbatch, and here the loop is the user's; use HybridStrategy with a Trainer for "
             "pp, or dp_replicate, dp_shard and tp"
         )
-
-
-def _refuse_again(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor) or vars(parameter).get(_MARK, False):
-            raise ValueError(
-                f"{name} of {type(module).__name__} was set up before, in this module or in another that shares it: "
-                "set up one module that contains all that share parameters, once"
-            )
-
-
-_MARK = "_is_set_up_in_layout"
-
-
-def _mark(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        vars(parameter)[_MARK] = True
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:

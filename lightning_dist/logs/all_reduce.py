@@ -23,7 +23,7 @@ class LoggedValue(NamedTuple):
     kind: str
     """A name of ``REDUCTIONS``; or ``"metric"``, which gathers by itself."""
     value: Any
-    """Of a mean, times its weight."""
+    """That of a mean is times its weight."""
     weight: Any
 
     @classmethod

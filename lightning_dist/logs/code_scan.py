@@ -90,7 +90,7 @@ def _functions(value: Any) -> Iterator[FunctionType]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Of attributes, globals, keywords, and strings by which ``getattr`` may find one."""
+    """Names of attributes, globals, keywords, and strings by which ``getattr`` may find one."""
     names = {*code.co_names, *code.co_freevars}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

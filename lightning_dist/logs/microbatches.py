@@ -59,7 +59,7 @@ class RecordedLogs:
         self.takes_unknown = False
         """Whether what it logs may be without memory, to be replaced: of gradients that are not there yet."""
         self._metrics: MetricSnapshot | None = None
-        """Of when the microbatch began, where the step updates metrics before the entry."""
+        """As it was when the microbatch began, where the step updates metrics before the entry."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -35,10 +35,10 @@ _HOOKS = (
     "on_test_batch_end",
     "on_save_checkpoint",
 )
-"""Of a step, or run in one by callbacks; modules have them too, and theirs come after those of callbacks."""
+"""Hooks of a step, or run in one by callbacks; modules have them too, and theirs come after those of callbacks."""
 _STEPS = ("training_step", "validation_step", "test_step")
 _WITHIN = ("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step")
-"""Of modules alone; some run around ``training_step`` and go on after it."""
+"""Hooks of modules alone; some run around ``training_step`` and go on after it."""
 
 PATIENCE = timedelta(seconds=60)
 """How long a rank that reads in a place that was not foreseen waits for the others to read too."""

@@ -69,15 +69,8 @@ class ReducedResults:
         Communication: see :func:`all_reduce_logged`.
         """
         results = self.now
-        valid = {key for key, _ in results.valid_items()}
-        values = {}
-        for key, batch_size in self._of_step[id(results)].items():
-            value = private.step_value(results[key]) if key in valid else None
-            if isinstance(value, Tensor) and value.numel() == 1:
-                values[key] = LoggedValue.of(results[key].meta, value.squeeze(), batch_size)
-        self._of_step[id(results)].clear()
+        values = self._taken_of_step(results)
         self.dirty = False
-        metas = []
         place = id(results), point
         if values:
             self._logs_steps.add(place)
@@ -95,8 +88,17 @@ class ReducedResults:
             private.set_step_value(metric, value)
             if metric.is_tensor and not meta.on_epoch:
                 metric.value = value
-            metas.append(meta)
-        return metas
+        return [meta for meta, _ in reduced.values()]
+
+    def _taken_of_step(self, results: ResultCollection) -> dict[str, LoggedValue]:
+        valid = {key for key, _ in results.valid_items()}
+        values = {}
+        for key, batch_size in self._of_step[id(results)].items():
+            value = private.step_value(results[key]) if key in valid else None
+            if isinstance(value, Tensor) and value.numel() == 1:
+                values[key] = LoggedValue.of(results[key].meta, value.squeeze(), batch_size)
+        self._of_step[id(results)].clear()
+        return values
 
     def reduce_epoch(self) -> set[str]:
         """Reduces what any rank logged for its epoch since the last time; the names of the values.

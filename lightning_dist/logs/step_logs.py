@@ -34,7 +34,7 @@ from lightning_dist.patches import Patches
 class StepLogs:
     """Makes what the data ranks log one value, in steps and in every other hook.
 
-    [Note: what a module logs is reduced reduce_together]
+    [Note: what a module logs is reduced jointly]
     A module written for one process logs without ``sync_dist``. Over several data ranks Lightning then keeps each
     rank's own value: the logged mean is that of rank 0's samples, and schedulers and callbacks that monitor it decide
     apart. With ``sync_dist`` it reduces value by value as they are logged, so ranks that log other names, or in
@@ -59,7 +59,7 @@ class StepLogs:
     takes part; its step value, which torchmetrics computes of one rank's batch, becomes the mean over the ranks. Left
     to Lightning: ``rank_zero_only=True`` and ``sync_dist_group``.
 
-    Communication over the data ranks, at each point: see :func:`~lightning_dist.logs.reduction.reduce_together` and,
+    Communication over the data ranks, at each point: see :func:`~lightning_dist.logs.all_reduce.all_reduce_logged` and,
     where a metric was logged, :func:`~lightning_dist.logs.metrics.align_states`.
 
     Args:
@@ -88,7 +88,7 @@ class StepLogs:
         self._noted = NotedLogs(trainer, self._results, is_even, stage is not None and stage[0] != stage[1])
         self._batch_idx = -1
         self._batches: DistributedBatches | DistributedStream | None = None
-        """Of the evaluation loader that runs."""
+        """This rank's of the evaluation loader that runs."""
         self._repeated: RepeatedBatch | None = None
         """The batch that runs, while it is one that another rank counts."""
         self._decides = False

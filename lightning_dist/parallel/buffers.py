@@ -1,4 +1,4 @@
-"""Buffers that a training step writes: queues, codebooks, running centres, counters."""
+"""Buffers of data ranks: kept equal while training writes them (queues, codebooks, counters), averaged after it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
-from lightning_dist.collectives import broadcast_parts
+from lightning_dist.collectives import all_reduce_tensors, broadcast_parts, broadcast_tensors
+from lightning_dist.compat.torch import NormBase, own_buffers, preserve_versions, version_of
+
+
+def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Makes the buffers of all data ranks equal: running statistics to their mean, others to the first rank's.
+
+    The running statistics of a BatchNorm are those of each rank's own samples while training. Their mean over the data
+    ranks is what evaluation and checkpoints use; DDP would broadcast rank 0's on every forward pass.
+
+    Communication: one all-reduce and one broadcast over the group, of the buffers' bytes; none without buffers.
+    """
+    metrics = {b for child in module.modules() if isinstance(child, Metric) for b in child.buffers()}
+    norms = [child for child in module.modules() if isinstance(child, NormBase)]
+    statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
+    averaged = {*metrics, *statistics}
+    others = [b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)]
+    all_reduce_tensors(statistics, group, mean=True)
+    with unseen_writes(others):
+        broadcast_tensors(others, group)
 
 
 class WrittenBuffers:
@@ -102,19 +120,19 @@ class _Buffer:
     @property
     def _tensor(self) -> Tensor | None:
         """None where it is not what it was at first."""
-        tensor = self._owner._buffers.get(self._name)
+        tensor = own_buffers(self._owner).get(self._name)
         return tensor if tensor is not None and (tensor.shape, tensor.dtype) == (self.shape, self.dtype) else None
 
     def note(self) -> None:
         if (tensor := self._tensor) is not None:
             self.device = tensor.device
-            self._noted = weakref.ref(tensor), _version(tensor)
+            self._noted = weakref.ref(tensor), version_of(tensor)
 
     @property
     def was_written(self) -> bool:
         if self._noted is None or (tensor := self._tensor) is None:
             return False
-        return tensor is not self._noted[0]() or _version(tensor) != self._noted[1]
+        return tensor is not self._noted[0]() or version_of(tensor) != self._noted[1]
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """Its elements, and whether there are any."""
@@ -127,25 +145,21 @@ class _Buffer:
     def take(self, elements: Tensor, are_there: Tensor) -> None:
         if (tensor := self._tensor) is not None:
             if tensor.is_inference():  # validation put it there
-                tensor = self._owner._buffers[self._name] = tensor.clone()
+                tensor = own_buffers(self._owner)[self._name] = tensor.clone()
             tensor.copy_(torch.where(are_there.bool(), elements, tensor.reshape(-1)).view(tensor.shape))
 
 
 def unseen_writes(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
     """What is written to the tensors while it lasts does not count as written by training."""
     counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    return torch.autograd._unsafe_preserve_version_counter(counted)  # private; seen in torch 2.14
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return preserve_versions(counted)
 
 
 def _candidates(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
     """Not what is in a metric: that is reduced when it is computed."""
     in_metrics = {child for metric in module.modules() if isinstance(metric, Metric) for child in metric.modules()}
     for child in module.modules():
-        if not isinstance(child, _NormBase) and child not in in_metrics:
-            for name, tensor in child._buffers.items():
+        if not isinstance(child, NormBase) and child not in in_metrics:
+            for name, tensor in own_buffers(child).items():
                 if tensor is not None and not isinstance(tensor, DTensor):
                     yield child, name, tensor

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning_dist.compat.fsdp import (
+    gathered_of,
+    wrap_free_after_forward,
+    wrap_free_gathered,
+    wrap_show_gathered,
+)
+
 _ATTRIBUTE = "_flags_of_both"
 
 
@@ -17,8 +24,6 @@ class Flags:
     either: the registered one, or that of an optimizer, as ``toggle_optimizer`` does. Both were equal once, so where
     they differ one was set since, to what differs from then.
 
-    Private names of torch's ``FSDPParamGroup`` are used (seen in 2.14).
-
     Args:
         param_group: what a unit gathers at once.
     """
@@ -27,27 +32,24 @@ class Flags:
         self._group = param_group
         self._agreed = [p.sharded_param.requires_grad for p in param_group.fsdp_params]
         vars(param_group)[_ATTRIBUTE] = self
-        for name in ("_to_unsharded", "_to_sharded", "_to_sharded_post_forward"):
-            setattr(param_group, name, self._before(getattr(param_group, name)))
+        for wrap in (wrap_show_gathered, wrap_free_gathered, wrap_free_after_forward):
+            wrap(param_group, self._agree_and)
 
     @staticmethod
     def of(param_group: Any) -> Flags:
         """Those of a unit, from an earlier run where there was one."""
         return vars(param_group).get(_ATTRIBUTE) or Flags(param_group)
 
-    def _before(self, change: Callable[[], None]) -> Callable[[], None]:
-        def agree_and_change() -> None:
-            self.agree()
-            change()
-
-        return agree_and_change
+    def _agree_and(self, change: Callable[[], None]) -> None:
+        self.agree()
+        change()
 
     def agree(self) -> None:
         """Sets both as whichever was set last. Communication: none."""
         for index, parameter in enumerate(self._group.fsdp_params):
             sharded = parameter.sharded_param
             now = sharded.requires_grad
-            gathered = getattr(parameter, "_unsharded_param", None)
+            gathered = gathered_of(parameter)
             if gathered is not None and gathered.requires_grad != now:
                 now = not self._agreed[index]
                 sharded.requires_grad_(now)

@@ -1,28 +1,34 @@
-"""Parameters that user code collected before the fit, and that are other objects by then.
+"""Parameters that a layout makes other objects: who holds the old ones gets the new, and after the run the old again.
 
 [Note: parameters that are replaced]
 Dividing a parameter makes it another object. An optimizer that was made in ``__init__``, a list of parameters for a
 penalty or for groups, a tied weight that is kept in a list: each goes on with the old one, which nobody trains, without
 a word. What modules, callbacks and optimizers hold of old ones is exchanged; where something else does, that is said.
+After the run the old objects are put back, with the values of the new, see :mod:`~lightning_dist.parallel.give_back`;
+meanwhile they are empty.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_dist.compat.lightning import MODULE_ATTRIBUTES
+from lightning_dist.compat.torch import MODULE_REGISTRIES
 
 _DEEPEST = 4
 """Containers inside of containers that are looked into."""
 
 _ROUNDS = 3
 _IN_HOOKS = "in configure_optimizers, in on_fit_start"
-_OWN = {"_parameters", "_modules", "_buffers", "_trainer", "_hparams", "_hparams_initial"}
+_OWN = {*MODULE_REGISTRIES, *MODULE_ATTRIBUTES}
 """Attributes of modules that are torch's or Lightning's."""
 
 
@@ -38,6 +44,8 @@ class Replaced:
     def __init__(self, module: nn.Module, in_lists: bool = False) -> None:
         self._before = dict(module.named_parameters())
         self._in_lists = in_lists
+        self.originals: dict[str, nn.Parameter] = {}
+        """What was replaced, by name, without its values; after :meth:`exchange`."""
 
     def exchange(self, module: nn.Module, owners: Iterable[object]) -> None:
         """Gives those who hold an old parameter the one that is in its place.
@@ -56,11 +64,17 @@ class Replaced:
         self._before = {}
         if not places:
             return
-        _Exchange(places).run([*module.modules(), *owners])
+        Exchange(places).run([*module.modules(), *owners])
         if self._in_lists:
             _exchange_in_lists(places)
-        names = {key: name for key, (_, _, name) in places.items()}
-        held = [places.pop(key)[0] for key in list(places)]
+        names = [name for *_, name in places.values()]
+        held: list[Any] = [places.pop(key)[0] for key in list(places)]
+        self._refuse_held(held, names)
+        for parameter in held:
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        self.originals = dict(zip(names, held, strict=True))
+
+    def _refuse_held(self, held: list[Any], names: list[str]) -> None:
         for _ in range(_ROUNDS):
             if not any(_is_held(held, index) for index in range(len(held))):
                 return
@@ -71,7 +85,7 @@ class Replaced:
                 if holder:
                     when, instead = ("the setup", "after it") if self._in_lists else ("the fit", _IN_HOOKS)
                     raise ValueError(
-                        f"{holder} holds the parameter {names[id(held[index])]} from before {when}; the layout "
+                        f"{holder} holds the parameter {names[index]} from before {when}; the layout "
                         "divides it, which makes it another object, and that one would never be trained: collect "
                         f"parameters {instead}, or where they are used"
                     )
@@ -109,12 +123,22 @@ def _exchange_in_lists(places: dict[int, tuple[Tensor, Tensor, str]]) -> None:
             holder[:] = [places[id(item)][1] if id(item) in places else item for item in holder]
 
 
-class _Exchange:
-    def __init__(self, places: dict[int, tuple[Tensor, Tensor, str]]) -> None:
-        self._places = places
+class Exchange:
+    """Gives those who hold parameters others in their place: in attributes, plain containers, and optimizers.
+
+    Args:
+        places: by the identity of the old one: it, the new one, its name.
+        of_state: makes of an optimizer's state of an old one that of the new one; None to refuse where there is one.
+    """
+
+    def __init__(
+        self, places: dict[int, tuple[Tensor, Tensor, str]], of_state: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._places, self._of_state = places, of_state
         self._seen: set[int] = set()
 
     def run(self, owners: Iterable[Any]) -> None:
+        """Looks at the attributes of these objects."""
         for owner in owners:
             for name, value in list(_attributes(owner)):
                 new = self._exchanged(value, _DEEPEST)
@@ -154,19 +178,25 @@ class _Exchange:
             return
         self._seen.add(id(optimizer))
         for group in optimizer.param_groups:
-            with_state = [p for p in group["params"] if id(p) in self._places and optimizer.state.get(p)]
-            if with_state:
-                raise ValueError(
-                    f"{type(optimizer).__name__} was made before the fit and has a state of "
-                    f"{self._places[id(with_state[0])][2]}, which the layout divides: make it in configure_optimizers, "
-                    "and pass ckpt_path= to go on (under Fabric: load its state after the setup)"
-                )
+            for parameter in group["params"]:
+                if id(parameter) in self._places and optimizer.state.get(parameter):
+                    self._exchange_state(optimizer, parameter)
             group["params"][:] = [self._exchanged(p, 1) for p in group["params"]]
         for name, value in list(vars(optimizer).items()):
             if name not in ("param_groups", "state"):
                 new = self._exchanged(value, 2)
                 if new is not value:
                     vars(optimizer)[name] = new
+
+    def _exchange_state(self, optimizer: Optimizer, parameter: Any) -> None:
+        _, new, name = self._places[id(parameter)]
+        if self._of_state is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} was made before the fit and has a state of "
+                f"{name}, which the layout divides: make it in configure_optimizers, "
+                "and pass ckpt_path= to go on (under Fabric: load its state after the setup)"
+            )
+        optimizer.state[new] = self._of_state(optimizer.state.pop(parameter))
 
 
 def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lightning_dist.compat.fsdp import gathered_of
+
 
 class SecondBackward:
     """Of the units of a module; see [Note: second derivatives under dp_shard].
@@ -35,10 +37,9 @@ class SecondBackward:
         """Whether what backward passes hold is freed by somebody else: a pipeline's schedule."""
 
     def watch(self, param_group: Any) -> None:
-        """Stands around what fully_shard does before a group's backward, after it, and when it frees the group.
+        """Wraps what fully_shard does before a group's backward, after it, and when it frees the group.
 
-        Works around ``pre_backward``, ``post_backward`` and ``reshard`` of fully_shard's groups, as seen in torch 2.14;
-        those of the class, also where an earlier run has put others in their place.
+        They are those of the class, also where an earlier run has put others in their place.
         """
         kind = type(param_group)
         gather, free = kind.pre_backward.__get__(param_group), kind.reshard.__get__(param_group)
@@ -105,4 +106,5 @@ class SecondBackward:
 
 
 def _has_gradient(parameter: Any) -> bool:
-    return hasattr(parameter, "_unsharded_param") and parameter._unsharded_param.grad is not None
+    gathered = gathered_of(parameter)
+    return gathered is not None and gathered.grad is not None

@@ -79,7 +79,7 @@ class ShardingPlanReport:
             divided=_merged(divided),
             whole=sorted(_merged(whole), key=lambda row: -row.rank_bytes),
             sequence_blocks=list(
-                dict.fromkeys(_starred(name) for chain in sharding_plan.sequence_blocks for name in chain)
+                dict.fromkeys(_starred(name) for names in sharding_plan.sequence_blocks for name in names)
             ),
             loss_parallel=sharding_plan.loss_parallel,
         )

@@ -52,7 +52,7 @@ class Coordination:
         self._logs = self._control_flow = self._world_calls = None
         names = monitored | _monitored(trainer)
         self._logs = attach_logs(
-            trainer, patches, names, ranks.logs_group, self._loaders.dealt, setup.stage, self._resume.is_even
+            trainer, patches, names, ranks.logs_group, self._loaders.batches_of, setup.stage, self._resume.is_even
         )
         if trainer.state.fn == TrainerFn.FITTING and ranks.world_size > 1:
             assert setup.runner is not None

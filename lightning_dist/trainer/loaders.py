@@ -27,7 +27,7 @@ from lightning_dist.ranks import LayoutRanks
 
 
 class Loaders:
-    """Deals the loaders of a run to the data ranks, and knows whose each batch of an evaluation is.
+    """Shards the loaders of a run over the data ranks, and knows whose each batch of an evaluation is.
 
     Args:
         ranks: of the run.
@@ -42,7 +42,7 @@ class Loaders:
         """Batches of an evaluation so far, for steps that are not told."""
 
     def attach(self, trainer: pl.Trainer, patches: Patches) -> None:
-        """From here on the Trainer's loaders are dealt."""
+        """From here on the Trainer's loaders are sharded."""
         self._trainer = trainer
         self._prepared = WeakKeyDictionary()
         patches.wrap(private.data_connector(trainer), private.PREPARE_LOADER, self._prepare)
@@ -70,7 +70,7 @@ class Loaders:
             connector.use_distributed_sampler = wanted
         prepared, ranks = dataloader, self._ranks
         if wanted and is_stream(dataloader):
-            dataloader = self._deal_stream(dataloader, mode)
+            dataloader = self._shard_stream(dataloader, mode)
         elif wanted and isinstance(dataloader, DataLoader):
             dataloader = shard_loader(dataloader, ranks.num_data_ranks, ranks.data_rank, mode)
             share_generator(dataloader)
@@ -84,29 +84,29 @@ class Loaders:
 
     def show(self, combined: Any, loaders: Iterable[object]) -> None:
         """Makes ``trainer.train_dataloader`` and the like give what they give in plain Lightning: for one data rank the
-        user's own loaders, not those that deal them.
+        user's own loaders, not those that shard them.
         """
         private.show_loaders(combined, [self._shown(loader) for loader in loaders])
 
     def _shown(self, loader: Any) -> Any:
         return self._prepared.get(loader, loader) if isinstance(loader, (DataLoader, DistributedStream)) else loader
 
-    def _deal_stream(self, loader: object, mode: RunningStage) -> object:
+    def _shard_stream(self, loader: object, mode: RunningStage) -> object:
         ranks = self._ranks
         if ranks.layout is None and ranks.world_size > 1:
             raise ValueError(
                 'the training loader is asked for before layout="auto" has been decided, and its samples come in a '
-                "stream, which is dealt by the layout; name the layout, or ask for it (estimated_stepping_batches) in "
+                "stream, which the layout shards; name the layout, or ask for it (estimated_stepping_batches) in "
                 "configure_optimizers or later"
             )
         if ranks.data_group is None or ranks.num_data_ranks == 1:
             return loader
         is_training = mode == RunningStage.TRAINING
-        dealt = shard_stream(loader, ranks.num_data_ranks, ranks.data_rank, ranks.data_group, is_training)
-        if isinstance(dealt, DistributedStream) and isinstance(loader, DataLoader):
+        batches = shard_stream(loader, ranks.num_data_ranks, ranks.data_rank, ranks.data_group, is_training)
+        if isinstance(batches, DistributedStream) and isinstance(loader, DataLoader):
             seed_loader(loader, data_rank=0)  # every rank reads the same stream
             share_generator(loader)
-        return dealt
+        return batches
 
     def _set_up_evaluation(self, loop: Any, original: Callable[[], None]) -> None:
         """Wraps ``setup_data`` of an evaluation loop, which says how many batches it takes at most.
@@ -119,9 +119,9 @@ class Loaders:
             return
         limits = private.limits_of(loop)
         for index, loader in enumerate(combined.flattened):
-            dealt = loader if isinstance(loader, DistributedStream) else distributed_batches(loader)
-            if dealt is not None:
-                limits[index] = dealt.limit(limits[index])
+            batches = _distributed(loader)
+            if batches is not None:
+                limits[index] = batches.limit(limits[index])
         self.show(combined, combined.flattened)
 
     # ------------------------------------------------------------------ batches of an evaluation
@@ -131,23 +131,23 @@ class Loaders:
         self._num_evaluated += 1
         return args[1:3] if len(args) > 1 else (self._num_evaluated - 1,)
 
-    def dealt(self, dataloader_idx: int) -> DistributedBatches | DistributedStream | None:
-        """The batches of an evaluation loader that are this rank's; None where the user deals them."""
+    def batches_of(self, dataloader_idx: int) -> DistributedBatches | DistributedStream | None:
+        """The batches of an evaluation loader that are this rank's; None where the user shards them."""
         combined = private.loaders_of(private.evaluation_loop(self._trainer))
         loaders = combined.flattened if combined is not None else []
         if combined is None or dataloader_idx >= len(loaders):
             return None
-        dealt = [loader if isinstance(loader, DistributedStream) else distributed_batches(loader) for loader in loaders]
+        batches = [_distributed(loader) for loader in loaders]
         if private.mode_of(combined) == "sequential":
-            return dealt[dataloader_idx]
+            return batches[dataloader_idx]
         # a batch of all loaders is this rank's own for as long as that of the longest is
-        parts = [part for part in dealt if part is not None]
-        return max(parts, key=lambda part: part.total) if len(parts) == len(dealt) else None
+        parts = [part for part in batches if part is not None]
+        return max(parts, key=lambda part: part.total) if len(parts) == len(batches) else None
 
     def counts(self, batch_idx: int, dataloader_idx: int = 0) -> bool:
         """Whether this evaluation batch is this rank's own, not one that it repeats to run along."""
-        dealt = self.dealt(dataloader_idx)
-        return dealt is None or dealt.counts(batch_idx)
+        batches = self.batches_of(dataloader_idx)
+        return batches is None or batches.counts(batch_idx)
 
     def drop_prediction(self, batch_idx: int, dataloader_idx: int = 0) -> None:
         """A repeated batch is the last of its loader: the loop ends there, or goes on to the next with None."""
@@ -156,3 +156,7 @@ class Loaders:
             loop.epoch_batch_indices[dataloader_idx].pop()
         if dataloader_idx == loop.num_dataloaders - 1:
             raise StopIteration
+
+
+def _distributed(loader: object) -> DistributedBatches | DistributedStream | None:
+    return loader if isinstance(loader, DistributedStream) else distributed_batches(loader)

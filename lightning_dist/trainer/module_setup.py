@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,36 +18,34 @@ from torch.distributed.tensor import DTensor
 from lightning_dist.auto_layout import choose_layout
 from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.compat import lightning as private
+from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.divided import divide
 from lightning_dist.divided.averages import copies_of, divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
+from lightning_dist.module_options import ModuleOptions
 from lightning_dist.parallel import (
-    Alone,
-    Checkpointing,
-    Sharded,
+    FSDPRunner,
+    SingleProcessRunner,
     average_buffers,
     parallelize,
     refuse_no_blocks,
 )
 from lightning_dist.parallel.pipeline import (
     PartitionedModule,
-    PipelineOptions,
     PipelineRunner,
     partition_module,
     partition_of,
 )
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
-from lightning_dist.plans import find_blocks, select_blocks
-from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
+from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
 from lightning_dist.validation import (
-    has_hooks,
     has_lazy_parameters,
     validate_built,
     validate_kept_hooks,
@@ -57,41 +54,6 @@ from lightning_dist.validation import (
     validate_parameter_kinds,
     validate_trainer,
 )
-
-ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
-
-
-@dataclass(frozen=True)
-class ModuleOptions:
-    """What a user says of the module beside the layout.
-
-    Args:
-        shard_units: the modules to shard one by one; None for the repeated blocks.
-        tensor: of the tensor axis.
-        pipeline: of the pipeline axis.
-        activation_checkpointing: what blocks compute again in backward.
-        compile: keyword arguments of ``torch.compile`` for the blocks; None to compile nothing.
-    """
-
-    shard_units: ShardUnits | None
-    tensor: TensorOptions
-    pipeline: PipelineOptions
-    activation_checkpointing: Checkpointing
-    compile: dict[str, Any] | None
-
-    def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
-        """The modules that are sharded, recomputed and compiled one by one, by name."""
-        return find_blocks(module) if self.shard_units is None else select_blocks(module, self.shard_units)
-
-    def keeps_blocks_whole(self, layout: Layout) -> bool:
-        """Whether something is done to blocks that a cut inside of them would break."""
-        recomputes = self.activation_checkpointing != "none"
-        return layout.holds_parts_of_blocks or self.compile is not None or recomputes
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether blocks compute something again in backward."""
-        return self.activation_checkpointing != "none"
 
 
 class ModuleSetup:
@@ -104,7 +66,7 @@ class ModuleSetup:
 
     def __init__(self, ranks: LayoutRanks, options: ModuleOptions) -> None:
         self.options = options
-        self.runner: Alone | None = None
+        self.runner: SingleProcessRunner | None = None
         """Runs the steps of the module, once it has been set up."""
         self.sharding_plan: ShardingPlan | None = None
         """What ``tp`` divides, once the module has been set up."""
@@ -133,7 +95,7 @@ class ModuleSetup:
     def sharded_units(self) -> list[str]:
         """Names of the modules that are sharded one by one."""
         runner = self.runner if self._pipelined is None else self._pipelined.inner
-        return list(runner.units) if isinstance(runner, Sharded) else []
+        return list(runner.units) if isinstance(runner, FSDPRunner) else []
 
     # ------------------------------------------------------------------ before there are processes
 
@@ -185,7 +147,7 @@ class ModuleSetup:
             self._recorded.materialize(module, device=self._ranks.device)
         self._recorded = None
 
-    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> Alone:
+    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> SingleProcessRunner:
         """Applies the layout to the module, in place; what an earlier run did to it stays.
 
         Args:
@@ -205,8 +167,9 @@ class ModuleSetup:
         self._module = module
         if self._ranks.world_size > 1:
             validate_no_lazy(module)
-        # if so, its ranks hold different parameters by now, and placeholders for others
-        was_cut = partition_of(module) is not None
+        was_cut = (
+            partition_of(module) is not None
+        )  # its ranks hold different parameters by now, and placeholders for others
         if not was_cut:
             precision.convert_module(module)
         layout = self._decide_layout(module)
@@ -230,10 +193,12 @@ class ModuleSetup:
         if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
             broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
 
-    def _apply(self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool) -> Alone:
+    def _apply(
+        self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool
+    ) -> SingleProcessRunner:
         ranks, options = self._ranks, self.options
         blocks = options.blocks(module)
-        hooked = {name: p for name, p in module.named_parameters() if has_hooks(p)}
+        hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
         replaced = Replaced(module)
         policy = shard_policy(precision, ranks.device)
         partitioned = self._partition(module, list(blocks), policy.param_dtype) if layout.pp > 1 else None
@@ -260,7 +225,7 @@ class ModuleSetup:
         replaced.exchange(module, _owners(module.trainer))
         divide(module)
         runner.show()
-        show_parts_to_compiled(module)
+        show_parts_to_compiled(module, self.patches)
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         return runner
 
@@ -279,10 +244,10 @@ class ModuleSetup:
             mesh.root["pp"].get_group(),
             blocks,
             undivided=[] if self.sharding_plan is None else list(self.sharding_plan.tensor_plan),
+            patches=self.patches,
             keep_whole=self.options.keeps_blocks_whole(layout),
             device=self._ranks.device,
             dtype=dtype if layout.dp_shard > 1 else None,
-            patches=self.patches,
         )
 
     def _decide_layout(self, module: pl.LightningModule) -> Layout:
@@ -295,10 +260,10 @@ class ModuleSetup:
         return ranks.layout
 
     def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
-        partitioned, mesh, layout = partition_of(module), self._ranks.mesh, self._ranks.layout
+        cut, mesh, layout = partition_of(module), self._ranks.mesh, self._ranks.layout
         assert layout is not None
-        if partitioned is not None:
-            partitioned.refuse_other(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)
+        if cut is not None:
+            cut.refuse_other(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)
         mine = {} if mesh is None else dict(zip(MESH_AXES, mesh.root.shape, strict=True))
         of_earlier = next((p.device_mesh for p in module.parameters() if isinstance(p, DTensor)), None)
         if of_earlier is not None and any(

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_dist import gradients, optimizers
 from lightning_dist.compat import lightning as private
-from lightning_dist.parallel import Alone, Replicated
-from lightning_dist.parallel.equal import make_copies_equal
+from lightning_dist.parallel import DDPRunner, SingleProcessRunner
+from lightning_dist.parallel.equal_copies import make_copies_equal
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.precision import make_agreeing
@@ -55,7 +55,7 @@ class Optimization:
             make_agreeing(precision, patches)
 
     @property
-    def _runner(self) -> Alone:
+    def _runner(self) -> SingleProcessRunner:
         assert self._setup.runner is not None
         return self._setup.runner
 
@@ -151,7 +151,7 @@ class Optimization:
             return
         module: Any = self._runner.module
         held_by = [p for group in optimizer.param_groups for p in group["params"]]
-        manual = isinstance(self._runner, Replicated) and not module.automatic_optimization
+        manual = isinstance(self._runner, DDPRunner) and not module.automatic_optimization
         if manual and not self._has_run_backward and any(p.grad is not None for p in held_by):
             raise RuntimeError(
                 "gradients that came by loss.backward() or torch.autograd.backward are those of this rank's samples: "

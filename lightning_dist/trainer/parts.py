@@ -13,12 +13,13 @@ from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning_dist.compat import lightning as private
 from lightning_dist.compiled_module import CompiledModule
 from lightning_dist.elastic.guard import begin_run, end_run
+from lightning_dist.module_options import ModuleOptions
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Checkpoints
 from lightning_dist.trainer.coordination import Coordination
 from lightning_dist.trainer.loaders import Loaders
-from lightning_dist.trainer.module_setup import ModuleOptions, ModuleSetup
+from lightning_dist.trainer.module_setup import ModuleSetup
 from lightning_dist.trainer.optimization import Optimization
 from lightning_dist.trainer.resume import Resume
 from lightning_dist.trainer.steps import Steps

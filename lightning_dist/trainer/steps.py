@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_dist.data import validate_same_batches
 from lightning_dist.logs import RepeatedBatch
-from lightning_dist.parallel import Alone
+from lightning_dist.parallel import SingleProcessRunner
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.coordination import Coordination
 from lightning_dist.trainer.loaders import Loaders
@@ -39,7 +39,7 @@ class Steps:
         """Steps whose first batch was seen to be the same on the ranks that share samples."""
 
     @property
-    def runner(self) -> Alone:
+    def runner(self) -> SingleProcessRunner:
         """Runs steps; there once the module has been set up."""
         assert self._setup.runner is not None
         return self._setup.runner

@@ -21,8 +21,7 @@ from lightning_dist.checkpoint.directory import Directory
 from lightning_dist.checkpoint.lazy_tensors import bytes_of
 from lightning_dist.checkpoint.reader import open_checkpoint
 from lightning_dist.cli import main
-from tests.checkpoint.test_layouts import assert_same
-from tests.checkpoint.training import Net, build, damage, make_optimizer, restore, snapshot, train
+from tests.checkpoint.training import Net, assert_same, build, damage, make_optimizer, restore, snapshot, train
 from tests.support.ranks import run_on_ranks
 
 

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, checkpoint
 from lightning_dist.checkpoint import convert
-from tests.checkpoint.test_layouts import assert_same
-from tests.checkpoint.training import Net, batch, build, make_optimizer, restore, train
+from tests.checkpoint.training import Net, assert_same, batch, build, make_optimizer, restore, train
 from tests.support.models import Words, words
 from tests.support.parity import QUIET, Watch, slow, whole_weights
 from tests.support.ranks import run_on_ranks

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dist import checkpoint
+from lightning_dist.checkpoint.directory import Directory
 from lightning_dist.checkpoint.optimizer_state import with_indices
 from lightning_dist.pytree import map_leaves
 from tests.checkpoint.training import (
     OPTIMIZERS,
     RANKS,
+    assert_same,
     build,
     leg,
     make_optimizer,
@@ -106,6 +107,21 @@ def test_directory_holds_every_tensor_once(tmp_path: Path) -> None:
     assert sum(moments.values()) == sum(s["exp_avg"].numel() for s in optimizer.state.values())
 
 
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "single"])
+def test_whole_module_beside_a_divided_optimizer_is_saved_as_a_divided_one(sharded: bool, tmp_path: Path) -> None:
+    run_on_ranks(2, _save_divided_and_whole, tmp_path, sharded)
+    divided, whole = (tmp_path / name for name in ("divided.ckpt", "whole.ckpt"))
+    assert_same(checkpoint.load(whole), checkpoint.load(divided))
+    if sharded:
+        index = Directory.open(whole, True).index
+        stored = {key: value for key, value in index.state_dict_metadata.items() if hasattr(value, "chunks")}
+        chunks = {key: [chunk.sizes for chunk in value.chunks] for key, value in stored.items()}
+        for name, tensor in build("one").state_dict().items():
+            assert name == "head.weight" or chunks[f"model.{name}"] == [tensor.shape], f"{name} is written once"
+        places = [(info.relative_path, info.offset) for info in index.storage_data.values()]
+        assert len(places) == len(set(places))
+
+
 def test_compiled_module_saves_and_loads_plain_names(tmp_path: Path) -> None:
     module = build("one")
     module.hidden = torch.compile(module.hidden)  # type: ignore[assignment]
@@ -124,26 +140,6 @@ def test_callback_may_hold_sharded_tensors(tmp_path: Path) -> None:
     for name in ("sharded.ckpt", "single.ckpt"):
         state = checkpoint.load(tmp_path / name)
         assert torch.equal(state["callbacks"]["average"][0], build("one").hidden.weight.detach())
-
-
-def assert_same(first: Any, second: Any, atol: float = 0.0) -> None:
-    """Equal trees: the same keys in the same order, the same types, tensors within ``atol``."""
-    ours, theirs = _flat(first), _flat(second)
-    assert list(ours) == list(theirs)
-    for path, value in ours.items():
-        other = theirs[path]
-        assert type(value) is type(other), path
-        if isinstance(value, Tensor):
-            assert value.dtype == other.dtype, path
-            torch.testing.assert_close(value, other, rtol=0, atol=atol, msg=str(path))
-        else:
-            assert value == other, path
-
-
-def _flat(tree: Any) -> dict[Any, Any]:
-    leaves: dict[Any, Any] = {}
-    map_leaves(tree, lambda path, value: leaves.setdefault(path, value))
-    return leaves
 
 
 def _full_state(path: Path) -> dict[str, Any]:
@@ -168,6 +164,19 @@ def _roundtrip(layout: str, path: Path, sharded: bool) -> bool:
 
     assert_same(map_leaves(snapshot(other, other_optimizer), local), map_leaves(saved, local))
     return True
+
+
+def _save_divided_and_whole(folder: Path, sharded: bool) -> None:
+    module, whole = build("shard"), build("one", seed=1)
+    optimizer = make_optimizer(module, "adamw")
+    train(module, optimizer, range(2))
+    divided, names = snapshot(module, optimizer), checkpoint.parameter_names(module)
+    checkpoint.save(divided, folder / "divided.ckpt", sharded=sharded)
+    whole.load_state_dict({name: checkpoint.full(value) for name, value in divided["state_dict"].items()})
+    del module  # what the optimizer holds is no module's any more
+    states = [checkpoint.optimizer_state_by_name(optimizer, names)]
+    given_back = {**divided, "state_dict": checkpoint.model_state(whole), "optimizer_states": states}
+    checkpoint.save(given_back, folder / "whole.ckpt", sharded=sharded)
 
 
 class Factored(torch.optim.Optimizer):

@@ -19,7 +19,7 @@ from recipes.image_classification.models import vision_transformer
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
-from tests.recipes.test_parity import RUNS, VOCABULARY
+from tests.recipes.runs import RUNS, VOCABULARY
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from lightning_dist import checkpoint
+from lightning_dist.pytree import map_leaves
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
@@ -141,3 +142,23 @@ def damage(path: Path) -> None:
             at = content.index(archive.read(largest)) + largest.file_size // 2
     content[at] ^= 1
     path.write_bytes(content)
+
+
+def assert_same(first: Any, second: Any, atol: float = 0.0) -> None:
+    """Equal trees: the same keys in the same order, the same types, tensors within ``atol``."""
+    ours, theirs = _flat(first), _flat(second)
+    assert list(ours) == list(theirs)
+    for path, value in ours.items():
+        other = theirs[path]
+        assert type(value) is type(other), path
+        if isinstance(value, Tensor):
+            assert value.dtype == other.dtype, path
+            torch.testing.assert_close(value, other, rtol=0, atol=atol, msg=str(path))
+        else:
+            assert value == other, path
+
+
+def _flat(tree: Any) -> dict[Any, Any]:
+    leaves: dict[Any, Any] = {}
+    map_leaves(tree, lambda path, value: leaves.setdefault(path, value))
+    return leaves

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_dist import HybridStrategy
+from tests.support.models import BLOCK_PLAN
 
 LAYOUTS = [("dp_replicate=2", 2), ("dp_shard=2", 2), ("tp=2", 2), ("dp_replicate=2,dp_shard=2", 4)]
 
@@ -21,5 +22,5 @@ def strategy_of(layout: str | None, **options: Any) -> Any:
     """For the Trainer; of one process where there is no layout."""
     if layout is None:
         return "auto"
-    plan = {"*.up": "colwise", "*.down": "rowwise"} if "tp" in layout else None
+    plan = BLOCK_PLAN if "tp" in layout else None
     return HybridStrategy(layout, tensor_plan=plan, **options)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from tests.data.strategies import LAYOUTS, strategy_of
 from tests.support import models
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, once
 from tests.support.ranks import run_on_ranks
 
 
@@ -123,7 +123,7 @@ def evaluate(layout: str | None, count: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
 @pytest.mark.parametrize("count", [3, 20, 22])
 def test_what_is_collected_by_hand_is_each_sample_once(layout: str, num_ranks: int, count: int) -> None:
-    one = evaluate(None, count)
+    one = once(evaluate, None, count)
     for rank in run_on_ranks(num_ranks, evaluate, layout, count):
         assert rank["callback"] == one["callback"]
         for found, expected in zip(rank["found"], one["found"], strict=True):
@@ -142,7 +142,7 @@ def gather_in_step(layout: str | None, count: int) -> Tensor:
 
 @pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
 def test_gathering_in_a_step_gives_each_row_once(layout: str) -> None:
-    one = gather_in_step(None, 22)
+    one = once(gather_in_step, None, 22)
     assert len(one) == 22
     first, second = run_on_ranks(2, gather_in_step, layout, 22)
     # rank 0 runs as many own batches as anyone, so it has all rounds

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tests.data.strategies import layouts, strategy_of
 from tests.support import models
-from tests.support.parity import QUIET, Run, assert_parity, whole_weights
+from tests.support.parity import QUIET, Run, assert_parity, once, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
 
 HOOKS = ["on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_epoch_start"]
@@ -69,7 +69,7 @@ def fit(layout: str | None, hook: str) -> tuple[int, int, dict[str, float]]:
     "hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_epoch_start"]
 )
 def test_a_stop_on_one_rank_stops_all_where_it_stops_one_process(layout: str, num_ranks: int, hook: str) -> None:
-    steps, epochs, logged = fit(None, hook)
+    steps, epochs, logged = once(fit, None, hook)
     for rank in run_on_ranks(num_ranks, fit, layout, hook):
         assert rank[:2] == (steps, epochs)
         assert rank[2] == pytest.approx(logged, rel=1e-4)
@@ -84,7 +84,7 @@ class SkipsSomeSteps(models.Classifier):
 @pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2"))
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_a_step_that_all_ranks_skip_is_as_in_one_process(layout: str, num_ranks: int, accumulate: int) -> None:
-    one = train_skipping(None, accumulate)
+    one = once(train_skipping, None, accumulate)
     for rank in run_on_ranks(num_ranks, train_skipping, layout, accumulate):
         for name, weight in one.items():
             torch.testing.assert_close(rank[name], weight, rtol=1e-5, atol=1e-6)

@@ -20,9 +20,8 @@ from torch.utils.data import (
 )
 
 from tests.data.strategies import layouts, strategy_of
-from tests.data.test_streams import Losses
 from tests.support import models
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, Losses, once
 from tests.support.ranks import run_on_ranks
 
 
@@ -69,12 +68,12 @@ def run(layout: str | None, loaders: Any, options: dict[str, Any]) -> dict[str, 
     ranks = trainer.strategy.num_data_ranks if layout else 1  # type: ignore[attr-defined]
     training, evaluation = loaders(ranks)
     trainer.fit(module, training, evaluation)
-    return {"losses": losses.values, "read": module.read, "evaluated": module.evaluated, "steps": trainer.global_step}
+    return {"losses": losses.losses, "read": module.read, "evaluated": module.evaluated, "steps": trainer.global_step}
 
 
 def compare(layout: str, num_ranks: int, loaders: Any, options: dict[str, Any]) -> None:
     """Losses of every step, the samples of each, and those of the evaluations together."""
-    one = run(None, loaders, options)
+    one = once(run, None, loaders, options)
     ranks = run_on_ranks(num_ranks, run, layout, loaders, options)
     data_ranks = ranks[:1] if "tp" in layout else ranks
     for step, parts in enumerate(one["read"]):

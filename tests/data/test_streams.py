@@ -9,13 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tests.data.strategies import layouts, strategy_of
 from tests.support import models
-from tests.support.parity import QUIET, whole_weights
+from tests.support.parity import QUIET, Losses, once, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
 
 
@@ -83,14 +82,6 @@ class Reads(models.Classifier):
         super().validation_step(batch[:2], batch_idx)
 
 
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone())))
-
-
 def fit(
     layout: str | None, kind: type[Plain], workers: int, own_loader: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -107,7 +98,7 @@ def fit(
         loader = Batches(loader)
     trainer.fit(module, loader, DataLoader(kind(22), batch_size=4))
     return {
-        "losses": losses.values,
+        "losses": losses.losses,
         "read": module.read,
         "evaluated": module.evaluated,
         "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -119,7 +110,7 @@ def fit(
 @pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"))
 @pytest.mark.parametrize("kind", [Plain, Sized])
 def test_a_stream_that_nobody_deals_is_read_as_in_one_process(layout: str, num_ranks: int, kind: type[Plain]) -> None:
-    one = fit(None, kind, 0)
+    one = once(fit, None, kind, 0)
     ranks = run_on_ranks(num_ranks, fit, layout, kind, 0)
     for rank in ranks:
         torch.testing.assert_close(rank["losses"], one["losses"], rtol=1e-5, atol=1e-6)
@@ -133,7 +124,7 @@ def test_a_stream_that_nobody_deals_is_read_as_in_one_process(layout: str, num_r
 
 
 def test_a_loader_of_the_users_own_kind_is_dealt_too() -> None:
-    one = fit(None, Plain, 0, True)
+    one = once(fit, None, Plain, 0, True)
     for rank in run_on_ranks(2, fit, "dp_replicate=2", Plain, 0, True):
         torch.testing.assert_close(rank["losses"], one["losses"], rtol=1e-5, atol=1e-6)
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_dist.divided import Divided, as_divided, readers
-from lightning_dist.parallel.tensor.shards import placement, shard_of
+from lightning_dist.parallel.tensor.shards import shard_of, shard_placement
 from tests.divided.functions import READS, WHOLE, WRITES
 from tests.support.ranks import run_on_ranks
 
@@ -42,7 +42,7 @@ def packed(whole: Tensor) -> DTensor:
 
 
 def _on_tensor_axis(whole: Tensor, dim: int, pieces: int) -> DTensor:
-    mesh, place = _mesh("tp"), placement(dim, pieces)
+    mesh, place = _mesh("tp"), shard_placement(dim, pieces)
     part = shard_of(whole, place, mesh)
     return DTensor.from_local(part, mesh, [place], run_check=False, shape=whole.shape, stride=whole.stride())
 

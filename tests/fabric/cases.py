@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, 
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_dist import Layout
-from recipes.benchmark.collectives import Collectives
 from tests.fabric.loop import Loop, Net, Training, fabric_for, momentum
+from tests.support.collectives import Collectives
 from tests.support.models import CLASSES, WIDTH, samples
 from tests.support.parity import whole_weights
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_dist import checkpoint as checkpoints
 from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Net, Training, fabric_for, go_on, save, train
-from tests.support.parity import assert_equal, slow, whole_weights
+from tests.support.parity import assert_equal, once, slow, whole_weights
 from tests.support.ranks import run_on_ranks
 
 LOOP = Loop(clip={"max_norm": 0.3}, schedules=True, count=12)
@@ -56,7 +56,7 @@ def test_single_file_is_that_of_plain_fabric(saved: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(("layout", "num_ranks"), [case if case[1] < 4 else slow(*case) for case in INTO])
 def test_goes_on_from_every_layout(layout: str | None, num_ranks: int, saved: dict[str, Path]) -> None:
-    expected = train(LOOP, None)
+    expected = once(train, LOOP, None)
     # plain Fabric reads files; a directory is read by ours in one process, too
     paths = [path for path in saved.values() if layout is not None or path.is_file()]
     assert len(paths) == (2 if layout is None else 5)
@@ -114,7 +114,7 @@ def test_loads_some_of_it(layout: str, num_ranks: int, saved: dict[str, Path], t
 def test_directory_is_converted_to_a_file(saved: dict[str, Path], tmp_path: Path) -> None:
     checkpoints.convert(saved["tp=2"], tmp_path / "whole.ckpt")
     record, _, _ = go_on(LOOP, "dp_replicate=1", tmp_path / "whole.ckpt")
-    expected = train(LOOP, None)
+    expected = once(train, LOOP, None)
     record.norms = expected.norms[:STEPS] + record.norms
     assert_equal(expected, record, TOLERANCE)
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.fabric import cases
 from tests.fabric.loop import LAYOUTS, TOLERANCE
+from tests.support.parity import once, slow
 from tests.support.ranks import run_on_ranks
 
 DATA = LAYOUTS[:2]
@@ -23,21 +24,22 @@ def _assert_weights(expected: dict[str, torch.Tensor], found: dict[str, torch.Te
         assert (found[name] - weight).norm() <= tolerance * weight.norm().clamp(min=1e-6), name
 
 
+ON_ONE_AXIS = [cases.lightning_module, cases.forgotten_sync, cases.optimizer_first, cases.two_optimizers]
+
+
 @pytest.mark.parametrize(
     ("case", "layouts"),
     [
         (cases.adversaries, LAYOUTS),
-        (cases.lightning_module, LAYOUTS),
-        (cases.forgotten_sync, LAYOUTS),
-        (cases.optimizer_first, LAYOUTS),
-        (cases.two_optimizers, LAYOUTS),
         (cases.language_model, LAYOUTS),
         (cases.one_loss_optimizer, DATA),
+        *((case, LAYOUTS[:3]) for case in ON_ONE_AXIS),
+        *(slow(case, LAYOUTS[3:]) for case in ON_ONE_AXIS),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_equals_one_process(case: Callable[..., Any], layouts: list[tuple[str, int]]) -> None:
-    expected = case(None)
+    expected = once(case, None)
     for layout, num_ranks in layouts:
         for found in run_on_ranks(num_ranks, case, layout):
             _assert_weights(expected, found, 5 * TOLERANCE)
@@ -45,7 +47,7 @@ def test_equals_one_process(case: Callable[..., Any], layouts: list[tuple[str, i
 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
 def test_evaluation_equals_one_process(layout: str, num_ranks: int) -> None:
-    losses, weights, accuracy = cases.evaluation(None)
+    losses, weights, accuracy = once(cases.evaluation, None)
     for found_losses, found, found_accuracy in run_on_ranks(num_ranks, cases.evaluation, layout):
         torch.testing.assert_close(found_losses, losses, rtol=TOLERANCE, atol=1e-6)
         assert found_accuracy == pytest.approx(accuracy)
@@ -54,7 +56,7 @@ def test_evaluation_equals_one_process(layout: str, num_ranks: int) -> None:
 
 @pytest.mark.parametrize(("layout", "num_ranks"), [*DATA, ("tp=2", 2)])
 def test_orders_are_those_of_one_process(layout: str, num_ranks: int) -> None:
-    expected = cases.orders(None)
+    expected = once(cases.orders, None)
     for found in run_on_ranks(num_ranks, cases.orders, layout):
         assert found == expected
 
@@ -76,7 +78,7 @@ def test_ranks_that_are_seeded_apart_deal_one_order() -> None:
     ],
 )
 def test_options(layout: str, num_ranks: int, options: dict[str, Any]) -> None:
-    losses, weights = cases.with_options(None)
+    losses, weights = once(cases.with_options, None)
     for found_losses, found in run_on_ranks(num_ranks, partial(cases.with_options, layout, **options)):
         torch.testing.assert_close(found_losses, losses, rtol=TOLERANCE, atol=1e-6)
         _assert_weights(weights, found, TOLERANCE)
@@ -149,7 +151,7 @@ def test_ranks_skip_a_step_together(layout: str, num_ranks: int) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS[:3])
 def test_precision(layout: str, num_ranks: int, precision: str) -> None:
-    expected = cases.mixed(None, precision)
+    expected = once(cases.mixed, None, precision)
     for losses in run_on_ranks(num_ranks, cases.mixed, layout, precision):
         torch.testing.assert_close(losses, expected, rtol=5e-2, atol=0)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Tied, momentum, train
-from tests.support.parity import Record, assert_equal
+from tests.support.parity import Record, assert_equal, once
 from tests.support.ranks import run_on_ranks
 
 LOOPS = {
@@ -21,7 +21,7 @@ LOOPS = {
 @pytest.fixture(scope="module", params=LOOPS)
 def one(request: Any) -> tuple[Loop, Record]:
     loop = LOOPS[request.param]
-    return loop, train(loop, None)
+    return loop, once(train, loop, None)
 
 
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)

@@ -11,22 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.commands import ROOT, command, run
 from tests.launch.processes import noted_pids, running
-
-ROOT = Path(__file__).resolve().parents[2]
-PROBE_CONF = ["--config-dir", str(Path(__file__).parent / "conf")]
-
-
-def command(*arguments: str, directory: Path | None = None) -> list[str]:
-    places = [f"hydra.run.dir={directory}", f"hydra.sweep.dir={directory}"] if directory else []
-    own = ["experiment=probe", "targets=[tests.launch.probe]"]
-    return [sys.executable, "-m", "recipes.train", *PROBE_CONF, *arguments, *own, *places]
-
-
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "TORCHE"))}
-    clean |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    return subprocess.run(arguments, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120)
 
 
 def result(directory: Path) -> dict:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dist import HybridStrategy
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, once
 from tests.support.ranks import run_on_ranks
 from tests.user_code.networks import Classifier
 from tests.user_code.samples import loader, points
@@ -50,7 +50,7 @@ def _saved(module: L.LightningModule) -> dict[str, Tensor]:
     ["pp=2", *(pytest.param(f"pp=2,{axis}=2", marks=pytest.mark.slow) for axis in ("dp_replicate", "dp_shard", "tp"))],
 )
 def test_the_module_is_whole_on_every_rank(layout: str) -> None:
-    whole = _used(None)
+    whole = once(_used, None)
     for found in run_on_ranks(2 if layout == "pp=2" else 4, _used, layout):
         assert found["saved"].keys() == whole["saved"].keys()
         for name, value in whole["saved"].items():

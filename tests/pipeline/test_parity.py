@@ -19,11 +19,23 @@ from torch.utils.data import DataLoader, Subset
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.schedule import SCHEDULES
 from lightning_dist.placeholder import is_placeholder
-from recipes.benchmark.collectives import StepCollectives
-from tests.recipes.test_parity import RUNS
+from tests.recipes.runs import RUNS
 from tests.support import models
+from tests.support.collectives import StepCollectives
 from tests.support.models import few_samples, samples
-from tests.support.parity import QUIET, Record, Run, Watch, assert_equal, assert_parity, on_layout, train
+from tests.support.parity import (
+    QUIET,
+    Record,
+    Run,
+    Watch,
+    assert_equal,
+    assert_parity,
+    on_layout,
+    once,
+    one_process,
+    slow,
+    train,
+)
 from tests.support.ranks import RankError, RankPool, run_on_ranks
 
 ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
@@ -119,21 +131,15 @@ CASES: dict[str, tuple[Run, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow(name) if name == "compiled" else name for name in CASES])
 def test_training_equals_one_process(name: str) -> None:
     run, layout, num_ranks = CASES[name]
     assert_parity(run, layout, num_ranks)
 
 
-def deep() -> L.LightningModule:
-    module = models.Grouped()
-    module.net = models.Net(6)
-    return module
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_equals_one_process(schedule: str) -> None:
-    run = Run(deep, samples, few_samples, trainer=ACCUMULATE, strategy={"pipeline_schedule": schedule})
+    run = Run(models.deep, samples, few_samples, trainer=ACCUMULATE, strategy={"pipeline_schedule": schedule})
     assert_parity(run, "pp=2", 2)
 
 
@@ -168,12 +174,12 @@ def _answers(layout: str | None) -> tuple[Record, list[Any]]:
     trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1, callbacks=[watch], log_every_n_steps=1)
     trainer.fit(module, DataLoader(few_samples(), batch_size=5, collate_fn=nested))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return Record(watch.losses, watch.norms, logged, {}), module.seen
+    return Record(watch.losses, watch.norms(), logged, {}), module.seen
 
 
 def test_half_precision_stays_within_its_rounding() -> None:
     run = Run(models.Grouped, samples, few_samples, trainer={"precision": "16-mixed", "gradient_clip_val": 0.1})
-    one = train(run, None)
+    one = one_process(run)
     for record in on_layout(run, "pp=2", 2):
         torch.testing.assert_close(record.losses, one.losses, rtol=2e-3, atol=2e-3)
 
@@ -185,7 +191,7 @@ def test_a_rank_holds_its_stages_only() -> None:
 
 
 def _held() -> tuple[float, float]:
-    module = deep()
+    module = models.deep()
     whole = sum(p.numel() for p in module.parameters())
     trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2"), max_epochs=1)
     trainer.fit(module, DataLoader(samples(), batch_size=8))
@@ -196,7 +202,7 @@ def _held() -> tuple[float, float]:
 
 
 def test_predictions_come_whole_and_in_order() -> None:
-    one = _predict("dp_shard=1")
+    one = once(_predict, "dp_shard=1")
     for predicted in run_on_ranks(2, _predict, "pp=2"):
         assert torch.equal(one, predicted)
 
@@ -212,7 +218,7 @@ def _predict(layout: str) -> Tensor:
     ("saving", "saved_as", "loading"),
     [
         ("pp=2", "sharded", "pp=4"),
-        ("pp=2", "single", "pp=4"),
+        slow("pp=2", "single", "pp=4"),
         ("pp=2,dp_shard=2", "sharded", "dp_shard=2"),
         ("pp=2,dp_shard=2", "single", None),
         (None, "single", "pp=2,dp_shard=2"),
@@ -222,7 +228,7 @@ def _predict(layout: str) -> Tensor:
 def test_a_run_goes_on_under_another_layout(
     saving: str | None, saved_as: str, loading: str | None, tmp_path: Path
 ) -> None:
-    whole = _fit(tmp_path / "whole", None, 2, None)
+    whole = once(_fit, None, None, 2, None)
     first = _on(saving, tmp_path, 1, None, saved_as)
     second = _on(loading, tmp_path / "second", 2, tmp_path / "last.ckpt")
     torch.testing.assert_close([*first, *second], whole, rtol=1e-5, atol=1e-6)
@@ -237,17 +243,20 @@ def _on(layout: str | None, folder: Path, epochs: int, resume: Path | None, save
     return first
 
 
-def _fit(folder: Path, layout: str | None, epochs: int, resume: Path | None, saved_as: Any = "auto") -> list[float]:
+def _fit(
+    folder: Path | None, layout: str | None, epochs: int, resume: Path | None, saved_as: Any = "auto"
+) -> list[float]:
     L.seed_everything(1, verbose=False)
     world = torch.distributed.get_world_size() if layout is not None else 1
     strategy: Any = "auto" if layout is None else HybridStrategy(layout, checkpoint_format=saved_as)
     watch = Watch()
+    saving = [] if folder is None else [ModelCheckpoint(folder, save_last=True, save_top_k=0)]
     trainer = L.Trainer(
-        **{**QUIET, "enable_checkpointing": True},
+        **{**QUIET, "enable_checkpointing": bool(saving)},
         devices=world,
         strategy=strategy,
         max_epochs=epochs,
-        callbacks=[watch, ModelCheckpoint(folder, save_last=True, save_top_k=0)],
+        callbacks=[watch, *saving],
     )
     ranks = strategy.num_data_ranks if layout is not None else 1
     trainer.fit(models.Tied(), DataLoader(samples(), batch_size=8 // ranks), ckpt_path=resume)
@@ -317,7 +326,7 @@ def test_twenty_steps_on_three_axes_equal_one_process() -> None:
     pool = RankPool(8)
     run = RUNS["language_model"]
     try:
-        one, records = train(run, None), pool.run(8, train, run, "pp=2,dp_shard=2,tp=2", timeout=900)
+        one, records = one_process(run), pool.run(8, train, run, "pp=2,dp_shard=2,tp=2", timeout=900)
     finally:
         pool.close()
     for record in records:
@@ -347,10 +356,17 @@ def _counted(module: Any) -> tuple[dict[str, int], dict[str, int]]:
     return dict(seen.batches[-2].count), dict(seen.batches[-2].num_bytes)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true"])
-@pytest.mark.parametrize("layout", ["pp=2", "pp=2,dp_shard=2"])
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        ("pp=2", "32-true"),
+        ("pp=2,dp_shard=2", "64-true"),
+        slow("pp=2", "64-true"),
+        slow("pp=2,dp_shard=2", "32-true"),
+    ],
+)
 def test_a_module_that_was_cut_goes_on_in_later_runs(layout: str, precision: str) -> None:
-    one = _one_run_after_another(None, precision)
+    one = once(_one_run_after_another, None, precision)
     for values in run_on_ranks(4 if "," in layout else 2, _one_run_after_another, layout, precision):
         assert values == pytest.approx(one, rel=1e-5)
 
@@ -381,7 +397,7 @@ def test_a_module_that_was_cut_is_refused_elsewhere() -> None:
 
 
 def _elsewhere(layout: str, options: dict[str, Any]) -> None:
-    module = deep()
+    module = models.deep()
     for strategy in (HybridStrategy("pp=2"), HybridStrategy(layout, **options)):
         L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=1).fit(module, DataLoader(samples(), batch_size=8))
 
@@ -490,7 +506,7 @@ class TwoLoaders(models.Classifier):
 
 
 def test_each_loader_takes_its_own_way() -> None:
-    one = _of_two_loaders(None)
+    one = once(_of_two_loaders, None)
     for values in run_on_ranks(2, _of_two_loaders, "pp=2"):
         assert values == pytest.approx(one, rel=1e-5)
 

@@ -19,12 +19,10 @@ from lightning_dist.explain import build_deferred
 from lightning_dist.parallel.pipeline.timeline import Event
 from lightning_dist.report import LayoutReport
 from lightning_dist.report.timeline import draw, waiting
-from tests.pipeline.test_parity import deep
-from tests.recipes.test_parity import Blocks
-from tests.support.models import samples
+from tests.recipes.runs import Blocks, uneven_decoder
+from tests.support.models import deep, samples
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
-from tests.test_explain import uneven_decoder
 
 
 def _reports(layout: str, schedule: str) -> tuple[LayoutReport, LayoutReport]:

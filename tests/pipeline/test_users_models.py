@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lightning_dist import HybridStrategy
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, once
 from tests.support.ranks import run_on_ranks
 
 SIZE = 64
@@ -208,7 +208,7 @@ def _on_pipeline(name: str, options: dict[str, Any]) -> tuple[list[float], dict[
     ],
 )
 def test_as_in_one_process(name: str, options: dict[str, Any]) -> None:
-    losses, logged = _fit(name, None)
+    losses, logged = once(_fit, name, None)
     for got, got_logged in run_on_ranks(2, _on_pipeline, name, options):
         assert got == pytest.approx(losses, rel=1e-5)
         assert got_logged == pytest.approx(logged, rel=1e-5)

@@ -12,7 +12,7 @@ from lightning_dist.explain import build_deferred
 from recipes import targets
 from recipes.config_errors import ConfigError
 from recipes.explain import from_overrides
-from tests.launch.test_train import command, run
+from tests.launch.commands import command, run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,6 +22,10 @@ def samples(count: int = 64, seed: int = 3) -> Dataset:
     return TensorDataset(x, (x[:, :CLASSES] + 0.3 * x[:, -CLASSES:]).argmax(1))
 
 
+BLOCK_PLAN = {"*.up": "colwise", "*.down": "rowwise"}
+"""What ``tp`` divides of the blocks below: they are too small for it to know them."""
+
+
 def few_samples() -> Dataset:
     """13: divides by no number of ranks or batch size used here."""
     return samples(13, seed=4)
@@ -123,6 +127,13 @@ class Grouped(Classifier):
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def deep() -> L.LightningModule:
+    """Six blocks, trained in groups."""
+    module = Grouped()
+    module.net = Net(6)
+    return module
 
 
 class Plateau(Classifier):

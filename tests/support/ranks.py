@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
 MAX_RANKS = 4
-MAX_THREADS = 80
 IMPORTED = [
     "tests.support.parity",
     "recipes.language_model.module",
@@ -97,10 +97,7 @@ class RankPool:
             job = pickle.dumps((function, args, num_ranks, str(Path(folder) / "store")))
             for pipe in self._pipes[:num_ranks]:
                 pipe.send_bytes(job)
-            try:
-                return self._collect(num_ranks, timeout, timeout if patience is None else patience)
-            finally:
-                self._renew()
+            return self._collect(num_ranks, timeout, timeout if patience is None else patience)
 
     def _collect(self, num_ranks: int, timeout: float, patience: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -129,16 +126,6 @@ class RankPool:
                 self.close()
             raise RankError("\n".join(errors), results)
         return [results[rank] for rank in range(num_ranks)]
-
-    def _renew(self) -> None:
-        """Ends ranks in which threads of many groups are left, which slow each other down.
-
-        Every new network leaves the world's group of its job behind, and its three threads (something in torch keeps
-        it; not found yet).
-        """
-        tasks = [Path(f"/proc/{process.pid}/task") for process in self._processes]
-        if any(folder.is_dir() and len(list(folder.iterdir())) > MAX_THREADS for folder in tasks):
-            self.close()
 
     def close(self) -> None:
         """Ends the processes; the next ``run`` starts new ones."""
@@ -172,6 +159,7 @@ def _serve(pipe: Connection, rank: int) -> None:
                 world_size=num_ranks,
                 timeout=timedelta(seconds=45),
             )
+            dist.barrier()  # a rank that ends its job at once would leave before the others have connected
             value = function(*args)
         except BaseException:
             error = traceback.format_exc()
@@ -180,12 +168,21 @@ def _serve(pipe: Connection, rank: int) -> None:
                 dist.destroy_process_group()
             for name in (*environment, "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
                 os.environ.pop(name, None)
+            _forget_meshes()
             gc.collect()
         try:
             answer = pickle.dumps((error, value))
         except Exception:
             answer = pickle.dumps((f"the result can't be pickled\n{traceback.format_exc()}", None))
         pipe.send_bytes(answer)
+
+
+def _forget_meshes() -> None:
+    """Clears DTensor's caches: their keys hold device meshes, which hold process groups and the groups' threads."""
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
+    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def _environment(rank: int, num_ranks: int) -> dict[str, str]:

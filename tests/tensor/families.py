@@ -202,3 +202,6 @@ FAMILIES: dict[str, Family] = {
         Weighing, lambda: (torch.randn(5, 2, 32), torch.randn(7, 2, 16), torch.randn(7, 2, 24)), 1, first=1
     ),
 }
+
+IMAGES_IN_WINDOWS = ("timm swin", "torchvision swin")
+WITHOUT_CHAIN = (*IMAGES_IN_WINDOWS, "mixer", "torch attention")

@@ -17,7 +17,7 @@ from lightning_dist import HybridStrategy, Layout
 from lightning_dist.checkpoint import convert
 from recipes.image_classification import ImageClassifier
 from recipes.image_classification.models import vision_transformer
-from tests.recipes.test_parity import RUNS
+from tests.recipes.runs import RUNS
 from tests.support.parity import QUIET, Watch, slow
 from tests.support.ranks import run_on_ranks
 

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
+from tests.support.collectives import Collectives
 from tests.support.ranks import run_on_ranks
-from tests.tensor.families import FAMILIES
-
-
-class Counted(TorchDispatchMode):
-    """Counts collectives by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.replace("_", "")
-        kind = next((k for k in ("allreduce", "allgather", "reducescatter", "broadcast") if name.startswith(k)), None)
-        if func.namespace in ("c10d", "_c10d_functional") and kind is not None:
-            self.counts[kind] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+from tests.tensor.families import FAMILIES, WITHOUT_CHAIN
+from tests.tensor.networks import whole
 
 
 def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) -> dict[str, Any]:
@@ -54,9 +35,9 @@ def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) ->
         family.loss(divided)  # the first run proves the parts, which costs collectives of its own
     expected = family.loss(plain)
     expected.backward()
-    with Counted() as forward:
+    with Collectives() as forward:
         loss = family.loss(divided)
-    with Counted() as backward:
+    with Collectives() as backward:
         loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     gradients = _differences(plain, divided, set(partial_parameters(divided, sharding_plan)))
@@ -71,8 +52,8 @@ def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) ->
         "plan": {n: part.split for n, part in sharding_plan.tensor_plan.items()},
         "stacks": len(sharding_plan.sequence_blocks),
         "gradients": gradients,
-        "forward": dict(forward.counts),
-        "backward": dict(backward.counts),
+        "forward": dict(forward.count),
+        "backward": dict(backward.count),
         "names": [n for n, _ in divided.named_parameters()] == [n for n, _ in plain.named_parameters()],
         "divided": [n for n, p in divided.named_parameters() if isinstance(p, DTensor)],
     }
@@ -107,11 +88,11 @@ def test_a_family_on_the_tensor_axis_equals_one_process(name: str) -> None:
         assert answer["gradients"] == {}
         assert answer["divided"]
         weights = 1 if name == "torch attention" else 0
-        assert answer["forward"].get("allreduce") == family.parts + family.lookups + weights, answer["plan"]
-        assert answer["forward"].get("allgather", 0) <= bool(family.lookups)
+        assert answer["forward"].get("all-reduce") == family.parts + family.lookups + weights, answer["plan"]
+        assert answer["forward"].get("all-gather", 0) <= bool(family.lookups)
         head = 1 if family.lookups else 0
-        assert answer["backward"].get("allreduce", 0) == family.parts + family.crossing + head - family.first
-        assert set(answer["backward"]) <= {"allreduce"}
+        assert answer["backward"].get("all-reduce", 0) == family.parts + family.crossing + head - family.first
+        assert set(answer["backward"]) <= {"all-reduce"}
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.lookups])
@@ -120,12 +101,8 @@ def test_a_divided_loss_equals_one_process_and_never_gathers(name: str) -> None:
     gathers = name == "recipe decoder"  # whose loss here is no cross entropy
     for answer in run_on_ranks(2, _compare, name, True, timeout=60):
         assert answer["gradients"] == {}
-        assert gathers or answer["forward"] == {"allreduce": family.parts + family.lookups + 2}
-        assert answer["backward"] == {"allreduce": family.parts + family.crossing + 1}
-
-
-IMAGES_IN_WINDOWS = ("timm swin", "torchvision swin")
-WITHOUT_CHAIN = (*IMAGES_IN_WINDOWS, "mixer", "torch attention")
+        assert gathers or answer["forward"] == {"all-reduce": family.parts + family.lookups + 2}
+        assert answer["backward"] == {"all-reduce": family.parts + family.crossing + 1}
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_CHAIN])
@@ -136,12 +113,12 @@ def test_divided_positions_equal_one_process_with_the_same_bytes(name: str) -> N
         assert answer["gradients"] == {}
         head = 1 if family.lookups else 0
         stacks = answer["stacks"]
-        assert answer["forward"].get("allreduce", 0) == family.lookups
-        assert answer["forward"]["reducescatter"] == family.parts
-        assert answer["forward"]["allgather"] == family.parts + stacks + head
-        assert answer["backward"].get("allreduce", 0) == family.crossing + head
-        assert answer["backward"]["reducescatter"] == family.parts - family.first
-        assert answer["backward"]["allgather"] == family.parts + (stacks if not family.first else 0)
+        assert answer["forward"].get("all-reduce", 0) == family.lookups
+        assert answer["forward"]["reduce-scatter"] == family.parts
+        assert answer["forward"]["all-gather"] == family.parts + stacks + head
+        assert answer["backward"].get("all-reduce", 0) == family.crossing + head
+        assert answer["backward"]["reduce-scatter"] == family.parts - family.first
+        assert answer["backward"]["all-gather"] == family.parts + (stacks if not family.first else 0)
 
 
 @pytest.mark.parametrize("name", WITHOUT_CHAIN)

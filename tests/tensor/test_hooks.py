@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dist.parallel.tensor.axis import TensorAxis
-from lightning_dist.parallel.tensor.split import split
-from lightning_dist.patches import Patches
-from lightning_dist.plans import find_blocks
-from lightning_dist.plans.tensor import TensorOptions, partial_parameters
+from tests.support.collectives import Collectives
 from tests.support.ranks import RankError, run_on_ranks
 from tests.tensor.families import FAMILIES
-from tests.tensor.test_families import Counted, whole
-from tests.tensor.test_positions import Network, _inputs
+from tests.tensor.networks import Network, divided_copy, inputs, whole
 
 HOOKED = ["timm vit norms", "llama", "bert", "torch transformer", "eva", "t5", "timm swin", "mixer"]
-
-
-def _divided(plain: nn.Module, sequence_parallel: bool = False, loss_parallel: bool = False) -> tuple[Any, TensorAxis]:
-    network = copy.deepcopy(plain)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
-    sharding_plan = TensorOptions(None, sequence_parallel, loss_parallel).sharding_plan(
-        network, mesh.size(), find_blocks(network)
-    )
-    assert sharding_plan is not None
-    split(network, sharding_plan, mesh, patches=Patches())
-    return network, TensorAxis(network, partial_parameters(network, sharding_plan), mesh)
 
 
 def _leaves(network: nn.Module) -> list[str]:
@@ -83,7 +66,7 @@ def _assert_same(found: Any, expected: Any) -> None:
 def _look(family: str) -> None:
     torch.manual_seed(0)
     plain = FAMILIES[family].network()
-    divided, axis = _divided(plain)
+    divided, axis = divided_copy(plain)
     loss = FAMILIES[family].loss
     found = _trained(divided, loss, axis)
     _assert_same(found, _trained(plain, loss))
@@ -113,7 +96,7 @@ class Uneven(nn.Module):
 def _change(num_calls: int) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(8, 8), Uneven(), Uneven())
-    divided, axis = _divided(plain)
+    divided, axis = divided_copy(plain)
     x = torch.randn(3, 5, 8)
     found = []
     for network, own in ((divided, axis), (plain, None)):
@@ -152,10 +135,10 @@ def test_what_hooks_change_goes_on_and_gradients_they_keep_are_whole(num_calls: 
 def _positions() -> None:
     torch.manual_seed(0)
     plain = Network()
-    divided, axis = _divided(plain, sequence_parallel=True)
+    divided, axis = divided_copy(plain, sequence_parallel=True)
 
     def loss(network: nn.Module) -> Tensor:
-        return network(*_inputs()).square().mean()
+        return network(*inputs()).square().mean()
 
     for _ in range(2):
         for network in (plain, divided):
@@ -168,9 +151,9 @@ def test_hooks_inside_of_blocks_see_all_positions() -> None:
 
 
 def _on_block(kind: str) -> None:
-    divided, _ = _divided(Network(), sequence_parallel=True)
+    divided, _ = divided_copy(Network(), sequence_parallel=True)
     getattr(divided.blocks[0], f"register_{kind}")(lambda *_: None)
-    divided(*_inputs())
+    divided(*inputs())
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
@@ -180,7 +163,7 @@ def test_hooks_on_blocks_that_hand_on_positions_are_refused(kind: str) -> None:
 
 
 def _backward(kind: str, layer: str) -> None:
-    divided, _ = _divided(nn.Sequential(nn.Linear(8, 8), Uneven()))
+    divided, _ = divided_copy(nn.Sequential(nn.Linear(8, 8), Uneven()))
     getattr(divided.get_submodule(layer), f"register_{kind}")(lambda *_: None)
     divided(torch.randn(3, 8)).sum().backward()
 
@@ -201,7 +184,7 @@ class Merging(Uneven):
 
 
 def _merged(batch_size: int) -> None:
-    divided, _ = _divided(nn.Sequential(nn.Linear(8, 8), Merging()))
+    divided, _ = divided_copy(nn.Sequential(nn.Linear(8, 8), Merging()))
     divided[1].act.register_forward_hook(lambda *_: None)
     divided(torch.randn(batch_size, 8))
     divided(torch.randn(6, 8))
@@ -215,7 +198,7 @@ def test_an_activation_that_is_no_known_part_is_refused(batch_size: int, why: st
 
 
 def _count(hooks: bool) -> tuple[int, dict[str, int]]:
-    divided, _ = _divided(nn.Sequential(nn.Linear(8, 8), Uneven()))
+    divided, _ = divided_copy(nn.Sequential(nn.Linear(8, 8), Uneven()))
     num_calls = 0
 
     def count(*_: Any) -> None:
@@ -227,14 +210,14 @@ def _count(hooks: bool) -> tuple[int, dict[str, int]]:
     x = torch.randn(3, 8)
     divided(x)
     assert num_calls == hooks
-    with Counted() as counted:
+    with Collectives() as counted:
         divided(x).sum().backward()
     assert num_calls == 2 * hooks
-    return num_calls, dict(tree_map(int, dict(counted.counts)))
+    return num_calls, dict(tree_map(int, dict(counted.count)))
 
 
 def test_a_hook_is_called_once_a_call_and_without_hooks_nothing_is_gathered() -> None:
     for _, counts in run_on_ranks(2, _count, False):
-        assert counts == {"allreduce": 2}
+        assert counts == {"all-reduce": 2}
     for _, counts in run_on_ranks(2, _count, True):
-        assert counts == {"allreduce": 2, "allgather": 3}
+        assert counts == {"all-reduce": 2, "all-gather": 3}

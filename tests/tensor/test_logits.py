@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from lightning_dist.parallel.tensor.vocab_parallel.logits import VocabLogits
 from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
+from tests.support.collectives import Collectives
 from tests.support.ranks import RankError, run_on_ranks
-from tests.tensor.test_families import Counted
 
 ROWS = 6
 
@@ -63,7 +63,7 @@ def _loss(size: int, kind: str, options: dict[str, Any]) -> dict[str, int]:
     if "ignore_index" in options:
         target = target.clamp(min=0)
     expected = F.cross_entropy(plain, target, **options)
-    with Counted() as counted:
+    with Collectives() as counted:
         loss = F.cross_entropy(logits, target, **options)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
         scale = torch.arange(1.0, 1 + loss.numel()).view_as(loss)
@@ -71,7 +71,7 @@ def _loss(size: int, kind: str, options: dict[str, Any]) -> dict[str, int]:
     (expected * scale).sum().backward()
     own = logits.vocabulary.own(plain.grad, -1)
     torch.testing.assert_close(columns.grad, own, rtol=1e-5, atol=1e-7)
-    return dict(counted.counts)
+    return dict(counted.count)
 
 
 @pytest.mark.parametrize("size", [8, 7, 3])
@@ -81,12 +81,12 @@ def test_cross_entropy_equals_torchs_in_two_small_collectives(size: int, kind: s
     """With three columns on two ranks one of them holds a single one; see the next test for none."""
     if kind == "probabilities" and options == "ignoring":
         return  # torch refuses it
-    assert run_on_ranks(2, _loss, size, kind, LOSSES[options]) == [{"allreduce": 2}] * 2
+    assert run_on_ranks(2, _loss, size, kind, LOSSES[options]) == [{"all-reduce": 2}] * 2
 
 
 def test_a_rank_without_columns_takes_part() -> None:
     """Four ranks, of which torch's chunk rule gives the last none of six columns."""
-    assert run_on_ranks(4, _loss, 6, "classes", {}) == [{"allreduce": 2}] * 4
+    assert run_on_ranks(4, _loss, 6, "classes", {}) == [{"all-reduce": 2}] * 4
 
 
 def _language_loss(dtype: torch.dtype) -> None:
@@ -98,10 +98,10 @@ def _language_loss(dtype: torch.dtype) -> None:
     def loss(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits[:, :-1].float().reshape(-1, size), target[:, 1:].reshape(-1))
 
-    with Counted() as counted:
+    with Collectives() as counted:
         found = loss(logits)
         found.backward()
-    assert counted.counts == {"allreduce": 2}
+    assert counted.count == {"all-reduce": 2}
     expected = loss(plain)
     expected.backward()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -145,25 +145,25 @@ LOOKS: dict[str, Callable[[Tensor], Any]] = {
 def _look(name: str) -> dict[str, int]:
     plain, columns, logits = _both(7)
     expected = LOOKS[name](plain)
-    with Counted() as forward:
+    with Collectives() as forward:
         found = LOOKS[name](logits)
     found_whole = found.full_tensor() if isinstance(found, VocabLogits) else found
     torch.testing.assert_close(found_whole, expected, rtol=1e-6, atol=1e-6)
     if expected.requires_grad:
         expected.square().sum().backward()
-        with Counted() as backward:
+        with Collectives() as backward:
             found.square().sum().backward()
-        assert not backward.counts
+        assert not backward.count
         torch.testing.assert_close(columns.grad, logits.vocabulary.own(plain.grad, -1), rtol=1e-5, atol=1e-6)
-    return dict(forward.counts)
+    return dict(forward.count)
 
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_code_that_looks_at_logits_sees_the_whole(name: str) -> None:
-    costs = {"arithmetic": {}, "shape": {}, "top-k sampling": {"allgather": 3}}  # it looks in three ways
+    costs = {"arithmetic": {}, "shape": {}, "top-k sampling": {"all-gather": 3}}  # it looks in three ways
     for counts in run_on_ranks(2, _look, name):
-        assert counts == costs[name] if name in costs else counts.get("allgather", 0) <= 1, counts
-        assert set(counts) <= {"allgather"}
+        assert counts == costs[name] if name in costs else counts.get("all-gather", 0) <= 1, counts
+        assert set(counts) <= {"all-gather"}
 
 
 def _written() -> None:

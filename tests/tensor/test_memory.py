@@ -19,7 +19,7 @@ from lightning_dist import HybridStrategy
 from recipes.benchmark.memory import HeldBytes
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
-from tests.recipes.test_parity import LENGTH, VOCABULARY, Blocks
+from tests.recipes.runs import LENGTH, VOCABULARY, Blocks
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
 

@@ -15,14 +15,13 @@ from recipes.image_classification import ImageClassifier
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
-from tests.recipes.test_parity import RUNS, VOCABULARY
-from tests.support.parity import Run, assert_parity, on_layout, train
+from tests.recipes.runs import RUNS, VOCABULARY
+from tests.support.parity import Run, assert_parity, on_layout, one_process, slow
 
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
-SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS[:2], pytest.param(*LAYOUTS[2], marks=SLOW)])
+@pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS[:2], slow(*LAYOUTS[2])])
 @pytest.mark.parametrize("recipe", RUNS)
 def test_twenty_steps_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:
     assert_parity(RUNS[recipe], layout, num_ranks)
@@ -32,7 +31,7 @@ def test_four_ranks_divide_four_heads() -> None:
     assert_parity(RUNS["image_classification"], "tp=4", 4)
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "num_ranks"), [LAYOUTS[0], *(slow(*layout) for layout in LAYOUTS[1:])])
 def test_accumulation_equals_one_process(layout: str, num_ranks: int) -> None:
     run = RUNS["language_model"]
     accumulating: Run = replace(run, trainer={**run.trainer, "accumulate_grad_batches": 3})
@@ -91,16 +90,22 @@ def uneven_decoder() -> L.LightningModule:
 
 @pytest.mark.parametrize(
     ("layout", "num_ranks", "loss_parallel"),
-    [("tp=2", 2, False), ("dp_shard=2,tp=2", 4, True), pytest.param("dp_replicate=2,tp=2", 4, True, marks=SLOW)],
+    [("tp=2", 2, False), ("dp_shard=2,tp=2", 4, True), slow("dp_replicate=2,tp=2", 4, True)],
 )
 def test_uneven_widths_equal_one_process(layout: str, num_ranks: int, loss_parallel: bool) -> None:
     run = replace(RUNS["language_model"], module=uneven_decoder, strategy={"loss_parallel": loss_parallel})
     assert_parity(run, layout, num_ranks)
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS[:2])
-@pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputed_blocks_equal_one_process(layout: str, num_ranks: int, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "layout", "num_ranks"),
+    [
+        ("full", *LAYOUTS[0]),
+        ("selective", *LAYOUTS[1]),
+        *(slow(*case) for case in (("full", *LAYOUTS[1]), ("selective", *LAYOUTS[0]))),
+    ],
+)
+def test_recomputed_blocks_equal_one_process(mode: str, layout: str, num_ranks: int) -> None:
     # without validation, so that the first run of a block is one that is recomputed
     run = replace(NORMS, strategy={"activation_checkpointing": mode}, val_data=None)
     assert_parity(run, layout, num_ranks)
@@ -114,8 +119,8 @@ def test_compiled_blocks_equal_one_process() -> None:
     ("recipe", "layout", "num_ranks"),
     [
         ("image_classification", "tp=2", 2),
-        *(("language_model", *layout) for layout in LAYOUTS[:2]),
-        pytest.param("language_model", *LAYOUTS[2], marks=SLOW),
+        ("language_model", *LAYOUTS[1]),
+        *(slow("language_model", *layout) for layout in (LAYOUTS[0], LAYOUTS[2])),
     ],
 )
 def test_divided_positions_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:
@@ -125,7 +130,7 @@ def test_divided_positions_equal_one_process(recipe: str, layout: str, num_ranks
     assert_parity(replace(run, strategy={"sequence_parallel": True}, trainer=trainer), layout, num_ranks)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("none", marks=SLOW), "full", pytest.param("selective", marks=SLOW)])
+@pytest.mark.parametrize("mode", [slow("none"), "full", slow("selective")])
 def test_uneven_positions_and_recomputed_blocks_equal_one_process(mode: str) -> None:
     strategy = {"sequence_parallel": True, "activation_checkpointing": mode}
     assert_parity(replace(NORMS, strategy=strategy), "dp_shard=2,tp=2", 4)
@@ -137,7 +142,7 @@ def test_divided_positions_of_four_ranks_equal_one_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_ranks", "loss_parallel"), [("tp=2", 2, False), ("tp=2", 2, True), ("dp_shard=2,tp=2", 4, True)]
+    ("layout", "num_ranks", "loss_parallel"), [("tp=2", 2, False), slow("tp=2", 2, True), ("dp_shard=2,tp=2", 4, True)]
 )
 def test_double_precision_equals_one_process_to_double_rounding(
     layout: str, num_ranks: int, loss_parallel: bool
@@ -146,7 +151,7 @@ def test_double_precision_equals_one_process_to_double_rounding(
     strategy = {"sequence_parallel": True, "loss_parallel": loss_parallel}
     run = RUNS["language_model"]
     run = replace(run, trainer={**run.trainer, "precision": "64-true"}, strategy=strategy, val_data=None)
-    one = train(run, None)
+    one = one_process(run)
     for record in on_layout(run, layout, num_ranks):
         torch.testing.assert_close(record.norms, one.norms, rtol=1e-10, atol=0)
         for name, weight in one.weights.items():
@@ -157,12 +162,12 @@ def test_double_precision_equals_one_process_to_double_rounding(
 
 @pytest.mark.parametrize(
     ("precision", "layout", "num_ranks"),
-    [("bf16-mixed", "tp=2", 2), ("bf16-mixed", "dp_shard=2,tp=2", 4), ("bf16-true", "tp=2", 2)],
+    [slow("bf16-mixed", "tp=2", 2), ("bf16-mixed", "dp_shard=2,tp=2", 4), ("bf16-true", "tp=2", 2)],
 )
 def test_sixteen_bits_train_as_in_one_process(precision: str, layout: str, num_ranks: int) -> None:
     """Within one unit in the last place of bfloat16: sums are taken in another order."""
     run = RUNS["language_model"]
     run = replace(run, trainer={**run.trainer, "precision": precision}, strategy={"sequence_parallel": True})
-    one = train(run, None)
+    one = one_process(run)
     for record in on_layout(run, layout, num_ranks):
         torch.testing.assert_close(record.losses, one.losses, rtol=2**-7, atol=0)

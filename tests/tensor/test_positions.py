@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,52 +16,9 @@ from lightning_dist.parallel.tensor.split import split
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
+from tests.support.collectives import Collectives
 from tests.support.ranks import RankError, run_on_ranks
-from tests.tensor.test_families import Counted, whole
-
-WIDTH, POSITIONS = 16, 7
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x).relu())
-
-
-class Conditioned(nn.Module):
-    """A block of a diffusion transformer: its norm is scaled by what a condition says."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
-        self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
-        self.mlp = Mlp()
-        self.drop = nn.Dropout(dropout)
-        self.drop_path = timm.layers.DropPath(dropout)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, -1)
-        return x + self.drop_path(self.drop(self.mlp(self.norm(x) * (1 + scale) + shift)))
-
-
-class Network(nn.Module):
-    """``between`` is what it does between its blocks."""
-
-    def __init__(self, between: Callable[[Tensor], Tensor] = lambda x: x, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.stem, self.embed = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList(Conditioned(dropout) for _ in range(2))
-        self.between = between
-        self.last = 2
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        x, condition = self.stem(x), self.embed(condition)
-        for block in self.blocks[: self.last]:
-            x = self.between(block(x, condition))
-        return x
+from tests.tensor.networks import POSITIONS, WIDTH, Conditioned, Network, inputs, whole
 
 
 def _divide(network: nn.Module) -> TensorAxis:
@@ -73,21 +29,16 @@ def _divide(network: nn.Module) -> TensorAxis:
     return TensorAxis(network, partial_parameters(network, sharding_plan), mesh)
 
 
-def _inputs() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(2)
-    return torch.randn(3, POSITIONS, WIDTH), torch.randn(3, WIDTH)
-
-
 def _conditioned() -> None:
     torch.manual_seed(0)
     plain = Network()
     divided = copy.deepcopy(plain)
     axis = _divide(divided)
     for network in (plain, divided):
-        F.mse_loss(network(*_inputs()), torch.ones(3, POSITIONS, WIDTH)).backward()
-    with Counted() as counted:
+        F.mse_loss(network(*inputs()), torch.ones(3, POSITIONS, WIDTH)).backward()
+    with Collectives() as counted:
         axis.after_backward()
-    assert counted.counts == {"allreduce": 1}
+    assert counted.count == {"all-reduce": 1}
     for (name, expected), parameter in zip(plain.named_parameters(), divided.parameters(), strict=True):
         torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -124,7 +75,7 @@ def _run(between: Callable[[Tensor], Tensor], last: int = 2) -> None:
     network = Network(between)
     axis = _divide(network)
     network.last = last
-    network(*_inputs())
+    network(*inputs())
     axis.after_step()
 
 
@@ -159,7 +110,7 @@ def _two_kinds() -> None:
     network.blocks.extend(OtherKind() for _ in range(2))
     axis = _divide(network)
     network.last = 4
-    network(*_inputs())
+    network(*inputs())
     axis.after_step()
 
 
@@ -185,7 +136,7 @@ def _mixing() -> None:
     network = Network()
     network.blocks = nn.ModuleList(MixingPositions() for _ in range(2))
     _divide(network)
-    network(*_inputs())
+    network(*inputs())
 
 
 def test_a_block_that_mixes_positions_itself_is_an_error() -> None:
@@ -231,14 +182,14 @@ def test_a_module_keeps_its_stacks() -> None:
 
 def _two_lengths() -> None:
     """Two runs before their backward passes, of lengths that leave a rank as many positions."""
-    from lightning_dist.parallel.checkpointing import checkpoint_activations
+    from lightning_dist.parallel.activation_checkpoint import checkpoint_activations
 
     torch.manual_seed(0)
     plain = Network()
     divided = copy.deepcopy(plain)
     axis = _divide(divided)
-    checkpoint_activations(divided, find_blocks(divided), "full")
-    x, condition = _inputs()
+    checkpoint_activations(divided, find_blocks(divided), "full", Patches())
+    x, condition = inputs()
     losses = []
     for network in (plain, divided):
         losses.append(

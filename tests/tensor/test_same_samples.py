@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_dist import HybridStrategy
 from tests.support import models
-from tests.support.models import samples
+from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET
 from tests.support.ranks import RankError, run_on_ranks
 
@@ -47,11 +47,8 @@ class Reader(models.Classifier):
         self.seen = [*getattr(self, "seen", []), batch]
 
 
-PLAN = {"*.up": "colwise", "*.down": "rowwise"}
-
-
 def _trainer(layout: str) -> L.Trainer:
-    strategy = HybridStrategy(layout, tensor_plan=PLAN)
+    strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN)
     return L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_epochs=1)
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.collectives import Collectives
 from tests.support.parity import TOLERANCE
 from tests.support.ranks import run_on_ranks
-from tests.tensor.test_families import Counted, whole
-from tests.tensor.test_hooks import _divided
-from tests.tensor.test_positions import Network, _inputs
+from tests.tensor.networks import Network, divided_copy, inputs, whole
 
 WIDTH, WORDS = 16, 13
 
@@ -62,7 +61,7 @@ def _critic(network: nn.Module) -> Tensor:
 
 
 def _positions(network: nn.Module) -> Tensor:
-    x, condition = (value.requires_grad_() for value in _inputs())
+    x, condition = (value.requires_grad_() for value in inputs())
     gradients = torch.autograd.grad(network(x, condition).square().sum(), [x, condition], create_graph=True)
     return sum(gradient.square().sum() for gradient in gradients)  # type: ignore[return-value]
 
@@ -91,7 +90,7 @@ def _compare(
     plain = network().double()
     torch.set_default_dtype(torch.float64)
     try:
-        divided, axis = _divided(plain, **options)
+        divided, axis = divided_copy(plain, **options)
         expected, found = loss(plain, *args), loss(divided, *args)
         expected.backward()
         found.backward()
@@ -144,18 +143,18 @@ def test_a_penalty_on_weights_that_each_rank_uses_in_part_counts_once(sequence_p
 def _asked(sequence_parallel: bool) -> None:
     torch.manual_seed(0)
     plain = Critic()
-    divided, axis = _divided(plain, sequence_parallel=sequence_parallel)
+    divided, axis = divided_copy(plain, sequence_parallel=sequence_parallel)
     _critic_loss(divided)  # proved
     expected = torch.autograd.grad(_penalty(plain), _norms(plain))
     found = torch.autograd.grad(_penalty(divided), _norms(divided))
     for value, other in zip(found, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=TOLERANCE, atol=1e-7)
     loss = _penalty(divided)
-    with Counted() as counted:
+    with Collectives() as counted:
         loss.backward()
         axis.after_backward()
     blocks = 2
-    assert counted.counts["allreduce"] + counted.counts["reducescatter"] == 2 * blocks + 1
+    assert counted.count["all-reduce"] + counted.count["reduce-scatter"] == 2 * blocks + 1
     reference = _penalty(plain)
     reference.backward()
     for value, other in zip(_norms(divided), _norms(plain), strict=True):

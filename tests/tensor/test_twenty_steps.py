@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dist.plans.tensor import find_tensor_plan
-from tests.support.parity import Record, Run, on_layout, train
-from tests.tensor.families import FAMILIES
-from tests.tensor.test_families import WITHOUT_CHAIN
+from tests.support.parity import Record, Run, on_layout, one_process
+from tests.tensor.families import FAMILIES, WITHOUT_CHAIN
 
 STEPS, ACCUMULATE, BATCH = 20, 2, 4
 TOLERANCE = 1e-5
@@ -99,19 +98,6 @@ def run_of(name: str, sequence_parallel: bool) -> Run:
     )
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Any:
-    """Records of one process, made once."""
-    records: dict[str, Record] = {}
-
-    def record(name: str) -> Record:
-        if name not in records:
-            records[name] = train(run_of(name, False), None)
-        return records[name]
-
-    return record
-
-
 def _assert_equal(one: Record, other: Record) -> None:
     torch.testing.assert_close(other.losses, one.losses, rtol=TOLERANCE, atol=TOLERANCE / 10)
     torch.testing.assert_close(other.norms, one.norms, rtol=TOLERANCE, atol=TOLERANCE / 10)
@@ -125,25 +111,23 @@ def _assert_equal(one: Record, other: Record) -> None:
         assert difference <= TOLERANCE, f"{name}: {difference:.1e}"
 
 
-def _compare(one_process: Any, name: str, layout: str, sequence_parallel: bool) -> None:
-    one = one_process(name)
+def _compare(name: str, layout: str, sequence_parallel: bool) -> None:
+    one = one_process(run_of(name, False))
     assert len(one.norms) == STEPS
     for record in on_layout(run_of(name, sequence_parallel), layout, LAYOUTS[layout]):
         _assert_equal(one, record)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_twenty_steps_equal_one_process(one_process: Any, name: str) -> None:
-    _compare(one_process, name, "dp_shard=2,tp=2", name not in WITHOUT_CHAIN)
+def test_twenty_steps_equal_one_process(name: str) -> None:
+    _compare(name, "dp_shard=2,tp=2", name not in WITHOUT_CHAIN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_twenty_steps_equal_one_process_under_every_layout(
-    one_process: Any, name: str, layout: str, sequence_parallel: bool
-) -> None:
+def test_twenty_steps_equal_one_process_under_every_layout(name: str, layout: str, sequence_parallel: bool) -> None:
     if sequence_parallel and name in WITHOUT_CHAIN:
         pytest.skip("refused, see test_families")
     tp = int(layout[-1])
@@ -151,4 +135,4 @@ def test_twenty_steps_equal_one_process_under_every_layout(
         number % tp for part in find_tensor_plan(FAMILIES[name].network()).values() for number in part.divides.values()
     ):
         pytest.skip("tp does not divide the heads")
-    _compare(one_process, name, layout, sequence_parallel)
+    _compare(name, layout, sequence_parallel)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.support.ranks import POOL, RankError, run_on_ranks
+from tests.support.ranks import RankError, run_on_ranks
 from tests.user_code.case import LAYOUTS, PIPELINES, Case, Degrees, degrees, num_data_ranks, num_ranks
 from tests.user_code.measure import whole
 from tests.user_code.training import Record, start, train
@@ -83,11 +83,7 @@ def fits(case: Case, layout: str, outcome: Outcome) -> bool:
 
 def _on_ranks(case: Case, ranks: int, layouts: Sequence[str]) -> list[list[Record]] | Outcome:
     try:
-        records = run_on_ranks(ranks, train_under, case.name, tuple(layouts), timeout=TIMEOUT, patience=PATIENCE)
-        if any(record.error for of_rank in records for record in of_rank):
-            # torch remembers groups by the ranks of a mesh, also those of a training that ended in the middle
-            POOL.close()
-        return records
+        return run_on_ranks(ranks, train_under, case.name, tuple(layouts), timeout=TIMEOUT, patience=PATIENCE)
     except RankError as error:
         words = " ".join(str(answer[-1].error) for answer in error.answers.values() if answer and answer[-1].error)
         late = "gave no answer" in str(error)

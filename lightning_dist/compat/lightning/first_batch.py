@@ -1,4 +1,4 @@
-"""Private names of Lightning by which a pipeline sees the first batch of a run, and a step without a Trainer."""
+"""Private names of Lightning around the first batch of a run, which a pipeline is partitioned by."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
@@ -171,24 +170,6 @@ def running_loop(trainer: pl.Trainer) -> Any:
     return trainer._active_loop
 
 
-@uses(f"{_FIT}._combined_loader")
-def loaders_of(loop: Any) -> Any:
-    """All loaders of a loop; None before they were asked for."""
-    return loop._combined_loader
-
-
-@uses(f"{_FIT}._combined_loader")
-def forget_loaders(loop: Any) -> None:
-    """Lets a loop ask for its loaders anew."""
-    loop._combined_loader = None
-
-
-@uses(f"{_FIT}._should_accumulate")
-def accumulates(trainer: pl.Trainer) -> bool:
-    """Whether no optimizer steps after the training batch that runs."""
-    return trainer.fit_loop._should_accumulate()
-
-
 @uses(f"{_EPOCH}._is_training_done")
 def is_at_last_step(trainer: pl.Trainer) -> bool:
     """Whether the training ends with the batch that runs."""
@@ -250,10 +231,7 @@ def is_of_tuner(finder: Any) -> bool:
     return bool(finder._early_exit)
 
 
-# --- trainer, strategies and launchers ---
-
-SubprocessScriptLauncher = _SubprocessScriptLauncher
-hands_on("lightning.pytorch.strategies.launchers._SubprocessScriptLauncher", "Starts the other processes of a script.")
+# --- trainer and strategies ---
 
 
 @uses("lightning.pytorch.Trainer._detect_anomaly")
@@ -266,17 +244,3 @@ def detects_anomaly(trainer: pl.Trainer) -> bool:
 def layer_sync(strategy: Any) -> Any:
     """The plugin by which ``sync_batchnorm=True`` converts layers; None without."""
     return getattr(strategy, "_layer_sync", None)
-
-
-@uses("lightning.pytorch.LightningModule._compiler_ctx")
-def compiled_steps(module: Any) -> dict[str, Any] | None:
-    """What says how the steps of a module were compiled, where ``torch.compile`` was given the LightningModule."""
-    return getattr(module, "_compiler_ctx", None)
-
-
-@uses("lightning.pytorch.LightningModule._compiler_ctx")
-def compile_steps(module: Any, steps: Iterable[str], context: dict[str, Any]) -> None:
-    """Compiles the steps of a module as Lightning did."""
-    for step in steps:
-        setattr(module, step, context["dynamo_ctx"](getattr(module, step)))
-    module._compiler_ctx = context

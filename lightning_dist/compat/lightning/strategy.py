@@ -278,3 +278,10 @@ def forget_loader_states(fit_loop: Any) -> None:
 def last_checkpoints(callback: Any, trainer: Any) -> set[Any]:
     """The files that Lightning chooses from for ``ckpt_path="last"``."""
     return set(callback._find_last_checkpoints(trainer))
+
+
+MODULE_ATTRIBUTES = ("_trainer", "_hparams", "_hparams_initial")
+"""Attributes in which a LightningModule keeps what Lightning gave it."""
+
+for _name in MODULE_ATTRIBUTES:
+    hands_on(f"lightning.pytorch.LightningModule.{_name}", "what belongs to Lightning among a module's attributes")

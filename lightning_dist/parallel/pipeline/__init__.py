@@ -2,7 +2,6 @@
 
 from lightning_dist.parallel.pipeline.batch_split import BatchSplit
 from lightning_dist.parallel.pipeline.options import PipelineOptions
-from lightning_dist.parallel.pipeline.other_stages import give_back_parameters, share_over_stages
 from lightning_dist.parallel.pipeline.partition import partition_module, partition_of, plan_stages
 from lightning_dist.parallel.pipeline.runner import PipelineRunner
 from lightning_dist.parallel.pipeline.stages import PartitionedModule, Stages
@@ -13,9 +12,7 @@ __all__ = [
     "PipelineOptions",
     "PipelineRunner",
     "Stages",
-    "give_back_parameters",
     "partition_module",
     "partition_of",
     "plan_stages",
-    "share_over_stages",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from lightning_dist.compat.torch import all_overloads, storage_id, writes_in_place
+from lightning_dist.compat.torch import all_overloads, memory_of, writes_in_place
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import deep_leaves
 
@@ -20,7 +20,7 @@ def cost_of_op(func: Any, args: Any, kwargs: Any, output: Any, inputs: list[Tens
     """Floating-point operations of an op with its backward: of matrix products, and of the memory that it touches."""
     if not any(is_placeholder(tensor) for tensor in made):
         return 0.0
-    is_view = {storage_id(tensor) for tensor in made} <= {storage_id(tensor) for tensor in inputs}
+    is_view = {memory_of(tensor) for tensor in made} <= {memory_of(tensor) for tensor in inputs}
     if is_view and not writes_in_place(func):
         return 0.0
     device = made[0].device.type

@@ -19,28 +19,31 @@ def hide_parameters(module: nn.Module, names: Iterable[str], device: torch.devic
     _exchange(module, {name: placeholder_parameter(module.get_parameter(name), device) for name in names})
 
 
-def give_back_parameters(
-    module: nn.Module, stages: Stages, group: dist.ProcessGroup, device: torch.device, onto: torch.device | None = None
-) -> None:
-    """Gives every rank the parameters and buffers of all stages, in place of placeholders; tied ones stay tied.
+def whole_over_stages(
+    module: nn.Module,
+    whole: Mapping[str, Tensor],
+    stages: Stages,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    onto: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """What makes the module whole: ``whole`` with the parameters of other stages. Buffers are made equal, in place.
 
     Communication over the pipeline: broadcasts of all parameters and of the buffers that stages use, of at most 64 MB
     (or one tensor) each, by the first rank that holds them.
 
     Args:
-        module: this rank's stages of it, whose parameters are plain and whole.
+        module: this rank's stages of it.
+        whole: the whole tensors, by name, of which this rank has parts.
         stages: of the module.
         group: the ranks of the pipeline.
         device: of the group's backend.
         onto: where parameters of other stages are to be; default: ``device``.
     """
-    named = {name: p for name, p in module.named_parameters() if name in stages.owners}
-    whole = share_over_stages(named, {name: stages.holders(name)[0] for name in named}, group, device, onto)
-    back = {name: nn.Parameter(whole[name], p.requires_grad) for name, p in named.items() if is_placeholder(p)}
-    for name, parameter in back.items():
-        vars(parameter).update(vars(named[name]))
-    _exchange(module, back)
     share_buffers(module, stages, group)
+    named = {name: whole.get(name, p) for name, p in module.named_parameters() if name in stages.owners}
+    shared = share_over_stages(named, {name: stages.holders(name)[0] for name in named}, group, device, onto)
+    return {**whole, **{name: tensor for name, tensor in shared.items() if tensor is not named[name]}}
 
 
 @torch.no_grad()

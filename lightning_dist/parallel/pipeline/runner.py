@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.data import Alone
+from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.pipeline import manual_optimization
 from lightning_dist.parallel.pipeline.constant_logs import ConstantLogs
 from lightning_dist.parallel.pipeline.microbatch_check import MicrobatchCheck
 from lightning_dist.parallel.pipeline.options import PipelineOptions
-from lightning_dist.parallel.pipeline.other_stages import share_buffers
+from lightning_dist.parallel.pipeline.other_stages import share_buffers, whole_over_stages
 from lightning_dist.parallel.pipeline.outcome import Outcome, fixed_numbers, left_in_parts
 from lightning_dist.parallel.pipeline.p2p import ended, first_link
 from lightning_dist.parallel.pipeline.parameter_view import ParameterView
@@ -34,13 +34,13 @@ from lightning_dist.parallel.pipeline.step_state import SplitBatch, StepInFlight
 from lightning_dist.parallel.pipeline.timeline import Timeline
 from lightning_dist.parallel.pipeline.trace import loss_of
 from lightning_dist.parallel.rehearsal import undone
-from lightning_dist.parallel.sharded import Sharded
+from lightning_dist.parallel.single_process import SingleProcessRunner
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held, is_placeholder
 from lightning_dist.random_states import kept_random_states, seed_microbatch
 
 
-class PipelineRunner(Alone):
+class PipelineRunner(SingleProcessRunner):
     """Every rank of the axis runs the user's step on the same microbatches, from one cut of the network to the next.
 
     [Note: the way of a batch under pp]
@@ -76,7 +76,7 @@ class PipelineRunner(Alone):
         options: PipelineOptions,
         group: dist.ProcessGroup,
         device: torch.device,
-        inner: Alone,
+        inner: SingleProcessRunner,
         data_group: dist.ProcessGroup | None,
         patches: Patches,
     ) -> None:
@@ -89,7 +89,7 @@ class PipelineRunner(Alone):
         self._last = self.stages.num_stages - 1
         self.timeline = Timeline(device)
         """Of the steps that torch's schedules run."""
-        divides = isinstance(inner, Sharded) or inner.tensor is not None
+        divides = isinstance(inner, FSDPRunner) or inner.tensor is not None
         self._plans = StagePlans(module, partitioned, device)
         self._gradients = StageGradients(module, self.stages, group, device)
         self._view = ParameterView(module, self.stages, group, device, divides, patches)
@@ -270,7 +270,7 @@ class PipelineRunner(Alone):
         """Of a batch of so many samples, and whether those are too few for the schedule."""
         number = self._options.microbatches(size, self.stages.num_ranks)
         num_parts = number or min(size, self._options.num_microbatches or size)
-        if not isinstance(self.inner, Sharded) or not self._options.reshard:
+        if not isinstance(self.inner, FSDPRunner) or not self._options.reshard:
             return num_parts, number is None
         # each microbatch gathers the shards anew, so the data ranks have to have as many
         agreed = torch.tensor([num_parts, int(number is not None)], device=self._device)
@@ -305,15 +305,15 @@ class PipelineRunner(Alone):
         return float(scale) / trainer.accumulate_grad_batches
 
     def _holding(self) -> AbstractContextManager[None]:
-        """Sharded parameters are gathered once for all microbatches, unless the user wants the memory."""
-        if isinstance(self.inner, Sharded):
+        """FSDPRunner parameters are gathered once for all microbatches, unless the user wants the memory."""
+        if isinstance(self.inner, FSDPRunner):
             return self.inner.over_microbatches(self._options.reshard)
         return nullcontext()
 
     def _plain_parameters(self) -> list[nn.Parameter]:
         """Those whose gradients autograd itself puts in place; fully_shard puts those of what it gathers."""
-        if isinstance(self.inner, Sharded):
-            return [*self.inner.usage.whole, *self.inner.usage.parts]
+        if isinstance(self.inner, FSDPRunner):
+            return [*self.inner.unused.whole, *self.inner.unused.parts]
         return held(self.module.parameters())
 
     def _parameters_of(self, stage: int) -> list[nn.Parameter]:
@@ -357,7 +357,7 @@ class PipelineRunner(Alone):
         """Puts the gradients of the last schedule in place; called by the loss's backward."""
         ratio = float(scale) / applied
         self._gradients.hand_over(ratio)
-        if isinstance(self.inner, Sharded):
+        if isinstance(self.inner, FSDPRunner):
             if abs(ratio - 1) > 1e-6:
                 raise ValueError(
                     "pp with dp_shard: the loss was scaled between training_step and its backward, by "
@@ -416,6 +416,11 @@ class PipelineRunner(Alone):
 
     def reshard(self) -> None:
         self.inner.reshard()
+
+    def whole_tensors(self, onto: torch.device | None = None) -> dict[str, Tensor]:
+        """Those of other stages too; see :func:`~.other_stages.whole_over_stages`."""
+        whole = super().whole_tensors(onto)
+        return whole_over_stages(self.module, whole, self.stages, self.group, self._device, onto)
 
     def share_buffers(self) -> None:
         """Every rank gets the buffers of the stage that uses them; see :func:`~.other_stages.share_buffers`."""

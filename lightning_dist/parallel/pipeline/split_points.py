@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dist.compat.torch import storage_id
+from lightning_dist.compat.torch import memory_of
 from lightning_dist.parallel.pipeline.trace import Call, Trace, Value
 from lightning_dist.pytree import deep_tensors
 
@@ -256,7 +256,7 @@ def _used_across(trace: Trace, ends: set[int]) -> dict[int, list[Value]]:
 
 
 def _shares_changes(boundary: list[Value], after: int) -> bool:
-    memory = [storage_id(value.tensor) for value in boundary]
+    memory = [memory_of(value.tensor) for value in boundary]
     changed = {m for value, m in zip(boundary, memory, strict=True) if value.mutated > after}
     return any(memory.count(m) > 1 for m in changed)
 

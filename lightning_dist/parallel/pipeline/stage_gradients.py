@@ -14,7 +14,7 @@ from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.pipeline.stages import Stages
-from lightning_dist.parallel.usage import filled
+from lightning_dist.parallel.unused_parameters import grad_or_zeros
 from lightning_dist.placeholder import held
 
 
@@ -94,7 +94,7 @@ class StageGradients:
             if not parameters:
                 continue
             used = [float(p.grad is not None) for p in parameters]
-            gradients = [local_part(filled(p)) for p in parameters]
+            gradients = [local_part(grad_or_zeros(p)) for p in parameters]
             flags = gradients[0].new_tensor(used)
             all_reduce_tensors([flags, *gradients], group)
             for parameter, is_used in zip(parameters, flags.tolist(), strict=True):
@@ -115,7 +115,7 @@ class StageGradients:
         dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
         used = told.tolist()
         buffers.send(number for number, is_written in enumerate(used[len(parameters) :]) if is_written)
-        gradients = [local_part(filled(p)) for p, is_used in zip(parameters, used, strict=False) if is_used]
+        gradients = [local_part(grad_or_zeros(p)) for p, is_used in zip(parameters, used, strict=False) if is_used]
         all_reduce_tensors(gradients, group, mean=True)
 
 

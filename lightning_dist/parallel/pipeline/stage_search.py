@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from lightning_dist.compat.torch import module_has_backward_hooks
+from lightning_dist.compat.torch import has_backward_hooks
 from lightning_dist.parallel.pipeline.balance import balanced, stage_costs
 from lightning_dist.parallel.pipeline.options import PipelineOptions
 from lightning_dist.parallel.pipeline.schedule import Schedule, schedule_named
@@ -48,7 +48,7 @@ def find_stages(
     """
     schedule = schedule_named(options.schedule)
     num_stages = schedule.num_stages(num_ranks)
-    hooked = [name for name, child in module.named_modules() if module_has_backward_hooks(child)]
+    hooked = [name for name, child in module.named_modules() if has_backward_hooks(child)]
     between = split_points(trace, [*blocks, *hooked])
     anywhere = between if keep_whole or not blocks else split_points(trace, hooked)
     if options.cuts is not None:

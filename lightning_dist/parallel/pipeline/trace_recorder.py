@@ -17,7 +17,7 @@ from lightning_dist.compat.torch import (
     TorchDispatchMode,
     call_uncompiled,
     disable_current_modes,
-    storage_id,
+    memory_of,
     writes_in_place,
     written_arguments,
 )
@@ -49,7 +49,7 @@ class TraceRecorder(TorchDispatchMode):
         self._buffer_names = {id(b): name for name, b in fake_module.module.named_buffers()}
         self._parameters_by_memory: dict[int, list[str]] = {}
         for name, parameter in fake_module.module.named_parameters():
-            self._parameters_by_memory.setdefault(storage_id(parameter), []).append(name)
+            self._parameters_by_memory.setdefault(memory_of(parameter), []).append(name)
         self._names: dict[int, str] = {}
         self._patches = Patches()
         self._alive: list[Any] = []
@@ -148,7 +148,7 @@ class TraceRecorder(TorchDispatchMode):
         value = self.trace.values.get(id(tensor))
         if value is None:
             value = self.trace.values[id(tensor)] = Value(tensor, number)
-            self._values_by_memory.setdefault(storage_id(tensor), []).append(value)
+            self._values_by_memory.setdefault(memory_of(tensor), []).append(value)
         return value
 
     def _note(self, inputs: list[Tensor], made: list[Tensor], cost: float) -> None:
@@ -176,7 +176,7 @@ class TraceRecorder(TorchDispatchMode):
                 continue
             if depends or is_placeholder(tensor):
                 if not is_placeholder(tensor):
-                    self._written.add(storage_id(tensor))
+                    self._written.add(memory_of(tensor))
                 self._value(tensor, number)
             elif drawn:
                 trace.drawn.setdefault(id(tensor), Value(tensor, number))
@@ -189,15 +189,15 @@ class TraceRecorder(TorchDispatchMode):
         number = self.trace.num_ops - 1
         depends = any(self._depends(tensor) for tensor in deep_tensors((args, kwargs)))
         for tensor in deep_tensors(written_arguments(func, args, kwargs)):
-            self.trace.written.update(self._parameters_by_memory.get(storage_id(tensor), ()))
+            self.trace.written.update(self._parameters_by_memory.get(memory_of(tensor), ()))
             if depends and not is_placeholder(tensor):
-                self._written.add(storage_id(tensor))
+                self._written.add(memory_of(tensor))
                 self._value(tensor, number).used = number
-            for value in self._values_by_memory.get(storage_id(tensor), ()):  # a change of a view is one of its base
+            for value in self._values_by_memory.get(memory_of(tensor), ()):  # a change of a view is one of its base
                 value.mutated = number
 
     def _depends(self, tensor: Tensor) -> bool:
-        return is_placeholder(tensor) or (bool(self._written) and storage_id(tensor) in self._written)
+        return is_placeholder(tensor) or (bool(self._written) and memory_of(tensor) in self._written)
 
 
 def _is_recomputed() -> bool:

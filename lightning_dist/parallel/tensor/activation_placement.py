@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather, scatter, scatter_to_sequence_region
-from lightning_dist.parallel.tensor.shards import placement, shard_of
+from lightning_dist.parallel.tensor.shards import shard_of, shard_placement
 
 PACKED = (1, 2, 3)
 """Into how many pieces, of each of which a rank has its part, an activation is cut: a gate and values; q, k and v."""
@@ -20,10 +20,10 @@ PACKED = (1, 2, 3)
 
 @dataclass(frozen=True)
 class ActivationPlacement:
-    """Of one activation.
+    """Where each rank's part of one activation lies in the whole.
 
     Args:
-        dim: along which it is divided; None if each rank has the whole, to use for its part (it entered).
+        dim: along which it is divided; None if each rank has the whole, to use for its part (copied to the region).
         packed: see :data:`PACKED`.
         length: of the whole, along ``dim``.
         is_positions: divided as in [Note: positions that are divided], with the length of the moment.
@@ -37,7 +37,7 @@ class ActivationPlacement:
     def whole(self, part: Tensor, mesh: DeviceMesh, num_positions: int) -> Tensor:
         """The whole, for what runs alike on every rank. Differentiable.
 
-        Communication: forward one all-gather, backward none; nothing for what entered.
+        Communication: forward one all-gather, backward none; nothing for what was copied.
         """
         if self.dim is None:
             return _Shared.apply(part, mesh.size())
@@ -51,7 +51,7 @@ class ActivationPlacement:
     def part(self, whole: Tensor, mesh: DeviceMesh) -> Tensor:
         """This rank's part of the whole, to go on with. Differentiable.
 
-        Communication: backward one all-gather; for what enters again, one all-reduce.
+        Communication: backward one all-gather; for what is copied again, one all-reduce.
         """
         if self.dim is None:
             return copy_to_tensor_region(whole, mesh)
@@ -64,7 +64,7 @@ class ActivationPlacement:
         return own.narrow(dim + 1, 0, self._present(mesh)).flatten(dim, dim + 1)
 
     def fits(self, part: Tensor, mesh: DeviceMesh) -> bool:
-        """Whether a part is as long as one in this place."""
+        """Whether a part is as long as one placed so."""
         if self.dim is None:
             return True
         return self.dim < part.ndim and (self.is_positions or part.shape[self.dim] == self.packed * self._present(mesh))
@@ -104,11 +104,11 @@ def find_placements(
     verdict = torch.tensor([fit for row in fits for fit in row], device=device)
     dist.all_reduce(verdict, dist.ReduceOp.MIN, mesh.get_group())
     agreed = iter(verdict.tolist())
-    places: list[ActivationPlacement | None] = []
+    placements: list[ActivationPlacement | None] = []
     for found in candidates:
-        fitting = [place for place, _ in found if next(agreed)]
-        places.append(fitting[0] if fitting else None)
-    return places
+        fitting = [placement for placement, _ in found if next(agreed)]
+        placements.append(fitting[0] if fitting else None)
+    return placements
 
 
 def _candidates(whole: Tensor, mesh: DeviceMesh, in_positions: bool) -> Iterator[tuple[ActivationPlacement, Tensor]]:
@@ -121,7 +121,7 @@ def _candidates(whole: Tensor, mesh: DeviceMesh, in_positions: bool) -> Iterator
             )
         for packed in PACKED:
             if length % packed == 0 and length // packed >= mesh.size():
-                yield ActivationPlacement(dim, packed, length), shard_of(whole, placement(dim, packed), mesh)
+                yield ActivationPlacement(dim, packed, length), shard_of(whole, shard_placement(dim, packed), mesh)
 
 
 def _is_close(part: Tensor, own: Tensor, rounding: Callable[[Tensor], float]) -> bool:

@@ -95,7 +95,7 @@ class EquivalenceCheck:
     def _gradient_difference(
         self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> float:
-        """Of the gradients that reach the inputs, between the part and the whole; 0 where none is asked for."""
+        """Between the part and the whole, of the gradients that reach the inputs; 0 where none is asked for."""
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not (region.copies_inputs and region.positions is None and leaves):
             return 0.0
@@ -148,7 +148,7 @@ def _told(module: nn.Module, what: str) -> str:
 
 
 def _gradients(output: Tensor, inputs: dict[int, Tensor]) -> Tensor | None:
-    """Of a sum of the output's elements, each times a number of its own, for all inputs, as one vector."""
+    """The gradients of a weighted sum of the output's elements with respect to all inputs, as one vector."""
     if not output.requires_grad:
         return None
     weights = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=output.dtype).view(output.shape)

@@ -38,7 +38,7 @@ _running: list[nn.Module] = []
 
 @dataclass
 class HooksInside:
-    """Of one module around a part; see [Note: hooks inside of a part].
+    """Shows the hooks below one module whole activations; see [Note: hooks inside of a part].
 
     Args:
         mesh: of the tensor axis.
@@ -77,7 +77,9 @@ class HooksInside:
 
     def _is_in_part(self, module: nn.Module, name: str) -> bool:
         calls = self._calls[name]
-        return not calls or any(place is not None for call in calls for places in call for place in places)
+        return not calls or any(
+            placement is not None for call in calls for placements in call for placement in placements
+        )
 
     @contextmanager
     def _wrapped(self, module: nn.Module, region: Region, hooked: dict[str, nn.Module]) -> Iterator[None]:
@@ -117,22 +119,22 @@ class HooksInside:
             self._calls[name] = []
             for call, is_shared in zip(of_part.calls[name], of_part.shared[name], strict=True):
                 args_, kwargs_, output = (
-                    [self._place(leaf, found, shared, module, name) for leaf in tree_leaves(values)]
+                    [self._placement(leaf, found, shared, module, name) for leaf in tree_leaves(values)]
                     for values, shared in zip(call, is_shared, strict=True)
                 )
                 self._calls[name].append((args_, kwargs_, output))
 
-    def _place(
+    def _placement(
         self, leaf: Any, found: Iterator[ActivationPlacement | None], shared: bool, module: nn.Module, name: str
     ) -> ActivationPlacement | None:
         if not isinstance(leaf, Tensor):
             return None
-        place = next(found)
-        if place is None:
+        placement = next(found)
+        if placement is None:
             refuse_hook(
                 module.get_submodule(name), name, f"an activation {tuple(leaf.shape)} is no part of the whole one"
             )
-        return None if place == ActivationPlacement() and not shared else place
+        return None if placement == ActivationPlacement() and not shared else placement
 
 
 def refuse_compiled_hooks(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a module finds under its names while something runs."""
+"""Attributes of modules that are other ones while something runs."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lightning_dist.parallel.tensor.mappings import (
 )
 
 DIM = 1
-"""Of positions, in (batch, positions, features)."""
+"""The dim of positions in (batch, positions, features)."""
 
 
 @dataclass

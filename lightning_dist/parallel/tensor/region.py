@@ -226,8 +226,8 @@ class Region:
             values[self.after] = _no_bias(module, self.after)
         values |= self._partial_views(module)
         values |= self.attributes
-        for name, place in self.buffers.items():
-            values[name] = shard_of(module.get_buffer(name), place, self.mesh)
+        for name, placement in self.buffers.items():
+            values[name] = shard_of(module.get_buffer(name), placement, self.mesh)
         return overridden(module, values)
 
 

@@ -12,7 +12,7 @@ from lightning_dist.compat.torch import StridedShard, own_parameters
 from lightning_dist.divided import whole
 
 
-def placement(dim: int, packed: int = 1) -> Placement:
+def shard_placement(dim: int, packed: int = 1) -> Placement:
     """Split along a dim; of each of ``packed`` equal pieces along it (q, k, v in one matrix) if there are several.
 
     See [Note: placements on the tensor axis].
@@ -20,18 +20,18 @@ def placement(dim: int, packed: int = 1) -> Placement:
     return Shard(dim) if packed == 1 else StridedShard(dim, split_factor=packed)
 
 
-def shard_of(tensor: Tensor, place: Placement, mesh: DeviceMesh) -> Tensor:
+def shard_of(tensor: Tensor, placement: Placement, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a whole tensor, a copy. Communication: none.
 
     Args:
         tensor: the same on every rank.
-        place: from :func:`placement`.
+        placement: from :func:`shard_placement`.
         mesh: of one axis.
     """
-    assert isinstance(place, (Shard, StridedShard))
-    pieces = tensor.chunk(getattr(place, "split_factor", 1), place.dim)
-    mine = [_chunk(piece, place.dim, mesh) for piece in pieces]
-    return torch.cat(mine, place.dim).clone()
+    assert isinstance(placement, (Shard, StridedShard))
+    pieces = tensor.chunk(getattr(placement, "split_factor", 1), placement.dim)
+    mine = [_chunk(piece, placement.dim, mesh) for piece in pieces]
+    return torch.cat(mine, placement.dim).clone()
 
 
 def on_axis(tensor: DTensor, axis: str) -> Tensor:
@@ -44,8 +44,8 @@ def on_axis(tensor: DTensor, axis: str) -> Tensor:
     others = [p for name, p in zip(names, tensor.placements, strict=True) if name != axis and not p.is_replicate()]
     if not others:
         return tensor.to_local()
-    place = tensor.placements[names.index(axis)]
-    return shard_of(whole(tensor), place, mesh[axis])
+    placement = tensor.placements[names.index(axis)]
+    return shard_of(whole(tensor), placement, mesh[axis])
 
 
 def _chunk(piece: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
@@ -55,14 +55,14 @@ def _chunk(piece: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
     return chunks[rank] if rank < len(chunks) else piece.narrow(dim, 0, 0)
 
 
-def split_parameter(root: nn.Module, owner: nn.Module, name: str, place: Placement, mesh: DeviceMesh) -> None:
+def split_parameter(root: nn.Module, owner: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:
     """Replaces a parameter, wherever it is tied, by a DTensor with its global shape. Communication: none.
 
     Args:
         root: in which other names of the parameter are looked for.
         owner: the module that has it.
         name: of the parameter in its owner; nothing happens if that is None or split already.
-        place: from :func:`placement`.
+        placement: from :func:`shard_placement`.
         mesh: of one axis.
     """
     if name not in own_parameters(owner):
@@ -73,9 +73,9 @@ def split_parameter(root: nn.Module, owner: nn.Module, name: str, place: Placeme
     plain = own_parameters(owner)[name]
     if plain is None or isinstance(plain, DTensor):
         return
-    part = shard_of(plain.detach(), place, mesh)
+    part = shard_of(plain.detach(), placement, mesh)
     split = nn.Parameter(
-        DTensor.from_local(part, mesh, [place], run_check=False, shape=plain.shape, stride=plain.stride()),
+        DTensor.from_local(part, mesh, [placement], run_check=False, shape=plain.shape, stride=plain.stride()),
         requires_grad=plain.requires_grad,
     )
     split.__dict__.update(plain.__dict__)  # marks that models put on their parameters

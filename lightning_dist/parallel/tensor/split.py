@@ -17,7 +17,7 @@ from lightning_dist.parallel.tensor.mappings import reduce_from_tensor_region
 from lightning_dist.parallel.tensor.positions import Positions
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.sequence_block import SequenceBlock
-from lightning_dist.parallel.tensor.shards import placement, split_parameter
+from lightning_dist.parallel.tensor.shards import shard_placement, split_parameter
 from lightning_dist.parallel.tensor.vocab_parallel.embedding import LocalRows
 from lightning_dist.parallel.tensor.vocab_parallel.logits import VocabLogits
 from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
@@ -69,10 +69,10 @@ class _Splitting:
             _refuse_replaced_forward(layer)
         for name, how in part.parameters.items():
             owner, _, leaf = name.rpartition(".")
-            split_parameter(self.root, module.get_submodule(owner), leaf, placement(*how), self.mesh)
+            split_parameter(self.root, module.get_submodule(owner), leaf, shard_placement(*how), self.mesh)
         for name, how in part.rows.items():
             layer = module.get_submodule(name)
-            split_parameter(self.root, layer, "weight", placement(*how), self.mesh)
+            split_parameter(self.root, layer, "weight", shard_placement(*how), self.mesh)
             row = Region(self.mesh, local=["weight"], after="bias", reduces_output=True, width=inputs(layer))
             row.attach(layer, self.patches)
         if not part.parameters:
@@ -89,7 +89,7 @@ class _Splitting:
             mesh,
             local=list(part.parameters),
             attributes={name: _divided(module, name, mesh.size()) for name in part.attributes},
-            buffers={name: placement(*how) for name, how in part.buffers.items()},
+            buffers={name: shard_placement(*how) for name, how in part.buffers.items()},
             copies_inputs=part.copies_inputs,
             stays=part.stays,
             mode=_mode(part, mesh),

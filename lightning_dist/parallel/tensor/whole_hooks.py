@@ -21,7 +21,7 @@ from lightning_dist.parallel.tensor.users_hooks import is_users
 from lightning_dist.pytree import tree_flatten, tree_unflatten
 
 Call = tuple[list[ActivationPlacement | None], list[ActivationPlacement | None], list[ActivationPlacement | None]]
-"""The places of positional arguments, of arguments by name and of outputs, of one call of a module."""
+"""The placements of positional arguments, of arguments by name and of outputs, of one call of a module."""
 
 
 class WholeHooks:
@@ -49,19 +49,19 @@ class WholeHooks:
         self._index += 1
 
     def _pre_hook(self, hook: Any, with_kwargs: bool, module: nn.Module, args: Any, *kwargs: Any) -> Any:
-        places = self._places(module)
-        whole = [self._whole(module, value, where) for value, where in zip((args, *kwargs), places, strict=False)]
+        placements = self._placements(module)
+        whole = [self._whole(module, value, where) for value, where in zip((args, *kwargs), placements, strict=False)]
         changed = hook(module, *whole)
         if changed is None:
             changed = whole if with_kwargs else whole[0]
         elif not with_kwargs and not isinstance(changed, tuple):
             changed = (changed,)
         if not with_kwargs:
-            return self._part(module, changed, places[0])
-        return tuple(self._part(module, value, where) for value, where in zip(changed, places, strict=False))
+            return self._part(module, changed, placements[0])
+        return tuple(self._part(module, value, where) for value, where in zip(changed, placements, strict=False))
 
     def _hook(self, hook: Any, with_kwargs: bool, module: nn.Module, args: Any, *others: Any) -> Any:
-        of_args, of_kwargs, of_output = self._places(module)
+        of_args, of_kwargs, of_output = self._placements(module)
         given = [self._whole(module, args, of_args)]
         if with_kwargs:
             given.append(self._whole(module, others[0], of_kwargs))
@@ -69,34 +69,34 @@ class WholeHooks:
         changed = hook(module, *given, output)
         return self._part(module, output if changed is None else changed, of_output)
 
-    def _places(self, module: nn.Module) -> Call:
+    def _placements(self, module: nn.Module) -> Call:
         if not self.calls:
             refuse_hook(module, self.name, "it did not run when it was compared with the whole one")
         return self.calls[min(self._index, len(self.calls) - 1)]
 
-    def _whole(self, module: nn.Module, value: Any, places: list[ActivationPlacement | None]) -> Any:
+    def _whole(self, module: nn.Module, value: Any, placements: list[ActivationPlacement | None]) -> Any:
         positions = self.region.positions
         length = 0 if positions is None else positions.length
 
-        def whole(place: ActivationPlacement, leaf: Tensor) -> Tensor:
-            if not place.fits(leaf, self.mesh):
+        def whole(placement: ActivationPlacement, leaf: Tensor) -> Tensor:
+            if not placement.fits(leaf, self.mesh):
                 refuse_hook(
                     module, self.name, f"an activation {tuple(leaf.shape)} is divided in another way than before"
                 )
-            return place.whole(leaf, self.mesh, length)
+            return placement.whole(leaf, self.mesh, length)
 
-        return self._mapped(module, value, places, whole)
+        return self._mapped(module, value, placements, whole)
 
-    def _part(self, module: nn.Module, value: Any, places: list[ActivationPlacement | None]) -> Any:
-        return self._mapped(module, value, places, lambda place, leaf: place.part(leaf, self.mesh))
+    def _part(self, module: nn.Module, value: Any, placements: list[ActivationPlacement | None]) -> Any:
+        return self._mapped(module, value, placements, lambda placement, leaf: placement.part(leaf, self.mesh))
 
-    def _mapped(self, module: nn.Module, value: Any, places: list[ActivationPlacement | None], change: Any) -> Any:
+    def _mapped(self, module: nn.Module, value: Any, placements: list[ActivationPlacement | None], change: Any) -> Any:
         leaves, spec = tree_flatten(value)
-        if len(leaves) != len(places):
+        if len(leaves) != len(placements):
             refuse_hook(module, self.name, "a hook changes how many values there are")
         changed = [
-            change(place, leaf) if place is not None and isinstance(leaf, Tensor) else leaf
-            for leaf, place in zip(leaves, places, strict=True)
+            change(placement, leaf) if placement is not None and isinstance(leaf, Tensor) else leaf
+            for leaf, placement in zip(leaves, placements, strict=True)
         ]
         return tree_unflatten(changed, spec)
 

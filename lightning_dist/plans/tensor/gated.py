@@ -63,19 +63,19 @@ def _read(graph: fx.Graph, module: nn.Module, dense: set[str]) -> tuple[tuple[st
     columns: list[str] = []
     row: str | None = None
     where: dict[fx.Node, frozenset[str]] = {}
-    """Of values between the layers: whose outputs they are made of."""
+    """Whose outputs the values between the layers are made of."""
     behind: set[fx.Node] = set()
-    entered: fx.Node | None = None
+    source: fx.Node | None = None
     for node in graph.nodes:
         inputs = node.all_input_nodes
         if node.op == "placeholder":
-            if node.users and entered is not None:
+            if node.users and source is not None:
                 return None
-            entered = node if node.users else entered
+            source = node if node.users else source
         elif node.op == "call_module" and node.target in dense:
             if node.target in columns or node.target == row or len(inputs) != 1:
                 return None
-            if inputs[0] is entered:
+            if inputs[0] is source:
                 columns.append(node.target)
                 where[node] = frozenset({node.target})
             elif row is None and len(columns) == 2 and where.get(inputs[0]) == frozenset(columns):

@@ -72,7 +72,7 @@ def general_plan(module: nn.Module) -> TensorPlan:
 
 
 def _module_plans(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
-    """Of one module: itself as a part, or layers of it; by name below it."""
+    """The plans of one module, or of layers of it, by name below it."""
     if isinstance(module, nn.MultiheadAttention):
         if part := _multihead(module):
             yield "", part
@@ -209,7 +209,8 @@ def _sequential(module: nn.Module) -> ModulePlan | None:
         return None
     names = [name for name, _ in module.named_children()]
     if names[0] != dense[0] or names[1] == dense[1]:
-        return None  # something before the first would see activations that entered; nothing between is no pair
+        # something before the first would see activations that were copied to the region; nothing between is no pair
+        return None
     return feed_forward_plan(module, (dense[0],), dense[1])
 
 

@@ -16,11 +16,11 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """A module that every rank runs on its heads or its columns: its activations enter whole.
+    """How one module is divided, which every rank runs on its heads or its columns.
 
     Args:
         parameters: what is divided, by name below the module (``"q_proj.weight"``).
-        rows: layers below it whose output is a partial sum, and leaves, by name, with the split of their weight.
+        rows: layers below it whose output is a partial sum, reduced over the axis, by name, with their weight's split.
         partial: replicated parameters below it that each rank uses on its part, so that their gradients are partial.
         buffers: buffers of which a rank sees its part.
         attributes: integers that a rank sees divided by the axis, by name below the module.
@@ -28,9 +28,10 @@ class ModulePlan:
         stays: names of arguments that are this rank's own already.
         width: features of all heads together, where the module reshapes to them; 0 where it doesn't.
         applied_row: a layer that writes back and is not called but applied, as in torchvision's shifted windows.
-        multihead: it calls ``F.multi_head_attention_forward``, which leaves by itself.
+        multihead: it calls ``F.multi_head_attention_forward``, which reduces by itself.
         vocabulary: its size, for an embedding or a head that are divided by it; 0 for others.
-        enters: False for a module inside another's part, or with rows only.
+        copies_inputs: its activations are whole, and each rank's part uses them; False for a module inside another's
+            part, or with rows only.
         split: in words, for the report.
     """
 

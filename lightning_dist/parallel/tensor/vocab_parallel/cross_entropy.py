@@ -173,11 +173,11 @@ class _Losses(torch.autograd.Function):
         columns, normalizer = ctx.saved_tensors
         targets = ctx.targets
         if torch.is_grad_enabled():  # create_graph=True
-            entered = copy_to_tensor_region(grad_losses, ctx.vocabulary.mesh)[:, None]
+            copied = copy_to_tensor_region(grad_losses, ctx.vocabulary.mesh)[:, None]
             softmax = _softmax(columns, normalizer, ctx.vocabulary)
             distribution = torch.zeros_like(softmax)
             targets.subtract_from(distribution)  # minus q, which depends on no column
-            return ((softmax * targets.mass[:, None] + distribution) * entered).to(columns.dtype), None, None
+            return ((softmax * targets.mass[:, None] + distribution) * copied).to(columns.dtype), None, None
         grad = (columns - normalizer[:, None]).exp_()
         grad.mul_(targets.mass[:, None])
         targets.subtract_from(grad)
@@ -187,8 +187,8 @@ class _Losses(torch.autograd.Function):
 
 def _softmax(columns: Tensor, normalizer: Tensor, vocabulary: Vocabulary) -> Tensor:
     """This rank's columns of the softmax, differentiable. Communication: backward one all-reduce of N numbers."""
-    entered = copy_to_tensor_region(_Normalizer.apply(columns, normalizer, vocabulary), vocabulary.mesh)
-    return (columns - entered[:, None]).exp()
+    copied = copy_to_tensor_region(_Normalizer.apply(columns, normalizer, vocabulary), vocabulary.mesh)
+    return (columns - copied[:, None]).exp()
 
 
 class _Normalizer(torch.autograd.Function):

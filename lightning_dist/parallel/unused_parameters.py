@@ -18,17 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_dist.compat.fsdp import free_gathered, gathered_of, param_groups_of
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided import as_divided
 from lightning_dist.divided.compiled import is_compiled
 from lightning_dist.divided.gathered import is_outdated, watch
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.frozen import Flags
-from lightning_dist.parallel.mixed import make_gradients_alike, param_groups_of
+from lightning_dist.parallel.mixed_dtypes import make_gradients_alike
 from lightning_dist.parallel.second_backward import SecondBackward
+from lightning_dist.patches import Patches
 
 
-class Usage:
-    """Watches the sharded units of a module, and what is not sharded, through each backward pass.
+class UnusedParameters:
+    """Sees which parameters of a module a backward pass does not use, in its sharded units and beside them.
 
     Args:
         module: which the names belong to; what was deferred may be materialised later.
@@ -37,6 +40,7 @@ class Usage:
         whole: names of the parameters that are in none of them; plain on every rank.
         group: the data ranks.
         buffers: of the module, for which the ranks agree on what training wrote.
+        patches: that the hooks of the units go through.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Usage:
         whole: list[str],
         group: dist.ProcessGroup,
         buffers: WrittenBuffers,
+        patches: Patches,
     ) -> None:
         self.group, self._roots, self._buffers = group, roots, buffers
         self._module, self._whole = module, whole
@@ -62,8 +67,9 @@ class Usage:
             param_groups = param_groups_of(unit)
             flags = [Flags.of(param_group) for param_group in param_groups]
             self._flags += flags
-            unit.register_forward_pre_hook(partial(free_outdated, param_groups), prepend=True)
-            unit.register_forward_pre_hook(partial(self._note, name, flags))
+            first = unit.register_forward_pre_hook(partial(free_outdated, param_groups), prepend=True)
+            patches.also(first.remove)
+            patches.also(unit.register_forward_pre_hook(partial(self._note, name, flags)).remove)
             for param_group in param_groups:
                 watch(param_group, sees_data=not is_compiled(module))
                 self._sharded += param_group.fsdp_params
@@ -78,7 +84,7 @@ class Usage:
         if vars(part).get("_watched") is self._used or not part.requires_grad:
             return
         used = vars(part)["_watched"] = self._used  # a hook that held this would keep it, and the model, alive for good
-        with torch._C.DisableTorchFunctionSubclass():  # of the class that refuses users' hooks
+        with DisableTorchFunctionSubclass():  # of the class that refuses users' hooks
             part.register_hook(partial(_note_used, used, id(parameter)))
 
     @torch.compiler.disable
@@ -114,13 +120,13 @@ class Usage:
         self._used.clear()
 
     def _fill(self, name: str, param_group: Any, reduce: Callable[..., None], *args: Any) -> None:
-        """Stands before the reduction of a unit's gradients; see [Note: a gradient that only some ranks have]."""
+        """Runs before a unit's gradients are reduced; see [Note: a gradient that only some ranks have]."""
         self._trained |= {id(p) for p in param_group.fsdp_params if p.sharded_param.requires_grad}
         if param_group.reduce_grads:
             # a forward before an earlier backward was counted with that one; what this backward reaches took part too
             took_part = name in self._ran or name in self._roots or self.second.has_reached(param_group)
             for parameter in param_group.fsdp_params:
-                if id(parameter) not in self._trained or not hasattr(parameter, "_unsharded_param"):
+                if id(parameter) not in self._trained or gathered_of(parameter) is None:
                     continue
                 unsharded = parameter.unsharded_param
                 accumulated = getattr(parameter, "unsharded_accumulated_grad", None)
@@ -181,10 +187,10 @@ def free_outdated(param_groups: list[Any], *_: Any) -> None:
     """Before a unit is gathered: one that is, and whose parts were written to since, has to be gathered again."""
     for param_group in param_groups:
         if is_outdated(param_group):
-            param_group._to_sharded()
+            free_gathered(param_group)
 
 
-def filled(parameter: nn.Parameter) -> Tensor:
+def grad_or_zeros(parameter: nn.Parameter) -> Tensor:
     """The gradient of a parameter that another rank used: this rank's, or zeros."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)

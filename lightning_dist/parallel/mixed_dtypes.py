@@ -9,11 +9,13 @@ bits are cast before it where fully_shard would cast them in it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+
+from lightning_dist.compat.fsdp import gathered_of, param_groups_of, place_of, wrap_decide_dtypes
 
 Place = tuple[int, str]
 """A module, by id, and the name of a parameter in it."""
@@ -30,21 +32,17 @@ def places(module: nn.Module, parameters: Collection[nn.Parameter]) -> set[Place
 
 
 def gather_as_kept(unit: nn.Module, rounded: set[Place]) -> None:
-    """Has a sharded unit gather its parameters in the dtype in which they are kept, but for those in some places.
-
-    Works around private parts of fully_shard, as seen in torch 2.14.
-    """
+    """Has a sharded unit gather its parameters in the dtype in which they are kept, but for those in some places."""
     for param_group in param_groups_of(unit):
-        settle = param_group._init_mp_dtypes
+        wrap_decide_dtypes(param_group, partial(_decide_dtypes, param_group, rounded))
 
-        def settle_each(param_group: Any = param_group, settle: Any = settle) -> None:
-            settle()
-            for parameter in param_group.fsdp_params:
-                place = parameter._module_info
-                if (id(place.module), place.param_name) not in rounded:
-                    parameter.param_dtype = None
 
-        param_group._init_mp_dtypes = settle_each
+def _decide_dtypes(param_group: Any, rounded: set[Place], decide: Callable[[], None]) -> None:
+    decide()
+    for parameter in param_group.fsdp_params:
+        module, name = place_of(parameter)
+        if (id(module), name) not in rounded:
+            parameter.param_dtype = None
 
 
 def make_gradients_alike(param_group: Any) -> None:
@@ -55,12 +53,6 @@ def make_gradients_alike(param_group: Any) -> None:
     if len({parameter.param_dtype for parameter in param_group.fsdp_params}) < 2:
         return
     for parameter in param_group.fsdp_params:
-        if hasattr(parameter, "_unsharded_param"):
+        if gathered_of(parameter) is not None:
             parameter.accumulate_unsharded_grad_if_needed()
             parameter.to_accumulated_grad_if_needed()
-
-
-def param_groups_of(unit: nn.Module) -> list[Any]:
-    """The groups of parameters that fully_shard communicates at once (private; seen in torch 2.14 and 2.15)."""
-    assert isinstance(unit, FSDPModule)
-    return list(unit._get_fsdp_state()._fsdp_param_groups)

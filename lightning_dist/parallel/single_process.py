@@ -1,4 +1,4 @@
-"""One data rank, and what all data axes share: steps, accumulation, buffers that are equal on all ranks."""
+"""One data rank; the other runners of a step go beyond it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _NormBase
-from torchmetrics import Metric
 
-from lightning_dist.collectives import all_reduce_tensors, broadcast_tensors
-from lightning_dist.parallel.buffers import WrittenBuffers, unseen_writes
+from lightning_dist.parallel.buffers import WrittenBuffers
+from lightning_dist.parallel.give_back import whole_tensors
 from lightning_dist.parallel.tensor.axis import TensorAxis
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -22,35 +19,23 @@ CALL = "_call_in_layout"
 """What a strategy of Fabric runs in place of a step: the module's own call, an attribute of it."""
 
 
-def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Makes the buffers of all data ranks equal: running statistics to their mean, others to the first rank's.
+class SingleProcessRunner:
+    """Runs the steps of a module that one data rank holds: nothing is wrapped, only the tensor axis communicates.
 
-    The running statistics of a BatchNorm are those of each rank's own samples while training. Their mean over the data
-    ranks is what evaluation and checkpoints use; DDP would broadcast rank 0's on every forward pass.
-
-    Communication: one all-reduce and one broadcast over the group, of the buffers' bytes; none without buffers.
+    Args:
+        module: as the layout left it.
+        tensor: the tensor axis, where the layout has one.
     """
-    metrics = {b for child in module.modules() if isinstance(child, Metric) for b in child.buffers()}
-    norms = [child for child in module.modules() if isinstance(child, _NormBase)]
-    statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
-    averaged = {*metrics, *statistics}
-    others = [b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)]
-    all_reduce_tensors(statistics, group, mean=True)
-    with unseen_writes(others):
-        broadcast_tensors(others, group)
 
-
-class Alone:
-    """One data rank: nothing is wrapped, and nothing is communicated but by the tensor axis."""
-
-    tensor: TensorAxis | None = None
-    """Of the tensor axis, where the layout has one."""
     buffers: WrittenBuffers | None = None
-    """Of the data ranks, where there are several."""
+    """Those that training writes, where there are several data ranks."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, tensor: TensorAxis | None = None) -> None:
         self.module: nn.Module = module
+        self.tensor = tensor
         self.reduces = True
+
+    # ------------------------------------------------------------------ the way of a batch
 
     def before_training_step(self) -> None:
         """Called before each training step. Communication: see :class:`WrittenBuffers`."""
@@ -59,14 +44,11 @@ class Alone:
 
     def run(self, step: str, *args: Any, **kwargs: Any) -> Any:
         """Runs a step of the LightningModule, or what Fabric calls."""
-        output = getattr(self.module, step)(*args, **kwargs)
-        if self.tensor is not None:
-            self.tensor.after_step()
-        return output
+        return self.call(getattr(self.module, step), *args, **kwargs)
 
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs a function that runs a step of the module, as :meth:`run` runs the step itself."""
-        output = function(*args)
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the user's step, or what stands for it: a stage of it."""
+        output = function(*args, **kwargs)
         if self.tensor is not None:
             self.tensor.after_step()
         return output
@@ -100,6 +82,8 @@ class Alone:
             held: gradients of earlier passes may be there that were not reduced yet.
         """
 
+    # ------------------------------------------------------------------ around it
+
     def show(self) -> None:
         """Called when parameters are in place: the user's code may see them. Communication: none."""
 
@@ -125,3 +109,13 @@ class Alone:
 
     def share_buffers(self) -> None:
         """Makes buffers equal on all stages of a pipeline; called after :func:`average_buffers`."""
+
+    def whole_tensors(self, onto: torch.device | None = None) -> dict[str, Tensor]:
+        """The tensors, whole, of which this rank has parts or nothing, by name: for ``give_back``.
+
+        Communication: see :func:`~lightning_dist.parallel.give_back.whole_tensors`.
+
+        Args:
+            onto: where those of other stages of a pipeline are to be; default: the device of this rank.
+        """
+        return whole_tensors(self.module)

@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.data import Alone
+from lightning_dist.parallel.single_process import SingleProcessRunner
 
 # renamed in torch 2.15
 _BUFFERS = "forward_sync_buffers"
@@ -25,8 +25,8 @@ _NO_BUFFER_BROADCAST: dict[str, Any] = {
 }
 
 
-class Replicated(Alone):
-    """Every data rank holds the whole module; DistributedDataParallel's reducer averages the gradients.
+class DDPRunner(SingleProcessRunner):
+    """Runs the steps of a module that every data rank holds whole; DistributedDataParallel averages the gradients.
 
     Communication: per backward pass that reduces, one all-reduce per bucket of gradients (25 MB) over ``group``; none
     while accumulating. Once, at construction, the first rank's parameters and buffers are broadcast.
@@ -106,7 +106,7 @@ class Replicated(Alone):
             self._follow_flags()
         if self.wrapper is not None:
             self._token = _first_node(self._flags)
-        return super().run(step, *args, **kwargs)
+        return getattr(self.module, step)(*args, **kwargs)
 
     def before_backward(self, loss: Tensor) -> Tensor:
         if not loss.requires_grad:

@@ -14,6 +14,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.patches import Patches
 from lightning_dist.pytree import tree_leaves
 
 Checkpointing = Literal["none", "full", "selective"]
@@ -48,7 +49,9 @@ COSTLY = frozenset(
 """Operators of aten whose results ``"selective"`` keeps: matrix products, convolutions, attention."""
 
 
-def checkpoint_activations(module: nn.Module, blocks: dict[str, nn.Module], mode: Checkpointing) -> None:
+def checkpoint_activations(
+    module: nn.Module, blocks: dict[str, nn.Module], mode: Checkpointing, patches: Patches
+) -> None:
     """Makes the blocks, and no other part of the module, compute their forward again in backward. In place.
 
     ``"full"`` keeps a block's inputs and outputs. ``"selective"`` also keeps the results of :data:`COSTLY` operators
@@ -67,6 +70,7 @@ def checkpoint_activations(module: nn.Module, blocks: dict[str, nn.Module], mode
         module: the whole module; blocks of an earlier call that are not in ``blocks`` are put back.
         blocks: to recompute, by name.
         mode: ``"none"`` puts the plain forwards back.
+        patches: that the forwards go through.
 
     Raises:
         ValueError: there are no blocks to recompute.
@@ -83,7 +87,7 @@ def checkpoint_activations(module: nn.Module, blocks: dict[str, nn.Module], mode
     refuse_no_blocks(module, blocks, mode)
     for block in blocks.values():
         if _mode(block) is None:
-            _replace_forward(block, mode)
+            patches.set(block, "forward", _recomputing_forward(block, mode))
 
 
 def refuse_no_blocks(module: nn.Module, blocks: dict[str, nn.Module], mode: Checkpointing) -> None:
@@ -101,13 +105,13 @@ def _mode(block: nn.Module) -> Checkpointing | None:
     return function.mode if is_ours else None
 
 
-def _replace_forward(block: nn.Module, mode: Checkpointing) -> None:
+def _recomputing_forward(block: nn.Module, mode: Checkpointing) -> MethodType:
     there: Any = vars(block).get("forward", MethodType(type(block).forward, block))
     if isinstance(there, MethodType) and there.__self__ is block:
         recomputing = _recomputing(there.__func__, True, mode)
     else:
         recomputing = _recomputing(there, False, mode)
-    vars(block)["forward"] = MethodType(recomputing, block)
+    return MethodType(recomputing, block)
 
 
 def _put_back(block: nn.Module) -> None:

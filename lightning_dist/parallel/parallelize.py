@@ -1,0 +1,136 @@
+"""What each axis does to a module; the order of the transforms is written here and nowhere else."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+from lightning_dist.compat.torch import COMPILED_CALL, compiled_call
+from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpoint_activations
+from lightning_dist.parallel.ddp import DDPRunner
+from lightning_dist.parallel.fsdp import FSDPRunner
+from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
+from lightning_dist.parallel.single_process import SingleProcessRunner
+from lightning_dist.parallel.tensor import TensorAxis, refuse_compiled_hooks, split
+from lightning_dist.patches import Patches
+from lightning_dist.placeholder import is_placeholder
+from lightning_dist.plans.tensor import ShardingPlan, partial_parameters
+
+
+def parallelize(
+    module: nn.Module,
+    layout: Layout,
+    mesh: ParallelMesh | None,
+    *,
+    sharding_plan: ShardingPlan | None,
+    blocks: dict[str, nn.Module],
+    policy: MixedPrecisionPolicy,
+    device: torch.device,
+    activation_checkpointing: Checkpointing,
+    compile_options: dict[str, Any] | None,
+    training: bool,
+    patches: Patches,
+    partitioned: PartitionedModule | None = None,
+    pipeline_options: PipelineOptions | None = None,
+) -> SingleProcessRunner:
+    """Applies the layout to a module, in place.
+
+    In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate.
+
+    May be called again for a module whose patches were not undone: what is done stays.
+
+    Args:
+        module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on ``device``, or
+            on meta.
+        layout: resolved.
+        mesh: of the layout; None for one process.
+        sharding_plan: what the tensor axis does; None without that axis.
+        blocks: the repeated parts, by name.
+        policy: dtypes of sharded units.
+        device: of this rank.
+        activation_checkpointing: what the blocks recompute in backward, see :func:`checkpoint_activations`.
+        compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
+        training: whether gradients will be asked for.
+        patches: that all that is put on the module goes through.
+        partitioned: the stages of the module, of which it holds this rank's; None without that axis.
+        pipeline_options: the user's.
+
+    Returns:
+        What runs the module's steps under the layout.
+
+    Communication: DDP broadcasts the first data rank's parameters and buffers once; see its class and
+    :class:`FSDPRunner` for what a step costs.
+    """
+    blocks = {name: block for name, block in blocks.items() if _is_held(block)}
+    tensor = None if sharding_plan is None else _divide(module, sharding_plan, mesh, patches)
+    checkpoint_activations(module, blocks, activation_checkpointing if training else "none", patches)
+    if compile_options is not None:
+        refuse_compiled_hooks(module)
+        _compile(module, blocks, compile_options, patches)
+    over_data = partial(_over_data, module, layout, mesh, blocks, policy, device, tensor, training, patches)
+    if partitioned is None:
+        return over_data()
+    assert mesh is not None
+    assert pipeline_options is not None
+    assert isinstance(module, pl.LightningModule)
+    is_sharded = layout.dp_shard > 1
+    inner = over_data(one_backward=True) if is_sharded else SingleProcessRunner(module, tensor)
+    data_group = mesh.data.get_group() if layout.num_data_ranks > 1 and not is_sharded else None
+    group = mesh.root["pp"].get_group()
+    return PipelineRunner(module, partitioned, pipeline_options, group, device, inner, data_group, patches)
+
+
+def _divide(module: nn.Module, sharding_plan: ShardingPlan, mesh: ParallelMesh | None, patches: Patches) -> TensorAxis:
+    assert mesh is not None
+    sharding_plan = _held_plan(module, sharding_plan)
+    split(module, sharding_plan, mesh.root["tp"], patches=patches)
+    return TensorAxis(module, partial_parameters(module, sharding_plan), mesh.root["tp"])
+
+
+def _is_held(module: nn.Module) -> bool:
+    """Whether this rank's stages have it; no stage has a part of a block."""
+    return not any(is_placeholder(p) for p in module.parameters())
+
+
+def _held_plan(module: nn.Module, sharding_plan: ShardingPlan) -> ShardingPlan:
+    """What this rank's stages have of it."""
+    plan = {name: part for name, part in sharding_plan.tensor_plan.items() if _is_held(module.get_submodule(name))}
+    blocks = [[n for n in names if _is_held(module.get_submodule(n))] for names in sharding_plan.sequence_blocks]
+    return ShardingPlan(plan, [names for names in blocks if names], sharding_plan.loss_parallel)
+
+
+def _over_data(
+    module: nn.Module,
+    layout: Layout,
+    mesh: ParallelMesh | None,
+    blocks: dict[str, nn.Module],
+    policy: MixedPrecisionPolicy,
+    device: torch.device,
+    tensor: TensorAxis | None,
+    training: bool,
+    patches: Patches,
+    one_backward: bool = False,
+) -> SingleProcessRunner:
+    if mesh is None or layout.num_data_ranks == 1:
+        return SingleProcessRunner(module, tensor)
+    if layout.holds_shards:  # DDP holds no DTensors: beside the tensor axis, copies are made by fully_shard too
+        axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
+        group = mesh.data.get_group()
+        return FSDPRunner(module, mesh.root[axes], blocks, policy, group, patches, tensor, one_backward)
+    return DDPRunner(module, mesh.data.get_group(), device) if training else SingleProcessRunner(module)
+
+
+def _compile(module: nn.Module, blocks: dict[str, nn.Module], options: dict[str, Any], patches: Patches) -> None:
+    """Compiles the blocks in place; a network without blocks as a whole. State-dict names stay."""
+    targets = list(blocks.values()) or [child for child in module.children() if any(True for _ in child.parameters())]
+    for target in targets:
+        # fully_shard's hooks have to lie outside of what is compiled: only a module it has not seen is
+        if compiled_call(target) is None and not isinstance(target, FSDPModule):
+            target.compile(**options)
+            patches.also(partial(vars(target).pop, COMPILED_CALL, None))

@@ -1,0 +1,85 @@
+"""Runs of both recipes, twenty steps each on data that is small."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning as L
+import torch
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from recipes.image_classification import Digits, ImageClassifier
+from recipes.image_classification.models import vision_transformer
+from recipes.language_model import CausalLM
+from recipes.language_model.decoder import Decoder
+from recipes.optimization import warmup_cosine
+from tests.support.parity import Run
+
+VOCABULARY, LENGTH = 64, 16
+
+
+def vit() -> L.LightningModule:
+    """The vision transformer of the default run."""
+    network = partial(vision_transformer, image_size=8, in_channels=1, num_classes=10)
+    # The bias of the keys has no gradient but rounding (softmax does not see a shift of all its scores), which AdamW
+    # scales up to whole steps; eps keeps that rounding small.
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.99), eps=1e-6)
+    return ImageClassifier(network, optimizer, warmup_cosine, num_classes=10, label_smoothing=0.1)
+
+
+def digits() -> Dataset:
+    """The first digits that the recipe trains on, as they are."""
+    data = Digits(shift=0)
+    data.prepare_data()
+    data.setup("fit")
+    return Subset(data.train_dataloader().dataset, range(320))
+
+
+def held_out_digits() -> Dataset:
+    """Some that it validates on; 37 divides by nothing here."""
+    data = Digits()
+    data.prepare_data()
+    data.setup("fit")
+    return Subset(data.val_dataloader().dataset, range(37))
+
+
+def decoder() -> L.LightningModule:
+    """A small decoder with a tied embedding and grouped queries."""
+    network = partial(Decoder, VOCABULARY, width=32, depth=2, num_heads=4, num_kv_heads=2, tie_embedding=True)
+    return CausalLM(network, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05), warmup_cosine)
+
+
+def uneven_decoder() -> L.LightningModule:
+    """One whose vocabulary and feed-forward divide by nothing, trained by SGD."""
+    network = partial(Decoder, VOCABULARY + 3, width=32, depth=2, num_heads=4, num_kv_heads=2, feed_forward_width=45)
+    return CausalLM(network, partial(torch.optim.SGD, lr=0.1))
+
+
+class Blocks(Dataset):
+    """Blocks of tokens, in the form of the recipe's data module."""
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+        tokens = torch.randint(VOCABULARY, (count, LENGTH + 1), generator=generator)
+        self.blocks = TensorDataset(tokens)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        (tokens,) = self.blocks[index]
+        count = torch.tensor(3 * LENGTH + index % 5)
+        return {
+            "inputs": tokens[:-1],
+            "targets": tokens[1:],
+            "num_bytes": count,
+            "unigram_micronats": count * 2_000_000,
+        }
+
+
+RUNS = {
+    "image_classification": Run(vit, digits, held_out_digits, batch_size=16, trainer={"gradient_clip_val": 1.0}),
+    "language_model": Run(
+        decoder, partial(Blocks, 320), partial(Blocks, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
+    ),
+}
