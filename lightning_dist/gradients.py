@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dist.compat.operators import clamp_each, norm_of_each, scale_each
 from lightning_dist.dtensors import local_part, num_pieces
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder
 
@@ -42,7 +43,7 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros((), dtype=wide, device=device)
     if filled:
-        norms = torch.stack([n.to(wide) for n in torch._foreach_norm([s for s, _ in filled], norm_type)])
+        norms = torch.stack([n.to(wide) for n in norm_of_each([s for s, _ in filled], norm_type)])
         if math.isinf(norm_type):
             total = norms.max()
         else:
@@ -77,7 +78,7 @@ def clip_by_norm(
         )
     shards = [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
     if shards:
-        torch._foreach_mul_(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
+        scale_each(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 
 
@@ -86,5 +87,4 @@ def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     """Clamps every gradient element to [-clip_value, clip_value] in place. Communication: none."""
     shards = [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
     if shards:
-        torch._foreach_clamp_min_(shards, -clip_value)
-        torch._foreach_clamp_max_(shards, clip_value)
+        clamp_each(shards, -clip_value, clip_value)

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from lightning_dist.compat.torch import FakeTensor, FakeTensorMode
 
 SHAPES = FakeTensorMode(allow_non_fake_inputs=True)
 """The one mode of all placeholders, as torch mixes no two. It is never entered, so what depends on no placeholder is
 computed for real: masks, positions, rotary tables."""
 
 
-PIPELINE_SHARE = "_pipeline_share"
+PIPELINE_SHARE = "lightning_dist_pipeline_share"
 """Attribute of a parameter that stages hold: ranks of the pipeline for each that holds it."""
 
 

@@ -433,8 +433,9 @@ class HybridStrategy(ParallelStrategy):
             self.parts.checkpoints.saves.end()
         finally:
             self.parts.leave()
-            if self.ranks.holds_shards:  # DTensors stay where their mesh is
+            if self.ranks.holds_shards:  # what optimizers hold parts of stays where its mesh is
                 assert self.accelerator is not None
+                self.parts.module_setup.move_to_cpu()
                 self.precision_plugin.teardown()
                 self.accelerator.teardown()
                 self.checkpoint_io.teardown()

@@ -29,6 +29,7 @@ from tests.support.collectives import counting
 from tests.support.models import WIDTH, few_samples, samples
 from tests.support.parity import QUIET, Record, Run, assert_equal, once, one_process, train, trainer, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
+from tests.support.reports import report_of_a_fit
 
 MODES = ["full", "selective"]
 LAYOUTS = [("dp_shard=1", 1), ("dp_replicate=2", 2), ("dp_shard=2", 2)]
@@ -422,8 +423,7 @@ def _fit_flat() -> None:
 
 
 def test_the_report_names_what_is_recomputed() -> None:
-    runner = trainer("dp_shard=1", strategy={"activation_checkpointing": "full"}, max_steps=1)
-    runner.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
-    assert isinstance(runner.strategy, HybridStrategy)
-    cells = [cell for column in runner.strategy.report().table().columns for cell in column.cells]
+    strategy = HybridStrategy("dp_shard=1", activation_checkpointing="full")
+    report = report_of_a_fit(models.Classifier(), DataLoader(samples(), batch_size=4), strategy, 1)
+    cells = [cell for column in report.table().columns for cell in column.cells]
     assert "full: net.blocks.0, net.blocks.1, net.blocks.2" in cells

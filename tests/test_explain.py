@@ -17,8 +17,8 @@ from lightning_dist.cli import main
 from lightning_dist.explain import build_deferred
 from lightning_dist.report import LayoutReport
 from tests.recipes.runs import Blocks, uneven_decoder
-from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
+from tests.support.reports import report_of_a_fit
 
 NUMBER = 3
 
@@ -39,9 +39,8 @@ def _reports(layout: str, sequence_parallel: bool) -> tuple[LayoutReport, Layout
     """What was planned for this layout, and what this rank holds."""
     strategy = HybridStrategy(layout, sequence_parallel=sequence_parallel)
     planned = strategy.explain(build_deferred(uneven_decoder), dist.get_world_size())
-    trainer = L.Trainer(**QUIET, devices=dist.get_world_size(), strategy=strategy, max_steps=1)
-    trainer.fit(uneven_decoder(), DataLoader(Blocks(16), batch_size=4))
-    return planned, strategy.report()
+    loader = DataLoader(Blocks(16), batch_size=4)
+    return planned, report_of_a_fit(uneven_decoder(), loader, strategy, dist.get_world_size())
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "dp_shard=2", "dp_shard=2,tp=2", "dp_replicate=2,tp=2"])

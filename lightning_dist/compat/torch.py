@@ -459,11 +459,6 @@ class UnscalingGradScaler(GradScaler):
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
 
 
-# --- logs, data, elastic ---
-
-hands_on("torch.distributed._functional_collectives", "Collectives that autograd may be built on, of any order.")
-
-
 # --- parallel, divided ---
 
 hands_on("torch._dynamo.eval_frame.OptimizedModule", "the class of what torch.compile makes of a module")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_dist.compat.torch import own_parameters
 from lightning_dist.divided.tensor import as_divided
 from lightning_dist.dtensors import as_dtensor, part_of
 
@@ -43,11 +44,11 @@ def _divide(copied: nn.Module, module: nn.Module) -> None:
     likes = dict(module.named_parameters(remove_duplicate=False))
     divided: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, child in copied.named_modules():
-        for name, parameter in child._parameters.items():
+        for name, parameter in own_parameters(child).items():
             like = likes.get(f"{prefix}.{name}" if prefix else name)
             if parameter is None or not isinstance(like, DTensor) or isinstance(parameter, DTensor):
                 continue
             if parameter not in divided:  # tied ones stay one
                 part = nn.Parameter(as_dtensor(part_of(parameter, like), like), requires_grad=parameter.requires_grad)
                 divided[parameter] = as_divided(part)
-            child._parameters[name] = divided[parameter]
+            own_parameters(child)[name] = divided[parameter]

@@ -19,7 +19,7 @@ from lightning_dist.compat.torch import HOOKS_OF_MODULES as HOOKS
 from lightning_dist.patches import Patches
 
 _OURS = ("torch.distributed.fsdp.", "lightning_dist.parallel.unused_parameters", "lightning_dist.parallel.fsdp")
-ROOT_GATHERING = "_root_gathering"
+ROOT_GATHERING = "lightning_dist_root_gathering"
 """Attribute of a root of fully_shard: what gathers it around its methods, with those that were there before."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lightning_dist.compat.operators import FOREACH, FUSED, PRIVATE_QUESTIONS
+
 
 class Way(Enum):
     """What is done; see the functions of ``tensor.py``."""
@@ -41,8 +43,8 @@ class Way(Enum):
 
 _ALIAS = {"detach", "detach_", "requires_grad_", "alias", "contiguous", "data", "to", "type", "cpu", "cuda", "type_as"}
 _ALIAS |= {"float", "double", "half", "bfloat16"}
-_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "clone", "copy_", "fill_", "zero_", "_foreach_copy_"}
-_LIKE |= {"_foreach_zero_", "nan_to_num", "nan_to_num_", "isfinite", "isnan", "isinf"}
+_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "clone", "copy_", "fill_", "zero_", f"{FOREACH}copy_"}
+_LIKE |= {f"{FOREACH}zero_", "nan_to_num", "nan_to_num_", "isfinite", "isnan", "isinf"}
 _ASK = {"size", "dim", "numel", "nelement", "stride", "element_size", "storage_offset", "is_contiguous", "ndimension"}
 _ASK |= {"is_floating_point", "is_complex", "is_signed", "is_inference", "is_conj", "is_neg", "is_tensor", "is_pinned"}
 _ASK |= {
@@ -69,28 +71,25 @@ _ASK |= {
 _ASK |= {
     "__reduce__",
     "__setstate__",
-    "_has_compatible_shallow_copy_type",
-    "_is_view",
     "is_distributed",
     "record_stream",
 }
 _ASK |= {"full_tensor", "to_local", "redistribute", "__tensor_flatten__", "is_coalesced", "share_memory_", "pin_memory"}
 _ASK |= {
-    "_amp_foreach_non_finite_check_and_unscale_",
     "backward",
     "__repr__",
     "layout",
     "get_overridable_functions",
     "__get__",
-    "_typed_storage",
 }
+_ASK |= PRIVATE_QUESTIONS
 _VIEW = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "t", "transpose", "permute"}
 _VIEW |= {"unsqueeze", "squeeze", "narrow", "select", "__getitem__", "diagonal", "unbind", "split", "chunk", "expand"}
 _VIEW |= {"expand_as", "swapaxes", "swapdims", "movedim", "moveaxis", "tensor_split", "unfold", "as_strided", "T", "mT"}
 _VIEW |= {"H", "mH", "real", "imag", "view_as_real", "view_as_complex", "adjoint", "split_with_sizes", "diag_embed"}
 _VIEW |= {"hsplit", "vsplit", "dsplit", "slice", "__iter__", "__reversed__", "swapaxes_", "detach_copy"}
 _CREATE = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new", "new_empty_strided"}
-_REDUCE_TOO = {"max", "min", "_foreach_max", "_foreach_min"}
+_REDUCE_TOO = {"max", "min", f"{FOREACH}max", f"{FOREACH}min"}
 """Element by element of two tensors, and reductions of one."""
 _OPERATORS = {"truediv": "div", "rtruediv": "div", "radd": "add", "rmul": "mul", "floordiv": "floor_divide"}
 _OPERATORS |= {"rfloordiv": "floor_divide", "rpow": "pow", "rdiv": "div", "rmod": "remainder", "mod": "remainder"}
@@ -128,7 +127,7 @@ def way_of(func: Callable[..., Any]) -> Way:
         "norm": Way.NORM,
         "vector_norm": Way.NORM,
         "linalg_vector_norm": Way.NORM,
-        "_foreach_norm": Way.NORM,
+        f"{FOREACH}norm": Way.NORM,
         "__deepcopy__": Way.COPY,
     }
     if name in named:
@@ -148,7 +147,7 @@ def way_of(func: Callable[..., Any]) -> Way:
         return Way.WHOLE
     if torch.Tag.nondeterministic_seeded in tags:
         return Way.DRAW
-    return Way.ELEMENTWISE if torch.Tag.pointwise in tags or name.startswith("_fused_") else Way.WHOLE
+    return Way.ELEMENTWISE if torch.Tag.pointwise in tags or name.startswith(FUSED) else Way.WHOLE
 
 
 def operator_name(name: str) -> str:
@@ -156,13 +155,13 @@ def operator_name(name: str) -> str:
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
         return _OPERATORS.get(name, name)
-    return name.removeprefix("_foreach_")
+    return name.removeprefix(FOREACH)
 
 
 def writes(func: Callable[..., Any]) -> bool:
     """Whether it changes its first argument."""
     name = name_of(func)
-    if name == "__setitem__" or name.startswith("_fused_"):
+    if name == "__setitem__" or name.startswith(FUSED):
         return True
     operator = operator_name(name)
     return operator.endswith("_") and not operator.endswith("__")

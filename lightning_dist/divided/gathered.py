@@ -43,7 +43,9 @@ class GatheredParameter(nn.Parameter):
                 return _copy_of_part(*args)
             result = func(*args, **(kwargs or {}))
             if way is Way.ALIAS and name_of(func) in ("data", "detach"):
-                vars(args[0]).setdefault("_aliases" if name_of(func) == "data" else "_detached", []).append(result)
+                vars(args[0]).setdefault("data_aliases" if name_of(func) == "data" else "detached_aliases", []).append(
+                    result
+                )
             return result
 
 
@@ -54,9 +56,9 @@ def watch(param_group: Any, sees_data: bool) -> None:
         param_group: of a unit.
         sees_data: also what is written by way of ``.data``. Gathered parameters then have a class of their own.
     """
-    if vars(param_group).get("_watched"):
+    if vars(param_group).get("is_watched"):
         return
-    vars(param_group)["_watched"] = True
+    vars(param_group)["is_watched"] = True
 
     def show_gathered(original: Callable[[], None]) -> None:
         for parameter in param_group.fsdp_params:
@@ -94,9 +96,9 @@ def _begin(parameter: Any, sees_data: bool) -> None:
     gathered = as_divided(gathered_of(parameter))
     if sees_data and type(gathered) is nn.Parameter:
         gathered.__class__ = GatheredParameter
-        vars(gathered)["_fsdp_param"] = weakref.ref(parameter)
-    vars(gathered)["_aliases"], vars(gathered)["_detached"] = [], []
-    vars(gathered)["_seen"] = version_of(local_part(gathered)), version_of(local_part(parameter.sharded_param))
+        vars(gathered)["fsdp_param"] = weakref.ref(parameter)
+    vars(gathered)["data_aliases"], vars(gathered)["detached_aliases"] = [], []
+    vars(gathered)["versions_seen"] = version_of(local_part(gathered)), version_of(local_part(parameter.sharded_param))
 
 
 def write_back(parameter: Any) -> None:
@@ -110,8 +112,8 @@ def write_back(parameter: Any) -> None:
     if whole.is_inference():  # has no version
         is_written = whole.dtype == part.dtype
     else:
-        is_written = version_of(whole) != vars(gathered)["_seen"][0]
-        is_written |= any(version_of(alias) for alias in vars(gathered)["_aliases"])
+        is_written = version_of(whole) != vars(gathered)["versions_seen"][0]
+        is_written |= any(version_of(alias) for alias in vars(gathered)["data_aliases"])
     if not is_written:
         return
     if whole.dtype != part.dtype:
@@ -124,8 +126,8 @@ def write_back(parameter: Any) -> None:
     start = min(mesh.shard_mesh_rank * width, whole.shape[dim])
     with torch.no_grad():
         part.copy_(whole.narrow(dim, start, part.shape[dim] if part.numel() else 0).view_as(part))
-    vars(gathered)["_aliases"] = []
-    vars(gathered)["_seen"] = version_of(whole), version_of(part)
+    vars(gathered)["data_aliases"] = []
+    vars(gathered)["versions_seen"] = version_of(whole), version_of(part)
 
 
 def is_outdated(param_group: Any) -> bool:
@@ -133,7 +135,8 @@ def is_outdated(param_group: Any) -> bool:
     if not param_group.is_unsharded:
         return False
     return any(
-        vars(gathered_of(p))["_seen"][1] != version_of(local_part(p.sharded_param)) for p in param_group.fsdp_params
+        vars(gathered_of(p))["versions_seen"][1] != version_of(local_part(p.sharded_param))
+        for p in param_group.fsdp_params
     )
 
 
@@ -145,15 +148,15 @@ def _assign(target: Tensor, value: Tensor) -> None:
             f"`.data` of a parameter {tuple(target.shape)} {target.dtype}, which dp_shard divides, was assigned "
             f"{tuple(value.shape)} {value.dtype}: its shape and dtype stay those that it was divided with"
         )
-    for alias in (*vars(target).get("_aliases", ()), *vars(target).pop("_detached", ())):
+    for alias in (*vars(target).get("data_aliases", ()), *vars(target).pop("detached_aliases", ())):
         alias.data = alias.clone()  # as what `.data` was before keeps its memory
     alias = target.data
     alias.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
-    vars(target)["_aliases"] = [alias]
+    vars(target)["data_aliases"] = [alias]
 
 
 def _copy_of_part(tensor: Any, memo: dict[int, Any]) -> Any:
-    parameter = tensor._fsdp_param()
+    parameter = vars(tensor)["fsdp_param"]()
     write_back(parameter)
     with EnableTorchFunction():
         copied = copy.deepcopy(parameter.sharded_param, memo)

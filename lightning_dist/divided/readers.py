@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.torch import default_store
 from lightning_dist.elastic.guard import what_ended_another
 
 PATIENCE = timedelta(seconds=30)
@@ -88,7 +89,7 @@ def meet(frame: FrameType, ranks: list[int]) -> None:
 
 
 def _meet_at(line: FrameType, ranks: list[int]) -> None:
-    store: Any = dist.distributed_c10d._get_default_store()  # private; seen in torch 2.14
+    store: Any = default_store()
     place = (line.f_code.co_filename, line.f_lineno, f"{min(ranks)}/{len(ranks)}")
     met = _Meetings.at(store)
     if place in met:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._guards import TracingContext
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.operators import (
+    LIKE,
+    TracingContext,
+    divided_tensor,
+    is_divided_alike,
+    set_local_tensor,
+)
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass, EnableTorchFunction, local_tensor
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
 from lightning_dist.divided.readers import agree_to_read, asked_by_user
 from lightning_dist.divided.view import shared_draws, view_of_whole
 from lightning_dist.divided.whole import norms_of, sum_of, whole
-from lightning_dist.dtensors import as_dtensor, from_first_data_rank, part_of
+from lightning_dist.dtensors import as_dtensor, from_first_data_rank, local_part, part_of
 from lightning_dist.pytree import tree_leaves, tree_map
 
 _MANY = 8
@@ -48,7 +54,7 @@ class Divided(DTensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         way = _WAYS[way_of(func)]
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return way(func, args, kwargs or {})
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
@@ -111,11 +117,11 @@ def _alias(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _note_alias(tensor: DTensor, alias: DTensor) -> None:
     """Remembers who shares its memory, which ``.data = `` parts; see :func:`_part_aliases`."""
-    sharing: list[DTensor] = vars(tensor).setdefault("_sharing", [])
+    sharing: list[DTensor] = vars(tensor).setdefault("sharing_memory", [])
     if len(sharing) >= _MANY:
         sharing[:] = [sharing[index] for index in range(len(sharing)) if _is_alive(sharing, index)]
     sharing.append(alias)
-    vars(alias)["_sharing"] = sharing
+    vars(alias)["sharing_memory"] = sharing
 
 
 def _is_alive(sharing: list[DTensor], index: int) -> bool:
@@ -127,14 +133,14 @@ def _part_aliases(tensor: DTensor) -> None:
     """``p.data = x`` gives p other memory, and what ``p.data`` was before keeps the old: here p keeps its memory, which
     others know, and the others get a copy.
     """
-    sharing: list[DTensor] = vars(tensor).pop("_sharing", [])
+    sharing: list[DTensor] = vars(tensor).pop("sharing_memory", [])
     alive = [index for index in range(len(sharing)) if _is_alive(sharing, index)]
     if alive:
-        before = tensor._local_tensor.detach().clone()
+        before = local_part(tensor).clone()
         for index in alive:
             if sharing[index] is not tensor:
-                sharing[index]._local_tensor = before.view_as(before)
-                vars(sharing[index]).pop("_sharing", None)
+                set_local_tensor(sharing[index], before.view_as(before))
+                vars(sharing[index]).pop("sharing_memory", None)
     sharing.clear()
 
 
@@ -172,7 +178,7 @@ def _elementwise(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def _fits(leaf: Any, like: DTensor, target: Any) -> bool:
     """Whether an argument can be used element by element beside a divided tensor."""
     if isinstance(leaf, DTensor):
-        return alike(leaf, like)
+        return is_divided_alike(leaf, like)
     if not isinstance(leaf, Tensor) or leaf.ndim == 0:
         return True
     if leaf.numel() == 1 and leaf.ndim <= like.ndim:
@@ -185,32 +191,16 @@ def _expands(leaf: Tensor, like: DTensor) -> bool:
     return all(own in (1, size) for own, size in sizes)
 
 
-def alike(one: DTensor, other: DTensor) -> bool:
-    """Whether ranks hold the same part of both."""
-    mine, theirs = one._spec, other._spec
-    if mine is theirs:
-        return True
-    same = mine.shape == theirs.shape and mine.placements == theirs.placements
-    return same and (mine.mesh is theirs.mesh or mine.mesh == theirs.mesh)
-
-
 def _local(leaf: Any, like: DTensor) -> Any:
     if isinstance(leaf, DTensor):
-        return leaf._local_tensor
+        return local_tensor(leaf)
     if isinstance(leaf, Tensor) and leaf.ndim and leaf.numel() > 1:
         return part_of(leaf.expand(like.shape), like)
     return leaf
 
 
 def _wrapped(local: Any, like: DTensor) -> Any:
-    """By the constructor, which torch keeps for its own use (seen in 2.14): ``from_local`` takes ten times as long."""
-    if not isinstance(local, Tensor):
-        return local
-    spec = like._spec
-    if local.dtype != like.dtype:
-        assert spec.tensor_meta is not None
-        spec = replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=local.dtype))
-    return Divided(local, spec, requires_grad=False)
+    return divided_tensor(Divided, local, like) if isinstance(local, Tensor) else local
 
 
 def _each_elementwise(func: Callable[..., Any], args: Any, kwargs: Any, changed: bool) -> Any:
@@ -235,7 +225,7 @@ def _each_elementwise(func: Callable[..., Any], args: Any, kwargs: Any, changed:
     def parts(value: Any) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == len(rows):
             return [v if like is None else _local(v, like) for v, like in zip(value, rows, strict=True)]
-        return value._local_tensor if isinstance(value, DTensor) else value
+        return local_tensor(value) if isinstance(value, DTensor) else value
 
     result = func(*(parts(value) for value in args), **{name: parts(value) for name, value in kwargs.items()})
     if changed:
@@ -298,7 +288,7 @@ def _on_whole(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if changed:
         _refuse_leaf_in_place(changed)
     whole_args, whole_kwargs = tree_map(gathered, (list(args), dict(kwargs)))
-    with torch._C._EnableTorchFunction():  # for views of other wholes
+    with EnableTorchFunction():  # for views of other wholes
         result = func(*whole_args, **whole_kwargs)
     if not changed:
         if isinstance(result, np.ndarray):
@@ -326,7 +316,7 @@ def _refuse_leaf_in_place(targets: list[DTensor]) -> None:
 def write_part(target: DTensor, values: Tensor) -> None:
     """Copies this rank's part of whole values to a divided tensor."""
     with torch.no_grad():
-        target._local_tensor.detach().copy_(part_of(values, target))
+        local_part(target).copy_(part_of(values, target))
         increment_version(target)
 
 
@@ -339,7 +329,7 @@ def _view(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _create(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     tensor: DTensor = args[0]
-    return shared_draws(func(tensor._local_tensor, *args[1:], **kwargs), tensor)
+    return shared_draws(func(local_tensor(tensor), *args[1:], **kwargs), tensor)
 
 
 def _draw(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -354,7 +344,7 @@ def _draw(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         func(*args, **kwargs)
         write_part(like, from_first_data_rank(drawn, like))
         return like
-    if name_of(func).endswith("_like") and len(leaves) == 1:
+    if name_of(func).endswith(LIKE) and len(leaves) == 1:
         drawn = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         args, kwargs = tree_map(lambda leaf: drawn if leaf is like else leaf, (list(args), dict(kwargs)))
         drawn = from_first_data_rank(func(*args, **kwargs), like)
@@ -376,14 +366,14 @@ def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
             f"assigned {None if shape is None else tuple(shape)} {dtype}: its shape and dtype stay those that it was "
             "divided with; change them before the fit, in __init__ or configure_model"
         )
-    if isinstance(value, DTensor) and not alike(value, target):
+    if isinstance(value, DTensor) and not is_divided_alike(value, target):
         value = whole(value)
     with torch.no_grad():
-        source = value._local_tensor if isinstance(value, DTensor) else part_of(value, target)
-        if source.untyped_storage().data_ptr() == target._local_tensor.untyped_storage().data_ptr():
+        source = local_tensor(value) if isinstance(value, DTensor) else part_of(value, target)
+        if source.untyped_storage().data_ptr() == local_tensor(target).untyped_storage().data_ptr():
             return None  # what it was
         _part_aliases(target)
-        target._local_tensor.detach().copy_(source)
+        local_part(target).copy_(source)
     return None
 
 
@@ -413,7 +403,7 @@ def _deep_copy(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return memo[id(tensor)]
     if not tensor.is_leaf:
         raise RuntimeError("Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol")
-    copied: Any = as_dtensor(tensor._local_tensor.detach().clone(), tensor)
+    copied: Any = as_dtensor(local_part(tensor).clone(), tensor)
     if isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
     else:

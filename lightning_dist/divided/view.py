@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass, version_of
 from lightning_dist.divided.functions import Way, way_of, writes
 from lightning_dist.divided.whole import whole
-from lightning_dist.dtensors import from_first_data_rank, full, part_of
+from lightning_dist.dtensors import from_first_data_rank, full, local_part, part_of
 from lightning_dist.pytree import tree_leaves, tree_map
 
 
@@ -27,11 +28,11 @@ class _Source:
 
     def __init__(self, base: Tensor, divided: DTensor | None, like: DTensor) -> None:
         self.base, self.divided, self.like = base, divided, like
-        self._seen = _version(base), 0 if divided is None else _version(divided._local_tensor)
+        self._seen = _version(base), 0 if divided is None else _version(local_part(divided))
 
     def refresh(self) -> None:
         """Gathers again what changed since."""
-        if self.divided is not None and _version(self.divided._local_tensor) != self._seen[1]:
+        if self.divided is not None and _version(local_part(self.divided)) != self._seen[1]:
             with torch.no_grad():
                 self.base.copy_(full(self.divided))
             self._note()
@@ -41,12 +42,12 @@ class _Source:
         if self.divided is None or _version(self.base) == self._seen[0] != -1:
             return
         with torch.no_grad():
-            self.divided._local_tensor.detach().copy_(part_of(self.base, self.divided))
+            local_part(self.divided).copy_(part_of(self.base, self.divided))
         self._note()
 
     def _note(self) -> None:
         assert self.divided is not None
-        self._seen = _version(self.base), _version(self.divided._local_tensor)
+        self._seen = _version(self.base), _version(local_part(self.divided))
 
 
 class WholeView(Tensor):
@@ -63,7 +64,7 @@ class WholeView(Tensor):
         kwargs = kwargs or {}
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, WholeView)]
         sources = {id(leaf._source): leaf._source for leaf in leaves}
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             for source in sources.values():
                 source.refresh()
             result = func(*args, **kwargs)
@@ -101,4 +102,4 @@ def shared_draws(created: Tensor, like: DTensor) -> Tensor:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else version_of(tensor)

@@ -32,6 +32,9 @@ from lightning_dist.compat.torch import default_store, num_collectives
 GRACE = 5.0
 """Seconds that the other processes of a script get to end by themselves, so that the first to fail can say why."""
 
+AT_ONCE = 2.0
+"""Seconds within which ranks that met an exception alike leave the run."""
+
 PATIENCE = 30.0
 """Seconds that a rank which left a run by an exception, and lives on, waits for the others to leave it too."""
 
@@ -151,11 +154,8 @@ def _meet_after(left: str) -> None:
         time.sleep(_POLL)
     if absent:
         raise RuntimeError(_told_of(absent, left))
-    said = [json.loads(_store().get(_key(rank))) for rank in range(dist.get_world_size())]
-    counts: dict[str, set[int]] = {}
-    for name, count in (item for one in said for item in one["collectives"].items()):
-        counts.setdefault(name, set()).add(count)
-    if any(len(of_group) > 1 for of_group in counts.values()):
+    if any(len(of_group) > 1 for of_group in _counts(_store()).values()):
+        said = [json.loads(_store().get(_key(rank))) for rank in range(dist.get_world_size())]
         ways = ", ".join(f"rank {rank} {_way(one['by'])}" for rank, one in enumerate(said))
         raise RuntimeError(
             f"the ranks left an earlier run at different places ({ways}), so what they send each other no longer fits "
@@ -163,6 +163,34 @@ def _meet_after(left: str) -> None:
             "(trainer.strategy.reduce_boolean_decision)"
         )
     atexit.unregister(_end_children)
+
+
+def left_together() -> bool:
+    """Whether all ranks left the run by an exception within :data:`AT_ONCE`, at the same place of its collectives, so
+    that they can communicate once more. All are told the same.
+
+    Communication: none; ranks meet at the store.
+    """
+    store = _store()
+    if store is None or _Runs.outer or _Runs.left is None:
+        return False
+    began, key = time.monotonic(), f"{_key(number=_Runs.number)}/together"
+    with contextlib.suppress(RuntimeError):
+        while (absent := _absent(store, _Runs.number)) and time.monotonic() - began < AT_ONCE:
+            time.sleep(_POLL)
+        if store.add(f"{key}/asked", 1) == 1:  # the first one decides
+            store.set(key, "" if absent or any(len(of) > 1 for of in _counts(store).values()) else "yes")
+        return store.get(key) == b"yes"
+    return False
+
+
+def _counts(store: Any) -> dict[str, set[int]]:
+    """How many collectives the ranks had begun in each group when they left the last run."""
+    counts: dict[str, set[int]] = {}
+    for rank in range(dist.get_world_size()):
+        for name, count in json.loads(store.get(_key(rank)))["collectives"].items():
+            counts.setdefault(name, set()).add(count)
+    return counts
 
 
 def _way(by: str | None) -> str:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_dist.dtensors import on_tensor_axis, place_like
+from lightning_dist.compat.fsdp import param_groups_of
+from lightning_dist.compat.torch import MODULE_REGISTRIES, own_buffers, own_parameters
+from lightning_dist.dtensors import local_part, on_tensor_axis, place_like
 from lightning_dist.initialization.recorded_draws import restore_host_random_state
 from lightning_dist.initialization.replay import ReplayPlan, replay
 from lightning_dist.initialization.tape import CannotDefer, Slot, Tape
@@ -203,12 +205,11 @@ def _tied(names: list[str], places: dict[str, Place]) -> list[list[str]]:
 
 
 def _refresh_fsdp(module: nn.Module) -> None:
-    """FSDP keeps references to its parameters (torch 2.15), and takes new ones up as its ``_apply`` does, which also
-    ``to_empty`` and ``load_state_dict(assign=True)`` call; private, seen in torch 2.14 and 2.15."""
+    """Lets fully_shard, which keeps references to its parameters (torch 2.15), take up new ones."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
-            for group in child._get_fsdp_state()._fsdp_param_groups:
+            for group in param_groups_of(child):
                 for parameter in group.fsdp_params:
                     parameter.reset_sharded_param()
 
@@ -223,7 +224,7 @@ def _places(module: nn.Module) -> dict[str, Place]:
     for prefix, owner in module.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
         attributes = {key: value for key, value in vars(owner).items() if isinstance(value, Tensor)}
-        for attribute, tensor in (owner._parameters | owner._buffers | attributes).items():
+        for attribute, tensor in (own_parameters(owner) | own_buffers(owner) | attributes).items():
             if tensor is not None:
                 places[start + attribute] = Place(owner, attribute, tensor)
         for attribute, key, tensor in _items(owner):
@@ -238,7 +239,7 @@ def _places(module: nn.Module) -> dict[str, Place]:
 def _items(owner: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
     """Tensors in the lists and dictionaries of a module, with attribute and key."""
     for attribute, value in vars(owner).items():
-        if attribute in ("_parameters", "_buffers", "_modules"):
+        if attribute in MODULE_REGISTRIES:
             continue
         if isinstance(value, dict):
             pairs = list(value.items())
@@ -248,4 +249,4 @@ def _items(owner: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
 
 
 def _is_meta(tensor: Tensor) -> bool:
-    return tensor.to_local().is_meta if isinstance(tensor, DTensor) else tensor.is_meta
+    return local_part(tensor).is_meta

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_dist.compat.operators import (
+    INDEX_PUT,
+    READS_A_NUMBER,
+    TRUNC_NORMAL,
+    DisableTorchFunction,
+    arguments_of,
+)
+from lightning_dist.compat.torch import TorchDispatchMode
 from lightning_dist.initialization.install import RecordedInit
 from lightning_dist.initialization.recorded_draws import (
     host_random_state,
@@ -31,8 +38,6 @@ _REPLACING = {
 
 _READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__reduce_ex__)
 """Methods that get at the memory of a tensor without an operation that the dispatcher sees."""
-
-_TRUNC_NORMAL = "_no_grad_trunc_normal_"
 
 
 @contextmanager
@@ -60,9 +65,9 @@ def record_initialization() -> Iterator[RecordedInit]:
     host_random = host_random_state()
     for generator in _generators_in_use():
         tape.stream(generator)
-    original = getattr(nn.init, _TRUNC_NORMAL)
+    original = getattr(nn.init, TRUNC_NORMAL)
     recorder = _Recorder(tape)
-    setattr(nn.init, _TRUNC_NORMAL, _recorded_whole(tape, original))
+    setattr(nn.init, TRUNC_NORMAL, _recorded_whole(tape, original))
     try:
         with _ActAsReal(tape), recorder:
             yield RecordedInit(tape, host_random)
@@ -70,7 +75,7 @@ def record_initialization() -> Iterator[RecordedInit]:
         restore_host_random_state(host_random)
         raise
     finally:
-        setattr(nn.init, _TRUNC_NORMAL, original)
+        setattr(nn.init, TRUNC_NORMAL, original)
         for stream in tape.streams:
             stream.finish()
 
@@ -109,7 +114,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
             if any(tensor.is_meta for tensor in tensors):
                 return self._defer(func, args, kwargs, tensors)
@@ -128,7 +133,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def _defer(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is getattr(torch.ops.aten, READS_A_NUMBER).default:
             raise CannotDefer("it reads the value of a deferred tensor (.item(), bool(), float() or int())")
         tape = self._tape
         written = _written(func, args, kwargs)
@@ -164,7 +169,7 @@ def _recorded_whole(tape: Tape, original: Callable[..., Tensor]) -> Callable[...
     """``nn.init.trunc_normal_`` draws until all values are in range, so that only the call can be written down."""
 
     def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             if not tensor.is_meta:
                 return original(tensor, *args, **kwargs)
             slot = tape.slot(tensor)
@@ -215,14 +220,14 @@ def _step(
 
 def _run_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     """Shapes of the results; real operands take part as meta tensors."""
-    if func.overloadpacket.__name__ in ("index_put_", "_index_put_impl_"):
+    if func.overloadpacket.__name__ in INDEX_PUT:
         return args[0]  # a mask among the indices has no shape to infer, and none is needed
     leaves, spec = tree_flatten((args, kwargs))
     meta = [
         leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_meta else leaf for leaf in leaves
     ]
     meta_args, meta_kwargs = tree_unflatten(meta, spec)
-    names = {argument.name for argument in func._schema.arguments}
+    names = {argument.name for argument in arguments_of(func)}
     if "device" in names and (meta_kwargs.get("device") is not None or not _tensors(leaves)):
         meta_kwargs["device"] = torch.device("meta")
     meta_kwargs.pop("pin_memory", None)
@@ -266,7 +271,7 @@ def _device_of(tape: Tape, kwargs: dict[str, Any], tensors: list[Tensor]) -> tor
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that an operation changes in place, by its schema."""
     found: list[Any] = []
-    for place, argument in enumerate(func._schema.arguments):
+    for place, argument in enumerate(arguments_of(func)):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             found += tree_flatten(value)[0]

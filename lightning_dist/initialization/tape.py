@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dist.compat.operators import address_of
 from lightning_dist.initialization.recorded_draws import RandomStream
 
 
@@ -132,13 +133,13 @@ class Tape:
 
     def find(self, tensor: Tensor) -> int | None:
         """The number of the storage of a meta tensor."""
-        return self._numbers.get(tensor.untyped_storage()._cdata)
+        return self._numbers.get(address_of(tensor.untyped_storage()))
 
     def add(self, tensor: Tensor, device: torch.device, is_known: bool = True) -> int:
         """Gives the storage of a meta tensor a number."""
         meta = tensor.untyped_storage()
         self.storages.append(DeferredStorage(meta, device, is_known))
-        self._numbers[meta._cdata] = len(self.storages) - 1
+        self._numbers[address_of(meta)] = len(self.storages) - 1
         return len(self.storages) - 1
 
     def covers(self, slot: Slot) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
+from lightning_dist.compat.operators import DTENSOR_ATTRIBUTES
+from lightning_dist.compat.torch import StridedShard
 from lightning_dist.dtensors import held_indices_of
 from lightning_dist.placeholder import is_placeholder, placeholder_parameter
 
@@ -94,7 +95,7 @@ def small_shape(parameter: Tensor) -> tuple[int, ...]:
             strict=True,
         ):
             if name == "tp" and not placement.is_replicate():
-                pieces = placement.split_factor if isinstance(placement, _StridedShard) else 1
+                pieces = placement.split_factor if isinstance(placement, StridedShard) else 1
                 units[placement.dim] *= pieces * int(ranks)  # type: ignore[attr-defined, assignment]
     longest = sorted(range(parameter.ndim), key=lambda dim: -parameter.shape[dim])[:2]
     limits = [LONG if dim in longest else SHORT for dim in range(parameter.ndim)]
@@ -141,6 +142,6 @@ def _kind(parameter: Tensor) -> Any:
 def _marked(small: nn.Parameter, parameter: Tensor) -> nn.Parameter:
     """With what users wrote on the parameter, which optimizers may read."""
     for name, value in vars(parameter).items():
-        if name not in ("_local_tensor", "_spec"):
+        if name not in DTENSOR_ATTRIBUTES:
             setattr(small, name, value)
     return small

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_dist.compat.operators import HOOKS_OF_OPTIMIZERS
 from lightning_dist.dtensors import local_part
 from lightning_dist.optimizers.small import Small
 from lightning_dist.placeholder import is_placeholder
@@ -93,8 +94,8 @@ class Twin:
         copied = object.__new__(type(optimizer))
         self._copies[id(optimizer)] = copied
         for name, value in vars(optimizer).items():
-            if name.startswith("_optimizer_") and isinstance(value, OrderedDict):
-                vars(copied)[name] = OrderedDict()  # hooks, as torch names them (seen in torch 2.14)
+            if name.startswith(HOOKS_OF_OPTIMIZERS) and isinstance(value, OrderedDict):
+                vars(copied)[name] = OrderedDict()
             elif not (callable(value) and hasattr(type(optimizer), name)):
                 vars(copied)[name] = self._copy(value)
         return copied

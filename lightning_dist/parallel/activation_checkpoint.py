@@ -9,44 +9,21 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils import checkpoint as torch_checkpoint
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_dist.compat.operators import (
+    COSTLY_OPERATORS,
+    OpOverload,
+    changes_arguments,
+    is_collective,
+    recompute_changed,
+)
+from lightning_dist.compat.torch import own_buffers, version_of
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.patches import Patches
-from lightning_dist.pytree import tree_leaves
 
 Checkpointing = Literal["none", "full", "selective"]
-
-COSTLY = frozenset(
-    {
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "addbmm",
-        "addmv",
-        "mv",
-        "_grouped_mm",
-        "_scaled_mm",
-        "_scaled_grouped_mm",
-        "convolution",
-        "_convolution",
-        "convolution_overrideable",
-        "cudnn_convolution",
-        "miopen_convolution",
-        "mkldnn_convolution",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-        "_flash_attention_forward",
-        "_efficient_attention_forward",
-    }
-)
-"""Operators of aten whose results ``"selective"`` keeps: matrix products, convolutions, attention."""
 
 
 def checkpoint_activations(
@@ -54,8 +31,9 @@ def checkpoint_activations(
 ) -> None:
     """Makes the blocks, and no other part of the module, compute their forward again in backward. In place.
 
-    ``"full"`` keeps a block's inputs and outputs. ``"selective"`` also keeps the results of :data:`COSTLY` operators
-    and of collectives, and computes again what is cheap beside them: norms, activations, dropout, sums.
+    ``"full"`` keeps a block's inputs and outputs. ``"selective"`` also keeps the results of costly operators (matrix
+    products, convolutions, attention) and of collectives, and computes again what is cheap beside them: norms,
+    activations, dropout, sums.
 
     Random numbers are drawn as in the forward, and buffers (the running statistics of a BatchNorm) change once. Without
     gradients, in validation say, a block runs as it is. May be called again with another mode.
@@ -194,11 +172,10 @@ def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operator is torch.ops.higher_order.flex_attention:
         return CheckpointPolicy.MUST_SAVE
-    if not isinstance(operator, torch._ops.OpOverload):
+    if not isinstance(operator, OpOverload):
         return CheckpointPolicy.PREFER_RECOMPUTE
-    is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in COSTLY
-    is_collective = operator.namespace == "_c10d_functional"
-    keeps = (is_costly or is_collective) and not operator._schema.is_mutable
+    is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in COSTLY_OPERATORS
+    keeps = (is_costly or is_collective(operator)) and not changes_arguments(operator)
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -223,9 +200,9 @@ class _Buffers(AbstractContextManager[None]):
 
     def __init__(self, block: nn.Module) -> None:
         self._before = [
-            (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+            (own_buffers(module), name, buffer, version_of(buffer), buffer.detach().clone())
             for module in block.modules()
-            for name, buffer in module._buffers.items()
+            for name, buffer in own_buffers(module).items()
             if buffer is not None and not buffer.is_inference()
         ]
 
@@ -237,7 +214,7 @@ class _Buffers(AbstractContextManager[None]):
         self._before = [
             (buffers, name, buffer, version, copy)
             for buffers, name, buffer, version, copy in self._before
-            if buffer.ndim < 2 or buffer._version != version or buffers.get(name) is not buffer
+            if buffer.ndim < 2 or version_of(buffer) != version or buffers.get(name) is not buffer
         ]
 
     def __enter__(self) -> None:
@@ -251,27 +228,13 @@ class _Buffers(AbstractContextManager[None]):
 
 
 class _Unchanged(AbstractContextManager[None]):
-    """Recomputes those kept results that were changed in place since, by an in-place activation say.
-
-    torch raises for them. What its mode holds is private; seen in torch 2.14.
-    """
+    """Recomputes those kept results that were changed in place since, by an in-place activation say."""
 
     def __init__(self, mode: Any) -> None:
-        self._kept: dict[Any, dict[int, Any]] = mode.storage
+        self._mode = mode
 
     def __enter__(self) -> None:
-        for results in self._kept.values():
-            for index, result in results.items():
-                if any(_is_changed(leaf) for leaf in tree_leaves(result)):
-                    results[index] = torch_checkpoint._RECOMPUTE
+        recompute_changed(self._mode)
 
     def __exit__(self, *error: Any) -> None:
         pass
-
-
-def _is_changed(kept: Any) -> bool:
-    return (
-        isinstance(kept, torch_checkpoint._VersionWrapper)
-        and isinstance(kept.val, Tensor)
-        and kept.val._version != kept.version
-    )

@@ -12,7 +12,7 @@ from lightning_dist.compat.fsdp import (
     wrap_show_gathered,
 )
 
-_ATTRIBUTE = "_flags_of_both"
+_ATTRIBUTE = "flags_of_both"
 
 
 class Flags:

@@ -13,19 +13,21 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_dist.compat.torch import own_buffers, own_parameters
 from lightning_dist.dtensors import full
 from lightning_dist.parallel.replaced import Exchange
+from lightning_dist.parallel.tensor import unsplit_copy
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import map_leaves
 
 
 def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of which this rank holds a part, whole, by name; a tied one under its first.
+    """The parameters and buffers of which this rank holds a part, whole and on the CPU, by name; a tied one under its
+    first.
 
     What another stage of a pipeline holds is not in it.
 
     Communication: that of :func:`~lightning_dist.dtensors.full` for each; all ranks that hold a part call it.
     """
     named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: full(tensor) for name, tensor in named if isinstance(tensor, DTensor)}
+    return {name: full(tensor.detach()).cpu() for name, tensor in named if isinstance(tensor, DTensor)}
 
 
 @torch.no_grad()
@@ -92,6 +94,7 @@ def _modules_of(owners: Iterable[object], module: nn.Module) -> list[nn.Module]:
 
 
 def _make_whole(copied: nn.Module) -> None:
+    unsplit_copy(copied)
     made: dict[Tensor, Tensor] = {}
     for child in copied.modules():
         for tensors in _registered(child):

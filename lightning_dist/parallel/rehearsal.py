@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_dist.compat.operators import LIKE, arguments_of, name_of_operator
+from lightning_dist.compat.torch import TorchDispatchMode
+from lightning_dist.compat.torchmetrics import metric_state
 from lightning_dist.logs.code_scan import is_library
 from lightning_dist.logs.metrics import metrics_in
 from lightning_dist.placeholder import is_placeholder
@@ -37,7 +39,7 @@ def undone(module: nn.Module, writes: Iterable[nn.Parameter] = ()) -> Iterator[N
     kept = [_Attributes(child) for child in module.modules()]
     tensors = [*(b for b in module.buffers() if not is_placeholder(b)), *writes]
     values = [tensor.detach().clone() for tensor in tensors]
-    states = [(m, {k: copy.copy(v) for k, v in m._copy_state_dict().items()}) for m in metrics_in(module)]
+    states = [(m, {k: copy.copy(v) for k, v in metric_state(m).values.items()}) for m in metrics_in(module)]
     try:
         yield
     finally:
@@ -90,9 +92,8 @@ class FixedNumbers(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        schema = func._schema
-        given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-        name = schema.name.partition("::")[2].rstrip("_").removesuffix("_like")
+        given = {**dict(zip((argument.name for argument in arguments_of(func)), args, strict=False)), **kwargs}
+        name = name_of_operator(func).partition("::")[2].rstrip("_").removesuffix(LIKE)
         if "dropout_p" in given:  # attention: the same without it
             return func(**{**given, "dropout_p": 0.0}) if given["dropout_p"] else func(*args, **kwargs)
         if name == "native_dropout":

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.give_back import whole_tensors
 from lightning_dist.parallel.tensor.axis import TensorAxis
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
-CALL = "_call_in_layout"
+CALL = "lightning_dist_call"
 """What a strategy of Fabric runs in place of a step: the module's own call, an attribute of it."""
 
 
@@ -109,13 +107,3 @@ class SingleProcessRunner:
 
     def share_buffers(self) -> None:
         """Makes buffers equal on all stages of a pipeline; called after :func:`average_buffers`."""
-
-    def whole_tensors(self, onto: torch.device | None = None) -> dict[str, Tensor]:
-        """The tensors, whole, of which this rank has parts or nothing, by name: for ``give_back``.
-
-        Communication: see :func:`~lightning_dist.parallel.give_back.whole_tensors`.
-
-        Args:
-            onto: where those of other stages of a pipeline are to be; default: the device of this rank.
-        """
-        return whole_tensors(self.module)

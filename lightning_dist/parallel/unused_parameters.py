@@ -81,9 +81,11 @@ class UnusedParameters:
     def _watch_part(self, parameter: Any) -> None:
         """Notes gradients that a loss sends to the part itself, where it used it outside of its unit's forward."""
         part = as_divided(parameter.sharded_param)
-        if vars(part).get("_watched") is self._used or not part.requires_grad:
+        if vars(part).get("watched_for") is self._used or not part.requires_grad:
             return
-        used = vars(part)["_watched"] = self._used  # a hook that held this would keep it, and the model, alive for good
+        used = vars(part)["watched_for"] = (
+            self._used
+        )  # a hook that held this would keep it, and the model, alive for good
         with DisableTorchFunctionSubclass():  # of the class that refuses users' hooks
             part.register_hook(partial(_note_used, used, id(parameter)))
 

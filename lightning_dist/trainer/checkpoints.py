@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -56,10 +57,17 @@ class Checkpoints:
         ranks: of the run.
         resume: what of a checkpoint says where the run was.
         options: the user's.
+        names_of_parts: of parameters that optimizers hold parts of when the module is whole again.
     """
 
-    def __init__(self, ranks: LayoutRanks, resume: Resume, options: CheckpointOptions) -> None:
-        self.options = options
+    def __init__(
+        self,
+        ranks: LayoutRanks,
+        resume: Resume,
+        options: CheckpointOptions,
+        names_of_parts: Callable[[], Mapping[Tensor, str]] = dict,
+    ) -> None:
+        self.options, self._names_of_parts = options, names_of_parts
         self.saves = BackgroundSaves()
         self._ranks, self._resume = ranks, resume
         self._trainer: Any = None
@@ -133,7 +141,8 @@ class Checkpoints:
             optimizer.consolidate_state_dict()
             if self._ranks.rank:
                 return {}
-        return checkpoints.optimizer_state_by_name(optimizer, checkpoints.parameter_names(module))
+        names = {**self._names_of_parts(), **checkpoints.parameter_names(module)}
+        return checkpoints.optimizer_state_by_name(optimizer, names)
 
     def save(
         self,

@@ -33,11 +33,13 @@ from lightning_dist.parallel import (
     parallelize,
     refuse_no_blocks,
 )
+from lightning_dist.parallel.give_back import give_back, whole_tensors
 from lightning_dist.parallel.pipeline import (
     PartitionedModule,
     PipelineRunner,
     partition_module,
     partition_of,
+    whole_of_all_stages,
 )
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
@@ -74,27 +76,31 @@ class ModuleSetup:
         """Names of the modules that compute their forward again in backward, once a fit has been set up."""
         self.reason = ""
         """Why ``"auto"`` chose the layout; empty where the user did."""
+        self.names_of_parts: dict[Tensor, str] = {}
+        """The names of parameters that the optimizers of the last fit hold parts of, once the module is given back."""
         self.known_parameters: dict[int, nn.Parameter] = {}
         """Those of the module when the run began, by id; held, so that an id is not used again."""
         self.patches = Patches()
         """Of the module, for as long as it is divided."""
         self._ranks = ranks
         self._module: pl.LightningModule | None = None
+        self._originals: dict[str, nn.Parameter] | None = None
+        """The user's own parameters, by name, while parts are in their place; None where the module stays divided."""
         self._recorded: RecordedInit | None = None
 
     @property
-    def _pipelined(self) -> PipelineRunner | None:
+    def _pipeline_runner(self) -> PipelineRunner | None:
         return self.runner if isinstance(self.runner, PipelineRunner) else None
 
     @property
     def stage(self) -> Any:
         """Where this rank lies in the pipeline; None without one."""
-        return None if self._pipelined is None else self._pipelined.place
+        return None if self._pipeline_runner is None else self._pipeline_runner.place
 
     @property
     def sharded_units(self) -> list[str]:
         """Names of the modules that are sharded one by one."""
-        runner = self.runner if self._pipelined is None else self._pipelined.inner
+        runner = self.runner if self._pipeline_runner is None else self._pipeline_runner.inner
         return list(runner.units) if isinstance(runner, FSDPRunner) else []
 
     # ------------------------------------------------------------------ before there are processes
@@ -167,10 +173,7 @@ class ModuleSetup:
         self._module = module
         if self._ranks.world_size > 1:
             validate_no_lazy(module)
-        was_cut = (
-            partition_of(module) is not None
-        )  # its ranks hold different parameters by now, and placeholders for others
-        if not was_cut:
+        if partition_of(module) is None:  # else its ranks hold different parameters by now
             precision.convert_module(module)
         layout = self._decide_layout(module)
         self._refuse_other_mesh(module)
@@ -178,7 +181,7 @@ class ModuleSetup:
         validate_parameter_kinds(
             module, layout, parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ()
         )
-        if was_cut or any(isinstance(p, DTensor) for p in module.parameters()):
+        if self.is_divided(module):
             validate_no_new_parameters(module, self.known_parameters)
         else:
             self._give_all_ranks_the_same(module, layout, training)
@@ -197,6 +200,8 @@ class ModuleSetup:
         self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool
     ) -> SingleProcessRunner:
         ranks, options = self._ranks, self.options
+        is_fresh = not self.is_divided(module)
+        is_deferred = self._recorded is not None and bool(self._recorded.names)
         blocks = options.blocks(module)
         hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
         replaced = Replaced(module)
@@ -223,6 +228,8 @@ class ModuleSetup:
         self._materialize(module)
         hooked.clear()
         replaced.exchange(module, _owners(module.trainer))
+        if is_fresh:
+            self._originals = None if is_deferred else replaced.originals
         divide(module)
         runner.show()
         show_parts_to_compiled(module, self.patches)
@@ -295,6 +302,42 @@ class ModuleSetup:
         if self.runner is not None:
             self.runner.reshard()
 
+    # ------------------------------------------------------------------ the end
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether this run has put parts into the module, in place of what the user had built whole."""
+        return self._originals is not None
+
+    def give_back(self) -> None:
+        """Makes the module what the user built, with the trained values, whole and on the CPU.
+
+        What ``configure_model`` built deferred may be too large for that: it stays divided, for later runs too. The
+        optimizers of the run keep their parts.
+
+        Communication: each divided parameter's and buffer's bytes, over the axes that divide it, and over the pipeline
+        those of all stages; none where nothing is divided.
+        """
+        module, originals, self._originals = self._module, self._originals, None
+        if module is None or originals is None:
+            return
+        self.names_of_parts = {p: name for name, p in module.named_parameters()} if self.is_divided(module) else {}
+        whole = whole_tensors(module)
+        if (runner := self._pipeline_runner) is not None:
+            whole = whole_of_all_stages(module, whole, runner.stages, runner.group, self._ranks.device)
+        self.patches.undo()
+        give_back(module, whole, originals, _owners(module.trainer))
+
+    def move_to_cpu(self) -> None:
+        """Where it is whole again; as Lightning's strategies leave a module."""
+        if self._module is not None and not self.is_divided(self._module):
+            self._module.cpu()
+
+    @staticmethod
+    def is_divided(module: nn.Module) -> bool:
+        """Whether a rank holds parts of the module's parameters, or some of them only."""
+        return partition_of(module) is not None or any(isinstance(p, DTensor) for p in module.parameters())
+
     # ------------------------------------------------------------------ reports
 
     def report(self, module: pl.LightningModule) -> LayoutReport:
@@ -313,7 +356,7 @@ class ModuleSetup:
         )
 
     def _pipeline_report(self, module: pl.LightningModule) -> PipelineReport | None:
-        runner = self._pipelined
+        runner = self._pipeline_runner
         return None if runner is None else PipelineReport.of(module, runner.stages, self.options.pipeline)
 
     def explain(self, module: pl.LightningModule, num_ranks: int, batch: Any = None) -> LayoutReport:

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import CheckpointIO, Precision
 
 from lightning_dist.compat import lightning as private
 from lightning_dist.compiled_module import CompiledModule
-from lightning_dist.elastic.guard import begin_run, end_run
+from lightning_dist.elastic.guard import begin_run, end_run, left_together
 from lightning_dist.module_options import ModuleOptions
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
@@ -44,13 +44,14 @@ class Parts:
         self.loaders = Loaders(ranks)
         self.module_setup = ModuleSetup(ranks, module_options)
         self.resume = Resume(ranks, self.loaders, self.module_setup.share_buffers)
-        self.checkpoints = Checkpoints(ranks, self.resume, checkpoint_options)
+        setup = self.module_setup
+        self.checkpoints = Checkpoints(ranks, self.resume, checkpoint_options, lambda: setup.names_of_parts)
         self.optimization = Optimization(ranks, self.module_setup)
         self.coordination = Coordination(ranks, self.loaders, self.module_setup, self.resume)
         self.steps = Steps(ranks, self.module_setup, self.loaders, self.coordination, self.tuning)
         self.is_set_up = False
         """Whether a run has set up its module, and goes on."""
-        self._is_in_run = False
+        self._is_in_run = self._failed = False
         self._patches, self._setup_patches = Patches(), Patches()
         """Of a run, and of what is set up in it."""
         self._compiled: CompiledModule | None = None
@@ -131,6 +132,7 @@ class Parts:
     def leave(self) -> None:
         """The run ends, perhaps by an exception and before it was set up."""
         self._is_in_run = self.is_set_up = False
+        failed, self._failed = self._failed, False
         self._compile_again()
         if self.tuning.is_searching:
             self.resume.last_step = self.tuning.leave()
@@ -138,11 +140,14 @@ class Parts:
         self._setup_patches.undo()
         self._patches.undo()
         self.module_setup.reshard()
+        if self.module_setup.gives_back and (not failed or not self.ranks.holds_shards or left_together()):
+            self.module_setup.give_back()
 
     def end(self, exception: BaseException | None = None, launcher: Any = None) -> None:
         """This rank leaves the run, as the others hear; see [Note: who may go on]."""
         if self.ranks.world_size > 1:
             end_run(self.ranks.groups, exception, launcher)
         if exception is not None:
+            self._failed = True
             self.steps.forget()
             self.checkpoints.end_saves(exception)

@@ -159,7 +159,7 @@ def test_an_epoch_that_all_ranks_leave_is_as_in_one_process() -> None:
 
 
 class OfUnequalLength(IterableDataset):  # type: ignore[type-arg]
-    """Dealt by its owner, and not evenly."""
+    """Sharded by its owner, and not evenly."""
 
     def __iter__(self) -> Iterator[Any]:
         rank = torch.distributed.get_rank()

@@ -186,7 +186,7 @@ def pairs(ranks: int) -> Any:
 
 @pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2"))
 @pytest.mark.parametrize("loaders", [own_batches, pairs])
-def test_batch_samplers_of_the_users_own_are_dealt_in_their_order(layout: str, num_ranks: int, loaders: Any) -> None:
+def test_batch_samplers_of_the_users_own_are_sharded_in_their_order(layout: str, num_ranks: int, loaders: Any) -> None:
     compare(layout, num_ranks, loaders, {"max_epochs": 3})
 
 

@@ -1,4 +1,4 @@
-"""Iterable data: where every rank reads the same, each sample is used once; dealt by its owner, it is left alone."""
+"""Iterable data: where every rank reads the same, each sample is used once; sharded by its owner, it is left alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sized(Plain):
 
 
 class ByRank(Plain):
-    """Dealt by its owner, by global rank."""
+    """Sharded by its owner, by global rank."""
 
     def __iter__(self) -> Iterator[Any]:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -51,7 +51,7 @@ class ByRank(Plain):
 
 
 class ByHalf(Plain):
-    """Dealt to two halves of the ranks."""
+    """Sharded over two halves of the ranks."""
 
     def __iter__(self) -> Iterator[Any]:
         yield from [s for index, s in enumerate(super().__iter__()) if index % 2 == torch.distributed.get_rank() // 2]
@@ -109,7 +109,7 @@ def fit(
 
 @pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"))
 @pytest.mark.parametrize("kind", [Plain, Sized])
-def test_a_stream_that_nobody_deals_is_read_as_in_one_process(layout: str, num_ranks: int, kind: type[Plain]) -> None:
+def test_a_stream_that_nobody_shards_is_read_as_in_one_process(layout: str, num_ranks: int, kind: type[Plain]) -> None:
     one = once(fit, None, kind, 0)
     ranks = run_on_ranks(num_ranks, fit, layout, kind, 0)
     for rank in ranks:
@@ -136,7 +136,7 @@ def test_with_workers_each_sample_is_used_once() -> None:
         assert sorted(read) == list(range(32))
 
 
-def test_what_its_owner_deals_is_left_alone() -> None:
+def test_what_its_owner_shards_is_left_alone() -> None:
     ranks = run_on_ranks(2, fit, "dp_replicate=2", ByRank, 0)
     read = [index for rank in ranks for batch in rank["read"][:4] for index in batch]
     assert sorted(read) == list(range(32))
@@ -146,7 +146,7 @@ def _undealt_on_purpose() -> Any:
     return fit("dp_replicate=2", Plain, 0, use_distributed_sampler=False)["read"]
 
 
-def test_the_trainers_word_that_the_user_deals_is_taken() -> None:
+def test_the_trainers_word_that_the_user_shards_is_taken() -> None:
     first, second = run_on_ranks(2, _undealt_on_purpose)
     assert first == second
     assert len(first) == 16

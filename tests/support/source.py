@@ -16,6 +16,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_dist"
 NAMED_TUPLE = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 """Public in spite of their underscore."""
+OURS = {
+    *("_aliases", "_call_in_layout", "_detached", "_flags_of_both", "_is_set_up_in_layout", "_like"),
+    *("_pipeline_partition", "_pipeline_share", "_real", "_root_gathering", "_seen", "_sharing", "_stage", "_watched"),
+}
+"""Strings with an underscore that name something of this package: what it keeps on objects of others, or by name."""
 
 
 @cache
@@ -67,7 +72,7 @@ def _private_names_of(node: ast.AST, here: set[str], everywhere: set[str]) -> It
         if not of_itself and holder not in sys.stdlib_module_names:
             yield node.attr
     elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-        if is_private(node.value) and node.value not in here:
+        if is_private(node.value) and node.value not in here | OURS:
             yield repr(node.value)
     elif isinstance(node, ast.Import | ast.ImportFrom):
         names = list(imported(node))

@@ -70,7 +70,7 @@ def test_different_batches_are_refused() -> None:
     run_on_ranks(2, _fit, "dp_shard=2", _by_rank)
 
 
-def test_a_sampler_that_deals_to_all_ranks_is_refused() -> None:
+def test_a_sampler_that_is_for_all_ranks_is_refused() -> None:
     with pytest.raises(RankError, match=r"is for 4 ranks, as rank . of them; the layout has 2 data ranks"):
         run_on_ranks(4, _fit, "dp_shard=2,tp=2", _sampler_of_all_ranks)
     run_on_ranks(2, _fit, "dp_replicate=2", _sampler_of_all_ranks)

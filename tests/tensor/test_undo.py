@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.dtensors import full
+from lightning_dist.parallel.give_back import give_back, whole_tensors
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.patches import Patches
@@ -43,10 +44,12 @@ def _undone(name: str, sequence_parallel: bool) -> None:
     sharding_plan = TensorOptions(None, sequence_parallel, loss_parallel=True).sharding_plan(module, 2, blocks)
     patches = _on_the_axis(module, sharding_plan)
     family.loss(module).backward()
-    _taken_off(module, patches)
+    callback = SimpleNamespace(copied=copy.deepcopy(module))
+    _taken_off(module, patches, callback)
 
     _assert_same_attributes(module, plain)
-    for again in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), _saved_and_loaded(module)):
+    copies = (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), _saved_and_loaded(module))
+    for again in (module, *copies, callback.copied):
         _assert_same_training(family, again, copy.deepcopy(plain))
 
 
@@ -59,16 +62,10 @@ def _on_the_axis(module: nn.Module, sharding_plan: Any) -> Patches:
     return patches
 
 
-def _taken_off(module: nn.Module, patches: Patches) -> None:
+def _taken_off(module: nn.Module, patches: Patches, *owners: Any) -> None:
+    whole = whole_tensors(module)
     patches.undo()
-    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            places.setdefault(parameter, []).append((owner, name))
-    for parameter, where in places.items():
-        plain = nn.Parameter(full(parameter), parameter.requires_grad)
-        for owner, name in where:
-            setattr(owner, name, plain)
+    give_back(module, whole, {}, owners)
 
 
 def _saved_and_loaded(module: nn.Module) -> Any:

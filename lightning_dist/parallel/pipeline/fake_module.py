@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dist.compat.lightning import set_trainer, trainer_of
-from lightning_dist.compat.torch import COMPILED_CALL, own_buffers, own_modules, own_parameters, registries
+from lightning_dist.compat.torch import COMPILED_CALL, children_of, own_buffers, own_parameters, registries
 from lightning_dist.parallel.pipeline.guards import AddGuard, GuardedInt, GuardedTrainer
 from lightning_dist.parallel.pipeline.manual_optimization import idle, refuse_toggling
 from lightning_dist.parallel.rehearsal import is_users_object
@@ -99,8 +99,8 @@ class FakeModule:
         """Parts that hooks have given the module since, or taken from it."""
         there = [(o, self._modules[id(o)]) for o in module.modules() if id(o) in self._modules]
         for original, copied in there:
-            for name in own_modules(copied).keys() - own_modules(original).keys():
-                del own_modules(copied)[name]
+            for name in children_of(copied).keys() - children_of(original).keys():
+                del children_of(copied)[name]
         if not any(self._is_new(*pair) for pair in there):
             return
         # those that were copied first may be gone, and others have their ids
@@ -108,9 +108,9 @@ class FakeModule:
         named = module.named_parameters(remove_duplicate=False)
         self._parameters = {id(p): standins[name] for name, p in named if name in standins}
         for original, copied in there:
-            for name, child in own_modules(original).items():
-                if child is not None and own_modules(copied).get(name) is not self._modules.get(id(child), self):
-                    own_modules(copied)[name] = self._copied(child)
+            for name, child in children_of(original).items():
+                if child is not None and children_of(copied).get(name) is not self._modules.get(id(child), self):
+                    children_of(copied)[name] = self._copied(child)
             for name in own_parameters(original).keys() - own_parameters(copied).keys():
                 own_parameters(copied)[name] = self._standin(own_parameters(original)[name])
             for name in own_buffers(original).keys() - own_buffers(copied).keys():
@@ -125,7 +125,7 @@ class FakeModule:
         return self._modules.get(id(module), module)
 
     def _is_new(self, original: nn.Module, copied: nn.Module) -> bool:
-        children = [(own_modules(copied).get(name), child) for name, child in own_modules(original).items()]
+        children = [(children_of(copied).get(name), child) for name, child in children_of(original).items()]
         return (
             any(child is not None and mine is not self._modules.get(id(child), self) for mine, child in children)
             or bool(own_parameters(original).keys() - own_parameters(copied).keys())
@@ -174,7 +174,7 @@ class FakeModule:
         state |= registries(
             {name: self._standin(p) for name, p in own_parameters(module).items()},
             {name: None if b is None else self._buffer(b) for name, b in own_buffers(module).items()},
-            {name: None if child is None else self._copied(child) for name, child in own_modules(module).items()},
+            {name: None if child is None else self._copied(child) for name, child in children_of(module).items()},
         )
         vars(new).update(state)
         if isinstance(module, (Metric, MetricCollection)):

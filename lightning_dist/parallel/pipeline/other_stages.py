@@ -19,31 +19,26 @@ def hide_parameters(module: nn.Module, names: Iterable[str], device: torch.devic
     _exchange(module, {name: placeholder_parameter(module.get_parameter(name), device) for name in names})
 
 
-def whole_over_stages(
-    module: nn.Module,
-    whole: Mapping[str, Tensor],
-    stages: Stages,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    onto: torch.device | None = None,
+def whole_of_all_stages(
+    module: nn.Module, whole: Mapping[str, Tensor], stages: Stages, group: dist.ProcessGroup, device: torch.device
 ) -> dict[str, Tensor]:
-    """What makes the module whole: ``whole`` with the parameters of other stages. Buffers are made equal, in place.
+    """The parameters that this rank has a part of, or a placeholder for, whole; the module's buffers get their values.
 
     Communication over the pipeline: broadcasts of all parameters and of the buffers that stages use, of at most 64 MB
     (or one tensor) each, by the first rank that holds them.
 
     Args:
         module: this rank's stages of it.
-        whole: the whole tensors, by name, of which this rank has parts.
+        whole: plain, by name, what this rank has parts of.
         stages: of the module.
         group: the ranks of the pipeline.
         device: of the group's backend.
-        onto: where parameters of other stages are to be; default: ``device``.
     """
-    share_buffers(module, stages, group)
     named = {name: whole.get(name, p) for name, p in module.named_parameters() if name in stages.owners}
-    shared = share_over_stages(named, {name: stages.holders(name)[0] for name in named}, group, device, onto)
-    return {**whole, **{name: tensor for name, tensor in shared.items() if tensor is not named[name]}}
+    sources = {name: stages.holders(name)[0] for name in named}
+    shared = share_over_stages(named, sources, group, device, onto=torch.device("cpu"))
+    share_buffers(module, stages, group)
+    return {**whole, **{name: shared[name] for name, tensor in named.items() if is_placeholder(tensor)}}
 
 
 @torch.no_grad()

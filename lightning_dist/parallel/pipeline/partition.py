@@ -57,8 +57,7 @@ def partition_module(
     """Cuts a module, in place: what other ranks hold becomes placeholders. One that has been cut stays.
 
     The batch is the first of the loader of the run that begins, made once more and in this process; random states are
-    left as they were. After the run the runner's ``whole_tensors`` has
-    what makes the module whole again, and ``patches`` takes off the rest.
+    left as they were. :func:`whole_of_all_stages` gives what a rank lacks, and ``patches`` takes off the rest.
 
     Args:
         module: whole and equal on every rank, or on meta but for its buffers.

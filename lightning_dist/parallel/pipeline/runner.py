@@ -19,7 +19,7 @@ from lightning_dist.parallel.pipeline import manual_optimization
 from lightning_dist.parallel.pipeline.constant_logs import ConstantLogs
 from lightning_dist.parallel.pipeline.microbatch_check import MicrobatchCheck
 from lightning_dist.parallel.pipeline.options import PipelineOptions
-from lightning_dist.parallel.pipeline.other_stages import share_buffers, whole_over_stages
+from lightning_dist.parallel.pipeline.other_stages import share_buffers
 from lightning_dist.parallel.pipeline.outcome import Outcome, fixed_numbers, left_in_parts
 from lightning_dist.parallel.pipeline.p2p import ended, first_link
 from lightning_dist.parallel.pipeline.parameter_view import ParameterView
@@ -416,11 +416,6 @@ class PipelineRunner(SingleProcessRunner):
 
     def reshard(self) -> None:
         self.inner.reshard()
-
-    def whole_tensors(self, onto: torch.device | None = None) -> dict[str, Tensor]:
-        """Those of other stages too; see :func:`~.other_stages.whole_over_stages`."""
-        whole = super().whole_tensors(onto)
-        return whole_over_stages(self.module, whole, self.stages, self.group, self._device, onto)
 
     def share_buffers(self) -> None:
         """Every rank gets the buffers of the stage that uses them; see :func:`~.other_stages.share_buffers`."""

@@ -117,6 +117,12 @@ class Region:
         patches.set(module, "forward", MethodType(_forward, module))
 
     @staticmethod
+    def detach(module: nn.Module) -> None:
+        """Takes a region off a module that is a copy of one."""
+        if vars(module).pop(_ATTRIBUTE, None) is not None:
+            vars(module).pop("forward", None)
+
+    @staticmethod
     def of(module: nn.Module) -> Region | None:
         """The region that a module is, if it is one."""
         return vars(module).get(_ATTRIBUTE)

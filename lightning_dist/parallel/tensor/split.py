@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.compat.torch import DropoutNd
+from lightning_dist.compat.torch import FORWARD_PRE_HOOKS, DropoutNd
 from lightning_dist.parallel.tensor.attention import LocalHeads
 from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
 from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
@@ -42,6 +42,15 @@ def split(module: nn.Module, plan: ShardingPlan, mesh: DeviceMesh, *, patches: P
         ValueError: a forward that was replaced on the object; other sequence-parallel blocks than in an earlier run.
     """
     _Splitting(module, plan, mesh, patches).run()
+
+
+def unsplit_copy(copied: nn.Module) -> None:
+    """Takes off what a deep copy of a divided module has from it, of which no patches know; not its parameters."""
+    for child in copied.modules():
+        Region.detach(child)
+        hooks = vars(child)[FORWARD_PRE_HOOKS]
+        for key in [key for key, hook in hooks.items() if hook is _no_fast_path]:
+            del hooks[key]
 
 
 class _Splitting:

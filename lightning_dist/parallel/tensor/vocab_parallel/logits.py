@@ -10,7 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, tensor_attributes, writes_in_place
 from lightning_dist.parallel.tensor.vocab_parallel.operators import OF_AUTOGRAD, OVER_VOCABULARY
-from lightning_dist.parallel.tensor.vocab_parallel.sharding_rules import BY_ANY_ARGUMENT, BY_FIRST_ARGUMENT, IN_PLACE
+from lightning_dist.parallel.tensor.vocab_parallel.sharding_rules import (
+    BY_ANY_ARGUMENT,
+    BY_FIRST_ARGUMENT,
+    IN_PLACE,
+    torch_functions,
+)
 from lightning_dist.parallel.tensor.vocab_parallel.split_tensor import VocabTensor
 from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 from lightning_dist.pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -149,41 +154,20 @@ def _with_gather(func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-_AS_IT_IS = frozenset(
-    [getattr(Tensor, name).__get__ for name in tensor_attributes() - {"T", "H", "mT", "mH", "data", "real", "imag"}]
-    + [
-        function
-        for name in [
-            "size",
-            "dim",
-            "ndimension",
-            "numel",
-            "nelement",
-            "element_size",
-            "stride",
-            "is_floating_point",
-            "is_complex",
-            "is_contiguous",
-            "is_signed",
-            "get_device",
-            "is_inference",
-            "is_same_size",
-            "__len__",
-            "__hash__",
-            "backward",
-        ]
-        for function in (getattr(torch, name, None), getattr(Tensor, name, None))
-        if function is not None
-    ]
-)
+_METADATA = """
+    size dim ndimension numel nelement element_size stride is_floating_point is_complex is_contiguous is_signed
+    get_device is_inference is_same_size __len__ __hash__ backward
+"""
+_AS_IT_IS = {
+    *(getattr(Tensor, name).__get__ for name in tensor_attributes() - {"T", "H", "mT", "mH", "data", "real", "imag"}),
+    *torch_functions(*_METADATA.split()),
+}
 _REFUSED = {
     Tensor.requires_grad_: "be made to require a gradient",
     Tensor.requires_grad.__set__: "be made to require a gradient",  # type: ignore[attr-defined]
     Tensor.data.__set__: "be given other data",  # type: ignore[attr-defined]
 }
-_SHAPE_ONLY = frozenset(
-    [
-        *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
-        *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
-    ]
-)
+_SHAPE_ONLY = {
+    *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
+    *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
+}

@@ -58,7 +58,7 @@ def _pointwise(function: Callable[..., Any], in_place: bool = False) -> Rule:
         size = logits.vocabulary.size
         if kwargs.get("out") is not None or (in_place and args[0] is not logits):
             return None
-        if function in _both("where") and len(args) + len(kwargs) < 3:
+        if function in torch_functions("where") and len(args) + len(kwargs) < 3:
             return None
 
         def cut(value: Any) -> Any:
@@ -100,7 +100,7 @@ def _join(function: Callable[..., Any], adds: bool = False) -> Rule:
     return rule
 
 
-def _both(*names: str) -> list[Any]:
+def torch_functions(*names: str) -> list[Any]:
     """torch's function and the tensor's method of these names."""
     return [getattr(owner, name) for name in names for owner in (torch, Tensor) if callable(getattr(owner, name, None))]
 
@@ -126,10 +126,10 @@ def _first_argument() -> dict[Any, Rule]:
         unbind_rule: ("unbind",),
     }
     for rule, names in moves.items():
-        rules |= dict.fromkeys(_both(*names), rule)
-    rules |= {function: rule_of_first_dim(function) for function in _both("narrow", "index_select")}
-    rules |= {function: rule_of_first_dim(function, removes=True) for function in _both("select")}
-    rules |= {function: rule_of_last_dim(function) for function in _both("split", "chunk", "tensor_split")}
+        rules |= dict.fromkeys(torch_functions(*names), rule)
+    rules |= {function: rule_of_first_dim(function) for function in torch_functions("narrow", "index_select")}
+    rules |= {function: rule_of_first_dim(function, removes=True) for function in torch_functions("select")}
+    rules |= {function: rule_of_last_dim(function) for function in torch_functions("split", "chunk", "tensor_split")}
     casts = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu")
     return rules | {getattr(Tensor, name): _cast(getattr(Tensor, name)) for name in casts}
 
@@ -140,31 +140,16 @@ def _any_argument() -> dict[Any, Rule]:
         clamp_min clamp_max masked_fill where nan_to_num
         __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __div__ __neg__
     """
-    rules: dict[Any, Rule] = {function: _pointwise(function) for function in _both(*alone.split())}
+    rules: dict[Any, Rule] = {function: _pointwise(function) for function in torch_functions(*alone.split())}
     rules |= {function: _pointwise(function, in_place=True) for function in IN_PLACE}
     rules[Tensor.data.__get__] = _pointwise(Tensor.detach)  # type: ignore[attr-defined]
     return rules | {torch.cat: _join(torch.cat), torch.stack: _join(torch.stack, adds=True)}
 
 
-IN_PLACE = frozenset(
-    _both(
-        *[
-            "mul_",
-            "multiply_",
-            "div_",
-            "divide_",
-            "add_",
-            "sub_",
-            "clamp_",
-            "masked_fill_",
-            "__iadd__",
-            "__isub__",
-            "__imul__",
-            "__itruediv__",
-            "__idiv__",
-        ]
-    )
-)
+_WRITING = """
+    mul_ multiply_ div_ divide_ add_ sub_ clamp_ masked_fill_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__
+"""
+IN_PLACE = frozenset(torch_functions(*_WRITING.split()))
 BY_FIRST_ARGUMENT = _first_argument()
 """Rules that take the logits and the function's further arguments."""
 
