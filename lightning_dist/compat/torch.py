@@ -317,12 +317,6 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
-@uses("torch.nn.Module._modules")
-def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The dictionary in which a module keeps its children."""
-    return module._modules
-
-
 @uses("torch.nn.Module._parameters", "torch.nn.Module._buffers", "torch.nn.Module._modules")
 def registries(parameters: dict[str, Any], buffers: dict[str, Any], modules: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module that keeps these as its own."""
