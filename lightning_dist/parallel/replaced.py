@@ -71,7 +71,7 @@ class Replaced:
         held: list[Any] = [places.pop(key)[0] for key in list(places)]
         self._refuse_held(held, names)
         for parameter in held:
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         self.originals = dict(zip(names, held, strict=True))
 
     def _refuse_held(self, held: list[Any], names: list[str]) -> None:
