@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_dist.compat import lightning as private
-from lightning_dist.compat.torch import default_store
+from lightning_dist.compat.distributed import default_store
 from lightning_dist.elastic import guard
 from lightning_dist.parallel import SingleProcessRunner
 from lightning_dist.patches import Patches

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from typing_extensions import TypeIs
 
-from lightning_dist.compat.torch import StridedShard, compute_local_shape_and_global_offset, local_tensor
+from lightning_dist.compat.distributed import StridedShard, compute_local_shape_and_global_offset, local_tensor
 
 # --------------------------------------------------------------------- parts
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import convert_to_tensors, move_data_to_device
 from torch import Tensor
 
+from lightning_dist.compat.distributed import functional_collectives as functional
 from lightning_dist.compat.lightning import running_hook
-from lightning_dist.compat.torch import functional_collectives as functional
 from lightning_dist.pytree import tree_flatten, tree_map, tree_structure
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_dist.compat.torch import flattened_mesh, forget_earlier_meshes
+from lightning_dist.compat.distributed import flattened_mesh, forget_earlier_meshes
 
 REST = -1
 """The degree that takes whatever the other axes leave of the world."""

@@ -156,8 +156,6 @@ class HybridStrategy(ParallelStrategy):
         """What Fabric shows when it is given one."""
         return f"<{type(self).__name__}, for a Trainer; for Fabric there is HybridFabricStrategy>"
 
-    # ------------------------------------------------------------------ what users ask
-
     layout = property(attrgetter("ranks.layout"), doc='The layout, resolved; None while ``"auto"`` is undecided.')
     mesh = property(attrgetter("ranks.mesh"), doc="The ranks along the axes of the layout; None for one process.")
     num_data_ranks = property(attrgetter("ranks.num_data_ranks"), doc="Number of ranks that see different samples.")
@@ -168,10 +166,7 @@ class HybridStrategy(ParallelStrategy):
     )
 
     def explain(self, module: pl.LightningModule, num_ranks: int, batch: Any = None) -> LayoutReport:
-        """What this strategy would do to a module on so many ranks, without processes or training.
-
-        See :func:`~lightning_dist.explain.plan_report`; raises ValueError as a fit would.
-        """
+        """What a fit would do to a module, see :func:`~lightning_dist.explain.plan_report`; raises as it would."""
         return self.parts.module_setup.explain(module, num_ranks, batch)
 
     # ------------------------------------------------------------------ ranks

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat import lightning as private
-from lightning_dist.compat.torch import num_collectives
+from lightning_dist.compat.distributed import num_collectives
 from lightning_dist.data.sharding import distributed_sampler
 from lightning_dist.parallel import DDPRunner, SingleProcessRunner
 from lightning_dist.patches import Patches

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed import distributed_c10d
 
-from lightning_dist.compat.torch import RANK_NOT_IN_GROUP
+from lightning_dist.compat.distributed import RANK_NOT_IN_GROUP
 from lightning_dist.layout import Layout
 from lightning_dist.patches import Patches
 

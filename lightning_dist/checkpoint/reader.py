@@ -21,7 +21,8 @@ from lightning_dist.checkpoint.formats import SAFETENSORS, DamagedCheckpoint, fo
 from lightning_dist.checkpoint.lazy_tensors import PIECE, LazyTensor, read_into
 from lightning_dist.checkpoint.safetensors import read_safetensors, rows_of_safetensors
 from lightning_dist.checkpoint.single_file import as_checkpoint, check_sizes, load_pickled
-from lightning_dist.compat.torch import FakeTensorMode, part_of_file, place_in_file
+from lightning_dist.compat.distributed import part_of_file
+from lightning_dist.compat.torch import FakeTensorMode, place_in_file
 from lightning_dist.pytree import Path as TreePath
 from lightning_dist.pytree import map_leaves
 

@@ -57,3 +57,9 @@ def launcher(strategy: Any, start_method: str) -> Any:
     if start_method == "popen":
         return _SubprocessScriptLauncher(strategy.cluster_environment, strategy.ranks.num_processes, strategy.num_nodes)
     return _MultiProcessingLauncher(strategy, start_method=start_method)  # type: ignore[arg-type]
+
+
+@uses("lightning.fabric.utilities.distributed._DatasetSamplerWrapper._sampler")
+def wrapped_sampler(sampler: Any) -> Any:
+    """The user's sampler inside of one that Fabric has put around it."""
+    return sampler.dataset._sampler

@@ -48,46 +48,9 @@ from lightning_dist.compat.names import hands_on, name_of, uses
 
 # --- ground floor ---
 
-StridedShard = _StridedShard
-
 
 for _name in ("tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_structure", "tree_unflatten"):
     hands_on(f"torch.utils._pytree.{_name}", "walks nested values as torch itself does; there is no public name")
-
-
-hands_on(
-    "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
-    "tells which part of a DTensor a rank holds, as torch's distributed checkpoints ask it",
-)
-
-
-hands_on(
-    "torch.distributed.tensor.placement_types._StridedShard",
-    "the placement of a tensor that fully_shard divides where the tensor axis has divided it before",
-)
-
-
-@uses("torch.distributed.tensor.DTensor._local_tensor")
-def local_tensor(tensor: DTensor) -> Tensor:
-    """Gives this rank's part of a divided tensor, without autograd."""
-    return tensor._local_tensor
-
-
-RANK_NOT_IN_GROUP = name_of(
-    "torch.distributed.distributed_c10d._rank_not_in_group", "The function that every collective asks about its group."
-)
-
-
-@uses("torch.distributed.distributed_c10d._get_default_store")
-def default_store() -> Any:
-    """The store of the process group of the world, over which its ranks have met."""
-    return dist.distributed_c10d._get_default_store()
-
-
-@uses("torch.distributed.distributed_c10d.ProcessGroup._get_sequence_number_for_group")
-def num_collectives(group: dist.ProcessGroup) -> int:
-    """How many collectives this rank has begun in a group."""
-    return group._get_sequence_number_for_group()  # type: ignore[attr-defined]
 
 
 @uses("torch.Tensor._post_accumulate_grad_hooks")
@@ -151,12 +114,6 @@ for _module, _name in CLASSES_OF_A_DCP_INDEX:
     hands_on(f"{_module}.{_name}", "is pickled in the index of torch.distributed.checkpoint")
 
 
-@uses("torch.distributed.checkpoint.utils._create_file_view")
-def part_of_file(file: IO[bytes], offset: int, length: int) -> Any:
-    """A part of a file as a file, as torch's own reader of distributed checkpoints makes it."""
-    return _create_file_view(cast(IOBase, file), offset, length)
-
-
 @uses("torch.UntypedStorage._checkpoint_offset")
 def place_in_file(fake: Tensor) -> int | None:
     """Where in a file the storage of a tensor begins that was loaded under a ``FakeTensorMode``."""
@@ -184,9 +141,6 @@ def set_versions(state_dict: Any, versions: dict[str, Any]) -> None:
 
 
 hands_on("torch._C.DisableTorchFunctionSubclass", "runs an operator on a subclass of tensors as on a plain one")
-
-
-hands_on("torch.distributed._functional_collectives", "collectives that return tensors, which torch.compile traces")
 
 
 hands_on("torch.nn.modules.batchnorm._NormBase", "tells BatchNorm and InstanceNorm of any number of dims")
@@ -407,26 +361,6 @@ def written_arguments(operator: Any, args: Any, kwargs: Any) -> list[Any]:
 def all_overloads(operator: Any) -> Any:
     """The operator with all its overloads, under which torch lists what it costs."""
     return operator._overloadpacket
-
-
-@uses(
-    "torch.distributed.tensor._redistribute._gen_transform_infos",
-    "torch.distributed.tensor.debug._clear_sharding_prop_cache",
-)
-def forget_earlier_meshes() -> None:
-    """Empties the caches in which DTensor keeps what it inferred of equal meshes.
-
-    A mesh equals an earlier one of the same ranks, also where that one's process groups are gone, since its process
-    group was destroyed; results would then name groups that can't be found.
-    """
-    _clear_sharding_prop_cache()
-    _redistribute._gen_transform_infos.cache_clear()
-
-
-@uses("torch.distributed.device_mesh.DeviceMesh._flatten")
-def flattened_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """Joins the axes of a mesh into one. Communication: makes its process groups."""
-    return mesh._flatten(name)
 
 
 @uses("torch.amp.GradScaler._unscale_grads_", "torch._amp_foreach_non_finite_check_and_unscale_")

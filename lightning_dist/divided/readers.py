@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.compat.torch import default_store
+from lightning_dist.compat.distributed import default_store
 from lightning_dist.elastic.guard import what_ended_another
 
 PATIENCE = timedelta(seconds=30)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.compat.distributed import local_tensor
 from lightning_dist.compat.operators import (
     LIKE,
     TracingContext,
@@ -19,7 +20,7 @@ from lightning_dist.compat.operators import (
     is_divided_alike,
     set_local_tensor,
 )
-from lightning_dist.compat.torch import DisableTorchFunctionSubclass, EnableTorchFunction, local_tensor
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass, EnableTorchFunction
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
 from lightning_dist.divided.readers import agree_to_read, asked_by_user
 from lightning_dist.divided.view import shared_draws, view_of_whole

@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 
+from lightning_dist.compat.distributed import default_store, num_collectives
 from lightning_dist.compat.lightning import started_processes
-from lightning_dist.compat.torch import default_store, num_collectives
 
 GRACE = 5.0
 """Seconds that the other processes of a script get to end by themselves, so that the first to fail can say why."""

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from lightning_dist.collectives import broadcast_object
+from lightning_dist.compat.fabric import wrapped_sampler
 from lightning_dist.data import share_generator
 from lightning_dist.data.samplers import DistributedSamples
 
@@ -72,7 +73,7 @@ def _is_injected(sampler: Any) -> bool:
 def _source_of(sampler: Any, loader: DataLoader) -> Any:
     """What the user's loader had in its place, as far as it can be seen."""
     if isinstance(sampler, DistributedSamplerWrapper):
-        return sampler.dataset._sampler  # type: ignore[attr-defined]  # private; seen in Lightning 2.6.6
+        return wrapped_sampler(sampler)
     if sampler.shuffle:
         return RandomSampler(loader.dataset, generator=loader.generator)  # type: ignore[arg-type]
     return SequentialSampler(loader.dataset)  # type: ignore[arg-type]

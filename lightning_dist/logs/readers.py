@@ -14,8 +14,8 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ProgressBar
 
+from lightning_dist.compat.distributed import default_store
 from lightning_dist.compat.lightning import HOOK_CALLERS, LoggerConnector
-from lightning_dist.compat.torch import default_store
 from lightning_dist.logs.code_scan import READS, SYNCS, is_library, scan_hook
 from lightning_dist.logs.microbatches import RecordedLogs
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_dist.compat.distributed import StridedShard
 from lightning_dist.compat.operators import DTENSOR_ATTRIBUTES
-from lightning_dist.compat.torch import StridedShard
 from lightning_dist.dtensors import held_indices_of
 from lightning_dist.placeholder import is_placeholder, placeholder_parameter
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.compat.torch import functional_collectives as functional
+from lightning_dist.compat.distributed import functional_collectives as functional
 
 
 def copy_to_tensor_region(activation: Tensor, mesh: DeviceMesh) -> Tensor:

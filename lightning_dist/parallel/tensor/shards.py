@@ -8,7 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from lightning_dist.compat.torch import StridedShard, own_parameters
+from lightning_dist.compat.distributed import StridedShard
+from lightning_dist.compat.torch import own_parameters
 from lightning_dist.divided import whole
 
 
