@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from tests.support.models import CLASSES, WIDTH, Classifier, Momentum, samples
 from tests.support.parity import Record, Run, assert_equal, once, one_process, train
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import RankError, run_on_ranks
 
 PLAN = {"net.blocks.*.up": "colwise", "net.blocks.*.down": "rowwise"}
 
@@ -226,16 +226,21 @@ def refusal(run: Run, layout: str) -> str:
         (run_of(Quantised), ("dp_shard=2", "tp=2"), "net.blocks.0.up.weight: a Half, which layout "),
         (run_of(Momentum, callbacks=pruning), ("dp_shard=2", "tp=2"), "ModelPruning compares the elements of whole"),
         (run_of(PrunedBlocks), ("tp=2",), "a Linear whose weight is computed from other parameters (pruned or"),
-        (run_of(Grows), ("dp_replicate=2", "dp_shard=2"), "late came to the module after the fit had begun"),
         (Run(NewtonLike, samples), ("tp=2",), "LBFGS works on all parameters as one vector, and this layout divides"),
     ],
-    ids=["lazy", "quantised", "pruning", "pruned", "grows", "lbfgs"],
+    ids=["lazy", "quantised", "pruning", "pruned", "lbfgs"],
 )
 def test_what_cannot_be_divided_is_refused_on_every_rank(run: Run, layouts: tuple[str, ...], told: str) -> None:
     for layout in layouts:
         run.strategy = {"tensor_plan": PLAN} if "tp" in layout else {}
         for sentence in run_on_ranks(2, refusal, run, layout):
             assert told in sentence
+
+
+def test_a_parameter_that_comes_during_the_fit_is_refused() -> None:
+    for layout in ("dp_replicate=2", "dp_shard=2"):
+        with pytest.raises(RankError, match="late came to the module after the fit had begun"):
+            run_on_ranks(2, train, run_of(Grows), layout)
 
 
 def warned_of_whole(layout: str) -> bool:
