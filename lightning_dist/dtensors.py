@@ -146,7 +146,7 @@ def on_tensor_axis(tensor: Any) -> TypeIs[DTensor]:
 
 
 def held_indices(tensor: DTensor) -> list[Tensor]:
-    """Of each dim of the plain tensor, the indices that this rank holds. See [Note: placements on the tensor axis]."""
+    """The indices that this rank holds of each dim of the plain tensor. See [Note: placements on the tensor axis]."""
     return held_indices_of(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
@@ -165,10 +165,10 @@ def held_indices_of(shape: Iterable[int], mesh: DeviceMesh, placements: Iterable
 
 
 def held_runs(tensor: DTensor) -> list[list[tuple[int, int, int]]]:
-    """Of each dim of the plain tensor, the runs of indices that this rank holds.
+    """The runs of indices that this rank holds of each dim of the plain tensor.
 
     Returns:
-        Of each run where it starts in this rank's part, where in the plain tensor, and its length.
+        For each run where it starts in this rank's part, where in the plain tensor, and its length.
     """
     if on_tensor_axis(tensor):
         return [_runs(index) for index in held_indices(tensor)]

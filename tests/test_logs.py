@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist.compat.lightning import has_batches
 from lightning_dist.logs import StepLogs, results
+from lightning_dist.logs.reductions import REDUCTIONS
 from tests.support import models
 from tests.support.collectives import Collectives
 from tests.support.models import few_samples, samples
@@ -189,6 +191,25 @@ def _left_behind() -> list[str]:
     runner = trainer("dp_replicate=2")
     with pytest.raises(RuntimeError, match="on purpose"):
         runner.fit(Failing(), DataLoader(samples(), batch_size=4))
-    names = ("on_batch_end", "epoch_end_reached", "on_epoch_end", "update_metrics")
-    owners = (runner._logger_connector, runner.fit_loop.epoch_loop._results)
-    return [name for name in names for owner in owners if name in vars(owner)]
+    fit = runner.fit_loop
+    owners = [runner, runner._logger_connector, runner._data_connector, runner.profiler, *runner.callbacks]
+    owners += [fit, fit.epoch_loop, fit.epoch_loop.val_loop, fit.epoch_loop._results]
+    owners += [fit.epoch_loop.automatic_optimization]
+    owners += [runner.lightning_module, *runner.lightning_module.modules()]
+    return [
+        f"{type(owner).__name__}.{name}" for owner in owners for name, value in vars(owner).items() if _is_ours(value)
+    ]
+
+
+def _is_ours(value: Any) -> bool:
+    while isinstance(value, partial):
+        value = value.func
+    return callable(value) and str(getattr(value, "__module__", "")).startswith("lightning_dist")
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_neutral_value_changes_no_reduction(name: str) -> None:
+    reduction = REDUCTIONS[name]
+    values = [torch.tensor(-3.0), torch.tensor(2.0)]
+    alone = reduction.combine(values, [1.0, 2.0])
+    assert torch.equal(alone, reduction.combine([*values, torch.tensor(reduction.neutral)], [1.0, 2.0, 0.0]))

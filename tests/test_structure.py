@@ -50,10 +50,8 @@ def test_files_and_functions_are_short() -> None:
 
 
 def test_no_module_of_the_tests_imports_from_a_test_module() -> None:
-    """What several test files use lies in ``support`` or in a module of their folder."""
-    found = {
-        name: borrowed
-        for name, tree in source.trees("tests").items()
-        if (borrowed := [used for used in source.imported(tree) if re.match(r"tests\.(\w+\.)*test_", used)])
-    }
+    """What several test files use lies in ``support`` or in a module of their folder; programs in strings included."""
+    imports = re.compile(r"""^[\s"']*(?:from|import) (tests\.(?:\w+\.)*test_\w+)""", re.MULTILINE)
+    paths = (source.ROOT / "tests").rglob("*.py")
+    found = {path.name: names for path in paths if (names := imports.findall(path.read_text()))}
     assert not found

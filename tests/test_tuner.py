@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
 from lightning_dist.random_states import CPU, RandomStates
+from lightning_dist.tuning import Tuning
 from tests.support import models
 from tests.support.parity import QUIET, Record, Watch, assert_equal, slow, whole_weights
 from tests.support.ranks import run_on_ranks
@@ -253,3 +254,13 @@ def test_tuner_finds_what_it_finds_in_one_process(layout: str) -> None:
 def test_one_process_is_not_distributed() -> None:
     trainer = L.Trainer(**{**QUIET, "strategy": "hybrid", "devices": 1})
     assert not trainer.strategy.is_distributed  # type: ignore[attr-defined]
+
+
+def test_without_a_search_nothing_is_agreed_on() -> None:
+    """A part of the strategy, made without a Trainer."""
+    tuning = Tuning()
+    assert tuning.begin("last.ckpt", None, None, None) == tuning.path("last.ckpt") == "last.ckpt"  # type: ignore
+    assert not tuning.is_searching
+    assert not tuning.ends_with(".lr_find_1.ckpt")
+    with pytest.raises(RuntimeError, match=OUT_OF_MEMORY), tuning.agreed(lambda: None):
+        raise RuntimeError(OUT_OF_MEMORY)

@@ -14,7 +14,6 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
 from torch._C import _EnableTorchFunction as EnableTorchFunction
-from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -318,12 +317,6 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
-@uses("torch.nn.Module._modules")
-def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The dictionary in which a module keeps its children."""
-    return module._modules
-
-
 @uses("torch.nn.Module._parameters", "torch.nn.Module._buffers", "torch.nn.Module._modules")
 def registries(parameters: dict[str, Any], buffers: dict[str, Any], modules: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module that keeps these as its own."""
@@ -391,33 +384,3 @@ class UnscalingGradScaler(GradScaler):
     def unscale_tensors(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
         """Unscales plain tensors of one device and dtype, and notes in ``found_inf`` whether they were finite."""
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
-
-
-# --- parallel, divided ---
-
-hands_on("torch._dynamo.eval_frame.OptimizedModule", "the class of what torch.compile makes of a module")
-
-
-HOOKS_OF_MODULES = (
-    *(FORWARD_PRE_HOOKS, FORWARD_HOOKS),
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-
-
-"""The attributes in which a module keeps the hooks of its forward and of its state dict."""
-
-
-for _name in HOOKS_OF_MODULES[2:]:
-    hands_on(f"torch.nn.Module.{_name}", "hooks of a module, of which a copy of a sharded one leaves some out")
-
-
-@uses("torch.autograd._unsafe_preserve_version_counter")
-def preserve_versions(tensors: tuple[Tensor, ...]) -> AbstractContextManager[None]:
-    """Lets writes to the tensors meanwhile not count as writes."""
-    return torch.autograd._unsafe_preserve_version_counter(tensors)
-
-
-@uses("torch.nn.Module._compiled_call_impl")
-def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """What ``module.compile()`` made of a module's call; None where it is not compiled."""
-    return module._compiled_call_impl

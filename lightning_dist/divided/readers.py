@@ -51,7 +51,7 @@ class _Meetings:
 
     @classmethod
     def at(cls, store: Any) -> set[tuple[str, int, str]]:
-        """Of a store; those of another are forgotten. It is kept: the identity of one that is gone may come again."""
+        """The lines met at over a store, which is kept: its identity may come again. Those of another are forgotten."""
         if cls.store is not store:
             cls.store = store
             cls.places.clear()

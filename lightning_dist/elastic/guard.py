@@ -222,7 +222,7 @@ def _watch(number: int, left: str) -> None:
     It holds the store no longer than it asks: who lets go of it last ends it.
     """
     began = time.monotonic()
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, ValueError):  # the store is gone; this process has left its process group
         absent, longest = _still_in(number)
         while absent and time.monotonic() - began < longest + GRACE:  # a next run says it better
             time.sleep(_POLL)

@@ -207,7 +207,7 @@ def _load_optimizer(
     if not all(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
         stored = with_indices(stored)  # nothing says what the names of its parameters are here
     checkpoints.load_optimizer_state(optimizer, stored, names, path)
-    settings.settle(optimizer)
+    settings.choose_kernels(optimizer)
 
 
 def _by_index(value: Any) -> Any:

@@ -253,7 +253,7 @@ class HybridFabricStrategy(ParallelStrategy):
             return optimizer
         assert self.layout is not None
         validate_lbfgs(optimizer)
-        optimizers.settle(optimizer)
+        optimizers.choose_kernels(optimizer)
         if self.layout.holds_shards:
             optimizers.refuse_inexact(optimizer, self.layout, self.root_device)
         # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy

@@ -8,7 +8,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_dist.placeholder import held
 
 
-def settle(optimizer: Optimizer) -> None:
+def choose_kernels(optimizer: Optimizer) -> None:
     """Chooses how an optimizer of torch steps over parameters of which some are sharded, where the user did not.
 
     A step by the horizontal (``foreach``) kernels passes DTensor's dispatch once per operation instead of once per

@@ -106,7 +106,7 @@ def small_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def representatives(optimizer: Optimizer) -> list[Tensor]:
-    """Of each parameter group with options of its own, the largest and the smallest parameter of each kind."""
+    """The largest and the smallest parameter of each kind, in each parameter group with options of its own."""
     chosen: dict[int, Tensor] = {}
     seen = set()
     for group in optimizer.param_groups:
@@ -124,7 +124,7 @@ def representatives(optimizer: Optimizer) -> list[Tensor]:
 
 
 def all_parameters(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """Of all groups, each once."""
+    """The parameters of all groups, each once."""
     return list({id(p): p for group in groups for p in group["params"]}.values())
 
 

@@ -28,7 +28,7 @@ from lightning_dist.optimizers.twin import Twin
 from lightning_dist.placeholder import is_placeholder
 
 SCALES = (1e-2, 1.0, 10.0, 100.0, 100.0, 100.0)
-"""Of the gradients, step by step; six, since Lookahead looks every five or six."""
+"""Sizes of the gradients, step by step; six, since Lookahead looks every five or six."""
 
 TOLERANCE, ROUNDING = 1e-3, 1e-6
 """How far a step may be from the whole one: of the way that this went, and of the size of what it changed."""
@@ -140,7 +140,7 @@ def _divided_state(small: Small, whole: Tensor) -> Tensor:
 
 
 def _steps(twin: Twin, smalls: list[Small], losses: list[Tensor], whole: bool) -> list[list[Tensor]]:
-    """Of each small tensor, what this rank holds of it after each step.
+    """What this rank holds of each small tensor after each step.
 
     Args:
         losses: what closures return; noted by the steps over whole tensors, repeated by those over divided ones, which

@@ -160,9 +160,9 @@ def _contexts(
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Around the forward and around its recomputation."""
     if mode == "full":
-        return nullcontext(), _Together(buffers, again)
+        return nullcontext(), _AllOf(buffers, again)
     forward, recomputation = _selective_contexts()
-    return forward, _Together(buffers, again, _Unchanged(forward), recomputation)
+    return forward, _AllOf(buffers, again, _Unchanged(forward), recomputation)
 
 
 def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -179,7 +179,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _Together(AbstractContextManager[None]):
+class _AllOf(AbstractContextManager[None]):
     """Several contexts as one that can be entered again."""
 
     def __init__(self, *contexts: AbstractContextManager[Any]) -> None:

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lightning_dist.collectives import all_reduce_tensors, broadcast_parts, broadcast_tensors
-from lightning_dist.compat.torch import NormBase, own_buffers, preserve_versions, version_of
+from lightning_dist.compat.modules import preserve_versions
+from lightning_dist.compat.torch import NormBase, own_buffers, version_of
 
 
 def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -64,7 +65,7 @@ class WrittenBuffers:
 
     @property
     def device(self) -> torch.device:
-        """Of the first."""
+        """The first buffer's."""
         return self._buffers[0].device
 
     def written(self) -> list[int]:

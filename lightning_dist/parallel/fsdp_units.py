@@ -26,7 +26,7 @@ def unsharded_parameters(module: nn.Module, units: dict[str, nn.Module]) -> set[
 
 
 def _of_odd_dtype(module: nn.Module, units: dict[str, nn.Module], aside: set[nn.Parameter]) -> set[nn.Parameter]:
-    """Of each unit's trained parameters those of another dtype than most: gradients of a unit travel as one tensor."""
+    """The trained parameters of another dtype than most of their unit: a unit's gradients travel as one tensor."""
     of_unit: dict[str, dict[torch.dtype, list[tuple[str, nn.Parameter]]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter not in aside:

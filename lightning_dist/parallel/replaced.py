@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_dist.compat.lightning import MODULE_ATTRIBUTES
 from lightning_dist.compat.torch import MODULE_REGISTRIES
+from lightning_dist.placeholder import is_placeholder
 
 _DEEPEST = 4
 """Containers inside of containers that are looked into."""
@@ -70,9 +71,10 @@ class Replaced:
         names = [name for *_, name in places.values()]
         held: list[Any] = [places.pop(key)[0] for key in list(places)]
         self._refuse_held(held, names)
-        for parameter in held:
+        # what was deferred has no values to be given back: it gets new parameters
+        self.originals = {name: p for name, p in zip(names, held, strict=True) if not (p.is_meta or is_placeholder(p))}
+        for parameter in self.originals.values():
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        self.originals = dict(zip(names, held, strict=True))
 
     def _refuse_held(self, held: list[Any], names: list[str]) -> None:
         for _ in range(_ROUNDS):

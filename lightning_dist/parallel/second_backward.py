@@ -20,7 +20,7 @@ from lightning_dist.compat.fsdp import gathered_of
 
 
 class SecondBackward:
-    """Of the units of a module; see [Note: second derivatives under dp_shard].
+    """Keeps units gathered from a first backward to the step's own; see [Note: second derivatives under dp_shard].
 
     Memory: the whole parameters of the units that a first backward ran through, until the step's own has ended.
     Communication: none of its own.
@@ -101,7 +101,7 @@ class SecondBackward:
                 free()
 
     def forget(self) -> None:
-        """Of a step that did not end."""
+        """Drops what is left of a step that did not end."""
         self._in_first = self._holds = self._in_step = False
 
 

@@ -278,7 +278,7 @@ class Checkpoints:
         names = checkpoints.parameter_names(self._module)
         for optimizer, state in zip(targets, states, strict=False):
             checkpoints.load_optimizer_state(optimizer, state, names, self._source)
-            optimizers.settle(optimizer)
+            optimizers.choose_kernels(optimizer)
 
     # ------------------------------------------------------------------ around the set-up of the module
 

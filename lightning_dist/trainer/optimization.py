@@ -70,7 +70,7 @@ class Optimization:
             ValueError: it would not do over parts what it does over whole parameters.
         """
         validate_lbfgs(optimizer)
-        optimizers.settle(optimizer)
+        optimizers.choose_kernels(optimizer)
         if self._ranks.holds_shards:
             assert self._ranks.layout is not None
             optimizers.refuse_inexact(optimizer, self._ranks.layout, self._ranks.device)

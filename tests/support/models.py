@@ -514,3 +514,15 @@ def words() -> Dataset:
     generator = torch.Generator().manual_seed(4)
     x = torch.randint(10, (48,), generator=generator)
     return TensorDataset(x, (3 * x + 1) % 10)
+
+
+class Huge(L.LightningModule):
+    """Its parameters would take 400 GB."""
+
+    def __init__(self, width: int = 100_000) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(*self._pair(width)) for _ in range(5)))
+
+    @staticmethod
+    def _pair(width: int) -> list[nn.Module]:
+        return [nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1), nn.Linear(width, width)]

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_dist.compat.torch import has_gradient_hooks, hooks_after_accumulation
+from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.first_batch import first_batch
 from lightning_dist.parallel.pipeline.options import PipelineOptions
@@ -81,7 +81,7 @@ def partition_module(
     if there is not None:
         there.refuse_other(rank, num_ranks)
         return there.run_by(options)
-    _refuse_has_gradient_hooks(module)
+    _refuse_gradient_hooks(module)
     fake_module = FakeModule(module, device, dtype)
     trace = _trace_first_step(fake_module, module, trainer, options, num_ranks, device)
     stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole, undivided, fake_module.is_trained)
@@ -95,9 +95,8 @@ def partition_module(
     return partitioned
 
 
-def _refuse_has_gradient_hooks(module: nn.Module) -> None:
-    named = module.named_parameters()
-    hooked = next((name for name, p in named if has_gradient_hooks(p) or hooks_after_accumulation(p)), None)
+def _refuse_gradient_hooks(module: nn.Module) -> None:
+    hooked = next((name for name, p in module.named_parameters() if has_gradient_hooks(p)), None)
     if hooked is not None:
         raise ValueError(
             f"pp: the parameter {hooked} has hooks on its gradient, which would see that of each microbatch; change "
@@ -203,7 +202,7 @@ def _traced(
 def _traced_early(
     fake_module: FakeModule, module: pl.LightningModule, step: str, part: Any, batch: Any, rest: tuple[Any, ...]
 ) -> Trace:
-    """The trace of a step before any hook of the fit has run; hooks that make what it needs run on the fake_module.
+    """The trace of a step before any hook of the fit has run; hooks that make what it needs run on the fake module.
 
     Raises:
         ValueError: the step needs what only other code makes.
