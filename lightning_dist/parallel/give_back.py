@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lightning_dist.dtensors import full
 from lightning_dist.parallel.replaced import Exchange
 from lightning_dist.parallel.tensor import unsplit_copy
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.pytree import map_leaves
+from lightning_dist.pytree import map_leaves, tree_leaves
 
 
 def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -36,6 +36,7 @@ def give_back(
     whole: Mapping[str, Tensor],
     originals: Mapping[str, nn.Parameter],
     owners: Iterable[object] = (),
+    on_all_ranks: Callable[[dict[str, Any]], Iterable[str]] = list,
 ) -> None:
     """Puts whole, plain tensors where a module has parts or placeholders; called when its patches are undone.
 
@@ -49,6 +50,8 @@ def give_back(
         originals: see :class:`~lightning_dist.parallel.replaced.Replaced`.
         owners: callbacks, optimizers in a list or an attribute, and the like. Copies of modules that they keep are made
             whole too.
+        on_all_ranks: given what owners keep parts of, by name, says which of it all ranks keep alike, in one order;
+            called on all of them. What one rank alone keeps stays parts.
 
     Communication: none for the module; for each part in an optimizer's state or a copy that an owner keeps, that of
     :func:`~lightning_dist.dtensors.full`.
@@ -63,10 +66,28 @@ def give_back(
                         new = _whole(tensor, whole[full_name], originals.get(full_name))
                         places[id(tensor)] = tensor, new, full_name
                     tensors[name] = places[id(tensor)][1]
-    owners = list(owners)
-    Exchange(places, of_state=_whole_state).run([*module.modules(), *owners])
-    for copied in _modules_of(owners, module):
-        _make_whole(copied)
+    owners, states = list(owners), list[dict[str, Any]]()
+
+    def keep(state: dict[str, Any]) -> dict[str, Any]:
+        states.append(state)
+        return state
+
+    Exchange(places, of_state=keep).run([*module.modules(), *owners])
+    kept: dict[str, Any] = {
+        **{f"state {index}": state for index, state in enumerate(states)},
+        **_modules_of(owners, module),
+    }
+    for name in on_all_ranks({name: _parts_of(value) for name, value in kept.items()}):
+        if isinstance(kept[name], nn.Module):
+            _make_whole(kept[name])
+        else:
+            kept[name].update(map_leaves(kept[name], lambda _, v: full(v) if isinstance(v, DTensor) else v))
+
+
+def _parts_of(kept: Any) -> list[tuple[int, ...]]:
+    """The shapes of what it holds parts of."""
+    values = kept.state_dict().values() if isinstance(kept, nn.Module) else tree_leaves(kept)
+    return [tuple(value.shape) for value in values if isinstance(value, DTensor)]
 
 
 def _registered(module: nn.Module) -> list[dict[str, Any]]:
@@ -82,15 +103,15 @@ def _whole(now: Tensor, whole: Tensor, original: nn.Parameter | None) -> Tensor:
     return original.requires_grad_(now.requires_grad)
 
 
-def _whole_state(state: Any) -> Any:
-    return map_leaves(state, lambda _, value: full(value) if isinstance(value, DTensor) else value)
-
-
-def _modules_of(owners: Iterable[object], module: nn.Module) -> list[nn.Module]:
-    """Copies and averages of modules that callbacks keep."""
-    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
-    found = [value.module if isinstance(value, AveragedModel) else value for value in values]
-    return [value for value in found if isinstance(value, nn.Module) and value is not module]
+def _modules_of(owners: Iterable[object], module: nn.Module) -> dict[str, nn.Module]:
+    """Copies and averages of modules that callbacks keep, by the callback and its attribute."""
+    found: dict[str, nn.Module] = {}
+    for index, owner in enumerate(owners):
+        for name, value in getattr(owner, "__dict__", {}).items():
+            value = value.module if isinstance(value, AveragedModel) else value
+            if isinstance(value, nn.Module) and value is not module:
+                found[f"{index}.{name}"] = value
+    return found
 
 
 def _make_whole(copied: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.auto_layout import choose_layout
-from lightning_dist.collectives import broadcast_tensors
+from lightning_dist.collectives import broadcast_tensors, gather_objects
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.divided import divide
@@ -326,7 +326,12 @@ class ModuleSetup:
         if (runner := self._pipeline_runner) is not None:
             whole = whole_of_all_stages(module, whole, runner.stages, runner.group, self._ranks.device)
         self.patches.undo()
-        give_back(module, whole, originals, _owners(module.trainer))
+        give_back(module, whole, originals, _owners(module.trainer), self._kept_alike)
+
+    def _kept_alike(self, kept: dict[str, Any]) -> list[str]:
+        """What all ranks keep, of what callbacks do. One all-gather of names and shapes, where there are parts."""
+        others = gather_objects(kept) if self._ranks.holds_shards else []
+        return [name for name, parts in kept.items() if all(other.get(name) == parts for other in others)]
 
     def move_to_cpu(self) -> None:
         """Where it is whole again; as Lightning's strategies leave a module."""
