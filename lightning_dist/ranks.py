@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -185,4 +185,4 @@ def _let_threads_end_before_forks() -> None:
     that moment waits for good in CPython before 3.11.10 (python/cpython#112275; seen once in 300 forks).
     """
     if sys.version_info < (3, 11, 10) and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=partial(time.sleep, 2e-3))
+        os.register_at_fork(before=lambda: time.sleep(2e-3) if dist.is_initialized() else None)

@@ -39,6 +39,7 @@ class Optimization:
         self.gradient_norm: Tensor | None = None
         """Norm of the gradients before the last clipping by norm; the same on every rank."""
         self._precision: Any = None
+        self._patches = Patches()
         self._has_run_backward = False
         """Whether a backward pass of this run was the strategy's."""
         self._epoch_of_copies = -1
@@ -46,7 +47,8 @@ class Optimization:
 
     def attach(self, precision: Precision, patches: Patches) -> None:
         """From here on the precision plugin, through which Lightning clips, works over all ranks."""
-        self._precision, self._has_run_backward, self._epoch_of_copies = precision, False, -1
+        self._precision, self._patches = precision, patches
+        self._has_run_backward, self._epoch_of_copies = False, -1
         patches.set(precision, "clip_grad_by_norm", self._clip_by_norm)
         patches.set(precision, "clip_grad_by_value", self._clip_by_value)
         patches.wrap(precision, "post_backward", self._after_backward)
@@ -75,7 +77,7 @@ class Optimization:
             assert self._ranks.layout is not None
             optimizers.refuse_inexact(optimizer, self._ranks.layout, self._ranks.device)
         # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
-        optimizer.register_step_pre_hook(lambda *_: self._setup.runner.reshard() if self._setup.runner else None)
+        self._patches.also(optimizer.register_step_pre_hook(lambda *_: self._setup.reshard()).remove)
 
     def before_training_step(self) -> None:
         """Keeps the data ranks' copies of parameters and buffers equal."""

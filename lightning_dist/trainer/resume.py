@@ -12,7 +12,9 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,6 +59,7 @@ class Resume:
     def __init__(self, ranks: LayoutRanks, loaders: Loaders, share_buffers: Callable[[], None]) -> None:
         self._ranks, self._loaders, self._share_buffers = ranks, loaders, share_buffers
         self._trainer: Any = None
+        self._patches = Patches()
         self.training_data: list[TrainingData] = []
         """Where each training loader began its current epoch."""
         self.last_step: Step | None = None
@@ -78,7 +81,7 @@ class Resume:
         self.training_data, self.last_step, self._to_resume, self._epoch = [], None, None, 0
         self._random_at_start = self._begin_again = None
         self._is_plain = self._begun_in_place = False
-        self._trainer = trainer
+        self._trainer, self._patches = trainer, patches
         loop = trainer.fit_loop
         patches.wrap(loop, private.LOAD_LOADER_STATES, self._begin_loaders)
         patches.wrap(loop, "setup_data", self._set_up_data)
@@ -365,6 +368,7 @@ class Resume:
         for data in self.training_data:
             data.done = self._batches.current.processed if saved["batches"] else 0
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        self._patches.also(partial(_remove_filter, warnings.filters[0]))
 
     def _begin_at(self, saved: dict[str, Any], same_ranks: bool) -> None:
         every = self._trainer.reload_dataloaders_every_n_epochs
@@ -395,3 +399,8 @@ class Resume:
             random.restore(self._ranks.device)
             seed_generators(int(torch.randint(2**31, ())) + self._ranks.data_rank, self._ranks.device)
             return RandomStates.now(self._ranks.device)
+
+
+def _remove_filter(ignored: Any) -> None:
+    with suppress(ValueError):  # somebody else may have reset the filters
+        warnings.filters.remove(ignored)  # type: ignore[attr-defined]
