@@ -108,8 +108,9 @@ def test_arguments_that_are_lists_mappings_and_functions() -> None:
 def test_blocks_by_the_path_of_their_class(named: str) -> None:
     module = Saved()
     path, _, name = named.rpartition(".")
-    by_class = HybridStrategy(shard_units=[getattr(sys.modules[path], name)])
-    assert HybridStrategy(shard_units=[named]).parts.module_setup.options.blocks(module) == by_class._blocks(module)
+    units = [named], [getattr(sys.modules[path], name)]
+    by_path, by_class = (HybridStrategy(shard_units=one).parts.module_setup.options for one in units)
+    assert by_path.blocks(module) == by_class.blocks(module)
 
 
 def test_a_config_file_with_class_path_and_init_args(tmp_path: Path) -> None:
