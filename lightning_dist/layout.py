@@ -26,15 +26,11 @@ class ParallelMesh:
     Args:
         root: with the axes ``pp, dp_replicate, dp_shard, cp, tp``, those of degree 1 included.
         data: the ranks with different samples (``dp_replicate`` x ``dp_shard``), as one axis.
-        shard: the ranks that share one copy of the parameters (``dp_shard`` x ``cp``), as one axis.
-        loss: the ranks whose losses average to the loss of the batch (``data`` x ``cp``), as one axis.
         logs: the ranks that log different values: of different samples, or in different stages (``pp`` x ``data``).
     """
 
     root: DeviceMesh
     data: DeviceMesh
-    shard: DeviceMesh
-    loss: DeviceMesh
     logs: DeviceMesh
 
 
@@ -177,8 +173,6 @@ class Layout:
         return ParallelMesh(
             root=root,
             data=flattened_mesh(root["dp_replicate", "dp_shard"], "data"),
-            shard=flattened_mesh(root["dp_shard", "cp"], "shard"),
-            loss=flattened_mesh(root["dp_replicate", "dp_shard", "cp"], "loss"),
             logs=flattened_mesh(root["pp", "dp_replicate", "dp_shard"], "logs"),
         )
 

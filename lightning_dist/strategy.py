@@ -140,9 +140,9 @@ class HybridStrategy(ParallelStrategy):
             PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs),
         )
         chosen = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
-        self._checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
+        self.checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
         self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)
-        self.parts = Parts(self.ranks, self._module_options, self._checkpoint_options)
+        self.parts = Parts(self.ranks, self._module_options, self.checkpoint_options)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, and for what is sent elsewhere: without what belongs to the processes of a run."""
@@ -150,7 +150,7 @@ class HybridStrategy(ParallelStrategy):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.parts = Parts(self.ranks, self._module_options, self._checkpoint_options)
+        self.parts = Parts(self.ranks, self._module_options, self.checkpoint_options)
 
     def __repr__(self) -> str:
         """What Fabric shows when it is given one."""

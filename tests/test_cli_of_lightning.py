@@ -109,7 +109,7 @@ def test_blocks_by_the_path_of_their_class(named: str) -> None:
     module = Saved()
     path, _, name = named.rpartition(".")
     by_class = HybridStrategy(shard_units=[getattr(sys.modules[path], name)])
-    assert HybridStrategy(shard_units=[named])._blocks(module) == by_class._blocks(module)
+    assert HybridStrategy(shard_units=[named]).parts.module_setup.options.blocks(module) == by_class._blocks(module)
 
 
 def test_a_config_file_with_class_path_and_init_args(tmp_path: Path) -> None:
@@ -119,8 +119,11 @@ def test_a_config_file_with_class_path_and_init_args(tmp_path: Path) -> None:
         file.write_text(yaml.safe_dump({"trainer": {"strategy": value}}))
         strategy = built("--config", str(file))
         assert isinstance(strategy, HybridStrategy)
-        assert strategy.checkpoint_format == ("auto" if init_args is None else "sharded")
-    assert built("--config", str(file), "--trainer.strategy.checkpoint_format=single").checkpoint_format == "single"
+        assert strategy.checkpoint_options.format == ("auto" if init_args is None else "sharded")
+    assert (
+        built("--config", str(file), "--trainer.strategy.checkpoint_format=single").checkpoint_options.format
+        == "single"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,10 +135,10 @@ def test_a_config_file_with_class_path_and_init_args(tmp_path: Path) -> None:
     ids=["lazy instance", "mapping"],
 )
 def test_a_default_of_the_script(default: Any) -> None:
-    assert built(trainer_defaults={"strategy": default}).checkpoint_format == "sharded"
+    assert built(trainer_defaults={"strategy": default}).checkpoint_options.format == "sharded"
     changed = built("--trainer.strategy.async_save=true", trainer_defaults={"strategy": default})
-    assert changed.checkpoint_format == "sharded"
-    assert changed.async_save
+    assert changed.checkpoint_options.format == "sharded"
+    assert changed.checkpoint_options.in_background
 
 
 def test_an_instance_as_a_default_is_refused_as_any_strategy_of_lightnings_is() -> None:

@@ -95,7 +95,7 @@ def test_experts_borrow_from_the_shards() -> None:
 
 def test_mesh_axes_join_the_ranks_that_the_layout_says() -> None:
     groups = run_on_ranks(4, _groups, "dp_replicate=2,dp_shard=2")
-    assert groups[0] == {"dp_replicate": [0, 2], "dp_shard": [0, 1], "tp": [0], "data": [0, 1, 2, 3], "shard": [0, 1]}
+    assert groups[0] == {"dp_replicate": [0, 2], "dp_shard": [0, 1], "tp": [0], "data": [0, 1, 2, 3]}
     assert groups[3]["dp_replicate"] == [1, 3]
     assert [group["place"] for group in run_on_ranks(4, _places, "dp_shard=2,tp=2")] == [
         {"pp": 0, "dp_replicate": 0, "dp_shard": s, "cp": 0, "tp": t} for s in (0, 1) for t in (0, 1)
@@ -107,7 +107,7 @@ def _groups(written: str) -> dict[str, list[int]]:
     assert layout is not None
     mesh = layout.resolve(dist.get_world_size()).build_mesh("cpu")
     axes = {axis: mesh.root[axis] for axis in ("dp_replicate", "dp_shard", "tp")}
-    axes |= {"data": mesh.data, "shard": mesh.shard}
+    axes["data"] = mesh.data
     return {axis: dist.get_process_group_ranks(part.get_group()) for axis, part in axes.items()}
 
 

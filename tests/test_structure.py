@@ -12,10 +12,7 @@ from tests.support import source
 
 # ---------------------------------------------------------------- the package
 
-unfinished = pytest.mark.xfail(strict=False, reason="rooms are still being rebuilt")
 
-
-@unfinished
 def test_no_module_imports_what_imports_it() -> None:
     """Imports within functions and under ``TYPE_CHECKING`` included."""
     try:
@@ -24,13 +21,11 @@ def test_no_module_imports_what_imports_it() -> None:
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
-@unfinished
 def test_private_names_of_other_projects_are_in_compat() -> None:
     found = list(source.private_names())
     assert not found, "\n".join(found)
 
 
-@unfinished
 def test_private_names_that_classes_override_are_in_compat() -> None:
     found = list(source.overridden_private_names())
     assert not found, "\n".join(found)
@@ -42,7 +37,6 @@ def test_compat_imports_nothing_else_of_the_package() -> None:
             assert all(other.startswith("lightning_dist.compat") for other in used), (name, used)
 
 
-@unfinished
 def test_files_and_functions_are_short() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in source.PACKAGE.rglob("*.py")}
     assert statistics.median(lengths.values()) <= 150

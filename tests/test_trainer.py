@@ -101,7 +101,7 @@ def train_zero(layout: str | None, folder: Path, epochs: int, ckpt: Path | None,
     L.seed_everything(1, verbose=False)
     trainer, loader, watch = make(layout, max_epochs=epochs)
     if layout is not None:
-        trainer.strategy.checkpoint_format = saved_as  # type: ignore[attr-defined]
+        trainer.strategy.checkpoint_options.format = saved_as  # type: ignore[attr-defined]
     trainer.fit(Zero(), loader, ckpt_path=ckpt)
     trainer.save_checkpoint(folder / "a.ckpt")
     return watch.losses, whole_weights(trainer.lightning_module)
@@ -404,7 +404,7 @@ def averaged(layout: str | None, folder: Path, epochs: int, ckpt: Path | None) -
     average = EMAWeightAveraging(decay=0.8)
     trainer, loader, watch = make(layout, max_epochs=epochs)
     trainer.callbacks += [average]  # type: ignore[attr-defined]
-    trainer.strategy.checkpoint_format = "single"  # type: ignore[attr-defined]
+    trainer.strategy.checkpoint_options.format = "single"  # type: ignore[attr-defined]
     trainer.callbacks += [SavesAtStep(folder / "a.ckpt")]  # type: ignore[attr-defined]
     trainer.fit(Normed(), loader, ckpt_path=ckpt)
     return watch.losses, whole_weights(trainer.lightning_module)

@@ -36,7 +36,7 @@ def find_gone() -> list[names.PrivateName]:
 
 def _project(path: str) -> str:
     first = path.partition(".")[0]
-    return {"fsdp": "torch", "modules": "torch", "operators": "torch", "fabric": "lightning"}.get(first, first)
+    return first if first in names.SEEN_IN else {"fabric": "lightning"}.get(first, "torch")
 
 
 def registered_in(file: Path) -> Iterator[names.PrivateName]:

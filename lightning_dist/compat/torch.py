@@ -58,28 +58,6 @@ def hooks_after_accumulation(parameter: nn.Parameter) -> Iterable[Any]:
     return (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
 
 
-class KeepsWorkers:
-    """For what is iterated in the place of a ``DataLoader``: its iterator is seen, by which Lightning ends its workers.
-
-    Args:
-        kept: the loader.
-    """
-
-    def __init__(self, kept: Any) -> None:
-        self._kept_loader = kept
-
-    @property
-    @uses("torch.utils.data.DataLoader._iterator")
-    def _iterator(self) -> Any:
-        """Shows Lightning the iterator of the loader itself."""
-        return getattr(self._kept_loader, "_iterator", None)
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        if hasattr(self._kept_loader, "_iterator"):
-            self._kept_loader._iterator = value
-
-
 def forget_iterator(loader: Any) -> None:
     """Lets a copy of a ``DataLoader`` begin without the iterator, and the workers, of the one that it was copied of."""
     object.__setattr__(loader, "_iterator", None)

@@ -35,9 +35,9 @@ from lightning_dist.trainer.resume import Resume
 Format = Literal["auto", "single", "sharded"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointOptions:
-    """What a user says of checkpoints.
+    """What a user says of checkpoints; what is changed later holds for the next one.
 
     Args:
         format: ``"single"``, ``"sharded"``, or ``"auto"``.

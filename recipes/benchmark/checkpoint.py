@@ -148,7 +148,7 @@ class Saves(Callback):
         memory = [torch.empty_like(part) for part in parts]
 
         def save(path: Path, in_background: bool = False) -> None:
-            strategy.async_save = in_background
+            strategy.checkpoint_options.in_background = in_background
             trainer.save_checkpoint(path)
 
         kinds: dict[str, Callable[[Path], None]] = {

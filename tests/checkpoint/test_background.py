@@ -35,9 +35,9 @@ class Both(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         strategy: Any = trainer.strategy
         if trainer.global_step == 3:
-            strategy.async_save = False
+            strategy.checkpoint_options.in_background = False
             trainer.save_checkpoint(self.folder / "now.ckpt")
-            strategy.async_save = True
+            strategy.checkpoint_options.in_background = True
             start = strategy.parts.checkpoints.saves.start
 
             def late(path: Path, save: Any) -> None:

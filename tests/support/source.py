@@ -16,11 +16,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_dist"
 NAMED_TUPLE = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 """Public in spite of their underscore."""
-OURS = {
-    *("_aliases", "_call_in_layout", "_detached", "_flags_of_both", "_is_set_up_in_layout", "_like"),
-    *("_pipeline_partition", "_pipeline_share", "_real", "_root_gathering", "_seen", "_sharing", "_stage", "_watched"),
-}
-"""Strings with an underscore that name something of this package: what it keeps on objects of others, or by name."""
+OURS = {"_like"}
+"""Strings with an underscore that are no name of others: the end of a name, say."""
 
 
 @cache

@@ -25,14 +25,12 @@ class Schedule:
         name: as torch calls it.
         stages_per_rank: how many stages a rank has.
         style: ``"loop"``: the stages go round the ranks; ``"v"``: there and back again.
-        splits_backward: whether gradients of inputs and of weights are computed apart, which no compiled block can.
         least: the fewest microbatches, in multiples of the ranks; 0 for any number.
     """
 
     name: str
     stages_per_rank: int
     style: str
-    splits_backward: bool
     least: int
 
     def num_stages(self, num_ranks: int) -> int:
@@ -64,13 +62,13 @@ class Schedule:
 SCHEDULES = {
     schedule.name: schedule
     for schedule in (
-        Schedule("GPipe", 1, "loop", False, 0),
-        Schedule("1F1B", 1, "loop", False, 1),
-        Schedule("LoopedBFS", 2, "loop", False, 0),
-        Schedule("Interleaved1F1B", 2, "loop", False, 1),
-        Schedule("InterleavedZeroBubble", 2, "loop", True, 1),
-        Schedule("ZBVZeroBubble", 2, "v", True, 1),
-        Schedule("DualPipeV", 2, "v", True, 2),
+        Schedule("GPipe", 1, "loop", 0),
+        Schedule("1F1B", 1, "loop", 1),
+        Schedule("LoopedBFS", 2, "loop", 0),
+        Schedule("Interleaved1F1B", 2, "loop", 1),
+        Schedule("InterleavedZeroBubble", 2, "loop", 1),
+        Schedule("ZBVZeroBubble", 2, "v", 1),
+        Schedule("DualPipeV", 2, "v", 2),
     )
 }
 
