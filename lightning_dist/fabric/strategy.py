@@ -157,6 +157,7 @@ class HybridFabricStrategy(ParallelStrategy):
     layout = property(attrgetter("ranks.layout"), doc='The layout, resolved; None while ``"auto"`` is undecided.')
     mesh = property(attrgetter("ranks.mesh"), doc="The ranks along the axes of the layout; None for one process.")
     num_data_ranks = property(attrgetter("ranks.num_data_ranks"), doc="Number of ranks that see different samples.")
+    num_processes = property(attrgetter("ranks.num_processes"), doc="Of this node; asked by Lightning's launchers.")
     data_rank = property(attrgetter("ranks.data_rank"), doc="Ranks with the same one see the same samples.")
     data_group = property(attrgetter("ranks.data_group"), doc="The ranks with different samples; None for one process.")
 
