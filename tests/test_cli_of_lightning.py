@@ -104,13 +104,20 @@ def test_arguments_that_are_lists_mappings_and_functions() -> None:
     assert list(strategy.parts.module_setup.options.blocks(Saved())) == ["net.blocks.0", "net.blocks.1", "net.blocks.2"]
 
 
+def _blocks(strategy: HybridStrategy, module: L.LightningModule) -> Any:
+    return strategy.parts.module_setup.options.blocks(module)
+
+
 @pytest.mark.parametrize("named", ["tests.support.models.Block", "torch.nn.LayerNorm"])
 def test_blocks_by_the_path_of_their_class(named: str) -> None:
     module = Saved()
     path, _, name = named.rpartition(".")
-    units = [named], [getattr(sys.modules[path], name)]
-    by_path, by_class = (HybridStrategy(shard_units=one).parts.module_setup.options for one in units)
-    assert by_path.blocks(module) == by_class.blocks(module)
+    by_class = HybridStrategy(shard_units=[getattr(sys.modules[path], name)])
+    assert _blocks(HybridStrategy(shard_units=[named]), module) == _blocks(by_class, module)
+
+
+def _saving(strategy: HybridStrategy) -> Any:
+    return strategy.parts.checkpoints.options
 
 
 def test_a_config_file_with_class_path_and_init_args(tmp_path: Path) -> None:
@@ -120,11 +127,9 @@ def test_a_config_file_with_class_path_and_init_args(tmp_path: Path) -> None:
         file.write_text(yaml.safe_dump({"trainer": {"strategy": value}}))
         strategy = built("--config", str(file))
         assert isinstance(strategy, HybridStrategy)
-        assert strategy.checkpoint_options.format == ("auto" if init_args is None else "sharded")
-    assert (
-        built("--config", str(file), "--trainer.strategy.checkpoint_format=single").checkpoint_options.format
-        == "single"
-    )
+        assert _saving(strategy).format == ("auto" if init_args is None else "sharded")
+    strategy = built("--config", str(file), "--trainer.strategy.checkpoint_format=single")
+    assert _saving(strategy).format == "single"
 
 
 @pytest.mark.parametrize(
@@ -136,10 +141,10 @@ def test_a_config_file_with_class_path_and_init_args(tmp_path: Path) -> None:
     ids=["lazy instance", "mapping"],
 )
 def test_a_default_of_the_script(default: Any) -> None:
-    assert built(trainer_defaults={"strategy": default}).checkpoint_options.format == "sharded"
+    assert _saving(built(trainer_defaults={"strategy": default})).format == "sharded"
     changed = built("--trainer.strategy.async_save=true", trainer_defaults={"strategy": default})
-    assert changed.checkpoint_options.format == "sharded"
-    assert changed.checkpoint_options.in_background
+    assert _saving(changed).format == "sharded"
+    assert _saving(changed).in_background
 
 
 def test_an_instance_as_a_default_is_refused_as_any_strategy_of_lightnings_is() -> None:

@@ -139,15 +139,18 @@ class Looking(models.Momentum):
         handle.remove()
         return loss
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        weight = self.net.blocks[0].up.weight
+        assert isinstance(weight, DTensor)
+        assert weight.grad is not None
+        self.kept = weight.dtype, weight.grad.dtype
+
 
 def _dtypes(precision: Any) -> tuple[torch.dtype, ...]:
     module = Looking()
     trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("dp_shard=2"), precision=precision, max_steps=1)
     trainer.fit(module, DataLoader(samples(), batch_size=4))
-    weight = module.net.blocks[0].up.weight
-    assert isinstance(weight, DTensor)
-    assert weight.grad is not None
-    return weight.dtype, weight.grad.dtype, *module.dtypes
+    return *module.kept, *module.dtypes
 
 
 WIDTH, CLASSES = 16, 5
