@@ -116,7 +116,7 @@ def make_agreeing(precision: Precision, patches: Patches) -> None:
         scaler.__class__ = type(type(scaler).__name__, (AgreeingGradScaler, type(scaler)), {})
 
 
-def refuse_precision(precision: Precision, world_size: int) -> None:
+def validate_precision(precision: Precision, world_size: int) -> None:
     """Raises for a plugin that works for another strategy, that several ranks are not tried with, or can't agree by.
 
     Raises:

@@ -42,7 +42,7 @@ class LayoutRanks:
         self.mesh: ParallelMesh | None = None
         """None for one process."""
         self.device = torch.device("cpu")
-        """Of this rank."""
+        """The device of this rank."""
         self.rank, self.world_size = 0, 1
         self.num_processes = self.num_nodes = 1
         """Processes of this node, and machines."""

@@ -18,7 +18,7 @@ from lightning_dist.compat.lightning import detects_anomaly, layer_sync
 from lightning_dist.compat.torch import hooks_after_accumulation
 from lightning_dist.layout import Layout
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.precision import refuse_precision
+from lightning_dist.precision import validate_precision
 
 
 def validate_trainer(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
@@ -32,7 +32,7 @@ def validate_trainer(trainer: pl.Trainer, layout: Layout | None, device: torch.d
     Raises:
         ValueError: what was asked, why not, and what would do.
     """
-    refuse_precision(trainer.strategy.precision_plugin, trainer.world_size)
+    validate_precision(trainer.strategy.precision_plugin, trainer.world_size)
     _validate_averaging(trainer, layout)
     _validate_pruning(trainer, layout)
     _validate_batchnorm(trainer, layout, device)

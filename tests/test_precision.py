@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_dist import HybridStrategy
-from lightning_dist.precision import cast_by_autocast, refuse_precision
+from lightning_dist.precision import cast_by_autocast, validate_precision
 from tests.support import models
 from tests.support.models import samples
 from tests.support.parity import QUIET, once, whole_weights
@@ -408,7 +408,7 @@ def test_a_plugin_that_can_not_work_is_refused_on_all_ranks(plugin: str, layout:
 
 
 def test_quantised_layers_are_for_one_process() -> None:
-    refuse_precision(Quantised(), 1)
+    validate_precision(Quantised(), 1)
     with pytest.raises(ValueError, match="Quantised puts layers with weights of its own kind"):
-        refuse_precision(Quantised(), 2)
-    refuse_precision(Precision(), 2)
+        validate_precision(Quantised(), 2)
+    validate_precision(Precision(), 2)

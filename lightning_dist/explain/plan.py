@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_dist.auto_layout import choose_layout
 from lightning_dist.layout import Layout
-from lightning_dist.parallel import Checkpointing, refuse_no_blocks
+from lightning_dist.parallel import Checkpointing, validate_blocks
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages, plan_stages
 from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
@@ -49,10 +49,10 @@ def plan_report(
     reason = ""
     if layout is None:
         layout, reason = choose_layout(module, num_ranks, torch.device("cpu"), num_ranks)
-    refuse_no_blocks(module, blocks, checkpointing)
+    validate_blocks(module, blocks, checkpointing)
     stages = None
     if layout.pp > 1:
-        pipeline.refuse(layout.pp)
+        pipeline.validate(layout.pp)
         stages = plan_stages(module, pipeline, layout.pp, list(blocks), keep_whole(layout), batch)
     sharding_plan = tensor.sharding_plan(module, layout.tp, blocks)
     return LayoutReport.of(

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 
 TABLE, KEY = "lightning_dist", "recipes"
-"""Of a project's pyproject.toml: ``[tool.lightning_dist] recipes = "package.module:function"``, a :data:`Recipes`."""
+"""Names a project's recipes, a :data:`Recipes`: ``[tool.lightning_dist] recipes = "package.module:function"``."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def shard_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
         sampler for sampler in (loader.sampler, getattr(batches, "sampler", None)) if _is_injected(sampler)
     ]
     if not found:
-        _refuse_other_ranks(loader.sampler, num_replicas, rank)
+        _validate_ranks(loader.sampler, num_replicas, rank)
         return
     seed = int(broadcast_object(found[0].seed))
     sampler = DistributedSamples(_source_of(found[0], loader), num_replicas, rank, seed, loader.drop_last)
@@ -79,7 +79,7 @@ def _source_of(sampler: Any, loader: DataLoader) -> Any:
     return SequentialSampler(loader.dataset)  # type: ignore[arg-type]
 
 
-def _refuse_other_ranks(sampler: Any, num_replicas: int, rank: int) -> None:
+def _validate_ranks(sampler: Any, num_replicas: int, rank: int) -> None:
     if isinstance(sampler, DistributedSampler) and (sampler.num_replicas, sampler.rank) != (num_replicas, rank):
         raise ValueError(
             f"the loader's DistributedSampler is for {sampler.num_replicas} ranks, as rank {sampler.rank} of "

@@ -21,7 +21,7 @@ from lightning_dist.fabric.module import InLayout, users_compile_options
 from lightning_dist.layout import Layout
 from lightning_dist.logs import attach_metrics
 from lightning_dist.module_options import ModuleOptions
-from lightning_dist.parallel import parallelize, refuse_no_blocks
+from lightning_dist.parallel import parallelize, validate_blocks
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import parameter_splits
@@ -61,7 +61,7 @@ class FabricModuleSetup:
         ranks, options = self._ranks, self.options
         layout = self._decide_layout(module)
         blocks = options.blocks(module)
-        refuse_no_blocks(module, blocks, options.activation_checkpointing)
+        validate_blocks(module, blocks, options.activation_checkpointing)
         plan = options.tensor.sharding_plan(module, layout.tp, blocks)
         if ranks.mesh is not None:
             validate_no_lazy(module)

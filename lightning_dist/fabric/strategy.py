@@ -248,7 +248,7 @@ class HybridFabricStrategy(ParallelStrategy):
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Settles how it steps, and tries whether it may step over divided parameters.
 
-        Communication: see :func:`lightning_dist.optimizers.refuse_inexact`, where the layout divides.
+        Communication: see :func:`lightning_dist.optimizers.validate_exact`, where the layout divides.
         """
         if self.mesh is None:
             return optimizer
@@ -256,7 +256,7 @@ class HybridFabricStrategy(ParallelStrategy):
         validate_lbfgs(optimizer)
         optimizers.choose_kernels(optimizer)
         if self.layout.holds_shards:
-            optimizers.refuse_inexact(optimizer, self.layout, self.root_device)
+            optimizers.validate_exact(optimizer, self.layout, self.root_device)
         # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
         optimizer.register_step_pre_hook(lambda *_: self._reshard())
         return optimizer

@@ -45,7 +45,7 @@ class Verdict:
     error: Exception | None = None
 
 
-def refuse_inexact(optimizer: Optimizer, layout: Any, device: torch.device) -> None:
+def validate_exact(optimizer: Optimizer, layout: Any, device: torch.device) -> None:
     """Raises, on all ranks alike, for an optimizer that steps otherwise over divided parameters than over whole ones.
 
     The optimizer, its parameters and the random state stay as they are. See [Note: the trial of an optimizer].

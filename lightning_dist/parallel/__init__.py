@@ -5,7 +5,7 @@
 - ``tensor``: the tensor axis.
 """
 
-from lightning_dist.parallel.activation_checkpoint import Checkpointing, refuse_no_blocks
+from lightning_dist.parallel.activation_checkpoint import Checkpointing, validate_blocks
 from lightning_dist.parallel.buffers import average_buffers
 from lightning_dist.parallel.ddp import DDPRunner
 from lightning_dist.parallel.fsdp import FSDPRunner
@@ -19,5 +19,5 @@ __all__ = [
     "SingleProcessRunner",
     "average_buffers",
     "parallelize",
-    "refuse_no_blocks",
+    "validate_blocks",
 ]

@@ -62,13 +62,13 @@ def checkpoint_activations(
             _put_back(child)
     if mode == "none":
         return
-    refuse_no_blocks(module, blocks, mode)
+    validate_blocks(module, blocks, mode)
     for block in blocks.values():
         if _mode(block) is None:
             patches.set(block, "forward", _recomputing_forward(block, mode))
 
 
-def refuse_no_blocks(module: nn.Module, blocks: dict[str, nn.Module], mode: Checkpointing) -> None:
+def validate_blocks(module: nn.Module, blocks: dict[str, nn.Module], mode: Checkpointing) -> None:
     """Raises a ValueError where there is nothing to recompute."""
     if not blocks and mode != "none":
         raise ValueError(

@@ -18,7 +18,7 @@ from lightning_dist.parallel.ddp import DDPRunner
 from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
 from lightning_dist.parallel.single_process import SingleProcessRunner
-from lightning_dist.parallel.tensor import TensorAxis, refuse_compiled_hooks, split
+from lightning_dist.parallel.tensor import TensorAxis, split, validate_no_compiled_hooks
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, partial_parameters
@@ -72,7 +72,7 @@ def parallelize(
     tensor = None if sharding_plan is None else _divide(module, sharding_plan, mesh, patches)
     checkpoint_activations(module, blocks, activation_checkpointing if training else "none", patches)
     if compile_options is not None:
-        refuse_compiled_hooks(module)
+        validate_no_compiled_hooks(module)
         _compile(module, blocks, compile_options, patches)
     over_data = partial(_over_data, module, layout, mesh, blocks, policy, device, tensor, training, patches)
     if partitioned is None:

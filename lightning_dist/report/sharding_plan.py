@@ -13,7 +13,7 @@ from lightning_dist.layout import Layout
 from lightning_dist.plans.tensor import ModulePlan, ShardingPlan, Split, parameter_splits
 
 MOST_ROWS = 12
-"""Of what stays whole; the smallest are told together."""
+"""Rows for what stays whole; the smallest share the last one."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Checkpoints:
             # what is not there is refused before processes talk
             checkpoints.is_sharded(self.options.pretrained)
         if self.options.in_background:
-            _refuse_links(trainer)
+            _validate_links(trainer)
         if self.options.format == "sharded" and self._has_own_io:
             raise ValueError(
                 f'checkpoint_format="sharded" with a {type(io).__name__}: every rank writes its part of a directory, '
@@ -347,7 +347,7 @@ def _is_directory_of_shards(path: private.Path) -> bool:
         return False
 
 
-def _refuse_links(trainer: pl.Trainer) -> None:
+def _validate_links(trainer: pl.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "save_last", None) == "link":
             raise ValueError(

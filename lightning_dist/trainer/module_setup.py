@@ -31,7 +31,7 @@ from lightning_dist.parallel import (
     SingleProcessRunner,
     average_buffers,
     parallelize,
-    refuse_no_blocks,
+    validate_blocks,
 )
 from lightning_dist.parallel.give_back import give_back, whole_tensors
 from lightning_dist.parallel.pipeline import (
@@ -81,7 +81,7 @@ class ModuleSetup:
         self.known_parameters: dict[int, nn.Parameter] = {}
         """Those of the module when the run began, by id; held, so that an id is not used again."""
         self.patches = Patches()
-        """Of the module, for as long as it is divided."""
+        """What is put onto the module, for as long as it is divided."""
         self._ranks = ranks
         self._module: pl.LightningModule | None = None
         self._originals: dict[str, nn.Parameter] | None = None
@@ -112,12 +112,12 @@ class ModuleSetup:
             ValueError: the layout does not fit the options, or the network.
         """
         if self._ranks.layout is not None:
-            self.options.pipeline.refuse(self._ranks.layout.pp)
+            self.options.pipeline.validate(self._ranks.layout.pp)
         if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
             return
         self._plan(module)
         if module.trainer.state.fn == TrainerFn.FITTING and self.options.recomputes:
-            refuse_no_blocks(module, self.options.blocks(module), self.options.activation_checkpointing)
+            validate_blocks(module, self.options.blocks(module), self.options.activation_checkpointing)
 
     def _plan(self, module: pl.LightningModule) -> ShardingPlan | None:
         layout = self._ranks.layout
@@ -176,7 +176,7 @@ class ModuleSetup:
         if partition_of(module) is None:  # else its ranks hold different parameters by now
             precision.convert_module(module)
         layout = self._decide_layout(module)
-        self._refuse_other_mesh(module)
+        self._validate_mesh(module)
         self.sharding_plan = self._plan(module)
         validate_parameter_kinds(
             module, layout, parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ()
@@ -266,11 +266,11 @@ class ModuleSetup:
             validate_trainer(module.trainer, ranks.layout, ranks.device)
         return ranks.layout
 
-    def _refuse_other_mesh(self, module: pl.LightningModule) -> None:
+    def _validate_mesh(self, module: pl.LightningModule) -> None:
         cut, mesh, layout = partition_of(module), self._ranks.mesh, self._ranks.layout
         assert layout is not None
         if cut is not None:
-            cut.refuse_other(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)
+            cut.validate_same(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)
         mine = {} if mesh is None else dict(zip(MESH_AXES, mesh.root.shape, strict=True))
         of_earlier = next((p.device_mesh for p in module.parameters() if isinstance(p, DTensor)), None)
         if of_earlier is not None and any(

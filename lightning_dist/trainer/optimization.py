@@ -66,7 +66,7 @@ class Optimization:
     def check(self, optimizer: Optimizer) -> None:
         """Makes an optimizer of the fit ready to step over parts.
 
-        Communication: see :func:`lightning_dist.optimizers.refuse_inexact`, where the layout divides.
+        Communication: see :func:`lightning_dist.optimizers.validate_exact`, where the layout divides.
 
         Raises:
             ValueError: it would not do over parts what it does over whole parameters.
@@ -75,7 +75,7 @@ class Optimization:
         optimizers.choose_kernels(optimizer)
         if self._ranks.holds_shards:
             assert self._ranks.layout is not None
-            optimizers.refuse_inexact(optimizer, self._ranks.layout, self._ranks.device)
+            optimizers.validate_exact(optimizer, self._ranks.layout, self._ranks.device)
         # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
         self._patches.also(optimizer.register_step_pre_hook(lambda *_: self._setup.reshard()).remove)
 
@@ -138,11 +138,11 @@ class Optimization:
         """
         if self._ranks.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
             closure = partial(self._with_mean_loss, closure)
-        self._refuse_unreduced(optimizer)
+        self._validate_reduced(optimizer)
         with self._runner.stepping(optimizer):
             yield partial(self._hooked, closure)
 
-    def _refuse_unreduced(self, optimizer: Optimizer) -> None:
+    def _validate_reduced(self, optimizer: Optimizer) -> None:
         """Raises where an optimizer is about to step on what the data ranks don't share.
 
         Raises:

@@ -53,7 +53,7 @@ class Parts:
         """Whether a run has set up its module, and goes on."""
         self._is_in_run = self._failed = False
         self._patches, self._setup_patches = Patches(), Patches()
-        """Of a run, and of what is set up in it."""
+        """What a run changes, and what its set-up does."""
         self._compiled: CompiledModule | None = None
         """What the user compiled whole, until it has been set up."""
 

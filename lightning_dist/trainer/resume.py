@@ -65,10 +65,10 @@ class Resume:
         self.last_step: Step | None = None
         """How things stood at the last optimizer step of the run."""
         self._epoch = 0
-        """Of the last batch."""
+        """The epoch of the last batch."""
         self._to_resume: dict[str, Any] | None = None
         self._random_at_start: RandomStates | None = None
-        """Of the first batch of a run that goes on."""
+        """The generators at the first batch of a run that goes on."""
         self._begin_again: Callable[[], None] | None = None
         """Puts the loaders where the run goes on, until its first batch has begun."""
         self._is_plain = False
@@ -222,7 +222,7 @@ class Resume:
         return {**here, "epoch": self._epoch, "taken": self._taken(done)}
 
     def _taken(self, done: int) -> list[int]:
-        """Of each loader, at a count of batches of this epoch, as Lightning's mode combines them."""
+        """What was taken of each loader at a count of batches of this epoch, as Lightning's mode combines them."""
         starts_over = private.mode_of(private.loaders_of(self._trainer.fit_loop)) == "max_size_cycle"
         return [data.taken(done - data.done, starts_over) for data in self.training_data]
 
@@ -390,7 +390,7 @@ class Resume:
         current.completed = max(0, done - unfinished)
 
     def _saved_random(self, saved: dict[str, Any]) -> RandomStates:
-        """Of this data rank; one that the saved run did not have draws on from another one's, apart."""
+        """The states of this data rank; one that the saved run did not have draws on from another one's, apart."""
         states = saved["random"]
         random = RandomStates.from_state(states[self._ranks.data_rank % len(states)])
         if self._ranks.data_rank < len(states):

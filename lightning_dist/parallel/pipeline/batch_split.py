@@ -17,7 +17,7 @@ VALUES = (str, bytes, int, float)
 """What a list of one for each sample may hold."""
 
 EACH = "each"
-"""Of ``batch_split``: a list with one item for each sample."""
+"""Says in ``batch_split``: a list with one item for each sample."""
 
 BatchSplit = Callable[[Any, int], Sequence[Any]] | Mapping[str, Any] | Sequence[Any] | int | str
 """How a user says where a batch has its samples."""
@@ -117,7 +117,7 @@ def _places(value: Any, total: int, is_top: bool) -> Any:
 
 
 class _Fields:
-    """Of an object with tensors at any depth: those whose first dim is the batch."""
+    """The tensors of an object, at any depth, whose first dim is the batch."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -39,7 +39,7 @@ class FakeModule:
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.names: dict[int, str] = {}
-        """Of each placeholder, by its id: the parameter's first name."""
+        """The parameter's first name, by the id of its placeholder."""
         self.on_metric: Callable[[], None] = lambda: None
         """Called when the step uses a metric."""
         self.logged: dict[str, Any] = {}
@@ -121,7 +121,7 @@ class FakeModule:
             self.names.setdefault(id(standin), name)
 
     def copy_of(self, module: nn.Module) -> nn.Module:
-        """Of one of the user's modules, that of the copy; any other as it is."""
+        """The copy's module for one of the user's; any other as it is."""
         return self._modules.get(id(module), module)
 
     def _is_new(self, original: nn.Module, copied: nn.Module) -> bool:
@@ -226,7 +226,7 @@ class FakeModule:
 
 
 def optimizers_in(configured: Any) -> list[Any]:
-    """Of what ``configure_optimizers`` returns."""
+    """The optimizers in what ``configure_optimizers`` returns."""
     if isinstance(configured, torch.optim.Optimizer):
         return [configured]
     if isinstance(configured, dict):

@@ -74,7 +74,7 @@ class IdleOptimizer:
 
 
 def idle(real: Any) -> Any:
-    """Of an optimizer, a scheduler, or None, or of each in a list of them."""
+    """Stands in for an optimizer, a scheduler or None, or for each in a list of them."""
     return [IdleOptimizer(one) for one in real] if isinstance(real, (list, tuple)) else IdleOptimizer(real)
 
 

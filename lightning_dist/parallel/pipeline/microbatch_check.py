@@ -51,7 +51,7 @@ class MicrobatchCheck:
         self._stages, self._begin, self._rehearse, self._divides = stages, begin, rehearse, divides
         self._group, self._device, self._enabled = group, device, enabled
         self._paths: dict[Any, set[frozenset[Any]]] = {}
-        """Of the kinds of steps that gave the same over microbatches as over the whole batch."""
+        """The paths of steps that gave the same over microbatches as over the whole batch, by kind of step."""
         self._written_alike: set[str] = set()
         """Parameters that a step writes to, as often as it has microbatches, with the result of once."""
 
@@ -105,7 +105,7 @@ class MicrobatchCheck:
         return failure
 
     def refuse_writes(self, step: StepInFlight, seen: set[str]) -> None:
-        """Of parameters, by the step itself.
+        """The parameters that the step itself writes to.
 
         Args:
             step: that has run.
@@ -126,7 +126,7 @@ class MicrobatchCheck:
 
 
 _MOST_PATHS = 16
-"""Of a kind of step, that are compared."""
+"""How many paths of a kind of step are compared."""
 
 
 def written_parameter(step: str, name: str) -> str:

@@ -48,7 +48,7 @@ class PipelineOptions:
             raise ValueError(f"microbatch_weight gave {weights}; what microbatches count must not be negative")
         return weights
 
-    def refuse(self, num_ranks: int) -> None:
+    def validate(self, num_ranks: int) -> None:
         """Raises a ValueError where the schedule can't run on so many ranks. One microbatch needs no schedule."""
         schedule = schedule_named(self.schedule)
         if self.num_microbatches not in (None, 1) and not schedule.takes(self.num_microbatches, num_ranks):

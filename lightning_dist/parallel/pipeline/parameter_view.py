@@ -70,7 +70,7 @@ class ParameterView:
             staged(parameter, StageOwner(name, self._stages.holders(name)[0], self._group, self._divides))
 
     def versions(self) -> list[tuple[str, int]]:
-        """Of this rank's parameters, by name: how often they were written to."""
+        """How often each of this rank's parameters was written to, by name."""
         return [(name, version_of(parameter)) for name, parameter in self._own]
 
     @contextmanager

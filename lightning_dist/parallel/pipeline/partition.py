@@ -79,9 +79,9 @@ def partition_module(
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     there = partition_of(module)
     if there is not None:
-        there.refuse_other(rank, num_ranks)
+        there.validate_same(rank, num_ranks)
         return there.run_by(options)
-    _refuse_gradient_hooks(module)
+    _validate_no_gradient_hooks(module)
     fake_module = FakeModule(module, device, dtype)
     trace = _trace_first_step(fake_module, module, trainer, options, num_ranks, device)
     stages = find_stages(module, trace, options, num_ranks, blocks, keep_whole, undivided, fake_module.is_trained)
@@ -95,7 +95,7 @@ def partition_module(
     return partitioned
 
 
-def _refuse_gradient_hooks(module: nn.Module) -> None:
+def _validate_no_gradient_hooks(module: nn.Module) -> None:
     hooked = next((name for name, p in module.named_parameters() if has_gradient_hooks(p)), None)
     if hooked is not None:
         raise ValueError(
@@ -225,7 +225,7 @@ def _traced_early(
 
 
 _HOOKS_BEFORE = ("on_fit_start", "on_train_start", "on_train_epoch_start")
-"""Of a LightningModule, between its set-up and the first step."""
+"""Hooks of a LightningModule between its set-up and the first step."""
 
 
 def _first_part(batch: Any, options: PipelineOptions, num_ranks: int) -> Any:

@@ -88,7 +88,7 @@ class PipelineRunner(SingleProcessRunner):
         self._own = self.stages.of_rank(self._rank)
         self._last = self.stages.num_stages - 1
         self.timeline = Timeline(device)
-        """Of the steps that torch's schedules run."""
+        """When stages ran, in the steps that torch's schedules run."""
         divides = isinstance(inner, FSDPRunner) or inner.tensor is not None
         self._plans = StagePlans(module, partitioned, device)
         self._gradients = StageGradients(module, self.stages, group, device)
@@ -267,7 +267,7 @@ class PipelineRunner(SingleProcessRunner):
         return SplitBatch(whole, others, parts, sizes), in_order or len(parts) < num_parts
 
     def _num_microbatches(self, size: int) -> tuple[int, bool]:
-        """Of a batch of so many samples, and whether those are too few for the schedule."""
+        """The microbatches of a batch of so many samples, and whether those are too few for the schedule."""
         number = self._options.microbatches(size, self.stages.num_ranks)
         num_parts = number or min(size, self._options.num_microbatches or size)
         if not isinstance(self.inner, FSDPRunner) or not self._options.reshard:

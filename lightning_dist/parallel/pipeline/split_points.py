@@ -241,7 +241,7 @@ def module_at(trace: Trace, number: int) -> str:
 
 
 def _used_across(trace: Trace, ends: set[int]) -> dict[int, list[Value]]:
-    """Of each op: what depends on a parameter, was made by then, and is used later."""
+    """What depends on a parameter, was made by an op, and is used later; by op."""
     begins: dict[int, list[Value]] = {}
     for value in trace.values.values():
         if value.used > value.made:

@@ -54,7 +54,7 @@ class StageForward:
         outputs = {(call.name, call.ordinal): deep_leaves(call.output) for call in trace.calls}
         numbers = () if exit is None else [(slot.name, slot.key) for slot in exit.numbers if slot.place >= 0]
         self.returned: dict[tuple[str, int], list[Any]] = {key: outputs[key] for key in numbers}
-        """Of calls that return numbers which later stages take, the leaves of what they returned in the trace."""
+        """The leaves that calls returned in the trace, where later stages take numbers of them."""
         self.sees_metrics = entry is not None and any(op <= entry.after for op in trace.metrics)
         """Whether the step uses metrics before the entry."""
         watched = {*self.skipped, *(name for name, _ in self.captured), *(name for name, _ in self.returned)}

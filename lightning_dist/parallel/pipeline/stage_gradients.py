@@ -104,7 +104,7 @@ class StageGradients:
             self._summed += [(p, num_ranks) for p in parameters if p.grad is not None]
 
     def _average(self, group: dist.ProcessGroup, buffers: WrittenBuffers) -> None:
-        """Of what any data rank used; see [Note: a gradient that only some ranks have]."""
+        """Averages what any data rank used; see [Note: a gradient that only some ranks have]."""
         parameters = held(p for name, p in self._module.named_parameters() if name in self._trained)
         written = set(buffers.written())
         flags = [int(p.grad is not None) for p in parameters]

@@ -43,7 +43,7 @@ class Staged:
 
 
 _STAGED_AS: dict[type, type] = {}
-"""Of a class of plain tensors, that of staged ones."""
+"""The class of staged tensors, by that of plain ones."""
 _PLAIN_AS: dict[type, type] = {}
 
 
@@ -67,7 +67,7 @@ def staged(tensor: Any, owner: StageOwner) -> Any:
 
 
 def owner_of(tensor: Any) -> StageOwner:
-    """Of a staged tensor."""
+    """The stage that owns a staged tensor."""
     return vars(tensor)[_STAGE]
 
 

@@ -69,7 +69,7 @@ class StagePlans:
         """The arguments of the step that runs, beside the batch."""
 
     def of(self, step: str, parts: list[Any], others: tuple[Any, ...]) -> list[StagePlan]:
-        """Of each microbatch.
+        """The plan of each microbatch.
 
         Raises:
             ValueError: the step can't be cut as the module is.

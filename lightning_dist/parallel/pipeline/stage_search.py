@@ -106,7 +106,7 @@ def _owners_of_parameters(
 
 
 def _owners_of_buffers(module: nn.Module, used: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Of those that a stage uses, or that belong to a copy of such."""
+    """The stages of each buffer that one uses, or that belongs to a copy of such."""
     shapes, unused = _shapes(module), [name for name, _ in module.named_buffers() if name not in used]
     twins = {name: stages for name in unused if (stages := _like_its_twin(name, used, shapes)) is not None}
     return used | twins
@@ -122,7 +122,7 @@ def _like_its_twin(
     shapes: dict[str, torch.Size],
     is_trained: Callable[[str], bool] = lambda _: False,
 ) -> tuple[int, ...] | None:
-    """Of what the step does not use: the stages of what has its shape and ends with the same names, as in a copy of a
+    """The stages, for what the step does not use, of what has its shape and ends with the same names, as in a copy of a
     network, so that pairs of both lie on one stage. Blocks of one list are no copies of each other.
     """
     parts = name.split(".")

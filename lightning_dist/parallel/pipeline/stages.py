@@ -73,7 +73,7 @@ class PartitionedModule:
     stages: Stages
     rank: int
 
-    def refuse_other(self, rank: int, num_ranks: int) -> None:
+    def validate_same(self, rank: int, num_ranks: int) -> None:
         """Raises a ValueError where a module that has been cut so is to run elsewhere in a pipeline, or without one."""
         if (self.rank, self.stages.num_ranks) != (rank, num_ranks):
             raise ValueError(

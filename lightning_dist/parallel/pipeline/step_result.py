@@ -73,7 +73,7 @@ def share_result(
 
 
 def _result(step: StepInFlight, trains: bool, no_loss: Tensor) -> tuple[Tensor, Any]:
-    """Of the last stage: the loss, and what the step returned beside it."""
+    """The loss of the last stage, and what the step returned beside it."""
     output = step.joined()
     if step.manual_loss is not None:
         return step.manual_loss.reshape(()).to(no_loss.device), output

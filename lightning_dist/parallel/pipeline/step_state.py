@@ -137,7 +137,7 @@ class StepInFlight:
 
     @property
     def manual_loss(self) -> Tensor | None:
-        """Of the batch, where the step gave one to ``manual_backward``."""
+        """The loss of the batch, where the step gave one to ``manual_backward``."""
         if not self.losses:
             return None
         return weighted_mean([self.losses[index].detach() for index in sorted(self.losses)], self.weights)

@@ -4,7 +4,7 @@
 """
 
 from lightning_dist.parallel.tensor.axis import TensorAxis
-from lightning_dist.parallel.tensor.hooks import refuse_compiled_hooks
+from lightning_dist.parallel.tensor.hooks import validate_no_compiled_hooks
 from lightning_dist.parallel.tensor.split import split, unsplit_copy
 
-__all__ = ["TensorAxis", "refuse_compiled_hooks", "split", "unsplit_copy"]
+__all__ = ["TensorAxis", "validate_no_compiled_hooks", "split", "unsplit_copy"]

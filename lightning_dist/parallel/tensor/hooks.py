@@ -137,7 +137,7 @@ class HooksInside:
         return None if placement == ActivationPlacement() and not shared else placement
 
 
-def refuse_compiled_hooks(module: nn.Module) -> None:
+def validate_no_compiled_hooks(module: nn.Module) -> None:
     """Raises a ValueError for users' hooks inside of parts that are about to be compiled, which would see parts."""
     for around in module.modules():
         region = Region.of(around)

@@ -40,7 +40,7 @@ class TensorOptions:
         check(tensor_plan, tp)
         sequence_blocks = find_sequence_blocks(module, tensor_plan, blocks) if self.sequence_parallel else []
         plan = ShardingPlan(tensor_plan, sequence_blocks, self.loss_parallel)
-        _refuse_shared(module, plan)
+        _validate_not_shared(module, plan)
         return plan
 
 
@@ -89,7 +89,7 @@ def check(plan: TensorPlan, tp: int) -> None:
                 )
 
 
-def _refuse_shared(module: nn.Module, plan: ShardingPlan) -> None:
+def _validate_not_shared(module: nn.Module, plan: ShardingPlan) -> None:
     """A parameter that one place uses on a rank's part and another on the whole has no one way to be summed."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

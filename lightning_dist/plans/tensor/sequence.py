@@ -34,7 +34,7 @@ def find_sequence_blocks(module: nn.Module, plan: TensorPlan, blocks: dict[str, 
         if is_stack and all(_has_parts(name, plan) for name in names):
             stacks.append(names)
     for name in (name for names in stacks for name in names):
-        _refuse_other_dims(module, name, plan)
+        _validate_dims(module, name, plan)
     if not stacks:
         raise ValueError(
             "sequence_parallel divides positions between blocks that follow each other in one list, each with layers "
@@ -57,7 +57,7 @@ def _has_parts(block: str, plan: TensorPlan) -> bool:
     return block not in plan and any(name.startswith(f"{block}.") and part.copies_inputs for name, part in plan.items())
 
 
-def _refuse_other_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
+def _validate_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
     """Divided layers that read something else than the features of a position, and norms over positions."""
     norm = next((n for n, child in module.get_submodule(block).named_modules() if isinstance(child, NormBase)), None)
     if norm is not None:
