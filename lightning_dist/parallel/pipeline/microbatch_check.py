@@ -105,7 +105,7 @@ class MicrobatchCheck:
         return failure
 
     def refuse_writes(self, step: StepInFlight, seen: set[str]) -> None:
-        """The parameters that the step itself writes to.
+        """Raises where the step itself writes to parameters.
 
         Args:
             step: that has run.
