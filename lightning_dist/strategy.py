@@ -392,7 +392,7 @@ class HybridStrategy(ParallelStrategy):
         # that of a finder begins its search
         module = self.lightning_module
         assert module is not None
-        filepath = self.parts.tuning.begin(filepath, module.trainer, self.ranks, self.parts.resume.last_step)
+        filepath = self.parts.tuning.begin(filepath, private.trainer_of(module), self.ranks, self.parts.resume.last_step)
         self.parts.checkpoints.save(module, checkpoint, filepath, storage_options)
 
     @override
