@@ -390,10 +390,10 @@ class HybridStrategy(ParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: private.Path, storage_options: Any | None = None
     ) -> None:
         # that of a finder begins its search
-        module = self.lightning_module
+        module, parts = self.lightning_module, self.parts
         assert module is not None
-        filepath = self.parts.tuning.begin(filepath, private.trainer_of(module), self.ranks, self.parts.resume.last_step)
-        self.parts.checkpoints.save(module, checkpoint, filepath, storage_options)
+        filepath = parts.tuning.begin(filepath, private.trainer_of(module), self.ranks, parts.resume.last_step)
+        parts.checkpoints.save(module, checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: private.Path, weights_only: bool | None = None) -> dict[str, Any]:
