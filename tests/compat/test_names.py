@@ -13,7 +13,9 @@ for project in (
     importlib.import_module(f"lightning_dist.compat.{project}")
 
 
-@pytest.mark.parametrize("name", names.REGISTER, ids=lambda name: name.path)
+@pytest.mark.parametrize(
+    "name", sorted(names.REGISTER, key=lambda name: (name.path, name.user)), ids=lambda name: name.path
+)
 def test_the_installed_release_has_it(name: names.PrivateName) -> None:
     assert name.is_there(), str(name)
 
