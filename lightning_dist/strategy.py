@@ -428,7 +428,7 @@ class HybridStrategy(ParallelStrategy):
         try:
             self.parts.checkpoints.saves.end()
         finally:
-            self.parts.leave()
+            self.parts.leave(self.optimizers)
             if self.ranks.holds_shards:  # what optimizers hold parts of stays where its mesh is
                 assert self.accelerator is not None
                 self.parts.module_setup.move_to_cpu()

@@ -63,6 +63,8 @@ def give_back(
                 if isinstance(tensor, DTensor) or is_placeholder(tensor):
                     full_name = f"{prefix}.{name}" if prefix else name
                     if id(tensor) not in places:  # tied ones stay one
+                        if full_name not in whole:  # what a hook made of another stage's
+                            continue
                         new = _whole(tensor, whole[full_name], originals.get(full_name))
                         places[id(tensor)] = tensor, new, full_name
                     tensors[name] = places[id(tensor)][1]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import CellType, FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from torch.optim import Optimizer
 from lightning_dist.compat.lightning import MODULE_ATTRIBUTES
 from lightning_dist.compat.torch import MODULE_REGISTRIES
 from lightning_dist.placeholder import is_placeholder
+
+OF_ENDED_RUNS = WeakSet[Optimizer]()
+"""Optimizers of fits that have ended, which may hold old parameters as long as their Trainer lives."""
 
 _DEEPEST = 4
 """Containers inside of containers that are looked into."""
@@ -81,9 +85,11 @@ class Replaced:
             if not any(_is_held(held, index) for index in range(len(held))):
                 return
             gc.collect()
+        known = [held, *(optimizer.state for optimizer in OF_ENDED_RUNS)]
+        known += [group["params"] for optimizer in OF_ENDED_RUNS for group in optimizer.param_groups]
         for index in range(len(held)):
             if _is_held(held, index):
-                holder = _holder(held[index], [held])
+                holder = _holder(held[index], known)
                 if holder:
                     when, instead = ("the setup", "after it") if self._in_lists else ("the fit", _IN_HOOKS)
                     raise ValueError(

@@ -43,6 +43,7 @@ from lightning_dist.parallel.pipeline import (
 )
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
+from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
@@ -72,6 +73,8 @@ class ModuleSetup:
         """Runs the steps of the module, once it has been set up."""
         self.sharding_plan: ShardingPlan | None = None
         """What ``tp`` divides, once the module has been set up."""
+        self.sharded_units: list[str] = []
+        """Names of the modules that are sharded one by one."""
         self.recomputed_blocks: list[str] = []
         """Names of the modules that compute their forward again in backward, once a fit has been set up."""
         self.reason = ""
@@ -96,12 +99,6 @@ class ModuleSetup:
     def stage(self) -> Any:
         """Where this rank lies in the pipeline; None without one."""
         return None if self._pipeline_runner is None else self._pipeline_runner.place
-
-    @property
-    def sharded_units(self) -> list[str]:
-        """Names of the modules that are sharded one by one."""
-        runner = self.runner if self._pipeline_runner is None else self._pipeline_runner.inner
-        return list(runner.units) if isinstance(runner, FSDPRunner) else []
 
     # ------------------------------------------------------------------ before there are processes
 
@@ -189,6 +186,8 @@ class ModuleSetup:
             self._materialize(module)
         self.runner = self._apply(module, layout, precision, training)
         self.known_parameters = {id(p): p for p in module.parameters()}
+        by_data = self.runner if self._pipeline_runner is None else self._pipeline_runner.inner
+        self.sharded_units = list(by_data.units) if isinstance(by_data, FSDPRunner) else []
         return self.runner
 
     def _give_all_ranks_the_same(self, module: pl.LightningModule, layout: Layout, training: bool) -> None:
@@ -321,10 +320,12 @@ class ModuleSetup:
         module, originals, self._originals = self._module, self._originals, None
         if module is None or originals is None:
             return
-        self.names_of_parts = {p: name for name, p in module.named_parameters()} if self.is_divided(module) else {}
+        parts = ((p, name) for name, p in module.named_parameters() if isinstance(p, DTensor) or is_placeholder(p))
+        self.names_of_parts = dict(parts)
         whole = whole_tensors(module)
         if (runner := self._pipeline_runner) is not None:
             whole = whole_of_all_stages(module, whole, runner.stages, runner.group, self._ranks.device)
+        self.runner, self.known_parameters = None, {}
         self.patches.undo()
         give_back(module, whole, originals, _owners(module.trainer), self._kept_alike)
 

@@ -9,11 +9,13 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.plugins import CheckpointIO, Precision
+from torch.optim import Optimizer
 
 from lightning_dist.compat import lightning as private
 from lightning_dist.compiled_module import CompiledModule
 from lightning_dist.elastic.guard import begin_run, end_run, left_together
 from lightning_dist.module_options import ModuleOptions
+from lightning_dist.parallel.replaced import OF_ENDED_RUNS
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Checkpoints
@@ -129,8 +131,12 @@ class Parts:
 
     # ------------------------------------------------------------------ the end
 
-    def leave(self) -> None:
-        """The run ends, perhaps by an exception and before it was set up."""
+    def leave(self, optimizers: list[Optimizer]) -> None:
+        """The run ends, perhaps by an exception and before it was set up.
+
+        Args:
+            optimizers: of the run.
+        """
         self._is_in_run = self.is_set_up = False
         failed, self._failed = self._failed, False
         self._compile_again()
@@ -142,6 +148,7 @@ class Parts:
         self.module_setup.reshard()
         if self.module_setup.gives_back and (not failed or not self.ranks.holds_shards or left_together()):
             self.module_setup.give_back()
+        OF_ENDED_RUNS.update(optimizers)
 
     def end(self, exception: BaseException | None = None, launcher: Any = None) -> None:
         """This rank leaves the run, as the others hear; see [Note: who may go on]."""

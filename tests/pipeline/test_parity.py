@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -190,15 +191,23 @@ def test_a_rank_holds_its_stages_only() -> None:
         assert states <= 0.7
 
 
+class Held(L.Callback):
+    """Which part of the parameters, and of their states, a rank holds while it trains."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        whole = sum(p.numel() for p in models.deep().parameters())
+        (optimizer,) = trainer.optimizers
+        states = sum(s["exp_avg"].numel() for s in optimizer.state.values())
+        assert len(list(pl_module.parameters())) == sum(len(group["params"]) for group in optimizer.param_groups)
+        held = sum(p.numel() for p in pl_module.state_dict().values() if type(p) is Tensor)
+        self.parts = held / whole, states / whole
+
+
 def _held() -> tuple[float, float]:
-    module = models.deep()
-    whole = sum(p.numel() for p in module.parameters())
-    trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2"), max_epochs=1)
-    trainer.fit(module, DataLoader(samples(), batch_size=8))
-    (optimizer,) = trainer.optimizers
-    states = sum(s["exp_avg"].numel() for s in optimizer.state.values())
-    assert len(list(module.parameters())) == sum(len(group["params"]) for group in optimizer.param_groups)
-    return sum(p.numel() for p in module.state_dict().values() if type(p) is Tensor) / whole, states / whole
+    held = Held()
+    trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2"), max_epochs=1, callbacks=[held])
+    trainer.fit(models.deep(), DataLoader(samples(), batch_size=8))
+    return held.parts
 
 
 def test_predictions_come_whole_and_in_order() -> None:
@@ -388,16 +397,21 @@ def _one_run_after_another(layout: str | None, precision: Any) -> list[float]:
     return logged
 
 
-def test_a_module_that_was_cut_is_refused_elsewhere() -> None:
+def test_a_deferred_module_that_was_cut_is_refused_elsewhere() -> None:
     with pytest.raises(RankError, match="holds the stages of rank 0 of pp=2"):
-        run_on_ranks(2, _elsewhere, "dp_replicate=2", {})
+        run_on_ranks(2, _elsewhere, models.Deferred, "dp_replicate=2", {})
     with pytest.raises(RankError, match="would cut it elsewhere"):
-        run_on_ranks(2, _elsewhere, "pp=2", {"pipeline_schedule": "ZBVZeroBubble"})
-    run_on_ranks(2, _elsewhere, "pp=2", {"pipeline_schedule": "GPipe"})
+        run_on_ranks(2, _elsewhere, models.Deferred, "pp=2", {"pipeline_schedule": "ZBVZeroBubble"})
+    run_on_ranks(2, _elsewhere, models.Deferred, "pp=2", {"pipeline_schedule": "GPipe"})
 
 
-def _elsewhere(layout: str, options: dict[str, Any]) -> None:
-    module = models.deep()
+def test_a_module_that_was_cut_is_cut_anew_elsewhere() -> None:
+    run_on_ranks(2, _elsewhere, models.deep, "dp_replicate=2", {})
+    run_on_ranks(2, _elsewhere, models.deep, "pp=2", {"pipeline_schedule": "ZBVZeroBubble"})
+
+
+def _elsewhere(make: Callable[[], L.LightningModule], layout: str, options: dict[str, Any]) -> None:
+    module = make()
     for strategy in (HybridStrategy("pp=2"), HybridStrategy(layout, **options)):
         L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=1).fit(module, DataLoader(samples(), batch_size=8))
 

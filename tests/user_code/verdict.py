@@ -105,7 +105,7 @@ def train_under(name: str, layouts: Sequence[str]) -> list[Record]:
 def _judge(case: Case, layout: str, records: list[Record]) -> Outcome:
     errors = [record.error for record in records]
     if any(errors):
-        return _failure(case, records)
+        return _failure(case, layout, records)
     reference = _reference(case, num_data_ranks(layout))
     for rank in range(len(records)):
         numbers = _numbers(records, rank, layout)
@@ -115,13 +115,14 @@ def _judge(case: Case, layout: str, records: list[Record]) -> Outcome:
     return Outcome("exact")
 
 
-def _failure(case: Case, records: list[Record]) -> Outcome:
+def _failure(case: Case, layout: str, records: list[Record]) -> Outcome:
     told = [record.error for record in records if record.error]
     if len(told) < len(records):
         return Outcome("CRASH", f"on {len(told)} of {len(records)} ranks: {told[0]}")
     if not all(record.refuses for record in records):
         return Outcome("CRASH", next(record.error for record in records if not record.refuses))
-    if _has_moved(case, records):
+    # under pp a step may be the first to take another path, after others have trained
+    if layout not in PIPELINES and _has_moved(case, records):
         return Outcome("CRASH", f"after weights had changed: {told[0]}")
     return Outcome("refused", told[0].partition(": ")[2])
 

@@ -81,6 +81,8 @@ def share_buffers(module: nn.Module, stages: Stages, group: dist.ProcessGroup) -
     buffers = dict(module.named_buffers())
     by_rank: dict[int, list[Tensor]] = {}
     for name, users in stages.buffers.items():
+        if name not in buffers:  # that a hook has taken away
+            continue
         by_rank.setdefault(stages.schedule.rank_of(users[-1], stages.num_ranks), []).append(buffers[name])
     for rank, owned in sorted(by_rank.items()):
         broadcast_tensors(owned, group, rank)
