@@ -206,7 +206,7 @@ def test_fit_validate_and_test_as_plain_lightning_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "init_args",
     [
-        pytest.param({"layout": {"dp_shard": 2}}, id="popen"),
+        pytest.param({"layout": {"dp_shard": 2}}, id="popen", marks=pytest.mark.slow),
         pytest.param({"layout": {"dp_replicate": 2}, "start_method": "spawn"}, id="spawn", marks=pytest.mark.slow),
     ],
 )

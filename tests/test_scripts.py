@@ -30,7 +30,7 @@ def test_a_script_trains(strategy: str, torchrun: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "rank"), [("step", 1), pytest.param("hook", 1, marks=pytest.mark.slow), ("loader", 1)]
+    ("where", "rank"), [("step", 1), *(pytest.param(where, 1, marks=pytest.mark.slow) for where in ("hook", "loader"))]
 )
 def test_a_failed_rank_ends_all_with_its_own_traceback(where: str, rank: int, tmp_path: Path) -> None:
     status, output = finish(start(tmp_path, where=where, rank=rank), timeout=60)

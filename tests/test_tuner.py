@@ -178,7 +178,13 @@ def test_learning_rate_is_that_of_one_process(layout: str, ranks: int, tmp_path:
 
 @pytest.mark.parametrize(
     ("layout", "ranks"),
-    [slow("dp_replicate=2", 2), ("dp_shard=2", 2), slow("dp_replicate=2,dp_shard=2", 4), slow("tp=2", 2), ("pp=2", 2)],
+    [
+        slow("dp_replicate=2", 2),
+        ("dp_shard=2", 2),
+        slow("dp_replicate=2,dp_shard=2", 4),
+        slow("tp=2", 2),
+        slow("pp=2", 2),
+    ],
 )
 def test_batch_size_is_that_of_one_process(layout: str, ranks: int, tmp_path: Path) -> None:
     data_ranks = num_data_ranks(layout)

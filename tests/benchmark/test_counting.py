@@ -1,5 +1,6 @@
 """Collectives and bytes are counted as they are."""
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +24,7 @@ def _ddp_step() -> tuple[dict[str, int], dict[str, int]]:
     return dict(seen.count), dict(seen.num_bytes)
 
 
+@pytest.mark.slow
 def test_gradient_all_reduce_of_ddp_is_counted() -> None:
     assert run_on_ranks(2, _ddp_step)[0] == ({"all-reduce": 1}, {"all-reduce": 8 * 4 * 4})
 

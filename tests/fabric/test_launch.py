@@ -70,7 +70,11 @@ def _run(folder: Path, strategy: str, launch: str = HERE, torchrun: bool = False
     [
         pytest.param("'hybrid'", "dp_replicate=2", {}, id="popen"),
         pytest.param(
-            "HybridFabricStrategy('dp_shard=2', start_method='fork')", "dp_shard=2", {"launch": THERE}, id="fork"
+            "HybridFabricStrategy('dp_shard=2', start_method='fork')",
+            "dp_shard=2",
+            {"launch": THERE},
+            id="fork",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "HybridFabricStrategy('tp=2', start_method='spawn')",

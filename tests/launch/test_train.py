@@ -49,6 +49,7 @@ def test_sweep_goes_on_after_a_failed_job_and_says_so(tmp_path: Path):
     assert running(noted_pids(notes)) == []
 
 
+@pytest.mark.slow
 def test_single_failed_job_exits_with_status_1(tmp_path: Path):
     done = run(command("recipe.fail_rank=0", "trainer.devices=1", directory=tmp_path))
 
@@ -126,6 +127,7 @@ def test_wrong_layouts_fail_their_jobs_before_a_rank_starts(tmp_path: Path):
     assert told[3].startswith("trainer.devices=0: pass a number of ranks")
 
 
+@pytest.mark.slow
 def test_wrong_data_path_is_told_without_a_traceback(tmp_path: Path):
     done = run(command("data.path=/nowhere", "trainer.devices=1", directory=tmp_path))
 

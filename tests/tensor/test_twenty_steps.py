@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dist.plans.tensor import find_tensor_plan
-from tests.support.parity import Record, Run, on_layout, one_process
+from tests.support.parity import Record, Run, on_layout, one_process, slow
 from tests.tensor.families import FAMILIES, WITHOUT_CHAIN
 
 STEPS, ACCUMULATE, BATCH = 20, 2, 4
 TOLERANCE = 1e-5
 LAYOUTS = {"tp=2": 2, "tp=4": 4, "dp_shard=2,tp=2": 4, "dp_replicate=2,tp=2": 4}
-DIFFERENT = ("llama", "timm vit norms")
+DIFFERENT = ("llama", slow("timm vit norms"))
 """Families that differ in how they are divided; the others run on demand, as these do under the other layouts."""
 
 BATCH_LAST = ("torch attention",)
