@@ -173,3 +173,30 @@ def test_one_trainer_runs_again_and_goes_on_from_what_it_saved_between(layout: s
     expected = several_runs(None, str(tmp_path / "one.ckpt"))
     for found in run_on_ranks(2, several_runs, layout, str(tmp_path / "ours.ckpt")):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+KEPT: list[torch.optim.Optimizer] = []
+
+
+class Keeps(Tied):
+    """Its optimizer is a global one, of which nobody can be given other parameters."""
+
+    def configure_optimizers(self) -> Any:
+        KEPT[:] = KEPT or [torch.optim.AdamW(self.parameters(), lr=1e-2)]
+        return KEPT[0]
+
+
+def with_an_earlier_optimizer() -> str:
+    module = Keeps()
+    for layout in ("dp_replicate=2", "dp_shard=2"):
+        trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy(layout), max_epochs=1)
+        try:
+            trainer.fit(module, DataLoader(samples(), batch_size=4))
+        except ValueError as error:
+            return f"{layout}: {error}"
+    return "went on"
+
+
+def test_an_optimizer_of_an_earlier_run_that_would_train_nothing_is_refused() -> None:
+    for told in run_on_ranks(2, with_an_earlier_optimizer):
+        assert told.startswith("dp_shard=2: AdamW of an earlier run holds net.stem.weight")

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_dist.auto_layout import choose_layout
 from lightning_dist.collectives import broadcast_tensors, gather_objects
@@ -300,6 +301,20 @@ class ModuleSetup:
         """Frees what was gathered for a forward pass that no backward followed. Communication: none."""
         if self.runner is not None:
             self.runner.reshard()
+
+    def validate_optimizer(self, optimizer: Optimizer) -> None:
+        """Raises where an optimizer of the fit steps on what is in the module no more.
+
+        Raises:
+            ValueError: it was made for an earlier run, and nobody who could be given the new parameters holds it.
+        """
+        old = {id(p): name for name, p in (self._originals or {}).items()}
+        lost = [old[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in old]
+        if lost:
+            raise ValueError(
+                f"{type(optimizer).__name__} of an earlier run holds {lost[0]}, which the layout divides anew, and "
+                "would never train it: make it in configure_optimizers, and pass ckpt_path= to go on"
+            )
 
     # ------------------------------------------------------------------ the end
 

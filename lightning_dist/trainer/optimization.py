@@ -69,8 +69,9 @@ class Optimization:
         Communication: see :func:`lightning_dist.optimizers.validate_exact`, where the layout divides.
 
         Raises:
-            ValueError: it would not do over parts what it does over whole parameters.
+            ValueError: it would not do over parts what it does over whole parameters, or holds those of an earlier run.
         """
+        self._setup.validate_optimizer(optimizer)
         validate_lbfgs(optimizer)
         optimizers.choose_kernels(optimizer)
         if self._ranks.holds_shards:
