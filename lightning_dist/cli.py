@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from lightning_dist.layout import MESH_AXES, Layout
-
-if TYPE_CHECKING:  # torch takes seconds to import
-    from lightning_dist.explain import Subject
+from lightning_dist.checkpoint import convert
+from lightning_dist.explain import Subject, build_deferred, find_recipes, module_maker, parse_arguments
+from lightning_dist.layout import MESH_AXES, REST, Layout
+from lightning_dist.strategy import HybridStrategy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,9 +101,6 @@ def _layout(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from lightning_dist import HybridStrategy  # late: torch takes seconds to import
-    from lightning_dist.explain import build_deferred
-
     sys.path.insert(0, os.getcwd())  # as for python -m
     names_class = bool(options.what) and ":" in options.what[0] and "=" not in options.what[0]
     subject = _subject_of_class(options) if names_class else _subject_of_recipe(options)
@@ -119,9 +114,6 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _subject_of_class(options: argparse.Namespace) -> Subject:
-    from lightning_dist import HybridStrategy
-    from lightning_dist.explain import Subject, module_maker, parse_arguments
-
     make = module_maker(options.what[0], parse_arguments(options.what[1:]))
     if not options.layout:
         raise ValueError("--layout is missing, such as --layout dp_shard=2,tp=2")
@@ -130,8 +122,6 @@ def _subject_of_class(options: argparse.Namespace) -> Subject:
 
 
 def _subject_of_recipe(options: argparse.Namespace) -> Subject:
-    from lightning_dist.explain import find_recipes
-
     if options.layout or options.sequence_parallel:
         raise ValueError(
             "--layout and --sequence-parallel are for a class; a recipe takes overrides, such as strategy.layout.tp=2"
@@ -141,18 +131,14 @@ def _subject_of_recipe(options: argparse.Namespace) -> Subject:
 
 def _fewest_ranks(layout: str) -> int:
     asked = Layout.parse(layout)
-    degrees = [getattr(asked, axis) for axis in MESH_AXES]
-    if asked is None or -1 in degrees:
+    if asked is None or REST in dict(asked.items()).values():
         raise ValueError(f"--ranks is missing: layout {layout!r} takes as many as there are")
-    return math.prod(degrees)
+    return asked.world_size
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from lightning_dist.checkpoint import convert  # late: it imports torch's checkpoint machinery
-
-    with Progress(
-        TextColumn("converted"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    ) as progress:
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(TextColumn("converted"), *columns) as progress:
         task = progress.add_task("converted", total=None)
         convert(
             options.source,

@@ -32,9 +32,6 @@ def num_ranks() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-# --------------------------------------------------------------------- several tensors
-
-
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in groups of one dtype and at most ``BUCKET_BYTES``, or one tensor."""
     open_buckets: dict[torch.dtype, list[Tensor]] = {}
@@ -48,12 +45,9 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def broadcast_tensors(tensors: Iterable[Tensor], group: dist.ProcessGroup | None, source: int = 0) -> None:
-    """Gives every rank of the group the values that one of its ranks has, in place.
+    """Gives every rank of the group the values that one of its ranks has, the source, in place.
 
-    Args:
-        tensors: of the same shapes and dtypes on every rank, plain.
-        group: None for the world.
-        source: the rank in the group.
+    The tensors are plain, and of the same shapes and dtypes on every rank. No group is the world.
 
     Communication: the tensors' bytes, in broadcasts of one dtype and at most 64 MB (or one tensor) each.
     """
@@ -71,13 +65,9 @@ def broadcast_parts(tensors: list[Tensor], group: dist.ProcessGroup | None, sour
 def all_reduce_tensors(
     tensors: Iterable[Tensor], group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM, mean: bool = False
 ) -> None:
-    """Reduces the tensors over the group, in place.
+    """Reduces the tensors over the group, in place, and divides by the number of ranks for the mean.
 
-    Args:
-        tensors: of the same shapes and dtypes on every rank, plain.
-        group: None for the world.
-        op: the reduction.
-        mean: divide by the number of ranks.
+    The tensors are plain, and of the same shapes and dtypes on every rank. No group is the world.
 
     Communication: the tensors' bytes, in all-reduces of one dtype and at most 64 MB (or one tensor) each.
     """
@@ -101,19 +91,12 @@ def _copy_into(tensors: list[Tensor], parts: Iterable[Tensor]) -> None:
         tensor.detach().copy_(part.view(tensor.shape))
 
 
-# --------------------------------------------------------------------- one tensor, one decision
-
-
 def reduce_tensor(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.ReduceOp | str | None) -> Tensor:
     """The tensor reduced over the ranks of a group; a new tensor.
 
     Lightning's own mean of an integer tensor truncates (the mean of batch sizes 6 and 7 becomes 6, seen in 2.6.6);
-    here it is taken in float64.
-
-    Args:
-        tensor: on the device of the group's backend.
-        group: the ranks that hold different values.
-        reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, a ``ReduceOp`` or None (sum).
+    here it is taken in float64. ``reduce_op`` is a name (``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``), a
+    ``ReduceOp`` or None (sum).
 
     Communication: one all-reduce over the group, none for a group of one.
     """
@@ -132,13 +115,7 @@ def reduce_tensor(tensor: Tensor, group: dist.ProcessGroup, reduce_op: dist.Redu
 
 
 def reduce_decision(decision: bool, all: bool, device: torch.device) -> bool:
-    """The same decision on every rank: whether all of them, or any, say so. One all-reduce of a number over the world.
-
-    Args:
-        decision: of this rank.
-        all: whether all have to.
-        device: of this rank.
-    """
+    """Whether all ranks, or any, decide so: the same on each. One all-reduce of a number over the world."""
     if not is_distributed():
         return decision
     verdict = torch.tensor(int(decision), device=device)
@@ -148,24 +125,14 @@ def reduce_decision(decision: bool, all: bool, device: torch.device) -> bool:
 
 def barrier(device: torch.device) -> None:
     """Waits for all ranks of the world."""
-    if not is_distributed():
-        return
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[device.index])
-    else:
-        dist.barrier()
-
-
-# --------------------------------------------------------------------- objects and errors
+    if is_distributed():
+        dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
 
 
 def broadcast_object(obj: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
-    """The object of one rank on all ranks. One broadcast of the pickled object over the world, or a group of all ranks.
+    """The object of one rank of the world on all ranks. One broadcast of the pickled object.
 
-    Args:
-        obj: of this rank.
-        source: the rank in the world whose object it is.
-        group: of all ranks, for a thread that communicates beside others. Default: the world.
+    ``group`` is another one of all ranks, for a thread that communicates beside others.
     """
     if not is_distributed():
         return obj
@@ -201,9 +168,8 @@ def raise_on_all_ranks(purpose: str, group: dist.ProcessGroup | None = None) -> 
     Nothing inside may communicate. One all-gather of a short string per rank over the world at the end.
 
     Args:
-        purpose: completes "could not ..." where the error is none that a user can act on by its message
-            alone.
-        group: of all ranks, for a thread that communicates beside others. Default: the world.
+        purpose: completes "could not ..." where the error is none that a user can act on by its message alone.
+        group: another one of all ranks, for a thread that communicates beside others.
 
     Raises:
         ValueError, OSError, RuntimeError: that of the lowest rank that failed.

@@ -43,8 +43,7 @@ class ControlFlow:
     Args:
         trainer: of the fit.
         parallel: what gradients are reduced by.
-        device: of the collectives.
-        timeout: of collectives; the wait for others is at most :data:`LONGEST_WAIT`.
+        device, timeout: of collectives; the wait for others is at most :data:`LONGEST_WAIT`.
         is_even: whether every data rank has as many training batches, since the strategy shards them.
 
     Communication: over the world, per batch one all-reduce of 8 bytes in place of a broadcast; the same once more
@@ -79,17 +78,15 @@ class ControlFlow:
         patches.wrap(private.logger_connector(self.trainer), "on_batch_end", self._on_batch_end)
         patches.set(epoch.automatic_optimization, private.AUTOMATIC_STEP, self._training_step)
 
-    # ------------------------------------------------------------------ stopping
-
     def _any(self, *decisions: bool) -> list[bool]:
         """Whether any rank says so, for each. One all-reduce over the world."""
         verdict = torch.tensor(decisions, dtype=torch.int32, device=self._device)
         dist.all_reduce(verdict, dist.ReduceOp.MAX)
-        return [bool(number) for number in verdict.tolist()]
+        return list(map(bool, verdict.tolist()))
 
     def _agree(self) -> None:
-        stop, self._told_to_end = self._any(self.trainer.should_stop, self.trainer.received_sigterm)
-        self.trainer.should_stop = stop
+        told = self._any(self.trainer.should_stop, self.trainer.received_sigterm)
+        self.trainer.should_stop, self._told_to_end = told
 
     def _before(self, own: Callable[..., Any], *args: Any) -> Any:
         self._agree()
@@ -116,25 +113,23 @@ class ControlFlow:
                 dist.barrier()
             raise SIGTERMException
 
-    # ------------------------------------------------------------------ the end of an epoch
-
     def _begin_epoch(self, own: Callable[[Any], None], data_fetcher: Any) -> None:
         own(data_fetcher)
         self._agree()
+        self._end_apart = not self._is_even()
+        if not self._end_apart:
+            return
         length = sized_len(private.loaders_of(self.trainer.fit_loop))
         # as many on all ranks, or not known
-        least, most = (-1, -1) if length is None else (-length, length)
-        lengths = torch.tensor([least, most], device=self._device)
-        is_even = self._is_even()
-        if not is_even:
-            dist.all_reduce(lengths, dist.ReduceOp.MAX)
-        self._end_apart = not is_even and (length is None or int(lengths[0]) != -int(lengths[1]))
+        lengths = torch.tensor([-1, -1] if length is None else [-length, length], device=self._device)
+        dist.all_reduce(lengths, dist.ReduceOp.MAX)
+        self._end_apart = length is None or int(lengths[0]) != -int(lengths[1])
 
     def before_batch(self) -> None:
         """Called when a batch is there, before its step."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if not self._end_apart:
             return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
         (is_last,) = self._any(progress.is_last_batch)
         if is_last and not progress.is_last_batch:
             progress.is_last_batch = True
@@ -155,8 +150,6 @@ class ControlFlow:
             )
             raise
 
-    # ------------------------------------------------------------------ steps without a loss
-
     def _training_step(self, kwargs: Any) -> ClosureResult:
         """In place of Lightning's method of this name, which refuses None over several processes (seen in 2.6.6)."""
         trainer = self.trainer
@@ -170,8 +163,6 @@ class ControlFlow:
             )
             self._parallel.skip_backward(trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches > 0)
         return ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)
-
-    # ------------------------------------------------------------------ meeting
 
     def _meet(self, place: str, what: str, instead: str) -> None:
         """Waits until all ranks are at this place.

@@ -14,8 +14,6 @@ from typing_extensions import TypeIs
 
 from lightning_dist.compat.distributed import StridedShard, compute_local_shape_and_global_offset, local_tensor
 
-# --------------------------------------------------------------------- parts
-
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor, or a plain tensor; its memory, without autograd. Communication: none."""
@@ -80,9 +78,6 @@ def _contiguous_dtensor(local: Tensor, like: DTensor) -> DTensor:
     )
 
 
-# --------------------------------------------------------------------- the whole
-
-
 def full(tensor: Tensor) -> Tensor:
     """The plain model's tensor, on every rank that holds a part of it.
 
@@ -109,9 +104,6 @@ def _summed(tensor: DTensor) -> Tensor:
         if not placement.is_replicate():
             dist.all_reduce(whole, group=tensor.device_mesh.get_group(axis))
     return whole
-
-
-# --------------------------------------------------------------------- where a rank's part lies
 
 
 def is_split(tensor: Tensor) -> bool:
@@ -182,9 +174,6 @@ def _runs(index: Tensor) -> list[tuple[int, int, int]]:
     breaks = ((index[1:] - index[:-1]) != 1).nonzero().flatten().add(1).tolist()
     starts, ends = [0, *breaks], [*breaks, len(index)]
     return [(start, int(index[start]), end - start) for start, end in zip(starts, ends, strict=True)]
-
-
-# --------------------------------------------------------------------- the data ranks of its mesh
 
 
 def data_groups(tensor: DTensor) -> Iterator[dist.ProcessGroup]:

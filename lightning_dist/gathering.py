@@ -1,8 +1,10 @@
-"""UnevenAllGather what the ranks with different samples hold: differentiably, and of different lengths."""
+"""Gathers what the ranks with different samples hold: differentiably, and of different lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import convert_to_tensors, move_data_to_device
 from torch import Tensor
 
+from lightning_dist.collectives import gather_objects
 from lightning_dist.compat.distributed import functional_collectives as functional
 from lightning_dist.compat.lightning import running_hook
 from lightning_dist.pytree import tree_flatten, tree_map, tree_structure
@@ -23,12 +26,9 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, sync_grads: bool) -> Te
     (``torch.distributed.nn.functional``, seen in torch 2.14).
 
     Args:
-        tensor: with the same shape on every rank.
+        tensor: with the same shape on every rank; the result has (ranks, *shape).
         group: to gather from.
         sync_grads: differentiable, to any order; the gradient is the sum of those of all ranks.
-
-    Returns:
-        (ranks, *shape).
 
     Communication: forward one all-gather over the group, backward one reduce-scatter.
     """
@@ -39,15 +39,11 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, sync_grads: bool) -> Te
 
 
 def validate_even(tensor: Tensor, group: dist.ProcessGroup) -> None:
-    """Raises on every rank of the group if they bring tensors of different shapes, which would end the processes.
+    """Raises a ValueError on every rank of the group if they bring different shapes, which would end the processes.
 
     Communication: one all-gather of shapes, as objects.
-
-    Raises:
-        ValueError: with the shapes.
     """
-    shapes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(shapes, tuple(tensor.shape), group)
+    shapes = gather_objects(tuple(tensor.shape), group)
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(
             f"all_gather after the run was given tensors of shapes {', '.join(map(str, shapes))} on the data ranks: "
@@ -84,8 +80,6 @@ class _Summed(torch.autograd.Function):
         return _Gathered.apply(gradient, ctx.group), None
 
 
-# ------------------------------------------------------------------ of different lengths
-
 _EVEN_HOOKS = ("on_train_epoch_end", "on_train_end")
 """While training, only here may ranks hold different numbers of rows: batches have as many."""
 
@@ -118,37 +112,29 @@ class UnevenAllGather:
 
     def __call__(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """As Lightning's; see above for what is not equally long."""
-        trainer = self._module.trainer
-        own = type(self._module).all_gather
-        if group not in (None, dist.group.WORLD) or (
-            trainer.training and running_hook(self._module) not in _EVEN_HOOKS
-        ):
-            return own(self._module, data, group=group, sync_grads=sync_grads)
+        own = partial(type(self._module).all_gather, self._module, group=group, sync_grads=sync_grads)
+        is_even = self._module.trainer.training and running_hook(self._module) not in _EVEN_HOOKS
+        if group not in (None, dist.group.WORLD) or is_even:
+            return own(data)
         data = convert_to_tensors(data, device=self._module.device)
-        everyone: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, (_form(data), self._counts()), self._group)
+        everyone = gather_objects((_form(data), self._counts()), self._group)
         forms = [form for form, _ in everyone]
         counting = [rank for rank, (_, counts) in enumerate(everyone) if counts]
         if len(counting) == len(everyone) and all(form == forms[0] for form in forms):
-            return own(self._module, data, group=group, sync_grads=sync_grads)
-        dist.all_gather_object(everyone, move_data_to_device(data, torch.device("cpu")), self._group)
+            return own(data)
+        everyone = gather_objects(move_data_to_device(data, torch.device("cpu")), self._group)
         joined = _join([everyone[rank] for rank in counting])
         return move_data_to_device(joined, self._module.device)
 
     def __reduce__(self) -> Any:
         # a copy of the module has no process group; it gathers as Lightning does
-        return _own_method, (self._module,)
-
-
-def _own_method(module: pl.LightningModule) -> Callable[..., Any]:
-    return type(module).all_gather.__get__(module)
+        return MethodType, (type(self._module).all_gather, self._module)
 
 
 def _form(data: Any) -> Any:
     leaves, structure = tree_flatten(data)
-    return str(structure), [
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
-    ]
+    forms = [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+    return str(structure), forms
 
 
 def _join(parts: list[Any]) -> Any:

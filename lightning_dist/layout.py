@@ -48,10 +48,8 @@ class Layout:
         ep: ranks that share the experts of a mixture; borrowed from ``dp_shard`` x ``cp``, so it does not count
             towards the world size.
 
-    One of the axes but ``ep`` may be -1: it takes what the others leave of the world.
-
-    Raises:
-        ValueError: a degree that is zero, negative, not an integer, or a second -1.
+    One of the axes but ``ep`` may be -1: it takes what the others leave of the world. Raises a ValueError for a degree
+    that is zero, negative, not an integer, or a second -1.
     """
 
     pp: int = 1
@@ -77,18 +75,12 @@ class Layout:
             raise ValueError("layout axis 'ep' borrows from dp_shard x cp, so it can't be -1; pass its degree")
         open_axes = [axis for axis, degree in self.items() if degree == REST]
         if len(open_axes) > 1:
-            raise ValueError(
-                f"layout has -1 for {' and '.join(open_axes)}; only one axis can take what is left, "
-                "give the others a degree"
-            )
+            both = " and ".join(open_axes)
+            raise ValueError(f"layout has -1 for {both}; only one axis can take what is left, give the others a degree")
 
     @classmethod
     def parse(cls, value: Layout | Mapping[str, Any] | str | None) -> Layout | None:
-        """The layout that a user typed, or ``None`` for ``"auto"``.
-
-        Args:
-            value: a layout, a mapping of axis to degree (so Hydra can compose it), a string such as
-                ``"dp_shard=2,tp=2"``, or ``"auto"``.
+        """The layout that a user typed: a mapping of axis to degree, or a string; ``None`` for ``"auto"``.
 
         Raises:
             ValueError: an axis that does not exist (with the closest name), or one given twice, or a degree that
@@ -116,8 +108,7 @@ class Layout:
     def resolve(self, world_size: int) -> Layout:
         """The same layout with -1 replaced by what the other axes leave of ``world_size``.
 
-        Raises:
-            ValueError: the degrees do not multiply to ``world_size``; the message names the nearest layouts that do.
+        Raises a ValueError, which names the nearest layouts that do, where the degrees do not multiply to it.
         """
         known = math.prod(degree for axis, degree in self.items() if axis in MESH_AXES and degree != REST)
         open_axis = next((axis for axis, degree in self.items() if degree == REST), None)
@@ -154,27 +145,16 @@ class Layout:
         return self.dp_shard > 1 or self.tp > 1 or self.pp > 1
 
     @property
-    def defers(self) -> bool:
-        """Whether what ``configure_model`` builds is deferred until a rank's part of it is known."""
-        return self.holds_shards
-
-    @property
     def holds_parts_of_blocks(self) -> bool:
         """Whether a rank holds less than the whole of a block."""
         return self.dp_shard > 1 or self.tp > 1
 
     def build_mesh(self, device_type: str) -> ParallelMesh:
-        """The device mesh of a resolved layout.
-
-        Communication: creates the process groups, so every rank calls it.
-        """
+        """The device mesh of a resolved layout. Creates the process groups, so every rank calls it."""
         forget_earlier_meshes()
         root = init_device_mesh(device_type, tuple(getattr(self, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
-        return ParallelMesh(
-            root=root,
-            data=flattened_mesh(root["dp_replicate", "dp_shard"], "data"),
-            logs=flattened_mesh(root["pp", "dp_replicate", "dp_shard"], "logs"),
-        )
+        data = flattened_mesh(root["dp_replicate", "dp_shard"], "data")
+        return ParallelMesh(root, data, flattened_mesh(root["pp", "dp_replicate", "dp_shard"], "logs"))
 
     def _misfit(self, world_size: int, known: int) -> str:
         asked = f"layout {self} needs {'a multiple of ' if REST in dict(self.items()).values() else ''}{known} ranks"
@@ -209,7 +189,7 @@ def _check_axis(axis: object) -> None:
 
 def _read_string(text: str) -> dict[str, int]:
     degrees: dict[str, int] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, map(str.strip, text.split(","))):
         axis, equals, degree = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise ValueError(f"layout {text!r}: {part!r} is not axis=degree; write for example 'dp_shard=2,tp=2'")

@@ -1,4 +1,4 @@
-"""The ranks of a layout, for the strategies of the Trainer and of Fabric alike."""
+"""The ranks of a layout, for the strategies of the Trainer and of Fabric alike, and the layout ``"auto"``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import sys
 import time
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_dist.collectives import reduce_tensor
 from lightning_dist.compat.lightning import default_backend, form_world
-from lightning_dist.layout import Layout, ParallelMesh
+from lightning_dist.layout import MESH_AXES, Layout, ParallelMesh
 from lightning_dist.random_states import part_random_streams, share_random_state
 
-T = TypeVar("T")
+STATES_PER_WEIGHT = 3
+"""Numbers kept beside each trainable one: its gradient and AdamW's two moments."""
+
+ROOM = 0.6
+"""Share of the memory that parameters, gradients and optimizer states may take; the rest is for activations."""
 
 
 class LayoutRanks:
@@ -52,15 +57,8 @@ class LayoutRanks:
         """Without the mesh, which belongs to the processes of a run."""
         return {**vars(self), "mesh": None}
 
-    # ------------------------------------------------------------------ forming
-
     def place(self, environment: ClusterEnvironment, devices: list[torch.device], num_nodes: int) -> None:
-        """Says which rank this is, as soon as devices and nodes are known; the layout is checked here.
-
-        Args:
-            environment: is told the rank and the size of the world.
-            devices: of this node's processes.
-            num_nodes: machines of the run.
+        """Says which rank this is, and tells the environment, as soon as this node's devices and the nodes are known.
 
         Raises:
             ValueError: the layout does not fit the number of ranks.
@@ -75,18 +73,13 @@ class LayoutRanks:
         if self.requested is not None:
             self.layout = resolve(self.requested, self.world_size)
 
-    @property
-    def backend(self) -> str:
-        """Backend of torch.distributed."""
-        return self._backend or default_backend(self.device)
-
     def join(self, environment: ClusterEnvironment) -> None:
         """Makes the process group of the world, if it is not there, and gives all ranks rank 0's random state.
 
         Communication: the meeting of the ranks, and :func:`share_random_state`; none for one process.
         """
         if self.world_size > 1:
-            form_world(environment, self.backend, self.timeout, self.device)
+            form_world(environment, self._backend or default_backend(self.device), self.timeout, self.device)
             _let_threads_end_before_forks()
             share_random_state(self.device)
 
@@ -95,11 +88,17 @@ class LayoutRanks:
         if self.layout is not None and self.world_size > 1 and self.mesh is None:
             self.mesh = self.layout.build_mesh(self.device.type)
 
-    # ------------------------------------------------------------------ places
-
     def has_pipeline(self, num_ranks: int) -> bool:
         """Whether the requested layout has a pipeline on so many ranks."""
         return self.requested is not None and resolve(self.requested, num_ranks).pp > 1
+
+    def decide(self, module: nn.Module) -> tuple[Layout, str]:
+        """The layout, and why it was chosen: by :func:`choose_layout`, if it is ``"auto"`` and was undecided."""
+        if self.layout is not None:
+            return self.layout, ""
+        self.layout, reason = choose_layout(module, self.world_size, self.device, self.num_processes)
+        self.form_mesh()
+        return self.layout, reason
 
     @property
     def num_data_ranks(self) -> int:
@@ -133,13 +132,11 @@ class LayoutRanks:
             return {}
         groups: dict[str, dist.ProcessGroup] = {"world": dist.group.WORLD}
         if self.mesh is not None:
-            meshes = {axis: self.mesh.root[axis] for axis in self.mesh.root.mesh_dim_names or ()}
+            meshes = {axis: self.mesh.root[axis] for axis in MESH_AXES}
             for name, mesh in {**meshes, "data": self.mesh.data, "logs": self.mesh.logs}.items():
                 group = mesh.get_group()
                 groups[f"{name} {dist.get_process_group_ranks(group)}"] = group
         return groups
-
-    # ------------------------------------------------------------------ talking
 
     def group_unless(self, group: Any) -> dist.ProcessGroup | None:
         """The group that a user named, or the ranks with different samples where that is none, or the world.
@@ -152,21 +149,29 @@ class LayoutRanks:
     def reduce(self, tensor: Any, group: Any = None, op: dist.ReduceOp | str | None = "mean") -> Any:
         """Over the ranks with different samples, unless another group than the world is given. One all-reduce."""
         group = self.group_unless(group)
-        if not isinstance(tensor, Tensor) or group is None:
-            return tensor
-        return reduce_tensor(tensor, group, op)
+        return reduce_tensor(tensor, group, op) if isinstance(tensor, Tensor) and group is not None else tensor
 
     def part_random_streams(self) -> None:
         """Data ranks draw apart from here on."""
         part_random_streams(self.data_rank)
 
 
-def resolve(requested: Layout, num_ranks: int) -> Layout:
-    """The layout on so many ranks.
+shown_of_ranks: Any = tuple(
+    property(attrgetter(f"ranks.{name}"), doc=doc)
+    for name, doc in {
+        "layout": 'The layout, resolved; None while ``"auto"`` is undecided.',
+        "mesh": "The ranks along the axes of the layout; None for one process.",
+        "num_data_ranks": "Number of ranks that see different samples.",
+        "num_processes": "Of this node; asked by Lightning's launchers.",
+        "data_rank": "Ranks with the same one see the same samples.",
+        "data_group": "The ranks with different samples; None for one process.",
+    }.items()
+)
+"""Properties of a strategy that show what its ``ranks`` have."""
 
-    Raises:
-        ValueError: it does not fit, see :meth:`~lightning_dist.Layout.resolve`, or has an axis that is to come.
-    """
+
+def resolve(requested: Layout, num_ranks: int) -> Layout:
+    """The layout on so many ranks; raises as :meth:`Layout.resolve`, and for an axis that is to come."""
     layout = requested.resolve(num_ranks)
     ready = ("pp", "dp_replicate", "dp_shard", "tp")
     asked = [f"{axis}={degree}" for axis, degree in layout.items() if degree > 1 and axis not in ready]
@@ -175,6 +180,40 @@ def resolve(requested: Layout, num_ranks: int) -> Layout:
             f"layout {layout} asks for {', '.join(asked)}; this version trains over {', '.join(ready)} only"
         )
     return layout
+
+
+def choose_layout(module: nn.Module, world_size: int, device: torch.device, ranks_per_node: int) -> tuple[Layout, str]:
+    """The layout with the fewest shards under which the module's states fit, and why.
+
+    The module is whole, on any device or on meta; on the CPU, the ranks of a node share its memory.
+
+    Communication: one all-reduce of one number over the world (the least memory of any rank counts).
+    """
+    memory = _memory(device, ranks_per_node)
+    if dist.is_initialized():
+        least = torch.tensor(memory, dtype=torch.int64, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        memory = int(least)
+    needed = state_bytes(module)
+    fitting = [s for s in range(1, world_size + 1) if world_size % s == 0 and needed / s <= ROOM * memory]
+    shards = fitting[0] if fitting else world_size
+    layout = Layout(dp_replicate=world_size // shards, dp_shard=shards)
+    fits = f"; over {shards} shards that fits" if shards > 1 else ", which fits"
+    if not fitting:
+        fits = f"; even over {shards} shards that is more than"
+    room = f"{ROOM:.0%} of the {memory / 2**30:.3g} GiB of a rank"
+    return layout, f"parameters, gradients and AdamW's states take {needed / 2**30:.3g} GiB{fits} {room}"
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Bytes of parameters, gradients and AdamW's states of the whole module in training."""
+    return sum(p.nbytes * (1 + STATES_PER_WEIGHT * p.requires_grad) for p in module.parameters())
+
+
+def _memory(device: torch.device, ranks_per_node: int) -> int:
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // ranks_per_node
+    return torch.get_device_module(device).mem_get_info(device)[0]
 
 
 @cache

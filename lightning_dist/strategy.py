@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +26,11 @@ from lightning_dist import collectives
 from lightning_dist.checkpoint.lazy_tensors import read_kept_tensors
 from lightning_dist.compat import lightning as private
 from lightning_dist.layout import Layout
-from lightning_dist.module_options import ModuleOptions, ShardUnits
+from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
 from lightning_dist.plans.tensor import Styles, TensorOptions
-from lightning_dist.ranks import LayoutRanks
+from lightning_dist.ranks import LayoutRanks, shown_of_ranks
 from lightning_dist.report import LayoutReport
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Format
 from lightning_dist.trainer.module_setup import to_device
@@ -96,6 +95,11 @@ class HybridStrategy(ParallelStrategy):
     """
 
     strategy_name = "hybrid"
+    # Optional in Lightning's class, and there whenever a run calls
+    lightning_module: Any
+    accelerator: Any
+    cluster_environment: Any
+    parallel_devices: Any
 
     def __init__(
         self,
@@ -128,18 +132,18 @@ class HybridStrategy(ParallelStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        self.start_method = _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        self.start_method = one_of("start_method", start_method, "popen", "spawn", "fork", "forkserver")
         self.num_nodes = 1
         cuts: Any = pipeline_cuts if pipeline_cuts is None or isinstance(pipeline_cuts, str) else list(pipeline_cuts)
         stages = (pipeline_schedule, num_microbatches, cuts, pipeline_reshard)
         self._module_options = ModuleOptions(
             shard_units,
             TensorOptions(tensor_plan, sequence_parallel, loss_parallel),
-            _one_of("activation_checkpointing", activation_checkpointing, ("none", "full", "selective")),
-            None if compile is False else {} if compile is True else dict(compile),
+            one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective"),
+            compile_options(compile),
             PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs),
         )
-        chosen = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
+        chosen = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
         self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)
         self.parts = Parts(self.ranks, self._module_options, self.checkpoint_options)
@@ -156,21 +160,16 @@ class HybridStrategy(ParallelStrategy):
         """What Fabric shows when it is given one."""
         return f"<{type(self).__name__}, for a Trainer; for Fabric there is HybridFabricStrategy>"
 
-    layout = property(attrgetter("ranks.layout"), doc='The layout, resolved; None while ``"auto"`` is undecided.')
-    mesh = property(attrgetter("ranks.mesh"), doc="The ranks along the axes of the layout; None for one process.")
-    num_data_ranks = property(attrgetter("ranks.num_data_ranks"), doc="Number of ranks that see different samples.")
-    num_processes = property(attrgetter("ranks.num_processes"), doc="Of this node; asked by Lightning's launchers.")
-    data_rank = property(attrgetter("ranks.data_rank"), doc="Ranks with the same one see the same samples.")
-    data_group = property(attrgetter("ranks.data_group"), doc="The ranks with different samples; None for one process.")
-    gradient_norm = property(
-        attrgetter("parts.optimization.gradient_norm"), doc="Norm before the last clipping by norm."
-    )
+    layout, mesh, num_data_ranks, num_processes, data_rank, data_group = shown_of_ranks
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of the gradients before the last clipping by norm; the same on every rank."""
+        return self.parts.optimization.gradient_norm
 
     def explain(self, module: pl.LightningModule, num_ranks: int, batch: Any = None) -> LayoutReport:
         """What a fit would do to a module, see :func:`~lightning_dist.explain.plan_report`; raises as it would."""
         return self.parts.module_setup.explain(module, num_ranks, batch)
-
-    # ------------------------------------------------------------------ ranks
 
     @property
     def is_distributed(self) -> bool:
@@ -184,31 +183,29 @@ class HybridStrategy(ParallelStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
     @property
     @override
     def global_rank(self) -> int:
-        self.parts.coordination.note_place("global_rank")
+        if self.parts.steps.world_calls is not None:
+            self.parts.steps.world_calls.note_place("global_rank")
         return super().global_rank
 
     @property
     @override
     def world_size(self) -> int:
-        self.parts.coordination.note_place("world_size")
+        if self.parts.steps.world_calls is not None:
+            self.parts.steps.world_calls.note_place("world_size")
         return super().world_size
 
     def set_world_ranks(self) -> None:
         """Called by the Trainer as soon as devices and nodes are known: the layout is checked here."""
         self._place()
-        assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally and self.ranks.world_size > 1:
             private.set_launcher(self, self.start_method)
 
     def _place(self) -> None:
-        assert self.cluster_environment is not None
-        assert self.parallel_devices is not None
         self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
 
     @property
@@ -226,7 +223,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return self.parts.coordination.all_gather(tensor, group, sync_grads)
+        return self.parts.steps.all_gather(tensor, group, sync_grads)
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -239,8 +236,6 @@ class HybridStrategy(ParallelStrategy):
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         return collectives.broadcast_object(obj, src)
 
-    # ------------------------------------------------------------------ the set-up of a run
-
     def take_module(self, module: pl.LightningModule | None, is_new: bool) -> None:
         """Called when Lightning sets the module, before it looks whether the module's steps are compiled."""
         if "parts" in vars(self):
@@ -248,8 +243,6 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        assert self.lightning_module is not None
-        assert self.cluster_environment is not None
         self.parts.validate(self.lightning_module, self.start_method, self.checkpoint_io)
         super().setup_environment()
         self._place()
@@ -265,8 +258,6 @@ class HybridStrategy(ParallelStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         module, training = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
-        assert self.accelerator is not None
-        assert module is not None
         self.accelerator.setup(trainer)
         self.parts.before_setup(self.precision_plugin)
         if training and self.ranks.world_size > 1:
@@ -290,10 +281,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def model_to_device(self) -> None:
-        assert self.lightning_module is not None
         to_device(self.lightning_module, self.root_device)
-
-    # ------------------------------------------------------------------ steps
 
     @override
     def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
@@ -324,19 +312,16 @@ class HybridStrategy(ParallelStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.parts.resume.on_train_batch_start()
-        self.parts.coordination.before_batch()
+        if self.parts.steps.control_flow is not None:
+            self.parts.steps.control_flow.before_batch()
 
-    # ------------------------------------------------------------------ gradients
-
-    @contextmanager
     @override
-    def block_backward_sync(self) -> Generator:
-        with self.parts.optimization.accumulating():
-            yield
+    def block_backward_sync(self) -> Any:
+        return self.parts.optimization.accumulating()
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        with self.parts.steps.trial(), self.parts.tuning.apart(self.parts.steps.runner):
+        with self.parts.steps.trial(), self.parts.tuning.apart(self.parts.module_setup.runner):
             loss = self.parts.optimization.before_backward(closure_loss, kwargs.get("inputs"))
             return super().backward(loss, optimizer, *args, **kwargs)
 
@@ -344,8 +329,6 @@ class HybridStrategy(ParallelStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         with self.parts.steps.trial(), self.parts.optimization.step(optimizer, closure) as finished:
             return super().optimizer_step(optimizer, finished, *args, **kwargs)
-
-    # ------------------------------------------------------------------ between the phases
 
     @override
     def on_train_start(self) -> None:
@@ -362,7 +345,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def on_validation_end(self) -> None:
-        self.parts.steps.runner.reshard()
+        self.parts.module_setup.reshard()
 
     @override
     def on_train_end(self) -> None:
@@ -372,17 +355,13 @@ class HybridStrategy(ParallelStrategy):
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
-    # ------------------------------------------------------------------ checkpoints
-
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
         self.parts.module_setup.share_buffers()
         return self.parts.checkpoints.model_state(self.lightning_module)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        assert self.lightning_module is not None
         return self.parts.checkpoints.optimizer_state(self.lightning_module, optimizer)
 
     @override
@@ -391,8 +370,7 @@ class HybridStrategy(ParallelStrategy):
     ) -> None:
         # that of a finder begins its search
         module, parts = self.lightning_module, self.parts
-        assert module is not None
-        filepath = parts.tuning.begin(filepath, private.trainer_of(module), self.ranks, parts.resume.last_step)
+        filepath = parts.tuning.begin(filepath, private.trainer_of(module), parts.resume.last_step)
         parts.checkpoints.save(module, checkpoint, filepath, storage_options)
 
     @override
@@ -418,10 +396,7 @@ class HybridStrategy(ParallelStrategy):
 
     def whole_state(self) -> dict[str, Any]:
         """The module's state dict, whole, on rank 0: for the process that started the others."""
-        assert self.lightning_module is not None
         return self.parts.checkpoints.whole_model_state(self.lightning_module)
-
-    # ------------------------------------------------------------------ the end
 
     @override
     def teardown(self) -> None:
@@ -430,7 +405,6 @@ class HybridStrategy(ParallelStrategy):
         finally:
             self.parts.leave(self.optimizers)
             if self.ranks.holds_shards:  # what optimizers hold parts of stays where its mesh is
-                assert self.accelerator is not None
                 self.parts.module_setup.move_to_cpu()
                 self.precision_plugin.teardown()
                 self.accelerator.teardown()
@@ -442,9 +416,3 @@ class HybridStrategy(ParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self.parts.end(exception, self.launcher)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    return value

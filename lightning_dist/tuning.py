@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist.collectives import broadcast_object
+from lightning_dist.collectives import broadcast_object, gather_objects
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.distributed import num_collectives
 from lightning_dist.data.sharding import distributed_sampler
@@ -43,122 +43,89 @@ class Tuning:
     Its methods do nothing where nothing is searched for, but for :meth:`begin`.
     """
 
-    def __init__(self) -> None:
-        self._search: Search | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_search": None}  # a search belongs to the processes of its run
+    def __init__(self, ranks: LayoutRanks) -> None:
+        self.fits: Agreement | None = None
+        """While a batch size is looked for over several ranks."""
+        self._ranks, self._patches = ranks, Patches()
+        self._kind: str | None = None
+        """How the finder's checkpoint is named, from its save to its removal."""
+        self._position: Any = None
 
     @property
     def is_searching(self) -> bool:
         """Whether a finder looks for its answer, from its save to its removal of the checkpoint."""
-        return self._search is not None
+        return self._kind is not None
 
-    def begin(self, path: Any, trainer: pl.Trainer, ranks: LayoutRanks, position: Any) -> Any:
-        """A checkpoint is about to be saved: that of a finder begins a search.
+    def begin(self, path: Any, trainer: pl.Trainer, position: Any) -> Any:
+        """A checkpoint is about to be saved: that of a finder, which draws another name on each rank, begins a search.
 
         Args:
             path: of the checkpoint on this rank.
             trainer: that saves.
-            ranks: that save.
             position: of the training when it begins, which :meth:`end` and :meth:`leave` give back.
 
         Returns:
             where to save; of a finder, the same on all ranks.
+
+        Communication: of a finder one broadcast of the path over the world; where it looks for a batch size, a process
+        group of gloo over the world is made, to be able to talk of steps that failed.
         """
         kind = _kind_of_search(path)
         if kind is None:
             return path
-        self._search = Search(kind, path, trainer, ranks, position)
-        return self._search.path
+        self._kind, self._position = kind, position
+        self._path: str = broadcast_object(str(path))
+        self._random = RandomStates.now(self._ranks.device)
+        self._trainer, self._loop = trainer, private.running_loop(trainer)
+        if self._ranks.world_size > 1 and kind == _BATCH_SIZE:
+            self.fits = Agreement(self._ranks)
+            self._patches.wrap(self._loop, "setup_data", self._with_own_length)
+        return self._path
 
     def path(self, path: Any) -> Any:
         """Where a checkpoint that is asked for is; see :meth:`begin`."""
-        return path if self._search is None else self._search.path
+        return self._path if self.is_searching else path
 
     def ends_with(self, path: Any) -> bool:
         """Whether the removal of this checkpoint ends the search."""
-        return self._search is not None and _kind_of_search(path) is not None
+        return self.is_searching and _kind_of_search(path) is not None
 
     def end(self) -> Any:
         """After the removal. The trainer, its random generators and its data are as they were; see :meth:`begin`."""
-        search = self._search
-        assert search is not None
+        begins_data_again = self._kind == _BATCH_SIZE and self._loop is self._trainer.fit_loop
         position = self._stop()
-        search.random.restore(search.ranks.device)
-        if search.kind == _BATCH_SIZE and search.is_of_training:
-            search.begin_data_again()
+        self._random.restore(self._ranks.device)
+        if begins_data_again:  # as if nothing had been drawn; as the finder of a learning rate does itself
+            private.forget_loaders(self._loop)
+            self._loop.setup_data()
         return position
 
     def leave(self) -> Any:
         """After an exception that ended the finder before it went back to its checkpoint: removes that."""
-        assert self._search is not None
-        if self._search.ranks.rank == 0:
-            checkpoints.remove(self._search.path)
+        if self._ranks.rank == 0:
+            checkpoints.remove(self._path)
         return self._stop()
 
     def _stop(self) -> Any:
-        search, self._search = self._search, None
-        assert search is not None
-        search.end()
-        return search.position
-
-    def watch_losses(self) -> None:
-        """A training starts: the finder of a learning rate is to see the loss of the whole batch."""
-        if self._search is not None:
-            self._search.watch_losses()
-
-    def agreed(self, forget: Callable[[], None]) -> AbstractContextManager[None]:
-        """Around what a step computes: while a batch size is looked for, ranks agree on whether it fitted.
-
-        Args:
-            forget: drops what is left of a step that failed.
-        """
-        search = self._search
-        return nullcontext() if search is None or search.fits is None else search.fits.agreed(forget)
+        """Leaves Lightning's loop and callbacks as they were."""
+        fits, position = self.fits, self._position
+        self.fits = self._kind = self._position = None
+        if fits is not None:
+            fits.end()
+        self._patches.undo()
+        return position
 
     def apart(self, runner: SingleProcessRunner) -> AbstractContextManager[None]:
         """Around a backward pass: in a trial copies reduce no gradients, so that none waits for another in it.
 
         The weights of a trial are thrown away.
         """
-        is_trial = self._search is not None and self._search.fits is not None
-        return runner.accumulating() if is_trial and isinstance(runner, DDPRunner) else nullcontext()
+        return runner.accumulating() if self.fits is not None and isinstance(runner, DDPRunner) else nullcontext()
 
     def raise_if_broken(self) -> None:
         """Before a barrier: raises where ranks are at different places, so that it would wait for good."""
-        if self._search is not None and self._search.fits is not None and self._search.fits.broken is not None:
-            raise self._search.fits.broken
-
-
-class Search:
-    """One search of a finder of Lightning, which has just asked for its checkpoint.
-
-    Args:
-        kind: of the finder's checkpoints.
-        path: of this rank; Lightning draws another name on each.
-        trainer: of the search.
-        ranks: that search.
-        position: of the training, kept for whoever began the search.
-
-    Communication: one broadcast of the path over the world; where a batch size is looked for, a process group of gloo
-    over the world is made, to be able to talk of steps that failed.
-    """
-
-    def __init__(self, kind: str, path: Any, trainer: pl.Trainer, ranks: LayoutRanks, position: Any) -> None:
-        self.kind, self.ranks, self.position = kind, ranks, position
-        self.path: str = broadcast_object(str(path))
-        self.random = RandomStates.now(ranks.device)
-        self.fits: Agreement | None = None
-        self._trainer, self._loop, self._patches = trainer, private.running_loop(trainer), Patches()
-        if ranks.world_size > 1 and kind == _BATCH_SIZE:
-            self.fits = Agreement(ranks)
-            self._patches.wrap(self._loop, "setup_data", self._with_own_length)
-
-    @property
-    def is_of_training(self) -> bool:
-        """Whether the finder runs the loop of a fit."""
-        return self._loop is self._trainer.fit_loop
+        if self.fits is not None and self.fits.broken is not None:
+            raise self.fits.broken
 
     def _with_own_length(self, set_up: Callable[[], None]) -> None:
         """Wraps Lightning's method: its finder stops at a batch of the whole data set, here of a rank's part."""
@@ -167,11 +134,12 @@ class Search:
         if combined is None or private.DATASET_LENGTH in vars(combined):
             return
         if any(distributed_sampler(loader) is not None for loader in combined.flattened):
-            self._patches.wrap(combined, private.DATASET_LENGTH, lambda whole: -(-whole() // self.ranks.num_data_ranks))
+            num_parts = self._ranks.num_data_ranks
+            self._patches.wrap(combined, private.DATASET_LENGTH, lambda whole: -(-whole() // num_parts))
 
     def watch_losses(self) -> None:
-        """Shows the finder of a learning rate the loss of the whole batch; see :meth:`_with_mean_loss`."""
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+        """A training starts: the finder of a learning rate is to see the loss of the whole batch."""
+        for callback in self._trainer.callbacks if self.is_searching else ():  # type: ignore[attr-defined]
             if isinstance(callback, private.LearningRateCallback) and "on_train_batch_end" not in vars(callback):
                 self._patches.wrap(callback, "on_train_batch_end", self._with_mean_loss)
 
@@ -181,19 +149,8 @@ class Search:
         """Communication: one all-reduce of the loss over the data ranks."""
         if outputs:
             loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
-            outputs = {"loss": self.ranks.reduce(loss.detach())}
+            outputs = {"loss": self._ranks.reduce(loss.detach())}
         original(trainer, module, outputs, *args)
-
-    def begin_data_again(self) -> None:
-        """The training's loaders begin as if nothing had been drawn; as the finder of a learning rate does itself."""
-        private.forget_loaders(self._loop)
-        self._loop.setup_data()
-
-    def end(self) -> None:
-        """Leaves Lightning's loop and callbacks as they were."""
-        if self.fits is not None:
-            self.fits.end()
-        self._patches.undo()
 
 
 class Agreement:
@@ -230,11 +187,12 @@ class Agreement:
             yield
         except Exception as caught:
             error = caught
+        # how many collectives this rank has begun in each group
+        begun = tuple(num_collectives(group) for group in self._ranks.groups.values())
         is_memory = error is not None and is_oom_error(error)
-        verdict = (None if error is None else f"{type(error).__name__}: {error}", is_memory, self._collectives)
-        verdicts: list[Any] = [None] * dist.get_world_size()
+        verdict = (None if error is None else f"{type(error).__name__}: {error}", is_memory, begun)
         try:
-            dist.all_gather_object(verdicts, verdict, self._group)
+            verdicts = gather_objects(verdict, self._group)
         except RuntimeError as silence:
             if error is None:
                 raise
@@ -262,11 +220,6 @@ class Agreement:
             "or look for the size with dp_replicate alone"
         )
         return self.broken
-
-    @property
-    def _collectives(self) -> tuple[int, ...]:
-        """How many this rank has begun in each group."""
-        return tuple(num_collectives(group) for group in self._ranks.groups.values())
 
     def end(self) -> None:
         """Gives the process group up."""

@@ -22,20 +22,18 @@ from lightning_dist.precision import validate_precision
 
 
 def validate_trainer(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
-    """Raises for a Trainer whose parts don't work together under the layout.
+    """Raises a ValueError for a Trainer whose parts don't work together under the layout.
 
-    Args:
-        trainer: about to run.
-        layout: resolved; None while ``"auto"`` is undecided, which is asked again when it is.
-        device: of this rank.
-
-    Raises:
-        ValueError: what was asked, why not, and what would do.
+    That is resolved, or None while ``"auto"`` is undecided; then this is asked again when it is.
     """
     validate_precision(trainer.strategy.precision_plugin, trainer.world_size)
-    _validate_averaging(trainer, layout)
-    _validate_pruning(trainer, layout)
-    _validate_batchnorm(trainer, layout, device)
+    if layout is not None:
+        _validate_callbacks(trainer.callbacks, layout)  # type: ignore[attr-defined]
+    if isinstance(layer_sync(trainer.strategy), TorchSyncBatchNorm) and device.type == "cpu":
+        raise ValueError(
+            "Trainer(sync_batchnorm=True) needs a GPU: torch's SyncBatchNorm does not run on the CPU; leave it out "
+            "(each rank then normalises its own samples, as in ddp) or use accelerator='gpu'"
+        )
     if layout is not None and layout.tp > 1 and detects_anomaly(trainer):
         raise ValueError(
             f"Trainer(detect_anomaly=True) under layout {layout}: torch looks for nan in gradients by an operator that "
@@ -44,11 +42,7 @@ def validate_trainer(trainer: pl.Trainer, layout: Layout | None, device: torch.d
 
 
 def validate_kept_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> None:
-    """Raises where a parameter that had hooks on its gradient is another object by now, which has none.
-
-    Raises:
-        ValueError: names it.
-    """
+    """Raises a ValueError where a parameter that had hooks on its gradient is another object by now, without them."""
     for name, parameter in hooked.items():
         if module.get_parameter(name) is not parameter:
             raise ValueError(
@@ -59,11 +53,7 @@ def validate_kept_hooks(module: nn.Module, hooked: dict[str, nn.Parameter]) -> N
 
 
 def validate_gradient_hooks(module: pl.LightningModule, layout: Layout) -> None:
-    """Raises where a hook on a plain parameter's gradient would run before the data ranks have averaged it.
-
-    Raises:
-        ValueError: names the parameter.
-    """
+    """Raises a ValueError where a hook on a plain parameter's gradient would run before it has been averaged."""
     if layout.num_data_ranks == 1 and layout.pp == 1:
         return
     whose = "each microbatch, which are added" if layout.pp > 1 else "this rank's samples, which is averaged"
@@ -77,14 +67,17 @@ def validate_gradient_hooks(module: pl.LightningModule, layout: Layout) -> None:
             )
 
 
-def _validate_averaging(trainer: pl.Trainer, layout: Layout | None) -> None:
-    if layout is None or layout.pp == 1:
-        return
-    averaging = next((c for c in trainer.callbacks if _averages_weights(c)), None)  # type: ignore[attr-defined]
-    if averaging is not None:
+def _validate_callbacks(callbacks: list[Callback], layout: Layout) -> None:
+    averaging = next((type(c).__name__ for c in callbacks if _averages_weights(c)), None)
+    if averaging is not None and layout.pp > 1:
         raise ValueError(
-            f"{type(averaging).__name__} pairs its copy of the weights with the module's own, and under pp (layout "
-            f"{layout}) a rank holds those of its stages only; use another axis, or leave the callback out"
+            f"{averaging} pairs its copy of the weights with the module's own, and under pp (layout {layout}) a rank "
+            "holds those of its stages only; use another axis, or leave the callback out"
+        )
+    if layout.holds_shards and any(isinstance(c, ModelPruning) for c in callbacks):
+        raise ValueError(
+            f"ModelPruning compares the elements of whole weights, and replaces parameters, which layout {layout} "
+            "divides; use dp_replicate alone, or prune the module before the fit, with torch.nn.utils.prune"
         )
 
 
@@ -93,26 +86,13 @@ def _averages_weights(callback: Callback) -> bool:
     return isinstance(callback, StochasticWeightAveraging) or "WeightAveraging" in names
 
 
-def _validate_pruning(trainer: pl.Trainer, layout: Layout | None) -> None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if layout is not None and layout.holds_shards and any(isinstance(c, ModelPruning) for c in callbacks):
-        raise ValueError(
-            f"ModelPruning compares the elements of whole weights, and replaces parameters, which layout {layout} "
-            "divides; use dp_replicate alone, or prune the module before the fit, with torch.nn.utils.prune"
-        )
-
-
 def has_lazy_parameters(module: nn.Module) -> bool:
     """Whether the module has parameters or buffers that its first forward makes."""
     return any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def validate_no_lazy(module: nn.Module) -> None:
-    """Raises for parameters without a shape, which ranks can neither divide nor send to each other.
-
-    Raises:
-        ValueError: names them.
-    """
+    """Raises a ValueError for parameters without a shape, which ranks can neither divide nor send to each other."""
     lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
     if lazy:
         raise ValueError(
@@ -123,43 +103,33 @@ def validate_no_lazy(module: nn.Module) -> None:
 
 
 def validate_parameter_kinds(module: nn.Module, layout: Layout, split: Collection[str]) -> None:
-    """Raises for parameters that are tensors of another kind, quantised ones say: a part of them is a plain tensor.
+    """Raises a ValueError for parameters of another kind, quantised ones say, of which a part is a plain tensor.
 
     Args:
         module: before it is divided.
         layout: resolved.
         split: names of the parameters that the tensor axis divides.
-
-    Raises:
-        ValueError: names them.
     """
     every = layout.dp_shard > 1 or layout.pp > 1
-    wrapped = {n: type(p).__name__ for n, p in module.named_parameters() if _is_wrapper(p) and (every or n in split)}
+    wrapped = [(n, type(p)) for n, p in module.named_parameters() if _is_wrapper(p) and (every or n in split)]
     if wrapped:
-        name, kind = next(iter(wrapped.items()))
+        (name, kind), *others = wrapped
         raise ValueError(
-            f"{name}{f' and {len(wrapped) - 1} more parameters' if len(wrapped) > 1 else ''}: a {kind}, which layout "
+            f"{name}{f' and {len(others)} more parameters' if others else ''}: a {kind.__name__}, which layout "
             f"{layout} would divide as the plain tensor that it stands for; use dp_replicate alone"
         )
 
 
 def _is_wrapper(parameter: nn.Parameter) -> bool:
     """Whether its class does what operations do to it itself."""
-    dispatch = type(parameter).__torch_dispatch__
-    return dispatch is not torch.Tensor.__torch_dispatch__ and not (
-        isinstance(parameter, DTensor) or is_placeholder(parameter)
-    )
+    is_plain = type(parameter).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return not (is_plain or isinstance(parameter, DTensor) or is_placeholder(parameter))
 
 
 def validate_no_new_parameters(module: nn.Module, known: Mapping[int, nn.Parameter]) -> None:
-    """Where a module has been divided by an earlier run, and a hook has put whole parameters into it since.
+    """Raises a ValueError where a hook has put whole parameters into a module since an earlier run divided it.
 
-    Args:
-        module: divided.
-        known: its parameters of the earlier run, by id; empty if that was another strategy's.
-
-    Raises:
-        ValueError: there are others.
+    ``known`` are its parameters of that run, by id; empty if that was another strategy's.
     """
     new = [name for name, p in module.named_parameters() if id(p) not in known and not is_placeholder(p)]
     if known and new and len(new) < sum(1 for _ in module.parameters()):
@@ -171,11 +141,7 @@ def validate_no_new_parameters(module: nn.Module, known: Mapping[int, nn.Paramet
 
 
 def validate_built(module: nn.Module) -> None:
-    """Where ``configure_model`` has left what an earlier run deferred, which ended before it was there.
-
-    Raises:
-        ValueError: parameters are on the meta device.
-    """
+    """Raises a ValueError where ``configure_model`` left on meta what a run deferred that ended before its set-up."""
     meta = next((name for name, parameter in module.named_parameters() if parameter.is_meta), None)
     if meta is not None:
         raise ValueError(
@@ -185,30 +151,19 @@ def validate_built(module: nn.Module) -> None:
 
 
 def validate_lbfgs(optimizer: Optimizer) -> None:
-    """Raises for LBFGS over parameters of which only some are divided.
-
-    Raises:
-        ValueError: before its first step.
-    """
+    """Raises a ValueError for LBFGS over parameters of which only some are divided."""
+    if not isinstance(optimizer, LBFGS):
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if isinstance(optimizer, LBFGS) and any(is_placeholder(p) for p in parameters):
+    if any(is_placeholder(p) for p in parameters):
         raise ValueError(
             "LBFGS works on all parameters as one vector, and under pp a rank has those of its stages only; use "
             "another axis, or another optimizer"
         )
-    kinds = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
-    if isinstance(optimizer, LBFGS) and len(kinds) > 1:
+    if len({p.device_mesh if isinstance(p, DTensor) else None for p in parameters}) > 1:
         raise ValueError(
             "LBFGS works on all parameters as one vector, and this layout divides only some of them; use dp_shard or "
             "dp_replicate without tp, with no scalar among the parameters under dp_shard, or another optimizer"
-        )
-
-
-def _validate_batchnorm(trainer: pl.Trainer, layout: Layout | None, device: torch.device) -> None:
-    if isinstance(layer_sync(trainer.strategy), TorchSyncBatchNorm) and device.type == "cpu":
-        raise ValueError(
-            "Trainer(sync_batchnorm=True) needs a GPU: torch's SyncBatchNorm does not run on the CPU; leave it out "
-            "(each rank then normalises its own samples, as in ddp) or use accelerator='gpu'"
         )
 
 

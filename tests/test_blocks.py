@@ -13,10 +13,10 @@ import torchvision
 import transformers
 from torch import nn
 
-from lightning_dist.auto_layout import ROOM, choose_layout, state_bytes
 from lightning_dist.layout import Layout
 from lightning_dist.parallel.fsdp_units import shard_roots, shard_units, unsharded_parameters
 from lightning_dist.plans import find_blocks, select_blocks
+from lightning_dist.ranks import ROOM, choose_layout, state_bytes
 from tests.support import models
 
 SMALL: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_roots_follow_the_kind_of_optimisation() -> None:
 def test_auto_shards_as_little_as_fits(share: float, layout: Layout, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = models.Classifier()
     room = int(share * state_bytes(module) / ROOM)
-    monkeypatch.setattr("lightning_dist.auto_layout._memory", lambda *_: room)
+    monkeypatch.setattr("lightning_dist.ranks._memory", lambda *_: room)
     chosen, reason = choose_layout(module, 4, torch.device("cpu"), 4)
     assert chosen == layout
     assert why in reason

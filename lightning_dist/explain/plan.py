@@ -9,11 +9,11 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lightning_dist.auto_layout import choose_layout
 from lightning_dist.layout import Layout
 from lightning_dist.parallel import Checkpointing, validate_blocks
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages, plan_stages
 from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
+from lightning_dist.ranks import choose_layout
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
 from lightning_dist.report.sharding_plan import rank_bytes
 

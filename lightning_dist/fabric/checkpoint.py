@@ -58,10 +58,8 @@ def save(
     names = _names(state)
     for key, value in state.items():
         apply_filter(key, dict(selected), _state_of(value, names), converted)
-    by_kind = {
-        kind: [key for key, value in state.items() if isinstance(value, kind)] for kind in (nn.Module, Optimizer)
-    }
-    modules, optimizers = ([key for key in keys if key in converted] for keys in by_kind.values())
+    modules = [key for key in converted if isinstance(state[key], nn.Module)]
+    optimizers = [key for key in converted if isinstance(state[key], Optimizer)]
     if sharded:
         checkpoints.save(_as_directory(converted, modules, optimizers), path, sharded=True)
         return
@@ -71,13 +69,12 @@ def save(
 
 
 def load(path: str | Path, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
-    """Puts what a checkpoint holds into the user's dictionary, in place; every rank calls this, and the path is rank
-    0's.
+    """Puts what a checkpoint holds into the user's dictionary, in place; every rank calls this.
 
     Each rank reads its part: a single file is mapped, of a directory only what overlaps with the rank's shards is read.
 
     Args:
-        path: what :func:`save` wrote under any layout, or a file of plain Fabric.
+        path: rank 0's; what :func:`save` wrote under any layout, or a file of plain Fabric.
         state: as for :func:`save`; modules and optimizers in their layout.
         strict: the checkpoint has all of its keys, and the names of modules.
         weights_only: as in ``torch.load``; None and True execute nothing from the file.
@@ -112,11 +109,7 @@ def load(path: str | Path, state: dict[str, Any], strict: bool, weights_only: bo
 def load_raw(path: str | Path, target: nn.Module | Optimizer, strict: bool, weights_only: bool | None) -> None:
     """Puts bare weights, or the bare state of an optimizer, into a module or an optimizer in its layout.
 
-    Args:
-        path: a file of ``torch.save``; of weights any that :func:`lightning_dist.checkpoint.load` reads.
-        target: what gets it.
-        strict: of a module, every name must be in both.
-        weights_only: as in ``torch.load``.
+    The path is a file of ``torch.save``; of weights any that :func:`lightning_dist.checkpoint.load` reads.
     """
     if isinstance(target, nn.Module):
         weights = checkpoints.load(path, bare(target), optimizers=False, weights_only=weights_only)["state_dict"]
@@ -147,16 +140,11 @@ def _state_of(value: Any, names: Mapping[Tensor, str]) -> Any:
 
 
 def _as_directory(converted: Mapping[str, Any], modules: list[str], optimizers: list[str]) -> dict[str, Any]:
-    apart = {*modules, *optimizers}
+    rest = {key: value for key, value in converted.items() if key not in (*modules, *optimizers)}
     return {
         "state_dict": {f"{key}.{name}": value for key in modules for name, value in converted[key].items()},
         "optimizer_states": [converted[key] for key in optimizers],
-        _KEYS: {
-            "modules": modules,
-            "optimizers": optimizers,
-            "order": list(converted),
-            "rest": {key: value for key, value in converted.items() if key not in apart},
-        },
+        _KEYS: {"modules": modules, "optimizers": optimizers, "order": list(converted), "rest": rest},
     }
 
 
@@ -195,9 +183,8 @@ def _read(
         stored = load_pickled(local, weights_only, mmap=True)
         check_sizes(stored, local)
         if not isinstance(stored, dict):
-            raise ValueError(
-                f"checkpoint {there} holds a {type(stored).__name__}, where fabric.save writes a dictionary"
-            )
+            kind = type(stored).__name__
+            raise ValueError(f"checkpoint {there} holds a {kind}, where fabric.save writes a dictionary")
     return _from_directory(stored)
 
 
@@ -212,8 +199,7 @@ def _load_optimizer(
 
 def _by_index(value: Any) -> Any:
     """An optimizer's state as torch writes it; anything else as it is."""
-    is_state = isinstance(value, dict) and value.keys() >= {"state", "param_groups"}
-    return with_indices(value) if is_state else value
+    return with_indices(value) if isinstance(value, dict) and value.keys() >= {"state", "param_groups"} else value
 
 
 def _in_memory(value: Any) -> Any:

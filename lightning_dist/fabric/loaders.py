@@ -31,12 +31,7 @@ class Injected(int):
 
 
 def shard_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
-    """Shards the user's own order where Fabric has put a sampler; changes the loader in place, which is Fabric's then.
-
-    Args:
-        loader: as Fabric hands it to a strategy.
-        num_replicas: number of data ranks.
-        rank: this data rank.
+    """Shards the user's own order over the data ranks where Fabric has put a sampler; changes the loader in place.
 
     Communication: a broadcast of a number over the world, and see :func:`~lightning_dist.data.share_generator`.
 
@@ -44,9 +39,8 @@ def shard_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
         ValueError: the user brought a ``DistributedSampler`` for other ranks.
     """
     batches: Any = loader.batch_sampler
-    found: list[Any] = [
-        sampler for sampler in (loader.sampler, getattr(batches, "sampler", None)) if _is_injected(sampler)
-    ]
+    samplers: list[Any] = [loader.sampler, getattr(batches, "sampler", None)]
+    found = [sampler for sampler in samplers if isinstance(getattr(sampler, "seed", None), Injected)]
     if not found:
         _validate_ranks(loader.sampler, num_replicas, rank)
         return
@@ -54,7 +48,7 @@ def shard_injected(loader: DataLoader, num_replicas: int, rank: int) -> None:
     sampler = DistributedSamples(_source_of(found[0], loader), num_replicas, rank, seed, loader.drop_last)
     if loader.sampler is found[0]:
         object.__setattr__(loader, "sampler", sampler)  # which DataLoader forbids
-    if getattr(batches, "sampler", None) is found[0]:
+    if samplers[1] is found[0]:
         batches.sampler = sampler
     share_generator(loader)
 
@@ -64,10 +58,6 @@ def seed_workers(loader: DataLoader, global_rank: int, data_rank: int) -> None:
     given = loader.worker_init_fn
     if isinstance(given, partial) and given.func is pl_worker_init_function and given.keywords == {"rank": global_rank}:
         loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)
-
-
-def _is_injected(sampler: Any) -> bool:
-    return isinstance(getattr(sampler, "seed", None), Injected)
 
 
 def _source_of(sampler: Any, loader: DataLoader) -> Any:

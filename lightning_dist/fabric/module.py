@@ -1,25 +1,38 @@
-"""A module that Fabric calls, under a layout."""
+"""A module that a user hands to Fabric: how it is set up, and what Fabric calls then."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from types import FrameType
-from typing import Any
+from types import FrameType, SimpleNamespace
+from typing import Any, TypeAlias
 
 import torch
 from lightning import Fabric
-from torch import nn
+from lightning.fabric.plugins import Precision
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.data import validate_same_batches
 from lightning_dist.layout import ParallelMesh
-from lightning_dist.parallel import SingleProcessRunner, average_buffers
-from lightning_dist.parallel.equal_copies import make_copies_equal
+from lightning_dist.logs import attach_metrics
+from lightning_dist.module_layout import ModuleOptions, apply_layout, make_parameters_equal
+from lightning_dist.parallel import SingleProcessRunner, average_buffers, validate_blocks
 from lightning_dist.parallel.single_process import CALL
-from lightning_dist.placeholder import held
+from lightning_dist.patches import Patches
+from lightning_dist.plans.tensor import parameter_splits
+from lightning_dist.precision import shard_policy
+from lightning_dist.random_states import share_random_state
+from lightning_dist.ranks import LayoutRanks
+from lightning_dist.validation import validate_no_lazy, validate_parameter_kinds
+
+TakesPart: TypeAlias = Callable[["InLayout"], None]
+"""Called before each forward with gradients; see [Note: which modules take part in a backward pass]."""
 
 
 class InLayout(nn.Module):
@@ -35,23 +48,18 @@ class InLayout(nn.Module):
         module: divided, or replicated.
         parallel: what runs it.
         mesh: of the layout.
-        takes_part: called before each forward with gradients.
+        takes_part: is told of forwards.
 
-    Communication: what ``parallel`` does. At the first training forward see :func:`make_copies_equal`, and under ``tp``
-    one all-reduce of a digest of the first batch in training and in evaluation; at the first forward in evaluation mode
-    after training see :func:`average_buffers`.
+    Communication: what ``parallel`` does. At the first training forward see :func:`make_parameters_equal`, at the first
+    in evaluation mode after training :func:`average_buffers`; under ``tp`` one all-reduce of a digest of the first
+    batch in training and in evaluation.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        parallel: SingleProcessRunner,
-        mesh: ParallelMesh,
-        takes_part: Callable[[InLayout], None],
+        self, module: nn.Module, parallel: SingleProcessRunner, mesh: ParallelMesh, takes_part: TakesPart
     ) -> None:
         super().__init__()
-        self.module = module
-        self.parallel = parallel
+        self.module, self.parallel = module, parallel
         self.had_backward = False
         """Whether a backward pass of Fabric's ran since the last step."""
         self.is_unreduced = False
@@ -59,25 +67,21 @@ class InLayout(nn.Module):
         self.is_stepped = False
         """Whether an optimizer has stepped on all that it trains since its last forward."""
         self._parameters_of_module = {id(p): p for p in module.parameters()}  # between passes units may show others
-        self._mesh = mesh
-        self._takes_part = takes_part
+        self._mesh, self._takes_part = mesh, takes_part
         self._compared: set[str] = set()
-        self._has_trained = False
-        self._is_new = True
-
-    @staticmethod
-    def prepare(module: nn.Module) -> None:
-        """Called before the module is divided: names what a strategy runs, see :data:`CALL`."""
-        vars(module)[CALL] = partial(nn.Module.__call__, module)
+        self._has_trained, self._is_new = False, True
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, or a method of it that was marked as one."""
-        with _normal_mode():
-            self._before_forward((args, kwargs))
-            output = self.parallel.run(CALL, *args, **kwargs)
-            if not torch.is_grad_enabled():
-                self.parallel.reshard()  # no backward pass will
+        if torch.is_inference_mode_enabled():
+            # what fully_shard gathers into would be inference tensors, which training could not write to later
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(*args, **kwargs)
+        self._before_forward((args, kwargs))
+        output = self.parallel.run(CALL, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.parallel.reshard()  # no backward pass will
         return output
 
     def _before_forward(self, batch: Any) -> None:
@@ -89,7 +93,9 @@ class InLayout(nn.Module):
         if torch.is_grad_enabled():
             self._takes_part(self)
         if trains:
-            self._keep_copies_equal()
+            if self._is_new:  # code between the setup and the first step may have drawn random values for parameters
+                make_parameters_equal(self.module, self._mesh)
+            self._is_new = False
             self.parallel.before_training_step()
             self._has_trained = True
         elif not self.module.training:
@@ -108,19 +114,6 @@ class InLayout(nn.Module):
         if self._has_trained and self._mesh.data.size() > 1:
             average_buffers(self.module, self._mesh.data.get_group())
         self._has_trained = False
-
-    def _keep_copies_equal(self) -> None:
-        """Once, since code between the setup and the first step may have drawn random values for parameters."""
-        if not self._is_new:
-            return
-        self._is_new = False
-        parameters = held(self.module.parameters())
-        shards = [p for p in parameters if _is_on_axis(p, "dp_shard")]
-        apart = {id(p) for p in shards}
-        if self._mesh.data.size() > 1:
-            make_copies_equal((p for p in parameters if id(p) not in apart), self._mesh.data.get_group())
-        if shards and self._mesh.root["dp_replicate"].size() > 1:
-            make_copies_equal(shards, self._mesh.root["dp_replicate"].get_group())
 
     def after_backward(self) -> None:
         """Called after each backward pass in which it took part."""
@@ -142,7 +135,59 @@ class InLayout(nn.Module):
             self.parallel.skip_backward(held=True)
 
 
-def users_compile_options() -> dict[str, Any] | None:
+def bare(module: nn.Module) -> nn.Module:
+    """The user's module of one that was set up."""
+    return module.module if isinstance(module, InLayout) else module
+
+
+def set_up(
+    module: nn.Module,
+    ranks: LayoutRanks,
+    options: ModuleOptions,
+    precision: Precision,
+    made_before: list[Optimizer],
+    patches: Patches,
+    takes_part: TakesPart,
+) -> nn.Module:
+    """Divides, or replicates, a module in place; all ranks call it, and go on with rank 0's values.
+
+    Args:
+        module: on this rank's device.
+        ranks: of the run.
+        options: the user's.
+        precision: Fabric's.
+        made_before: optimizers that were made for it, which get the divided parameters.
+        patches: get what is put onto the module; what Fabric set up stays so.
+        takes_part: of :class:`InLayout`, which is returned; in one process the module itself is.
+    """
+    layout, reason = ranks.decide(module)
+    if reason:
+        rank_zero_info(f"layout {layout}: {reason}")
+    blocks = options.blocks(module)
+    validate_blocks(module, blocks, options.activation_checkpointing)
+    plan = options.tensor.sharding_plan(module, layout.tp, blocks)
+    if ranks.mesh is not None:
+        validate_no_lazy(module)
+        _validate_new(module)
+        validate_parameter_kinds(module, layout, parameter_splits(plan.tensor_plan) if plan else ())
+        share_random_state(ranks.device)
+        if layout.holds_shards:
+            broadcast_tensors([tensor.detach() for _, tensor in named_tensors(module)], None)
+        vars(module)[CALL] = partial(nn.Module.__call__, module)
+        if options.compile is None:
+            options = replace(options, compile=_users_compile_options())
+    policy, owners = shard_policy(precision, ranks.device), [SimpleNamespace(optimizers=made_before)]
+    runner, _ = apply_layout(module, ranks, options, blocks, plan, policy, patches, owners, in_lists=True)
+    if ranks.mesh is None:
+        return module
+    attach_metrics(module, ranks.mesh.data.get_group(), patches)
+    for parameter in module.parameters():
+        vars(parameter)[_MARK] = True
+    ranks.part_random_streams()
+    return InLayout(module, runner, ranks.mesh, takes_part)
+
+
+def _users_compile_options() -> dict[str, Any] | None:
     """Arguments of ``torch.compile``, where the module that Fabric is setting up was compiled; None else.
 
     Fabric takes the compiled module's wrapper off before a strategy sees it, keeps these in a local variable, and
@@ -155,23 +200,18 @@ def users_compile_options() -> dict[str, Any] | None:
     return None if frame is None else frame.f_locals.get("compile_kwargs")
 
 
-def bare(module: nn.Module) -> nn.Module:
-    """The user's module of one that was set up."""
-    return module.module if isinstance(module, InLayout) else module
+def _validate_new(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor) or vars(parameter).get(_MARK, False):
+            raise ValueError(
+                f"{name} of {type(module).__name__} was set up before, in this module or in another that shares it: "
+                "set up one module that contains all that share parameters, once"
+            )
 
 
-def _is_on_axis(parameter: Any, axis: str) -> bool:
-    mesh = getattr(parameter, "device_mesh", None)
-    return mesh is not None and axis in (mesh.mesh_dim_names or ())
+_MARK = "is_set_up_in_layout"
 
 
-@contextmanager
-def _normal_mode() -> Iterator[None]:
-    """Inference mode is left for one without gradients: what fully_shard gathers into would be inference tensors, which
-    training could not write to later.
-    """
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers."""
+    return [*module.named_parameters(), *module.named_buffers()]

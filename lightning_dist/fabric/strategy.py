@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial, wraps
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -27,21 +26,16 @@ from lightning_dist.compat import fabric as private
 from lightning_dist.compat.lightning import Path
 from lightning_dist.fabric import checkpoint as files
 from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
-from lightning_dist.fabric.module import InLayout, bare
-from lightning_dist.fabric.module_setup import FabricModuleSetup, named_tensors
+from lightning_dist.fabric.module import InLayout, bare, named_tensors, set_up
 from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout
-from lightning_dist.module_options import ModuleOptions
+from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import Styles, TensorOptions
 from lightning_dist.precision import make_agreeing
-from lightning_dist.ranks import LayoutRanks
-from lightning_dist.validation import (
-    validate_lbfgs,
-)
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+from lightning_dist.ranks import LayoutRanks, shown_of_ranks
+from lightning_dist.validation import validate_lbfgs
 
 
 @private.fabric_hooks
@@ -50,26 +44,17 @@ class HybridFabricStrategy(ParallelStrategy):
 
     The loop, the modules and the optimizers stay as they are: ``fabric.setup``, ``fabric.backward``,
     ``fabric.clip_gradients``, ``fabric.no_backward_sync``, ``fabric.save`` and ``fabric.load`` do what they do in one
-    process. Optimizers may be made before or after the module is set up. The arguments are those of
-    :class:`~lightning_dist.HybridStrategy`, where they say more.
+    process. Optimizers may be made before or after the module is set up.
 
     Args:
         layout: degrees of ``dp_replicate``, ``dp_shard`` and ``tp``, or ``"auto"``, which the first module that is set
             up decides.
-        shard_units: the modules to shard one by one.
-        tensor_plan: what ``tp`` divides.
-        sequence_parallel: under ``tp``, positions stay divided between blocks.
-        activation_checkpointing: what blocks compute again in backward.
-        compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one. So is a module
-            that the user compiled.
+        compile: as of :class:`~lightning_dist.HybridStrategy`; a module that the user compiled is compiled so, too.
         checkpoint_format: ``"single"``, one file as plain Fabric writes it; ``"sharded"``, a directory to which every
             rank writes what it holds; ``"auto"``, sharded where parameters are.
-        start_method: how Fabric starts the other processes: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
-            Under torchrun, SLURM and the like they are there already.
-        process_group_backend: of torch.distributed; by default that of the device.
-        timeout: of collectives.
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision: as for Fabric's strategies; Fabric
-            sets them.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision: Fabric sets them.
+
+        The others are those of :class:`~lightning_dist.HybridStrategy`.
 
     Raises:
         ValueError: see :class:`~lightning_dist.Layout`; and for ``pp``, which has to run the whole step itself.
@@ -85,13 +70,13 @@ class HybridFabricStrategy(ParallelStrategy):
         self,
         layout: Layout | Mapping[str, int] | str = "auto",
         *,
-        shard_units: Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool] | None = None,
+        shard_units: ShardUnits | None = None,
         tensor_plan: Styles | None = None,
         sequence_parallel: bool = False,
         activation_checkpointing: Checkpointing = "none",
         compile: bool | Mapping[str, Any] = False,
         checkpoint_format: Literal["auto", "single", "sharded"] = "auto",
-        start_method: StartMethod = "popen",
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -101,28 +86,24 @@ class HybridFabricStrategy(ParallelStrategy):
         precision: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision)
-        self.start_method = _one_of("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        self.start_method = one_of("start_method", start_method, "popen", "spawn", "fork", "forkserver")
         self.num_nodes = 1
         self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)
         _validate_no_pipeline(self.ranks.requested)
-        self.checkpoint_format = _one_of("checkpoint_format", checkpoint_format, ("auto", "single", "sharded"))
+        self.checkpoint_format = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.sync_control = _SyncControl()
         self._patches = Patches()
-        options = ModuleOptions(
-            shard_units,
-            TensorOptions(tensor_plan, sequence_parallel),
-            _one_of("activation_checkpointing", activation_checkpointing, ("none", "full", "selective")),
-            None if compile is False else {} if compile is True else dict(compile),
-        )
-        self._module_setup = FabricModuleSetup(self.ranks, options, self._patches, self._takes_part)
+        recomputing = one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective")
+        tensor = TensorOptions(tensor_plan, sequence_parallel)
+        self._options = ModuleOptions(shard_units, tensor, recomputing, compile_options(compile))
         self._in_play: list[InLayout] = []
         """See [Note: which modules take part in a backward pass]."""
+
+    layout, mesh, num_data_ranks, num_processes, data_rank, data_group = shown_of_ranks
 
     def __repr__(self) -> str:
         """What a Trainer shows when it is given one."""
         return f"<{type(self).__name__}, for Fabric; for a Trainer there is HybridStrategy>"
-
-    # ------------------------------------------------------------------ ranks
 
     @property
     @override
@@ -154,22 +135,13 @@ class HybridFabricStrategy(ParallelStrategy):
         if self.world_size > 1:
             make_agreeing(self.precision, self._patches)
 
-    layout = property(attrgetter("ranks.layout"), doc='The layout, resolved; None while ``"auto"`` is undecided.')
-    mesh = property(attrgetter("ranks.mesh"), doc="The ranks along the axes of the layout; None for one process.")
-    num_data_ranks = property(attrgetter("ranks.num_data_ranks"), doc="Number of ranks that see different samples.")
-    num_processes = property(attrgetter("ranks.num_processes"), doc="Of this node; asked by Lightning's launchers.")
-    data_rank = property(attrgetter("ranks.data_rank"), doc="Ranks with the same one see the same samples.")
-    data_group = property(attrgetter("ranks.data_group"), doc="The ranks with different samples; None for one process.")
-
     def _group(self, group: Any) -> dist.ProcessGroup | None:
         if self.mesh is None and self.world_size > 1:  # "auto", of which all ranks are data ranks
             return group if group is not None else dist.group.WORLD
         return self.ranks.group_unless(group)
 
     @override
-    def all_reduce(
-        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
-    ) -> Tensor | Any:
+    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: dist.ReduceOp | str | None = "mean") -> Any:
         """Over the ranks with different samples, unless another group than the world is given. One all-reduce.
 
         As Fabric says, the tensor itself is given the result, but for the mean of integers, which is another one in
@@ -202,8 +174,6 @@ class HybridFabricStrategy(ParallelStrategy):
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         return collectives.broadcast_object(obj, src)
 
-    # ------------------------------------------------------------------ data
-
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
@@ -219,8 +189,6 @@ class HybridFabricStrategy(ParallelStrategy):
         seed_workers(dataloader, self.global_rank, self.data_rank)
         return dataloader
 
-    # ------------------------------------------------------------------ model
-
     @override
     def module_to_device(self, module: nn.Module) -> None:
         meta = next((name for name, tensor in named_tensors(module) if tensor.is_meta), None)
@@ -234,14 +202,15 @@ class HybridFabricStrategy(ParallelStrategy):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Divides, or replicates, the module in place. All ranks call it, and go on with rank 0's values."""
-        return self._module_setup.build(module, self.precision, [])
+        return self.setup_module_and_optimizers(module, [])[0]
 
     @override
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """The optimizers, made before, are given the divided parameters."""
-        module = self._module_setup.build(module, self.precision, optimizers)
+        takes_part = self._takes_part
+        module = set_up(module, self.ranks, self._options, self.precision, optimizers, self._patches, takes_part)
         return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
     @override
@@ -261,8 +230,6 @@ class HybridFabricStrategy(ParallelStrategy):
         optimizer.register_step_pre_hook(lambda *_: self._reshard())
         return optimizer
 
-    # ------------------------------------------------------------------ gradients
-
     def _takes_part(self, module: InLayout) -> None:
         self._in_play = [one for one in self._in_play if not one.is_stepped or one is module]
         module.is_stepped = False
@@ -273,9 +240,8 @@ class HybridFabricStrategy(ParallelStrategy):
         for module in self._in_play:
             module.parallel.reshard()
 
-    # Where a strategy overrides ``backward``, Fabric refuses torch.autograd.grad of what a module returned, too; a
-    # method that wraps the original is not seen as one (Lightning 2.6.6). Other ways than fabric.backward are refused
-    # in optimizer_step.
+    # Where a strategy overrides ``backward``, Fabric refuses torch.autograd.grad of what a module returned, too; not
+    # where a method wraps the original (Lightning 2.6.6). Other ways than fabric.backward: see _finish_gradients.
     @wraps(Strategy.backward)
     def backward(  # type: ignore[override]
         self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any
@@ -303,7 +269,7 @@ class HybridFabricStrategy(ParallelStrategy):
         for one in modules:
             one.reduce_held()
         has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        if has_gradients and any(not one.had_backward for one in modules):
+        if has_gradients and not all(one.had_backward for one in modules):
             raise RuntimeError(
                 "gradients that came by loss.backward() or torch.autograd.backward are those of this rank's samples: "
                 "call fabric.backward(loss), which reduces them over the ranks"
@@ -328,29 +294,20 @@ class HybridFabricStrategy(ParallelStrategy):
 
     @override
     def clip_gradients_norm(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        max_norm: float | int,
-        norm_type: float | int = 2.0,
-        error_if_nonfinite: bool = True,
+        self, module: Any, optimizer: Optimizer, max_norm: Any, norm_type: float = 2.0, error_if_nonfinite: bool = True
     ) -> Tensor:
-        """The norm of all gradients before clipping, the same on every rank; see
-        :func:`~lightning_dist.gradients.global_norm` for the communication.
-        """
-        self._finish_gradients(optimizer)
-        self.precision.unscale_gradients(optimizer)
-        parameters = self.precision.main_params(optimizer)
-        return gradients.clip_by_norm(parameters, max_norm, float(norm_type), error_if_nonfinite)
+        """The norm before clipping. Communication: see :func:`~lightning_dist.gradients.global_norm`."""
+        return gradients.clip_by_norm(self._unscaled(optimizer), max_norm, float(norm_type), error_if_nonfinite)
 
     @override
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:
         """Communication: none."""
+        gradients.clip_by_value(self._unscaled(optimizer), clip_val)
+
+    def _unscaled(self, optimizer: Optimizer) -> Iterable[Tensor]:
         self._finish_gradients(optimizer)
         self.precision.unscale_gradients(optimizer)
-        gradients.clip_by_value(self.precision.main_params(optimizer), clip_val)
-
-    # ------------------------------------------------------------------ checkpoints
+        return self.precision.main_params(optimizer)
 
     @property
     def saves_shards(self) -> bool:
@@ -360,11 +317,7 @@ class HybridFabricStrategy(ParallelStrategy):
 
     @override
     def save_checkpoint(
-        self,
-        path: Path,
-        state: dict[str, Any],
-        storage_options: Any | None = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+        self, path: Path, state: dict[str, Any], storage_options: Any = None, filter: files.Filter | None = None
     ) -> None:
         """Every rank calls it. See :func:`lightning_dist.fabric.checkpoint.save`."""
         for module in state.values():
@@ -412,9 +365,3 @@ def _validate_no_pipeline(layout: Layout | None) -> None:
             "itself, microbatch by microbatch, and here the loop is the user's; use HybridStrategy with a Trainer for "
             "pp, or dp_replicate, dp_shard and tp"
         )
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    return value

@@ -37,13 +37,7 @@ Format = Literal["auto", "single", "sharded"]
 
 @dataclass
 class CheckpointOptions:
-    """What a user says of checkpoints; what is changed later holds for the next one.
-
-    Args:
-        format: ``"single"``, ``"sharded"``, or ``"auto"``.
-        in_background: whether saves go on beside the training.
-        pretrained: weights that a fit begins from.
-    """
+    """What a user says of checkpoints, see ``HybridStrategy``; what is changed later holds for the next one."""
 
     format: Format = "auto"
     in_background: bool = False
@@ -53,11 +47,7 @@ class CheckpointOptions:
 class Checkpoints:
     """Saves and loads the checkpoints of a run, in files that fit every layout.
 
-    Args:
-        ranks: of the run.
-        resume: what of a checkpoint says where the run was.
-        options: the user's.
-        names_of_parts: of parameters that optimizers hold parts of when the module is whole again.
+    ``names_of_parts`` gives those of parameters that optimizers hold parts of when the module is whole again.
     """
 
     def __init__(
@@ -67,9 +57,8 @@ class Checkpoints:
         options: CheckpointOptions,
         names_of_parts: Callable[[], Mapping[Tensor, str]] = dict,
     ) -> None:
-        self.options, self._names_of_parts = options, names_of_parts
-        self.saves = BackgroundSaves()
-        self._ranks, self._resume = ranks, resume
+        self.options, self.saves = options, BackgroundSaves()
+        self._ranks, self._resume, self._names_of_parts = ranks, resume, names_of_parts
         self._trainer: Any = None
         self._io: CheckpointIO = TorchCheckpointIO()
         self._begun = WeakSet[pl.LightningModule]()
@@ -81,11 +70,7 @@ class Checkpoints:
         """Whether the module has been set up in this run."""
 
     def attach(self, trainer: pl.Trainer, io: CheckpointIO) -> None:
-        """A run begins.
-
-        Args:
-            trainer: of the run.
-            io: Lightning's, or the user's own, which then writes, reads and removes single files.
+        """A run begins; an ``io`` of the user's own writes, reads and removes single files.
 
         Raises:
             OSError: the weights to begin from are not there.
@@ -95,8 +80,12 @@ class Checkpoints:
         if self.options.pretrained is not None:
             # what is not there is refused before processes talk
             checkpoints.is_sharded(self.options.pretrained)
-        if self.options.in_background:
-            _validate_links(trainer)
+        links = (getattr(callback, "save_last", None) == "link" for callback in trainer.checkpoint_callbacks)
+        if self.options.in_background and any(links):
+            raise ValueError(
+                'async_save=True with ModelCheckpoint(save_last="link"): the link would be there before what it points '
+                "to; choose save_last=True, or saves that the training waits for"
+            )
         if self.options.format == "sharded" and self._has_own_io:
             raise ValueError(
                 f'checkpoint_format="sharded" with a {type(io).__name__}: every rank writes its part of a directory, '
@@ -121,8 +110,6 @@ class Checkpoints:
             return self._ranks.holds_shards and not self._has_own_io and dist.is_initialized()
         return self.options.format == "sharded"
 
-    # ------------------------------------------------------------------ saving
-
     def model_state(self, module: pl.LightningModule) -> dict[str, Any]:
         """The module's state dict as of the last optimizer step; what ranks hold parts of, as parts."""
         return self._resume.buffers_at_step(checkpoints.model_state(module))
@@ -145,11 +132,7 @@ class Checkpoints:
         return checkpoints.optimizer_state_by_name(optimizer, names)
 
     def save(
-        self,
-        module: pl.LightningModule,
-        checkpoint: dict[str, Any],
-        path: private.Path,
-        storage_options: Any | None = None,
+        self, module: pl.LightningModule, checkpoint: dict[str, Any], path: private.Path, storage_options: Any = None
     ) -> None:
         """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated.
 
@@ -191,16 +174,10 @@ class Checkpoints:
         except Exception as error:
             exception.add_note(f"beside that, a checkpoint could not be written: {error}")
 
-    # ------------------------------------------------------------------ loading
-
     def load(self, path: private.Path, weights_only: bool | None = None, resume: bool = True) -> dict[str, Any]:
         """Before the module is set up, as in one process: hooks may change it, and optimizers are made for what is
-        there then. What is loaded into parameters that are deferred is kept, and loaded in setup.
-
-        Args:
-            path: of the checkpoint.
-            weights_only: as torch's.
-            resume: whether the run's data and random numbers go on where the checkpoint says.
+        there then. What is loaded into parameters that are deferred is kept, and loaded in setup. Where it is to
+        ``resume``, the run's data and random numbers go on where the checkpoint says.
         """
         self._source = path
         self.saves.wait()
@@ -213,7 +190,9 @@ class Checkpoints:
             return self._without_run(checkpoint, path)
         if resume:
             self._resume.go_on_from(checkpoint)
-        if self._late_loads is None and _has_hooks(self._module):
+        hook, callbacks = "on_load_checkpoint", self._trainer.callbacks
+        is_seen = is_overridden(hook, self._module) or any(is_overridden(hook, c, Callback) for c in callbacks)
+        if self._late_loads is None and is_seen:
             # whole as the module is by now; what is deferred may be too large for that
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {n: v.plain() if isinstance(v, OnDisk) else v for n, v in state.items()}
@@ -250,8 +229,10 @@ class Checkpoints:
     def _older_than_last(self, path: private.Path) -> list[Path]:
         """Other checkpoints beside the one that ``ckpt_path="last"`` chose, newest first; none for another one."""
         found: list[Path] = []
-        callbacks = self._trainer.checkpoint_callbacks
-        last = set[Path]().union(*(_last_checkpoints(callback, self._trainer) for callback in callbacks))
+        callbacks = [
+            callback for callback in self._trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)
+        ]
+        last = {Path(file).resolve() for c in callbacks for file in private.last_checkpoints(c, self._trainer)}
         with raise_on_all_ranks("list checkpoints"):
             if self._ranks.rank == 0 and Path(path).resolve() in last:
                 beside = (p for p in Path(path).parent.iterdir() if p.suffix == Path(path).suffix and p != Path(path))
@@ -263,8 +244,8 @@ class Checkpoints:
         state = checkpoint["state_dict"]
         if self._late_loads is not None:
             self._module.load_state_dict(state, strict=strict)
-            return
-        checkpoints.load_model_state(self._module, state, strict, self._source)
+        else:
+            checkpoints.load_model_state(self._module, state, strict, self._source)
 
     def load_optimizer_states(self, checkpoint: Mapping[str, Any], targets: list[Optimizer]) -> None:
         """Loads a checkpoint's states of optimizers into those of the run."""
@@ -279,8 +260,6 @@ class Checkpoints:
         for optimizer, state in zip(targets, states, strict=False):
             checkpoints.load_optimizer_state(optimizer, state, names, self._source)
             optimizers.choose_kernels(optimizer)
-
-    # ------------------------------------------------------------------ around the set-up of the module
 
     def before_setup(self) -> None:
         """All hooks have seen the checkpoint."""
@@ -311,9 +290,9 @@ class Checkpoints:
 
     def on_train_start(self) -> None:
         """Warns where a run begins anew beside a ``last`` checkpoint that Lightning does not see."""
-        if self._ranks.rank == 0 and not self._trainer.ckpt_path:
-            for callback in self._trainer.checkpoint_callbacks:
-                _warn_of_unseen_last(callback)
+        for callback in self._trainer.checkpoint_callbacks if not self._trainer.ckpt_path else ():
+            if self._ranks.rank == 0 and isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                _warn_of_unseen_last(callback.dirpath, callback.CHECKPOINT_NAME_LAST)
 
     def detach(self) -> None:
         """The run ends, perhaps by an exception between the restoring and the setup."""
@@ -332,13 +311,6 @@ def stage_ranks(ranks: LayoutRanks) -> StageRanks | None:
     return StageRanks(ranks.mesh.root["pp"].get_group(), writes, ranks.device)
 
 
-def _has_hooks(module: pl.LightningModule) -> bool:
-    """Whether code of the user's sees the checkpoint before it is loaded."""
-    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
-    hook = "on_load_checkpoint"
-    return is_overridden(hook, module) or any(is_overridden(hook, callback, Callback) for callback in callbacks)
-
-
 def _is_directory_of_shards(path: private.Path) -> bool:
     """Also where a user's ``CheckpointIO`` knows the path, and nobody else."""
     try:
@@ -347,33 +319,14 @@ def _is_directory_of_shards(path: private.Path) -> bool:
         return False
 
 
-def _validate_links(trainer: pl.Trainer) -> None:
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "save_last", None) == "link":
-            raise ValueError(
-                'async_save=True with ModelCheckpoint(save_last="link"): the link would be there before what it points '
-                "to; choose save_last=True, or saves that the training waits for"
-            )
-
-
-def _warn_of_unseen_last(callback: Any) -> None:
+def _warn_of_unseen_last(path: private.Path, prefix: str) -> None:
     """Lightning (2.6.6) looks for what ``ckpt_path="last"`` means without the protocol of a URL, and finds nothing."""
-    folder = getattr(callback, "dirpath", None)
-    if not isinstance(callback, ModelCheckpoint) or folder is None:
-        return
-    folder = checkpoints.as_path(folder)
+    folder = checkpoints.as_path(path)
     if isinstance(folder, Path) or not folder.exists():
         return
-    found = sorted(str(file) for file in folder.iterdir() if file.name.startswith(callback.CHECKPOINT_NAME_LAST))
+    found = sorted(str(file) for file in folder.iterdir() if file.name.startswith(prefix))
     if found:
         rank_zero_warn(
             f"This run begins anew, and {found[-1]} is there. Lightning's ckpt_path='last' sees local directories "
             "only: pass the URL itself to go on from it"
         )
-
-
-def _last_checkpoints(callback: Any, trainer: pl.Trainer) -> set[Path]:
-    """That Lightning chooses from for ``ckpt_path="last"``."""
-    if not isinstance(callback, ModelCheckpoint):
-        return set()
-    return {Path(path).resolve() for path in private.last_checkpoints(callback, trainer)}

@@ -27,11 +27,7 @@ from lightning_dist.ranks import LayoutRanks
 
 
 class Loaders:
-    """Shards the loaders of a run over the data ranks, and knows whose each batch of an evaluation is.
-
-    Args:
-        ranks: of the run.
-    """
+    """Shards the loaders of a run over the data ranks, and knows whose each batch of an evaluation is."""
 
     def __init__(self, ranks: LayoutRanks) -> None:
         self._ranks = ranks
@@ -43,8 +39,7 @@ class Loaders:
 
     def attach(self, trainer: pl.Trainer, patches: Patches) -> None:
         """From here on the Trainer's loaders are sharded."""
-        self._trainer = trainer
-        self._prepared = WeakKeyDictionary()
+        self._trainer, self._prepared = trainer, WeakKeyDictionary()
         patches.wrap(private.data_connector(trainer), private.PREPARE_LOADER, self._prepare)
         fitting = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fitting, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
@@ -86,10 +81,9 @@ class Loaders:
         """Makes ``trainer.train_dataloader`` and the like give what they give in plain Lightning: for one data rank the
         user's own loaders, not those that shard them.
         """
-        private.show_loaders(combined, [self._shown(loader) for loader in loaders])
-
-    def _shown(self, loader: Any) -> Any:
-        return self._prepared.get(loader, loader) if isinstance(loader, (DataLoader, DistributedStream)) else loader
+        known = (DataLoader, DistributedStream)
+        shown = [self._prepared.get(one, one) if isinstance(one, known) else one for one in loaders]
+        private.show_loaders(combined, shown)
 
     def _shard_stream(self, loader: object, mode: RunningStage) -> object:
         ranks = self._ranks
@@ -123,8 +117,6 @@ class Loaders:
             if batches is not None:
                 limits[index] = batches.limit(limits[index])
         self.show(combined, combined.flattened)
-
-    # ------------------------------------------------------------------ batches of an evaluation
 
     def index_of_batch(self, args: tuple[Any, ...]) -> tuple[int, ...]:
         """Index of the batch of an evaluation step, and of its loader; where the step takes none, it is counted."""

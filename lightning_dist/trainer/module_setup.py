@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,24 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_dist.auto_layout import choose_layout
 from lightning_dist.collectives import broadcast_tensors, gather_objects
 from lightning_dist.compat import lightning as private
-from lightning_dist.compat.torch import has_gradient_hooks
-from lightning_dist.divided import divide
 from lightning_dist.divided.averages import copies_of, divide_copies
-from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
-from lightning_dist.module_options import ModuleOptions
-from lightning_dist.parallel import (
-    FSDPRunner,
-    SingleProcessRunner,
-    average_buffers,
-    parallelize,
-    validate_blocks,
-)
+from lightning_dist.module_layout import ModuleOptions, apply_layout
+from lightning_dist.parallel import FSDPRunner, average_buffers, validate_blocks
 from lightning_dist.parallel.give_back import give_back, whole_tensors
 from lightning_dist.parallel.pipeline import (
     PartitionedModule,
@@ -42,7 +33,6 @@ from lightning_dist.parallel.pipeline import (
     partition_of,
     whole_of_all_stages,
 )
-from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
@@ -52,7 +42,6 @@ from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanRepo
 from lightning_dist.validation import (
     has_lazy_parameters,
     validate_built,
-    validate_kept_hooks,
     validate_no_lazy,
     validate_no_new_parameters,
     validate_parameter_kinds,
@@ -61,23 +50,17 @@ from lightning_dist.validation import (
 
 
 class ModuleSetup:
-    """Builds the user's module over the layout, and knows what was done to it.
-
-    Args:
-        ranks: of the run.
-        options: the user's.
-    """
+    """Builds the user's module over the layout, and knows what was done to it."""
 
     def __init__(self, ranks: LayoutRanks, options: ModuleOptions) -> None:
         self.options = options
-        self.runner: SingleProcessRunner | None = None
-        """Runs the steps of the module, once it has been set up."""
+        self.runner: Any = None
+        """The :class:`SingleProcessRunner` of the module's steps, from its set-up until it is given back."""
         self.sharding_plan: ShardingPlan | None = None
         """What ``tp`` divides, once the module has been set up."""
         self.sharded_units: list[str] = []
-        """Names of the modules that are sharded one by one."""
         self.recomputed_blocks: list[str] = []
-        """Names of the modules that compute their forward again in backward, once a fit has been set up."""
+        """Names of the modules that are sharded one by one, and of those that compute their forward again."""
         self.reason = ""
         """Why ``"auto"`` chose the layout; empty where the user did."""
         self.names_of_parts: dict[Tensor, str] = {}
@@ -101,8 +84,6 @@ class ModuleSetup:
         """Where this rank lies in the pipeline; None without one."""
         return None if self._pipeline_runner is None else self._pipeline_runner.place
 
-    # ------------------------------------------------------------------ before there are processes
-
     def validate(self, module: pl.LightningModule) -> None:
         """Raises before process groups form, where the network is there already; :meth:`build` asks again.
 
@@ -118,20 +99,14 @@ class ModuleSetup:
             validate_blocks(module, self.options.blocks(module), self.options.activation_checkpointing)
 
     def _plan(self, module: pl.LightningModule) -> ShardingPlan | None:
-        layout = self._ranks.layout
-        return (
-            None
-            if layout is None
-            else self.options.tensor.sharding_plan(module, layout.tp, self.options.blocks(module))
-        )
-
-    # ------------------------------------------------------------------ building
+        layout, options = self._ranks.layout, self.options
+        return None if layout is None else options.tensor.sharding_plan(module, layout.tp, options.blocks(module))
 
     @contextmanager
     def deferring(self, module: pl.LightningModule) -> Iterator[None]:
         """While it lasts, what ``configure_model`` builds is deferred if the layout shards; see ``initialization``."""
         layout = self._ranks.layout
-        if self._ranks.world_size == 1 or (layout is not None and not layout.defers):
+        if self._ranks.world_size == 1 or (layout is not None and not layout.holds_shards):
             yield
             return
         try:
@@ -151,16 +126,8 @@ class ModuleSetup:
             self._recorded.materialize(module, device=self._ranks.device)
         self._recorded = None
 
-    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> SingleProcessRunner:
-        """Applies the layout to the module, in place; what an earlier run did to it stays.
-
-        Args:
-            module: attached to the Trainer, as its hooks left it.
-            precision: of the Trainer.
-            training: whether gradients will be asked for.
-
-        Returns:
-            What runs the module's steps.
+    def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> None:
+        """Applies the layout to the module, as hooks left it, in place; what an earlier run did to it stays.
 
         Communication: the parameters' and buffers' bytes from rank 0 where it was built whole, and see
         :func:`~lightning_dist.parallel.parallelize`.
@@ -173,74 +140,57 @@ class ModuleSetup:
             validate_no_lazy(module)
         if partition_of(module) is None:  # else its ranks hold different parameters by now
             precision.convert_module(module)
-        layout = self._decide_layout(module)
-        self._validate_mesh(module)
-        self.sharding_plan = self._plan(module)
-        validate_parameter_kinds(
-            module, layout, parameter_splits(self.sharding_plan.tensor_plan) if self.sharding_plan else ()
-        )
+        layout, reason = self._ranks.decide(module)
+        if reason:
+            self.reason = reason
+            private.show_mesh(module, None if self._ranks.mesh is None else self._ranks.mesh.root)
+            validate_trainer(module.trainer, layout, self._ranks.device)
+        self._validate_mesh(module, layout)
+        self.sharding_plan = plan = self._plan(module)
+        validate_parameter_kinds(module, layout, parameter_splits(plan.tensor_plan) if plan else ())
         if self.is_divided(module):
             validate_no_new_parameters(module, self.known_parameters)
         else:
-            self._give_all_ranks_the_same(module, layout, training)
-        if not layout.defers:
+            to_device(module, self._ranks.device)
+            if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
+                broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
+        if not layout.holds_shards:
             self._materialize(module)
         self.runner = self._apply(module, layout, precision, training)
         self.known_parameters = {id(p): p for p in module.parameters()}
         by_data = self.runner if self._pipeline_runner is None else self._pipeline_runner.inner
         self.sharded_units = list(by_data.units) if isinstance(by_data, FSDPRunner) else []
-        return self.runner
 
-    def _give_all_ranks_the_same(self, module: pl.LightningModule, layout: Layout, training: bool) -> None:
-        to_device(module, self._ranks.device)
-        if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
-            broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
-
-    def _apply(
-        self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool
-    ) -> SingleProcessRunner:
-        ranks, options = self._ranks, self.options
+    def _apply(self, module: pl.LightningModule, layout: Layout, precision: Precision, training: bool) -> Any:
         is_fresh = not self.is_divided(module)
         is_deferred = self._recorded is not None and bool(self._recorded.names)
-        blocks = options.blocks(module)
-        hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
-        replaced = Replaced(module)
-        policy = shard_policy(precision, ranks.device)
-        partitioned = self._partition(module, list(blocks), policy.param_dtype) if layout.pp > 1 else None
-        self.recomputed_blocks = list(blocks) if training and options.recomputes else []
-        runner = parallelize(
+        blocks, policy = self.options.blocks(module), shard_policy(precision, self._ranks.device)
+        self.recomputed_blocks = list(blocks) if training and self.options.recomputes else []
+        runner, originals = apply_layout(
             module,
-            layout,
-            ranks.mesh,
-            sharding_plan=self.sharding_plan,
-            blocks=blocks,
-            policy=policy,
-            device=ranks.device,
-            activation_checkpointing=options.activation_checkpointing,
-            compile_options=options.compile,
+            self._ranks,
+            self.options,
+            blocks,
+            self.sharding_plan,
+            policy,
+            self.patches,
+            _owners(module.trainer),
             training=training,
-            patches=self.patches,
-            partitioned=partitioned,
-            pipeline_options=options.pipeline,
+            partition=partial(self._partition, module, layout, list(blocks), policy.param_dtype),
+            materialize=partial(self._materialize, module),
         )
-        validate_kept_hooks(module, hooked)
-        runner.reshard()
-        self._materialize(module)
-        hooked.clear()
-        replaced.exchange(module, _owners(module.trainer))
         if is_fresh:
-            self._originals = None if is_deferred else replaced.originals
-        divide(module)
-        runner.show()
-        show_parts_to_compiled(module, self.patches)
+            self._originals = None if is_deferred else originals
         divide_copies(module.trainer.callbacks, module)  # type: ignore[attr-defined]
         return runner
 
-    def _partition(self, module: pl.LightningModule, blocks: list[str], dtype: torch.dtype | None) -> PartitionedModule:
+    def _partition(
+        self, module: pl.LightningModule, layout: Layout, blocks: list[str], dtype: torch.dtype | None
+    ) -> PartitionedModule | None:
         """Leaves this rank the stages of the pipeline that are its own."""
-        mesh, layout = self._ranks.mesh, self._ranks.layout
-        assert mesh is not None
-        assert layout is not None
+        mesh = self._ranks.mesh
+        if mesh is None or layout.pp == 1:
+            return None
         if self._recorded is not None and any(buffer.is_meta for buffer in module.buffers()):
             # what depends on no parameter is traced for real
             self._recorded.materialize(module, device=self._ranks.device, parameters=False)
@@ -257,18 +207,8 @@ class ModuleSetup:
             dtype=dtype if layout.dp_shard > 1 else None,
         )
 
-    def _decide_layout(self, module: pl.LightningModule) -> Layout:
-        ranks = self._ranks
-        if ranks.layout is None:
-            ranks.layout, self.reason = choose_layout(module, ranks.world_size, ranks.device, ranks.num_processes)
-            ranks.form_mesh()
-            private.show_mesh(module, None if ranks.mesh is None else ranks.mesh.root)
-            validate_trainer(module.trainer, ranks.layout, ranks.device)
-        return ranks.layout
-
-    def _validate_mesh(self, module: pl.LightningModule) -> None:
-        cut, mesh, layout = partition_of(module), self._ranks.mesh, self._ranks.layout
-        assert layout is not None
+    def _validate_mesh(self, module: pl.LightningModule, layout: Layout) -> None:
+        cut, mesh = partition_of(module), self._ranks.mesh
         if cut is not None:
             cut.validate_same(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)
         mine = {} if mesh is None else dict(zip(MESH_AXES, mesh.root.shape, strict=True))
@@ -280,8 +220,6 @@ class ModuleSetup:
                 f"this module is sharded over {of_earlier} from an earlier run, and the layout is now {layout}; build "
                 "the module anew and pass ckpt_path= to go on from its checkpoint"
             )
-
-    # ------------------------------------------------------------------ while it runs
 
     def share_buffers(self) -> None:
         """Makes the module's buffers equal on all ranks before they are used or saved, those of averages of it too.
@@ -316,8 +254,6 @@ class ModuleSetup:
                 "would never train it: make it in configure_optimizers, and pass ckpt_path= to go on"
             )
 
-    # ------------------------------------------------------------------ the end
-
     @property
     def gives_back(self) -> bool:
         """Whether this run has put parts into the module, in place of what the user had built whole."""
@@ -335,8 +271,8 @@ class ModuleSetup:
         module, originals, self._originals = self._module, self._originals, None
         if module is None or originals is None:
             return
-        parts = ((p, name) for name, p in module.named_parameters() if isinstance(p, DTensor) or is_placeholder(p))
-        self.names_of_parts = dict(parts)
+        named = module.named_parameters()
+        self.names_of_parts = {p: name for name, p in named if isinstance(p, DTensor) or is_placeholder(p)}
         whole = whole_tensors(module)
         if (runner := self._pipeline_runner) is not None:
             whole = whole_of_all_stages(module, whole, runner.stages, runner.group, self._ranks.device)
@@ -359,26 +295,20 @@ class ModuleSetup:
         """Whether a rank holds parts of the module's parameters, or some of them only."""
         return partition_of(module) is not None or any(isinstance(p, DTensor) for p in module.parameters())
 
-    # ------------------------------------------------------------------ reports
-
     def report(self, module: pl.LightningModule) -> LayoutReport:
         """What was done to the module."""
-        plan = self.sharding_plan
-        assert self._ranks.layout is not None
+        layout, plan, runner = self._ranks.layout, self.sharding_plan, self._pipeline_runner
+        assert layout is not None
         return LayoutReport.of(
             module,
-            self._ranks.layout,
-            sharding_plan=None if plan is None else ShardingPlanReport.of(module, plan, self._ranks.layout),
+            layout,
+            sharding_plan=None if plan is None else ShardingPlanReport.of(module, plan, layout),
             reason=self.reason,
             units=self.sharded_units,
             recomputed=self.recomputed_blocks,
             checkpointing=self.options.activation_checkpointing,
-            pipeline=self._pipeline_report(module),
+            pipeline=None if runner is None else PipelineReport.of(module, runner.stages, self.options.pipeline),
         )
-
-    def _pipeline_report(self, module: pl.LightningModule) -> PipelineReport | None:
-        runner = self._pipeline_runner
-        return None if runner is None else PipelineReport.of(module, runner.stages, self.options.pipeline)
 
     def explain(self, module: pl.LightningModule, num_ranks: int, batch: Any = None) -> LayoutReport:
         """What would be done to a module on so many ranks, without processes; see ``HybridStrategy.explain``."""
@@ -413,7 +343,5 @@ def to_device(module: nn.Module, device: torch.device) -> None:
     for child in module.modules():
         own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
         if own and not any(tensor.is_meta for tensor in own):
-            for parameter in child.parameters(recurse=False):
-                parameter.data = parameter.data.to(device)
-            for buffer in child.buffers(recurse=False):
-                buffer.data = buffer.data.to(device)
+            for tensor in own:
+                tensor.data = tensor.data.to(device)

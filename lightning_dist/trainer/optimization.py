@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_dist import gradients, optimizers
 from lightning_dist.compat import lightning as private
-from lightning_dist.parallel import DDPRunner, SingleProcessRunner
-from lightning_dist.parallel.equal_copies import make_copies_equal
+from lightning_dist.module_layout import make_parameters_equal
+from lightning_dist.parallel import DDPRunner
 from lightning_dist.patches import Patches
-from lightning_dist.placeholder import held
 from lightning_dist.precision import make_agreeing
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.module_setup import ModuleSetup
@@ -27,12 +26,7 @@ from lightning_dist.validation import validate_gradient_hooks, validate_lbfgs
 
 
 class Optimization:
-    """Stands between Lightning's optimisation of a fit and the gradients of the layout.
-
-    Args:
-        ranks: of the run.
-        setup: of the module.
-    """
+    """Stands between Lightning's optimisation of a fit and the gradients of the layout."""
 
     def __init__(self, ranks: LayoutRanks, setup: ModuleSetup) -> None:
         self._ranks, self._setup = ranks, setup
@@ -56,13 +50,6 @@ class Optimization:
         if self._ranks.world_size > 1:
             make_agreeing(precision, patches)
 
-    @property
-    def _runner(self) -> SingleProcessRunner:
-        assert self._setup.runner is not None
-        return self._setup.runner
-
-    # ------------------------------------------------------------------ before a step
-
     def check(self, optimizer: Optimizer) -> None:
         """Makes an optimizer of the fit ready to step over parts.
 
@@ -81,34 +68,27 @@ class Optimization:
         self._patches.also(optimizer.register_step_pre_hook(lambda *_: self._setup.reshard()).remove)
 
     def before_training_step(self) -> None:
-        """Keeps the data ranks' copies of parameters and buffers equal."""
-        self._keep_copies_equal()
-        self._runner.before_training_step()
+        """Keeps the data ranks' copies of buffers equal, and of parameters.
 
-    def _keep_copies_equal(self) -> None:
-        """At an epoch's first step, since hooks before it may have drawn random values for parameters."""
-        module: Any = self._runner.module
-        mesh, layout, epoch = self._ranks.mesh, self._ranks.layout, module.trainer.current_epoch
-        if mesh is None or layout is None or epoch == self._epoch_of_copies:
-            return
-        self._epoch_of_copies = epoch
-        validate_gradient_hooks(module, layout)
-        parameters = held(module.parameters())
-        shards = [p for p in parameters if layout.dp_shard > 1 and isinstance(p, DTensor)]
-        if layout.num_data_ranks > 1:
-            apart = {id(p) for p in shards}
-            make_copies_equal((p for p in parameters if id(p) not in apart), mesh.data.get_group())
-        if shards and layout.dp_replicate > 1:
-            make_copies_equal(shards, mesh.root["dp_replicate"].get_group())
-
-    # ------------------------------------------------------------------ backward
+        Those at an epoch's first step, since hooks before it may have drawn random values for them.
+        """
+        runner, ranks = self._setup.runner, self._ranks
+        if ranks.mesh is not None and self._epoch_of_copies != (epoch := runner.module.trainer.current_epoch):
+            assert ranks.layout is not None
+            self._epoch_of_copies = epoch
+            validate_gradient_hooks(runner.module, ranks.layout)
+            make_parameters_equal(runner.module, ranks.mesh)
+        runner.before_training_step()
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Around a step whose gradients are only added up.
 
         What looks at gradients after such a step sees those of one process: they are reduced at each, then.
         """
-        return nullcontext() if _watches_gradients(self._runner.module) else self._runner.accumulating()
+        runner = self._setup.runner
+        hook, callbacks = "on_after_backward", runner.module.trainer.callbacks
+        watches = is_overridden(hook, runner.module) or any(is_overridden(hook, c, Callback) for c in callbacks)
+        return nullcontext() if watches else runner.accumulating()
 
     def before_backward(self, loss: Tensor, inputs: Any) -> Tensor:
         """The loss to start a backward pass from.
@@ -122,14 +102,12 @@ class Optimization:
                 "can't be reduced over the data ranks; freeze the others meanwhile (toggle_optimizer, requires_grad_)"
             )
         self._has_run_backward = True
-        return self._runner.before_backward(loss)
+        return self._setup.runner.before_backward(loss)
 
     def _after_backward(self, original: Callable[..., Tensor], *args: Any) -> Tensor:
         """Wraps the plugin's method that calls ``on_after_backward``, which sees finished gradients."""
-        self._runner.after_backward()
+        self._setup.runner.after_backward()
         return original(*args)
-
-    # ------------------------------------------------------------------ an optimizer's step
 
     @contextmanager
     def step(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
@@ -137,10 +115,11 @@ class Optimization:
 
         Communication: one all-reduce of the loss, for an optimizer that looks at it.
         """
-        if self._ranks.num_data_ranks > 1 and optimizers.reads_the_loss(optimizer):
-            closure = partial(self._with_mean_loss, closure)
-        self._validate_reduced(optimizer)
-        with self._runner.stepping(optimizer):
+        if self._ranks.num_data_ranks > 1:
+            self._validate_reduced(optimizer)
+            if optimizers.reads_the_loss(optimizer):
+                closure = partial(self._with_mean_loss, closure)
+        with self._setup.runner.stepping(optimizer):
             yield partial(self._hooked, closure)
 
     def _validate_reduced(self, optimizer: Optimizer) -> None:
@@ -150,17 +129,15 @@ class Optimization:
             RuntimeError: gradients of a backward pass that this strategy was not told of; parameters that came to the
                 module during the fit.
         """
-        if self._ranks.num_data_ranks == 1:
-            return
-        module: Any = self._runner.module
-        held_by = [p for group in optimizer.param_groups for p in group["params"]]
-        manual = isinstance(self._runner, DDPRunner) and not module.automatic_optimization
-        if manual and not self._has_run_backward and any(p.grad is not None for p in held_by):
+        runner, module = self._setup.runner, self._setup.runner.module
+        held_by = list(chain.from_iterable([group["params"] for group in optimizer.param_groups]))
+        told = self._has_run_backward or not isinstance(runner, DDPRunner) or module.automatic_optimization
+        if not told and any(p.grad is not None for p in held_by):
             raise RuntimeError(
                 "gradients that came by loss.backward() or torch.autograd.backward are those of this rank's samples: "
                 "call self.manual_backward(loss), which averages them over the data ranks"
             )
-        others = {id(p) for p in held_by} - self._setup.known_parameters.keys()
+        others = set(map(id, held_by)).difference(self._setup.known_parameters)
         new = [name for name, p in module.named_parameters() if id(p) in others] if others else []
         if new:
             raise RuntimeError(
@@ -171,14 +148,15 @@ class Optimization:
 
     def _hooked(self, run: Callable[..., Any], *args: Any) -> Any:
         """What an optimizer's step calls of Lightning's, with the user's hooks in it."""
-        with self._runner.hooked():
+        with self._setup.runner.hooked():
             return run(*args)
 
     def _before_step(self, original: Callable[..., None], *args: Any) -> None:
         """Wraps the plugin's method that calls ``on_before_optimizer_step``, after which an optimizer steps."""
-        self._runner.before_step_hooks()
+        runner = self._setup.runner
+        runner.before_step_hooks()
         self._hooked(original, *args)
-        self._runner.hide_gradients()
+        runner.hide_gradients()
 
     def _with_mean_loss(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
@@ -189,9 +167,3 @@ class Optimization:
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         gradients.clip_by_value(self._precision.main_params(optimizer), clip_val)
-
-
-def _watches_gradients(module: Any) -> bool:
-    """Whether a hook of the user's looks at gradients after each backward pass."""
-    hook = "on_after_backward"
-    return is_overridden(hook, module) or any(is_overridden(hook, c, Callback) for c in module.trainer.callbacks)

@@ -9,17 +9,16 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.plugins import CheckpointIO, Precision
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch.optim import Optimizer
 
 from lightning_dist.compat import lightning as private
-from lightning_dist.compiled_module import CompiledModule
 from lightning_dist.elastic.guard import begin_run, end_run, left_together
-from lightning_dist.module_options import ModuleOptions
+from lightning_dist.module_layout import ModuleOptions
 from lightning_dist.parallel.replaced import OF_ENDED_RUNS
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Checkpoints
-from lightning_dist.trainer.coordination import Coordination
 from lightning_dist.trainer.loaders import Loaders
 from lightning_dist.trainer.module_setup import ModuleSetup
 from lightning_dist.trainer.optimization import Optimization
@@ -28,45 +27,54 @@ from lightning_dist.trainer.steps import Steps
 from lightning_dist.tuning import Tuning, validate_tuner
 from lightning_dist.validation import validate_trainer, warn_of_axes_across_nodes
 
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
 
 class Parts:
-    """What a strategy is made of.
-
-    Args:
-        ranks: of the run.
-        module_options: what the user says of the module.
-        checkpoint_options: what the user says of checkpoints.
-    """
+    """What a strategy is made of; see the README of this folder."""
 
     def __init__(
         self, ranks: LayoutRanks, module_options: ModuleOptions, checkpoint_options: CheckpointOptions
     ) -> None:
         self.ranks = ranks
-        self.tuning = Tuning()
+        self.tuning = Tuning(ranks)
         self.loaders = Loaders(ranks)
-        self.module_setup = ModuleSetup(ranks, module_options)
-        self.resume = Resume(ranks, self.loaders, self.module_setup.share_buffers)
-        setup = self.module_setup
+        self.module_setup = setup = ModuleSetup(ranks, module_options)
+        self.resume = Resume(ranks, self.loaders, setup.share_buffers)
         self.checkpoints = Checkpoints(ranks, self.resume, checkpoint_options, lambda: setup.names_of_parts)
-        self.optimization = Optimization(ranks, self.module_setup)
-        self.coordination = Coordination(ranks, self.loaders, self.module_setup, self.resume)
-        self.steps = Steps(ranks, self.module_setup, self.loaders, self.coordination, self.tuning)
+        self.optimization = Optimization(ranks, setup)
+        self.steps = Steps(ranks, setup, self.loaders, self.resume, self.tuning)
         self.is_set_up = False
         """Whether a run has set up its module, and goes on."""
         self._is_in_run = self._failed = False
         self._patches, self._setup_patches = Patches(), Patches()
         """What a run changes, and what its set-up does."""
-        self._compiled: CompiledModule | None = None
-        """What the user compiled whole, until it has been set up."""
+        self._compiled: tuple[dict[str, Any], pl.LightningModule] | None = None
+        """How the user compiled which module whole; see :meth:`take_module`."""
 
     def take_module(self, module: pl.LightningModule | None, is_new: bool) -> None:
-        """Called when Lightning sets the module, before it looks whether the module's steps are compiled."""
-        if module is not None and CompiledModule.compiles(module):
-            self._compiled = CompiledModule(module)
+        """Called when Lightning sets the module: takes the steps of ``torch.compile(module)`` off until the set-up.
+
+        Lightning puts them onto the module and refuses them for strategies that are not its own, before it asks those.
+        """
+        context = private.compiled_steps(module)
+        if module is not None and context is not None:
+            self._compiled = dict(context), to_uncompiled(module)
         elif is_new:
             self._compiled = None
 
-    # ------------------------------------------------------------------ the environment
+    def _validate_compiled(self) -> None:
+        layout = self.ranks.layout
+        if self._compiled is not None and layout is not None and layout.holds_shards:
+            raise ValueError(
+                f"torch.compile of the whole LightningModule under layout {layout}: a rank holds parts of what it "
+                "would compile; pass the module itself, and HybridStrategy(compile=True), which compiles its blocks"
+            )
+
+    def _compile_again(self) -> None:
+        compiled, self._compiled = self._compiled, None
+        if compiled is not None:
+            private.compile_steps(compiled[1], _STEPS, compiled[0])
 
     def validate(self, module: pl.LightningModule, start_method: str, io: CheckpointIO) -> None:
         """A run begins; raises before process groups form.
@@ -79,8 +87,7 @@ class Parts:
         self._is_in_run = True
         if ranks.world_size > 1:
             begin_run()
-        if self._compiled is not None:
-            self._compiled.validate(ranks.layout)
+        self._validate_compiled()
         validate_trainer(trainer, ranks.layout, ranks.device)
         self.module_setup.validate(module)
         if ranks.layout is not None:
@@ -104,39 +111,24 @@ class Parts:
         """Around ``configure_model``; outside of a run, in ``Trainer.init_module``, a module is built whole."""
         return self.module_setup.deferring(module) if self._is_in_run and module is not None else nullcontext()
 
-    # ------------------------------------------------------------------ the module and its optimizers
-
     def before_setup(self, precision: Precision) -> None:
         """The module is about to be set up: all hooks have seen the checkpoint."""
         self._setup_patches.undo()
         self.checkpoints.before_setup()
         self.optimization.attach(precision, self._setup_patches)
-        self.steps.attach()
 
     def after_setup(self, trainer: pl.Trainer, monitored: set[str], training: bool) -> None:
         """The module and its optimizers have been set up; the loops are about to begin."""
-        self.coordination.attach(trainer, monitored, self._setup_patches)
-        if self._compiled is not None:
-            self._compiled.validate(self.ranks.layout)
+        self.steps.attach(trainer, monitored, self._setup_patches)
+        self._validate_compiled()
         self._compile_again()
         if not training:
             self.ranks.part_random_streams()
         self.is_set_up = True
         self.module_setup.report(trainer.lightning_module).show(trainer)
 
-    def _compile_again(self) -> None:
-        compiled, self._compiled = self._compiled, None
-        if compiled is not None:
-            compiled.put_back()
-
-    # ------------------------------------------------------------------ the end
-
     def leave(self, optimizers: list[Optimizer]) -> None:
-        """The run ends, perhaps by an exception and before it was set up.
-
-        Args:
-            optimizers: of the run.
-        """
+        """The run ends, perhaps by an exception and before it was set up."""
         self._is_in_run = self.is_set_up = False
         failed, self._failed = self._failed, False
         self._compile_again()

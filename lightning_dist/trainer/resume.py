@@ -19,18 +19,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_dist.collectives import gather_objects
 from lightning_dist.compat import lightning as private
 from lightning_dist.data import TrainingData
 from lightning_dist.patches import Patches
 from lightning_dist.random_states import RandomStates, kept_random_states, seed_generators
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.loaders import Loaders
-from lightning_dist.trainer.loop_states import leave_epoch_that_has_not_started, reopen_epoch, take_back
 
 RESUME = "lightning_dist_resume"
 """The entry of a checkpoint that says where the data and the random generators stood."""
@@ -50,10 +49,7 @@ class Step:
 class Resume:
     """Knows where in its data and its random streams a fit is; writes it into checkpoints, and goes on from there.
 
-    Args:
-        ranks: of the run.
-        loaders: of the run.
-        share_buffers: makes the module's buffers equal on all ranks, before they are saved.
+    ``share_buffers`` makes the module's buffers equal on all ranks, before they are saved.
     """
 
     def __init__(self, ranks: LayoutRanks, loaders: Loaders, share_buffers: Callable[[], None]) -> None:
@@ -92,8 +88,6 @@ class Resume:
         """Whether each training batch has as many samples on every data rank, as all of them know."""
         return all(data.is_even for data in self.training_data)
 
-    # ------------------------------------------------------------------ while training
-
     def on_train_start(self) -> None:
         """Hooks have drawn what they draw before the first batch."""
         if self._random_at_start is not None:
@@ -107,8 +101,8 @@ class Resume:
         self._note_epoch()
 
     def _note_epoch(self) -> None:
-        if self._epochs.processed > self._epoch:
-            self._epoch = self._epochs.processed
+        if (epoch := self._epochs.processed) > self._epoch:
+            self._epoch = epoch
             for data in self.training_data:
                 data.next_epoch()
 
@@ -123,14 +117,11 @@ class Resume:
         original()
 
     def _note_step(self) -> None:
-        """Notes how things stand now."""
         buffers = {}
         if self._trainer.accumulate_grad_batches > 1:
             module = self._trainer.lightning_module
             buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
         self.last_step = Step(RandomStates.now(self._ranks.device), self._batches.total.processed, buffers)
-
-    # ------------------------------------------------------------------ saving
 
     @property
     def _since_step(self) -> int:
@@ -176,22 +167,15 @@ class Resume:
         done, ended = batches.current.processed - since, position["epoch"] > self._epoch
         ahead = private.fetches_ahead(self._trainer.fit_loop)
         own = states.to_state(), [data.state(done, ended, ahead) for data in self.training_data]
-        every: list[Any] = [own]
-        if self._ranks.num_data_ranks > 1:
-            every = [None] * self._ranks.num_data_ranks
-            dist.all_gather_object(every, own, self._ranks.data_group)
+        every = gather_objects(own, self._ranks.data_group) if self._ranks.num_data_ranks > 1 else [own]
         loops = copy.deepcopy(checkpoint["loops"])
-        if since:
-            take_back(loops, since)
-        if self._ended_early:
-            reopen_epoch(loops)
-        leave_epoch_that_has_not_started(loops)
+        _set_back(loops, since, self._ended_early)
         random, loaders = (list(part) for part in zip(*every, strict=True))
         self._tell_of_other_orders(loaders)
         resume = {"random": random, "loaders": loaders, **position}
-        plain = [data.plain_state(done, ended) for data in self.training_data]
-        if any(state is not None for state in plain):
-            loops["fit_loop"]["state_dict"]["combined_loader"] = [state for state in plain if state is not None]
+        states_of_loaders = (data.plain_state(done, ended) for data in self.training_data)
+        if plain := [state for state in states_of_loaders if state is not None]:
+            loops["fit_loop"]["state_dict"]["combined_loader"] = plain
         return {**checkpoint, "loops": loops, RESUME: resume}
 
     def _tell_of_other_orders(self, loaders: list[list[Any]]) -> None:
@@ -210,21 +194,14 @@ class Resume:
 
     def _position(self, since: int) -> dict[str, Any]:
         """The epoch, and what was taken of it from each loader."""
-        loop, batches = self._trainer.fit_loop, self._batches
+        loop, batches, loaders = self._trainer.fit_loop, self._batches, self.training_data
         done = batches.current.processed - since
-        here = {
-            "num_data_ranks": self._ranks.num_data_ranks,
-            "batches": done,
-            "batch_sizes": [data.batch_size for data in self.training_data],
-        }
+        here = {"num_data_ranks": self._ranks.num_data_ranks, "batch_sizes": [data.batch_size for data in loaders]}
         if done >= loop.max_batches or (batches.is_last_batch and self._between_batches):
-            return {**here, "epoch": self._epoch + 1, "taken": [0 for _ in self.training_data], "batches": 0}
-        return {**here, "epoch": self._epoch, "taken": self._taken(done)}
-
-    def _taken(self, done: int) -> list[int]:
-        """What was taken of each loader at a count of batches of this epoch, as Lightning's mode combines them."""
-        starts_over = private.mode_of(private.loaders_of(self._trainer.fit_loop)) == "max_size_cycle"
-        return [data.taken(done - data.done, starts_over) for data in self.training_data]
+            return {**here, "epoch": self._epoch + 1, "taken": [0 for _ in loaders], "batches": 0}
+        starts_over = private.mode_of(private.loaders_of(loop)) == "max_size_cycle"
+        taken = [data.taken(done - data.done, starts_over) for data in loaders]
+        return {**here, "epoch": self._epoch, "taken": taken, "batches": done}
 
     @property
     def _ended_early(self) -> bool:
@@ -252,8 +229,6 @@ class Resume:
                 buffer.copy_(now[name])
         return {**state, **then}
 
-    # ------------------------------------------------------------------ resuming
-
     def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Notes what a checkpoint says, for the loaders and the generators of the run that begins."""
         if self._trainer.state.fn == TrainerFn.FITTING:
@@ -261,8 +236,9 @@ class Resume:
             self._is_plain = self._to_resume is None
 
     def _before_epoch(self, original: Callable[[Any], None], data_fetcher: Any) -> None:
-        """Wraps Lightning's method that begins the loaders anew for all epochs but the first of
-        a run; a run that goes on from the validation at an epoch's end has begun them for that one (seen in 2.6.6).
+        """Wraps Lightning's method that begins the loaders anew for all epochs but the first of a run.
+
+        One that goes on from the validation at an epoch's end has begun them for that one (seen in 2.6.6).
         """
         loop = self._trainer.fit_loop
         if self._begin_again is not None and not loop.is_resuming and not loop.epoch_loop.restarting:
@@ -278,9 +254,8 @@ class Resume:
         saved = self._to_resume if self._goes_on else None
         if saved is not None and self._random_at_start is None:
             # within an epoch that batch was there already when the run was saved
-            self._random_at_start = (
-                self._saved_random(saved) if saved["batches"] else RandomStates.now(self._ranks.device)
-            )
+            within = bool(saved["batches"])
+            self._random_at_start = self._saved_random(saved) if within else RandomStates.now(self._ranks.device)
 
     @property
     def _goes_on(self) -> bool:
@@ -319,9 +294,7 @@ class Resume:
         """Begins the loaders within an epoch of a run under plain Lightning, which says how many batches were done.
 
         A step is taken to have had as many samples as here. Plain Lightning itself would go on with the first samples.
-
-        Args:
-            in_place: Lightning has put loaders that have states where they were.
+        ``in_place``: Lightning has put loaders that have states where they were.
         """
         self._is_plain = False
         progress, combined = self._batches, private.loaders_of(self._trainer.fit_loop)
@@ -399,6 +372,25 @@ class Resume:
             random.restore(self._ranks.device)
             seed_generators(int(torch.randint(2**31, ())) + self._ranks.data_rank, self._ranks.device)
             return RandomStates.now(self._ranks.device)
+
+
+def _set_back(loops: dict[str, Any], batches: int, reopens_epoch: bool) -> None:
+    """Sets Lightning's states of a fit's loops, as a checkpoint has them, to what they were so many batches before.
+
+    Args:
+        loops: the states, after a batch that has ended (2.6.6).
+        batches: to take back.
+        reopens_epoch: the epoch goes on.
+    """
+    fit = loops["fit_loop"]
+    for part in ("total", "current"):
+        progress, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"][part]
+        if batches:
+            progress[part] = dict.fromkeys(progress[part], progress[part]["processed"] - batches)
+        if reopens_epoch:
+            epochs["processed"] = epochs["completed"] = epochs["started"] - 1
+        # as on_train_epoch_start sees them, Lightning would take the batches of the epoch before for those of the next
+        epochs["ready"] = min(epochs["ready"], epochs["started"])
 
 
 def _remove_filter(ignored: Any) -> None:
