@@ -10,6 +10,7 @@ Importing this package registers the strategy ``"hybrid"`` with Lightning, for i
 """
 
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 from lightning.fabric.strategies import STRATEGY_REGISTRY
@@ -26,17 +27,10 @@ __version__ = "0.1.0"
 _DESCRIPTION = "any layout of data and model parallelism of an unmodified LightningModule"
 
 
-def _refuse_twin(**_: Any) -> NoReturn:
+def _refuse_twin(twin: str, kind: str, line: str, own: str, **_: Any) -> NoReturn:
     raise ValueError(
-        'strategy="hybrid" works with the package lightning, and this Trainer is of its twin pytorch_lightning, whose '
-        "classes are others; write `import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`"
-    )
-
-
-def _refuse_twin_fabric(**_: Any) -> NoReturn:
-    raise ValueError(
-        'strategy="hybrid" works with the package lightning, and this Fabric is of its twin lightning_fabric, whose '
-        "classes are others; write `from lightning import Fabric` in place of `from lightning_fabric import Fabric`"
+        f'strategy="hybrid" works with the package lightning, and this {kind} is of its twin {twin}, whose classes are '
+        f"others; write `{line.format(own)}` in place of `{line.format(twin)}`"
     )
 
 
@@ -47,11 +41,12 @@ for _name in _NAMES:
         StrategyRegistry.register(_name, HybridStrategy, description=_DESCRIPTION)
 if HybridFabricStrategy.strategy_name not in STRATEGY_REGISTRY:
     STRATEGY_REGISTRY.register(HybridFabricStrategy.strategy_name, HybridFabricStrategy, description=_DESCRIPTION)
-if "pytorch_lightning" in sys.modules:
-    sys.modules["pytorch_lightning"].strategies.StrategyRegistry.register(
-        HybridStrategy.strategy_name, _refuse_twin, description=_DESCRIPTION, override=True
-    )
-if "lightning_fabric" in sys.modules:
-    sys.modules["lightning_fabric"].strategies.STRATEGY_REGISTRY.register(
-        HybridFabricStrategy.strategy_name, _refuse_twin_fabric, description=_DESCRIPTION, override=True
-    )
+_TWINS = {
+    "pytorch_lightning": ("StrategyRegistry", "Trainer", "import {} as pl", "lightning.pytorch"),
+    "lightning_fabric": ("STRATEGY_REGISTRY", "Fabric", "from {} import Fabric", "lightning"),
+}
+for _twin, (_registry, *_words) in _TWINS.items():
+    if _twin in sys.modules:
+        getattr(sys.modules[_twin].strategies, _registry).register(
+            HybridStrategy.strategy_name, partial(_refuse_twin, _twin, *_words), description=_DESCRIPTION, override=True
+        )

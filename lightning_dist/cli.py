@@ -15,6 +15,7 @@ from rich.table import Table
 from lightning_dist.checkpoint import convert
 from lightning_dist.explain import Subject, build_deferred, find_recipes, module_maker, parse_arguments
 from lightning_dist.layout import MESH_AXES, REST, Layout
+from lightning_dist.ranks import resolve
 from lightning_dist.strategy import HybridStrategy
 
 
@@ -39,43 +40,27 @@ def _parser() -> argparse.ArgumentParser:
     layout.set_defaults(run=_layout)
 
     explain = commands.add_parser("explain", help="show what a layout would do to a module, without training")
-    explain.add_argument(
-        "what",
-        nargs="*",
-        metavar="WHAT",
-        help="package.module:Class of a LightningModule and its arguments as name=value; or overrides of a recipe, as "
-        "for python -m recipes.train",
+    what = (
+        "package.module:Class of a LightningModule and its arguments as name=value; or overrides of a recipe, as for "
     )
+    explain.add_argument("what", nargs="*", metavar="WHAT", help=what + "python -m recipes.train")
     explain.add_argument("--layout", help="for a class: degrees by axis (a recipe has strategy.layout)")
     explain.add_argument("--ranks", type=int, help="processes of the whole run; by default those of layout or recipe")
-    explain.add_argument(
-        "--sequence-parallel", action="store_true", help="for a class: divide positions between blocks"
-    )
+    explain.add_argument("--sequence-parallel", action="store_true", help="of a class: divide positions between blocks")
     explain.set_defaults(run=_explain)
 
     convert = commands.add_parser("convert", help="write a checkpoint, or weights, in another form")
-    convert.add_argument(
-        "source",
-        metavar="SRC",
-        help="checkpoint of ours or of Lightning, or weights as transformers, timm and torchvision write",
-    )
+    source = "checkpoint of ours or of Lightning, or weights as transformers, timm and torchvision write"
+    convert.add_argument("source", metavar="SRC", help=source)
     convert.add_argument("destination", metavar="DST", help="file or directory to write")
-    convert.add_argument(
-        "--to",
-        choices=["lightning", "sharded", "safetensors", "transformers"],
-        default="lightning",
-        help="Lightning's single file, a directory of shards, weights alone, or a directory that from_pretrained opens "
-        "(default: lightning)",
-    )
-    convert.add_argument(
-        "--prefix",
-        help="of names in the module, such as model., that published weights do not have (default for transformers: "
-        "where its model is in the module)",
-    )
+    forms = "lightning", "sharded", "safetensors", "transformers"
+    to = "Lightning's single file (default), a directory of shards, weights alone, or a directory for from_pretrained"
+    convert.add_argument("--to", choices=forms, default="lightning", help=to)
+    prefix = "of names in the module, such as model., that published weights do not have"
+    convert.add_argument("--prefix", help=f"{prefix} (default for transformers: where its model is in the module)")
     convert.add_argument("--config", help="for transformers: config.json, or a directory that has it")
-    convert.add_argument(
-        "--largest-file", type=float, default=5.0, metavar="GB", help="of safetensors, before another (default: 5)"
-    )
+    largest = "of safetensors, before another (default: 5)"
+    convert.add_argument("--largest-file", type=float, default=5.0, metavar="GB", help=largest)
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     convert.add_argument("--trust", action="store_true", help="load objects that execute code from the checkpoint")
     convert.set_defaults(run=_convert)
@@ -109,7 +94,9 @@ def _explain(options: argparse.Namespace) -> None:
         raise ValueError(f"{type(strategy).__name__} has no layout to explain; choose strategy=hybrid")
     num_ranks = options.ranks or subject.num_ranks
     module = build_deferred(subject.make)
-    batch = first_batch() if first_batch is not None and strategy.ranks.has_pipeline(num_ranks) else None
+    asked = strategy.ranks.requested
+    has_pipeline = asked is not None and resolve(asked, num_ranks).pp > 1
+    batch = first_batch() if first_batch is not None and has_pipeline else None
     strategy.explain(module, num_ranks, batch).print()
 
 

@@ -45,9 +45,7 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def broadcast_tensors(tensors: Iterable[Tensor], group: dist.ProcessGroup | None, source: int = 0) -> None:
-    """Gives every rank of the group the values that one of its ranks has, the source, in place.
-
-    The tensors are plain, and of the same shapes and dtypes on every rank. No group is the world.
+    """Gives every rank of the group (None: the world) the values of its rank ``source`` in plain tensors, in place.
 
     Communication: the tensors' bytes, in broadcasts of one dtype and at most 64 MB (or one tensor) each.
     """
@@ -65,9 +63,7 @@ def broadcast_parts(tensors: list[Tensor], group: dist.ProcessGroup | None, sour
 def all_reduce_tensors(
     tensors: Iterable[Tensor], group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM, mean: bool = False
 ) -> None:
-    """Reduces the tensors over the group, in place, and divides by the number of ranks for the mean.
-
-    The tensors are plain, and of the same shapes and dtypes on every rank. No group is the world.
+    """Reduces plain tensors over the group (None: the world) in place; for the mean, divides by its ranks.
 
     Communication: the tensors' bytes, in all-reduces of one dtype and at most 64 MB (or one tensor) each.
     """
@@ -165,14 +161,12 @@ def raised_on_all_ranks(kind: E) -> E:
 def raise_on_all_ranks(purpose: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """An error that any rank meets inside is raised on every rank, so that none waits for another.
 
-    Nothing inside may communicate. One all-gather of a short string per rank over the world at the end.
-
-    Args:
-        purpose: completes "could not ..." where the error is none that a user can act on by its message alone.
-        group: another one of all ranks, for a thread that communicates beside others.
+    Nothing inside may communicate. At the end one all-gather of a short string per rank, over the world or ``group``,
+    another one of all ranks for a thread that communicates beside others.
 
     Raises:
-        ValueError, OSError, RuntimeError: that of the lowest rank that failed.
+        ValueError, OSError, RuntimeError: that of the lowest rank that failed; where its message alone is none that a
+            user can act on, "could not", the ``purpose``, and it.
     """
     error: Exception | None = None
     try:

@@ -20,6 +20,7 @@ from lightning_dist.compat.distributed import default_store
 from lightning_dist.elastic import guard
 from lightning_dist.parallel import SingleProcessRunner
 from lightning_dist.patches import Patches
+from lightning_dist.ranks import LayoutRanks
 
 LONGEST_WAIT = timedelta(minutes=2)
 """For the other ranks, where one leaves a step or an epoch that they may be in."""
@@ -40,26 +41,18 @@ class ControlFlow:
     epoch by ``StopIteration`` (``on_train_batch_start`` that returns -1), says so in the process group's store, and
     waits there for the others to say the same. They skip together, or that rank raises.
 
-    Args:
-        trainer: of the fit.
-        parallel: what gradients are reduced by.
-        device, timeout: of collectives; the wait for others is at most :data:`LONGEST_WAIT`.
-        is_even: whether every data rank has as many training batches, since the strategy shards them.
+    ``is_even`` says whether every data rank has as many training batches, since the strategy shards them; the wait for
+    others is at most the timeout of collectives, and :data:`LONGEST_WAIT`.
 
     Communication: over the world, per batch one all-reduce of 8 bytes in place of a broadcast; the same once more
     around each epoch and validation.
     """
 
     def __init__(
-        self,
-        trainer: pl.Trainer,
-        parallel: SingleProcessRunner,
-        device: torch.device,
-        timeout: timedelta,
-        is_even: Callable[[], bool],
+        self, trainer: pl.Trainer, runner: SingleProcessRunner, ranks: LayoutRanks, is_even: Callable[[], bool]
     ) -> None:
-        self.trainer, self._parallel, self._device, self._is_even = trainer, parallel, device, is_even
-        self._longest_wait = min(timeout, LONGEST_WAIT)
+        self.trainer, self._runner, self._device, self._is_even = trainer, runner, ranks.device, is_even
+        self._longest_wait = min(ranks.timeout, LONGEST_WAIT)
         self._end_apart = False
         """Whether the training loaders may end on some ranks before they do on others, as all ranks know."""
         self._told_to_end = False
@@ -161,15 +154,11 @@ class ControlFlow:
                 "training_step returned None on this rank, to skip the batch, and not on others",
                 "return a loss of zero that depends on the parameters (0 * loss), or decide it alike on all ranks",
             )
-            self._parallel.skip_backward(trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches > 0)
+            self._runner.skip_backward(trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches > 0)
         return ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)
 
     def _meet(self, place: str, what: str, instead: str) -> None:
-        """Waits until all ranks are at this place.
-
-        Raises:
-            RuntimeError: some have not come in time.
-        """
+        """Waits until all ranks are at this place; raises a RuntimeError where some have not come in time."""
         store, rank = default_store(), dist.get_rank()
         place = f"lightning_dist/{place}/{guard.number_of_run()}"
         number = store.add(f"{place}/{rank}", 1)
@@ -179,10 +168,10 @@ class ControlFlow:
             store.wait(keys, self._longest_wait)
         except RuntimeError:
             absent = [other for other, key in enumerate(keys) if not store.check([key])]
+            seconds = self._longest_wait.total_seconds()
             message = (
-                f"{what}: ranks {', '.join(map(str, absent))} did not do so within "
-                f"{self._longest_wait.total_seconds():g} s of rank {rank}. Each would wait for the others for good; "
-                f"{instead}"
+                f"{what}: ranks {', '.join(map(str, absent))} did not do so within {seconds:g} s of rank {rank}. Each "
+                f"would wait for the others for good; {instead}"
             )
             guard.say_why(store, message)
             raise RuntimeError(message) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,14 +28,20 @@ def part_of(tensor: Tensor, like: DTensor) -> Tensor:
 
 def as_dtensor(local: Tensor, like: DTensor) -> DTensor:
     """A tensor of which this rank holds ``local``, divided as ``like``."""
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return _from_local(local, like, like.stride())
+
+
+def _contiguous_dtensor(local: Tensor, like: DTensor) -> DTensor:
+    return _from_local(local, like, torch.empty(like.shape, device="meta").stride())
+
+
+def _from_local(local: Tensor, like: DTensor, stride: tuple[int, ...]) -> DTensor:
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=stride)
 
 
 def place_like(tensor: Tensor, like: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """``tensor``, a plain tensor of the plain model, laid out as ``like``: this rank's part of it on its
-    device, or on another.
+    """``tensor``, of the plain model, laid out as ``like``: this rank's part of it on its device, or on another.
 
     The dtype stays. Nothing is communicated: every rank has ``tensor``, or maps it from the same file.
     A tensor that is a ``DTensor`` already, or of another shape than ``like``, is returned as it is.
@@ -71,18 +78,11 @@ def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _contiguous_dtensor(local: Tensor, like: DTensor) -> DTensor:
-    stride = torch.empty(like.shape, device="meta").stride()
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
-    )
-
-
 def full(tensor: Tensor) -> Tensor:
-    """The plain model's tensor, on every rank that holds a part of it.
+    """The plain model's tensor, on every rank that holds a part of it; a plain one as it is.
 
-    A plain tensor is returned as it is. A ``DTensor`` costs one all-gather per axis that shards it, of the
-    tensor's bytes, packed or on the tensor axis beside another one all-reduce; every rank of its mesh calls this.
+    A ``DTensor`` costs one all-gather per axis that shards it, of the tensor's bytes, packed or on the tensor axis
+    beside another one all-reduce; every rank of its mesh calls this.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -118,11 +118,9 @@ def num_pieces(tensor: Tensor) -> int:
     """How many different pieces of this tensor the ranks of its mesh hold; 1 for a plain one."""
     if not isinstance(tensor, DTensor):
         return 1
-    pieces = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        assert not placement.is_partial(), "gradients are reduced before their norm is taken"
-        pieces *= 1 if placement.is_replicate() else size
-    return pieces
+    axes = list(zip(tensor.device_mesh.shape, tensor.placements, strict=True))
+    assert not any(placement.is_partial() for _, placement in axes), "gradients are reduced before their norm is taken"
+    return math.prod(size for size, placement in axes if not placement.is_replicate())
 
 
 def on_tensor_axis(tensor: Any) -> TypeIs[DTensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dist.collectives import num_ranks
 from lightning_dist.compat.operators import clamp_each, norm_of_each, scale_each
 from lightning_dist.dtensors import local_part, num_pieces
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder
@@ -21,21 +22,18 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     Every rank sums the powers of what it holds, each divided by the number of ranks that hold the same piece.
 
     Args:
-        parameters: of this rank, plain or DTensors on any mesh; those without a gradient are left out.
+        parameters: of this rank, plain or DTensors on any mesh; those without a gradient are left out. The norm is in
+            float32 on their device, of float64 gradients in float64.
         norm_type: the p of the p-norm; ``inf`` for the largest absolute value.
-
-    Returns:
-        A scalar tensor in float32 (float64 for float64 gradients), on the parameters' device.
 
     Communication: one all-reduce of one float64 over the world, none when nothing is sharded.
     """
     parameters = list(parameters)
     in_stages = any(is_placeholder(p) or hasattr(p, PIPELINE_SHARE) for p in parameters)
-    parameters = [p for p in parameters if p.grad is not None and not is_placeholder(p)]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    pieces = [num_pieces(g) * getattr(p, PIPELINE_SHARE, 1) for p, g in zip(parameters, gradients, strict=True)]
-    shards = [local_part(g) for g in gradients]
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    pairs = [(p, p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
+    pieces = [num_pieces(gradient) * getattr(p, PIPELINE_SHARE, 1) for p, gradient in pairs]
+    shards = [local_part(gradient) for _, gradient in pairs]
+    ranks = num_ranks()
     device = shards[0].device if shards else torch.device("cpu")
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in shards) else torch.float32
     filled = [(s, n) for s, n in zip(shards, pieces, strict=True) if s.numel()]
@@ -63,8 +61,7 @@ def clip_by_norm(
 ) -> Tensor:
     """Scales the gradients in place so that their global norm is at most ``max_norm``, as ``clip_grad_norm_`` does.
 
-    Returns:
-        The norm before clipping (see :func:`global_norm`, also for the communication).
+    Returns the norm before, see :func:`global_norm`, also for the communication.
 
     Raises:
         RuntimeError: on every rank, before anything is scaled, if the norm is not finite and ``error_if_nonfinite``.
@@ -76,8 +73,7 @@ def clip_by_norm(
             f"the total norm of order {norm_type} of the gradients is {float(total)}, so they can't be clipped; pass "
             "error_if_nonfinite=False to scale them by it all the same"
         )
-    shards = [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
-    if shards:
+    if shards := _shards(parameters):
         scale_each(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 
@@ -85,6 +81,9 @@ def clip_by_norm(
 @torch.no_grad()
 def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     """Clamps every gradient element to [-clip_value, clip_value] in place. Communication: none."""
-    shards = [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
-    if shards:
+    if shards := _shards(parameters):
         clamp_each(shards, -clip_value, clip_value)
+
+
+def _shards(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]

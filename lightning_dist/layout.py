@@ -82,9 +82,7 @@ class Layout:
     def parse(cls, value: Layout | Mapping[str, Any] | str | None) -> Layout | None:
         """The layout that a user typed: a mapping of axis to degree, or a string; ``None`` for ``"auto"``.
 
-        Raises:
-            ValueError: an axis that does not exist (with the closest name), or one given twice, or a degree that
-                :class:`Layout` refuses.
+        Raises a ValueError for an axis that does not exist (with the closest name), or one given twice.
         """
         if value is None or value == "auto":
             return None
@@ -113,7 +111,11 @@ class Layout:
         known = math.prod(degree for axis, degree in self.items() if axis in MESH_AXES and degree != REST)
         open_axis = next((axis for axis, degree in self.items() if degree == REST), None)
         if world_size % known or (open_axis is None and known != world_size):
-            raise ValueError(self._misfit(world_size, known))
+            several, are = "a multiple of " if open_axis else "", "is" if world_size == 1 else "are"
+            near = ", ".join(f'"{layout}"' for layout in self._nearest(world_size))
+            raise ValueError(
+                f"layout {self} needs {several}{known} ranks, but there {are} {world_size}; layouts that fit: {near}"
+            )
         resolved = self if open_axis is None else replace(self, **{open_axis: world_size // known})
         if (resolved.dp_shard * resolved.cp) % resolved.ep:
             raise ValueError(
@@ -155,11 +157,6 @@ class Layout:
         root = init_device_mesh(device_type, tuple(getattr(self, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
         data = flattened_mesh(root["dp_replicate", "dp_shard"], "data")
         return ParallelMesh(root, data, flattened_mesh(root["pp", "dp_replicate", "dp_shard"], "logs"))
-
-    def _misfit(self, world_size: int, known: int) -> str:
-        asked = f"layout {self} needs {'a multiple of ' if REST in dict(self.items()).values() else ''}{known} ranks"
-        near = ", ".join(f'"{layout}"' for layout in self._nearest(world_size))
-        return f"{asked}, but there {'is 1' if world_size == 1 else f'are {world_size}'}; layouts that fit: {near}"
 
     def _nearest(self, world_size: int, count: int = 3) -> list[Layout]:
         """Layouts of ``world_size`` ranks, those with the fewest and smallest changes of degree first."""

@@ -30,15 +30,7 @@ ShardUnits = Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class ModuleOptions:
-    """What a user says of the module beside the layout.
-
-    Args:
-        shard_units: the modules to shard one by one; None for the repeated blocks.
-        tensor: of the tensor axis.
-        activation_checkpointing: what blocks compute again in backward.
-        compile: keyword arguments of ``torch.compile`` for the blocks; None to compile nothing.
-        pipeline: of the pipeline axis.
-    """
+    """What a user says of the module beside the layout; see :class:`~lightning_dist.HybridStrategy`."""
 
     shard_units: ShardUnits | None = None
     tensor: TensorOptions = field(default_factory=TensorOptions)
@@ -91,22 +83,14 @@ def apply_layout(
 
     Args:
         module: on this rank's device, or deferred.
-        ranks: of the run.
-        options: the user's.
-        blocks: what is sharded, recomputed and compiled one by one.
-        plan: what ``tp`` divides.
-        policy: the dtypes.
-        patches: get what is put onto the module.
-        owners: who may hold its parameters, besides its modules; and, where ``in_lists``, all lists.
-        training: whether gradients will be asked for.
-        in_lists: see :class:`~lightning_dist.parallel.replaced.Replaced`.
+        ranks, options, blocks, plan, policy, patches, training: see :func:`~lightning_dist.parallel.parallelize`, also
+            for the communication.
+        owners, in_lists: who may hold its parameters, see :class:`~lightning_dist.parallel.replaced.Replaced`.
         partition: cuts the module into stages, before it is divided.
         materialize: gives what is deferred its values, when it is divided.
 
     Returns:
         What runs its steps, and the parameters that were replaced, by name.
-
-    Communication: see :func:`~lightning_dist.parallel.parallelize`.
     """
     assert ranks.layout is not None
     hooked = {name: p for name, p in module.named_parameters() if has_gradient_hooks(p)}
@@ -140,10 +124,7 @@ def apply_layout(
 
 
 def make_parameters_equal(module: nn.Module, mesh: ParallelMesh) -> None:
-    """Gives the data ranks one copy of each parameter, or of each rank's shard of it.
-
-    Communication: see :func:`~lightning_dist.parallel.equal_copies.make_copies_equal`.
-    """
+    """Makes the data ranks' copies of each parameter, or of each shard of it, equal; see :func:`make_copies_equal`."""
     parameters = held(module.parameters())
     shards = [p for p in parameters if isinstance(p, DTensor) and "dp_shard" in (p.device_mesh.mesh_dim_names or ())]
     apart = {id(p) for p in shards}

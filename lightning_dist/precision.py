@@ -9,14 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.plugins.precision import Precision
-from lightning.pytorch.plugins.precision import (
-    BitsandbytesPrecision,
-    DeepSpeedPrecision,
-    FSDPPrecision,
-    MixedPrecision,
-    TransformerEnginePrecision,
-    XLAPrecision,
-)
+from lightning.pytorch.plugins import precision as plugins
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -40,7 +33,7 @@ def shard_policy(precision: Precision, device: torch.device) -> MixedPrecisionPo
 
     The true precisions leave dtypes alone: the plugin converted the module. So does autocast for another device.
     """
-    if isinstance(precision, (MixedPrecision, FabricMixedPrecision)) and precision.device == device.type:
+    if isinstance(precision, (plugins.MixedPrecision, FabricMixedPrecision)) and precision.device == device.type:
         dtype = torch.bfloat16 if precision.precision == "bf16-mixed" else torch.float16
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -70,15 +63,8 @@ def _casts(layer: nn.Module, name: str) -> bool:
     return any(isinstance(layer, kind) and forward is kind.forward for kind in _CASTING)
 
 
-_CASTING: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CASTING: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 class AgreeingGradScaler(UnscalingGradScaler):
@@ -117,11 +103,7 @@ def make_agreeing(precision: Precision, patches: Patches) -> None:
 
 
 def validate_precision(precision: Precision, world_size: int) -> None:
-    """Raises for a plugin that works for another strategy, that several ranks are not tried with, or can't agree by.
-
-    Raises:
-        ValueError: names it, and what would do.
-    """
+    """Raises a ValueError for a plugin of another strategy, or one that ranks are not tried with, or can't agree by."""
     name = type(precision).__name__
     asked: Any = getattr(precision, "precision", None)
     does = repr(asked if asked in SUPPORTED else "bf16-mixed")
@@ -143,9 +125,9 @@ def validate_precision(precision: Precision, world_size: int) -> None:
         )
 
 
-_OF_OTHERS: dict[type[Precision], str] = {
-    DeepSpeedPrecision: "DeepSpeedStrategy",
-    FSDPPrecision: "FSDPStrategy",
-    XLAPrecision: "XLAStrategy",
+_OF_OTHERS = {
+    plugins.DeepSpeedPrecision: "DeepSpeedStrategy",
+    plugins.FSDPPrecision: "FSDPStrategy",
+    plugins.XLAPrecision: "XLAStrategy",
 }
-_ALONE = BitsandbytesPrecision, TransformerEnginePrecision
+_ALONE = plugins.BitsandbytesPrecision, plugins.TransformerEnginePrecision

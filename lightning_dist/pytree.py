@@ -27,20 +27,8 @@ from lightning_dist.compat.torch import (
     tree_unflatten,
 )
 
-__all__ = [
-    "Path",
-    "deep_leaves",
-    "deep_map",
-    "deep_tensors",
-    "map_leaves",
-    "rebuilt",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map",
-    "tree_map_only",
-    "tree_structure",
-    "tree_unflatten",
-]
+__all__ = ["Path", "deep_leaves", "deep_map", "deep_tensors", "map_leaves", "rebuilt"]
+__all__ += ["tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_structure", "tree_unflatten"]
 
 Path = tuple[Any, ...]
 """Where a leaf is: keys of dictionaries and positions in lists, outermost first."""
@@ -52,8 +40,7 @@ def map_leaves(tree: Any, function: Callable[[Path, Any], Any], path: Path = ())
     """The tree with ``function(path, leaf)`` in place of every leaf, in the order of the dictionaries.
 
     Containers in which nothing changed are the same objects; the others are copies with their attributes (the
-    ``_metadata`` of a state dict). Only plain containers are entered: what a user's class holds is the
-    user's.
+    ``_metadata`` of a state dict). Only plain containers are entered: what a user's class holds is the user's.
     """
     kind = type(tree)
     if kind in _MAPPINGS:

@@ -19,14 +19,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class RandomStates:
-    """States of the generators at one moment.
-
-    Args:
-        cpu: of torch, on the CPU.
-        python: of the module ``random``.
-        numpy: of ``numpy.random``.
-        device: of the accelerator; None on the CPU.
-    """
+    """States of the generators at one moment: torch's on the CPU, Python's, numpy's, and an accelerator's."""
 
     cpu: Tensor
     python: tuple[Any, ...]
@@ -81,7 +74,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     return backend.default_generators[index]
 
 
-def seed_torch(seed: int, device: torch.device = CPU) -> None:
+def _seed_torch(seed: int, device: torch.device) -> None:
     """Seeds torch's generators, the CPU's and a device's.
 
     ``torch.manual_seed`` seeds every kind of accelerator that torch knows. For one that this process has not started it
@@ -94,7 +87,7 @@ def seed_torch(seed: int, device: torch.device = CPU) -> None:
 
 def seed_generators(seed: int, device: torch.device = CPU) -> None:
     """Seeds torch, Python and numpy."""
-    seed_torch(seed, device)
+    _seed_torch(seed, device)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -110,10 +103,7 @@ def share_random_state(device: torch.device) -> None:
     Communication: a broadcast of 5 kB over the world for torch's, of 16 bytes more where there is a GPU, and of
     objects for Python's and numpy's.
     """
-    generators: list[Any] = [torch]
-    if device.type != "cpu":
-        generators.append(torch.get_device_module(device))
-    for generator in generators:
+    for generator in _generators(device.type):
         state = generator.get_rng_state().to(device)
         dist.broadcast(state, 0)
         generator.set_rng_state(state.cpu())
@@ -134,26 +124,19 @@ def part_random_streams(data_rank: int) -> None:
         random.seed(seed + data_rank)
 
 
-_outer: list[_Stream] = []
-"""The streams that were left for one of a rank's own, outermost first."""
+_outer: list[list[tuple[Any, Tensor]]] = []
+"""The streams that were left for one of a rank's own, outermost first: generators and states, until they go on."""
 
 
-class _Stream:
-    """The state of torch's generators: the CPU's, and the device's."""
+def _go_on(stream: list[tuple[Any, Tensor]]) -> None:
+    while stream:
+        generator, state = stream.pop()
+        generator.set_rng_state(state)
 
-    def __init__(self, device_type: str) -> None:
-        self._device = None if device_type == "cpu" else torch.get_device_module(device_type)
-        self._cpu_state = torch.get_rng_state()
-        self._device_state = None if self._device is None else self._device.get_rng_state()
-        self.left = True
 
-    def go_on(self) -> None:
-        """Continues where it was."""
-        if self.left:
-            torch.set_rng_state(self._cpu_state)
-            if self._device is not None:
-                self._device.set_rng_state(self._device_state)
-        self.left = False
+def _generators(device_type: str) -> list[Any]:
+    """Of torch: the CPU's, and a device's."""
+    return [torch] if device_type == "cpu" else [torch, torch.get_device_module(device_type)]
 
 
 @contextmanager
@@ -165,15 +148,15 @@ def own_stream(mesh: DeviceMesh) -> Iterator[None]:
     columns differs from the others'; the shared stream goes on by one draw.
     """
     seed = int(torch.randint(2**31, (), device="cpu"))
-    _outer.append(_Stream(mesh.device_type))
-    seed_torch(seed + mesh.get_local_rank(), torch.device(mesh.device_type))
+    _outer.append([(generator, generator.get_rng_state()) for generator in _generators(mesh.device_type)])
+    _seed_torch(seed + mesh.get_local_rank(), torch.device(mesh.device_type))
     try:
         yield
     finally:
-        _outer.pop().go_on()
+        _go_on(_outer.pop())
 
 
 def shared_again() -> None:
     """Goes on with the shared stream before the end of :func:`own_stream`: what follows is replicated again."""
     if _outer:
-        _outer[-1].go_on()
+        _go_on(_outer[-1])

@@ -45,12 +45,10 @@ class LayoutRanks:
         self.layout: Layout | None = None
         """Resolved; None while ``"auto"`` is undecided."""
         self.mesh: ParallelMesh | None = None
-        """None for one process."""
-        self.device = torch.device("cpu")
-        """The device of this rank."""
-        self.rank, self.world_size = 0, 1
+        """The ranks along the axes of the layout; None for one process."""
+        self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
         self.num_processes = self.num_nodes = 1
-        """Processes of this node, and machines."""
+        """Processes of this node, as Lightning's launchers ask, and machines."""
         self._backend = backend
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,10 +72,7 @@ class LayoutRanks:
             self.layout = resolve(self.requested, self.world_size)
 
     def join(self, environment: ClusterEnvironment) -> None:
-        """Makes the process group of the world, if it is not there, and gives all ranks rank 0's random state.
-
-        Communication: the meeting of the ranks, and :func:`share_random_state`; none for one process.
-        """
+        """Makes the process group of the world, if it is not there; see :func:`share_random_state`."""
         if self.world_size > 1:
             form_world(environment, self._backend or default_backend(self.device), self.timeout, self.device)
             _let_threads_end_before_forks()
@@ -87,10 +82,6 @@ class LayoutRanks:
         """Makes the process groups along the axes, once; nothing for one process or an undecided layout."""
         if self.layout is not None and self.world_size > 1 and self.mesh is None:
             self.mesh = self.layout.build_mesh(self.device.type)
-
-    def has_pipeline(self, num_ranks: int) -> bool:
-        """Whether the requested layout has a pipeline on so many ranks."""
-        return self.requested is not None and resolve(self.requested, num_ranks).pp > 1
 
     def decide(self, module: nn.Module) -> tuple[Layout, str]:
         """The layout, and why it was chosen: by :func:`choose_layout`, if it is ``"auto"`` and was undecided."""
@@ -156,17 +147,8 @@ class LayoutRanks:
         part_random_streams(self.data_rank)
 
 
-shown_of_ranks: Any = tuple(
-    property(attrgetter(f"ranks.{name}"), doc=doc)
-    for name, doc in {
-        "layout": 'The layout, resolved; None while ``"auto"`` is undecided.',
-        "mesh": "The ranks along the axes of the layout; None for one process.",
-        "num_data_ranks": "Number of ranks that see different samples.",
-        "num_processes": "Of this node; asked by Lightning's launchers.",
-        "data_rank": "Ranks with the same one see the same samples.",
-        "data_group": "The ranks with different samples; None for one process.",
-    }.items()
-)
+_SHOWN = ("layout", "mesh", "num_data_ranks", "num_processes", "data_rank", "data_group")
+shown_of_ranks: Any = [property(attrgetter(f"ranks.{name}"), doc="See :class:`LayoutRanks`.") for name in _SHOWN]
 """Properties of a strategy that show what its ``ranks`` have."""
 
 

@@ -25,8 +25,7 @@ class Snapshot:
     Args:
         owners: whose attributes are kept.
         data: they are data sets, whose tensors are taken for unchanged; else data sets are left out.
-        of_module: gives what restores a module that an owner holds; None of one that is left out, as all are by
-            default.
+        of_module: gives what restores a module that an owner holds; None, as by default, leaves it out.
     """
 
     def __init__(
@@ -37,20 +36,20 @@ class Snapshot:
     ) -> None:
         owners = list(owners)
         self._data, self._of_module = data, of_module
-        self._undo: list[Callable[[], None]] = []
+        self._undos: list[Callable[[], object]] = []
         self._seen = {id(owner) for owner in owners}
         for owner in owners:
             self._keep_attributes(owner)
 
     def restore(self) -> None:
         """Everything is as it was."""
-        for undo in self._undo:
+        for undo in self._undos:
             undo()
 
     def add(self, *values: Any) -> None:
         """These too."""
         for value in values:
-            self._keep(value, nested=False)
+            self._keep(value)
 
     def _keep_attributes(self, owner: Any) -> None:
         attributes = {name: value for name, value in vars(owner).items() if name not in _attributes_of_lightning()}
@@ -61,13 +60,11 @@ class Snapshot:
                 del now[name]
             now.update(attributes)
 
-        self._undo.append(undo)
-        for value in attributes.values():
-            self._keep(value, nested=False)
+        self._undos.append(undo)
+        self.add(*attributes.values())
 
-    def _keep(self, root: Any, nested: bool) -> None:
-        """Keeps a value and what it holds; tensors within lists, which collect, are taken for unchanged."""
-        waiting = [(root, nested)]
+    def _keep(self, root: Any) -> None:
+        waiting = [(root, False)]
         while waiting:
             value, nested = waiting.pop()
             if isinstance(value, (str, bytes, int, float, type(None), type)) or id(value) in self._seen:
@@ -78,64 +75,48 @@ class Snapshot:
             if isinstance(value, DataLoader):
                 self._keep_attributes(value)
             elif isinstance(value, torch.Generator):
-                self._undo.append(partial(_set_state, value, value.get_state()))
+                self._undos.append(partial(value.set_state, value.get_state()))
             elif isinstance(value, nn.Module):
                 undo = self._of_module(value)
-                self._undo += [] if undo is None else [undo]
+                self._undos += [] if undo is None else [undo]
             elif isinstance(value, (Tensor, np.ndarray)):
                 if not nested and not self._data and not isinstance(value, nn.Parameter):
-                    self._undo.append(_undo_array(value))
+                    self._undos.append(_undo(value))
             elif isinstance(value, (list, deque)):
-                self._undo.append(_undo_list(value))
+                self._undos.append(_undo(value))
                 waiting += [(inner, True) for inner in value]
-            elif isinstance(value, dict):
-                self._undo.append(_undo_mapping(value))
-                waiting += [(inner, nested) for inner in value.values()]
-            elif isinstance(value, set):
-                self._undo.append(_undo_mapping(value))
+            elif isinstance(value, (dict, set)):
+                self._undos.append(_undo(value))
+                waiting += [(inner, nested) for inner in value.values()] if isinstance(value, dict) else []
             elif isinstance(value, tuple):
                 waiting += [(inner, nested) for inner in value]
             elif hasattr(value, "__dict__") and is_users(type(value)):
                 self._keep_attributes(value)
 
 
-def _undo_array(value: Any) -> Callable[[], None]:
-    before = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+def _undo(value: Any) -> Callable[[], None]:
+    """Gives a tensor, an array or a container what it holds now; an empty list keeps later items without their rows."""
+    if isinstance(value, Tensor):
+        before = value.detach().clone()
+    else:
+        before = list(value) if isinstance(value, (list, deque)) else value.copy()
 
     def undo() -> None:
-        if not isinstance(value, Tensor):
+        if isinstance(value, np.ndarray):
             value[...] = before
-        elif value.shape == before.shape:
-            with torch.no_grad():
-                value.copy_(before)
+        elif isinstance(value, Tensor):
+            if value.shape == before.shape:
+                with torch.no_grad():
+                    value.copy_(before)
+        elif isinstance(value, (dict, set)):
+            value.clear()
+            value.update(before)
+        else:
+            emptied = [] if before else [_emptied(item) for item in value]
+            value.clear()
+            value.extend(before if before or any(item is None for item in emptied) else emptied)
 
     return undo
-
-
-def _undo_list(value: list[Any] | deque[Any]) -> Callable[[], None]:
-    before = list(value)
-
-    def undo() -> None:
-        grown = list(value)[len(before) :]
-        value.clear()
-        value.extend(before if before else _without_rows(grown))
-
-    return undo
-
-
-def _undo_mapping(value: dict[Any, Any] | set[Any]) -> Callable[[], None]:
-    before: Any = value.copy()
-
-    def undo() -> None:
-        value.clear()
-        value.update(before)
-
-    return undo
-
-
-def _without_rows(grown: list[Any]) -> list[Any]:
-    emptied = [_emptied(item) for item in grown]
-    return [] if any(item is None for item in emptied) else emptied
 
 
 def _emptied(item: Any) -> Any:
@@ -144,13 +125,12 @@ def _emptied(item: Any) -> Any:
         return item[:0] if item.ndim else None
     if type(item) is list:
         return []
-    if type(item) is tuple:
-        parts = [_emptied(inner) for inner in item]
-        return None if any(part is None for part in parts) else tuple(parts)
-    if type(item) is dict:
-        values = {key: _emptied(inner) for key, inner in item.items()}
-        return None if any(part is None for part in values.values()) else values
-    return None
+    if type(item) not in (tuple, dict):
+        return None
+    parts = [_emptied(inner) for inner in (item.values() if type(item) is dict else item)]
+    if any(part is None for part in parts):
+        return None
+    return dict(zip(item, parts, strict=True)) if type(item) is dict else tuple(parts)
 
 
 @cache
@@ -173,7 +153,3 @@ def _is_users_module(name: str) -> bool:
         return name == "__main__"
     installed = any(folder in file for folder in ("site-packages", "dist-packages"))
     return not installed and not file.startswith(sysconfig.get_paths()["stdlib"])
-
-
-def _set_state(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)

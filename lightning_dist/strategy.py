@@ -56,10 +56,8 @@ class HybridStrategy(ParallelStrategy):
             ``"InterleavedZeroBubble"``, ``"ZBVZeroBubble"`` or ``"DualPipeV"``.
         num_microbatches: into how many a batch is split under ``pp``. Default: four per rank of the axis, or fewer, so
             that each has two samples at least where the batch has two for each rank.
-        pipeline_cuts: the modules after which the network is cut under ``pp``, by name. Default: those that balance
-            the cost of the stages.
-        pipeline_reshard: under ``pp`` with ``dp_shard``, free sharded parameters after each microbatch and gather them
-            again. Default: they are gathered once a step.
+        pipeline_cuts: names of the modules after which ``pp`` cuts the network. Default: those that balance the stages.
+        pipeline_reshard: under ``pp`` with ``dp_shard``, gather parameters for each microbatch. Default: once a step.
         pipeline_check: under ``pp``, the first time that a kind of step runs, compare what it does over microbatches
             with what it does over the whole batch; another result is an error.
         pipeline_outputs: under ``pp``, send what a step returns beside its loss, appends to lists of the module and
@@ -68,8 +66,8 @@ class HybridStrategy(ParallelStrategy):
             of the dim for tensors, ``"each"`` for a list of one item a sample, None for what every microbatch gets as
             it is; or a function of a batch and a number of parts that returns the parts. Default: the first dim of all
             tensors and arrays that have the size there that most have, and lists of as many items.
-        microbatch_weight: a function of a microbatch, of what its loss is a mean over, under ``pp``: of the number of
-            labels that are not ignored, say. Default: its samples.
+        microbatch_weight: under ``pp``, a function of a microbatch that gives of how many its loss is the mean: labels
+            that are not ignored, say. Default: samples.
         activation_checkpointing: ``"full"``, blocks keep only inputs and outputs for backward, and compute the rest
             again; ``"selective"``, they also keep the results of matrix products, convolutions and attention.
         compile: True, or the keyword arguments of ``torch.compile``: compiles the blocks one by one.
@@ -83,12 +81,10 @@ class HybridStrategy(ParallelStrategy):
         start_method: how Lightning starts the other processes of a script: ``"popen"``, ``"spawn"``, ``"fork"`` or
             ``"forkserver"``. Under torchrun, SLURM and the like they are there already.
         process_group_backend, timeout: of torch.distributed; by default those of the device and of torch.
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as for Lightning's
-            strategies; the Trainer sets them.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: the Trainer sets them.
 
-    Raises:
-        ValueError: a layout that does not fit the number of processes, when the Trainer is made, before any process
-            starts; see :class:`~lightning_dist.Layout`.
+    A layout that does not fit the number of processes is a ValueError when the Trainer is made; see
+    :class:`~lightning_dist.Layout`.
 
     What is communicated: see the runners in :mod:`lightning_dist.parallel` for a step,
     :func:`~lightning_dist.gradients.global_norm` for clipping, :class:`~lightning_dist.logs.StepLogs` for logs.
@@ -173,10 +169,8 @@ class HybridStrategy(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether several ranks run something together now; Lightning asks strategies that are not its own.
-
-        It asks for values logged with ``sync_dist=True``, in steps and hooks, and before a run to refuse its finder of
-        a batch size, which works here: see ``tuning``.
+        """Whether several ranks run something together now. Lightning asks strategies that are not its own: for values
+        logged with ``sync_dist=True``, and before a run to refuse its finder of a batch size, which works here.
         """
         return self.parts.is_set_up and self.world_size > 1
 
@@ -201,12 +195,9 @@ class HybridStrategy(ParallelStrategy):
 
     def set_world_ranks(self) -> None:
         """Called by the Trainer as soon as devices and nodes are known: the layout is checked here."""
-        self._place()
+        self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
         if not self.cluster_environment.creates_processes_externally and self.ranks.world_size > 1:
             private.set_launcher(self, self.start_method)
-
-    def _place(self) -> None:
-        self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
 
     @property
     @override
@@ -245,7 +236,7 @@ class HybridStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         self.parts.validate(self.lightning_module, self.start_method, self.checkpoint_io)
         super().setup_environment()
-        self._place()
+        self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
         self.parts.join(self.lightning_module, self.cluster_environment)
 
     @contextmanager
@@ -365,9 +356,7 @@ class HybridStrategy(ParallelStrategy):
         return self.parts.checkpoints.optimizer_state(self.lightning_module, optimizer)
 
     @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: private.Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: private.Path, storage_options: Any = None) -> None:
         # that of a finder begins its search
         module, parts = self.lightning_module, self.parts
         filepath = parts.tuning.begin(filepath, private.trainer_of(module), parts.resume.last_step)

@@ -38,10 +38,7 @@ _PATIENCE = timedelta(minutes=2)
 
 
 class Tuning:
-    """A run's search of a finder, while there is one: what the hooks of a strategy ask and tell.
-
-    Its methods do nothing where nothing is searched for, but for :meth:`begin`.
-    """
+    """A run's search of a finder, while there is one: what the hooks of a strategy ask and tell."""
 
     def __init__(self, ranks: LayoutRanks) -> None:
         self.fits: Agreement | None = None
@@ -59,16 +56,8 @@ class Tuning:
     def begin(self, path: Any, trainer: pl.Trainer, position: Any) -> Any:
         """A checkpoint is about to be saved: that of a finder, which draws another name on each rank, begins a search.
 
-        Args:
-            path: of the checkpoint on this rank.
-            trainer: that saves.
-            position: of the training when it begins, which :meth:`end` and :meth:`leave` give back.
-
-        Returns:
-            where to save; of a finder, the same on all ranks.
-
-        Communication: of a finder one broadcast of the path over the world; where it looks for a batch size, a process
-        group of gloo over the world is made, to be able to talk of steps that failed.
+        ``position`` is that of the training, which :meth:`end` and :meth:`leave` give back. Returns where to save: of a
+        finder the same on all ranks, by one broadcast over the world; for a batch size see also :class:`Agreement`.
         """
         kind = _kind_of_search(path)
         if kind is None:
@@ -116,10 +105,7 @@ class Tuning:
         return position
 
     def apart(self, runner: SingleProcessRunner) -> AbstractContextManager[None]:
-        """Around a backward pass: in a trial copies reduce no gradients, so that none waits for another in it.
-
-        The weights of a trial are thrown away.
-        """
+        """Around a backward pass: in a trial, whose weights are thrown away, no copy waits for another's gradients."""
         return runner.accumulating() if self.fits is not None and isinstance(runner, DDPRunner) else nullcontext()
 
     def raise_if_broken(self) -> None:
@@ -143,23 +129,18 @@ class Tuning:
             if isinstance(callback, private.LearningRateCallback) and "on_train_batch_end" not in vars(callback):
                 self._patches.wrap(callback, "on_train_batch_end", self._with_mean_loss)
 
-    def _with_mean_loss(
-        self, original: Callable[..., None], trainer: Any, module: Any, outputs: Any, *args: Any
-    ) -> None:
+    def _with_mean_loss(self, own: Callable[..., None], trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
         """Communication: one all-reduce of the loss over the data ranks."""
         if outputs:
             loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
             outputs = {"loss": self._ranks.reduce(loss.detach())}
-        original(trainer, module, outputs, *args)
+        own(trainer, module, outputs, *args)
 
 
 class Agreement:
     """Whether what every rank has just computed fitted in its memory.
 
-    Args:
-        ranks: that compute.
-
-    Communication: makes a process group of gloo over the world.
+    Communication: makes a process group of gloo over the world, to be able to talk of steps that failed.
     """
 
     def __init__(self, ranks: LayoutRanks) -> None:
@@ -173,14 +154,10 @@ class Agreement:
     def agreed(self, forget: Callable[[], None]) -> Iterator[None]:
         """An error that any rank meets inside is met by all; one for want of memory as Lightning's finder knows it.
 
-        Args:
-            forget: drops what is left of a step that failed.
+        ``forget`` drops what is left of the step then. Raises a RuntimeError where ranks failed after different numbers
+        of collectives, or one while others wait for it in a collective.
 
         Communication: one all-gather of a short object over the world, on gloo.
-
-        Raises:
-            RuntimeError: ranks failed after different numbers of collectives, or one did while others wait for it in a
-                collective, which none comes back from.
         """
         error: Exception | None = None
         try:
@@ -233,16 +210,14 @@ def _kind_of_search(path: Any) -> str | None:
 
 
 def validate_tuner(trainer: pl.Trainer, start_method: str) -> None:
-    """A ``Tuner`` asks in the main process, to which Lightning sends back weights and metrics only (seen in 2.6.6).
+    """Raises a ValueError where a ``Tuner`` asks, and the ranks are other processes than this one.
 
-    Raises:
-        ValueError: one asks, and the ranks are other processes than this one.
+    To the main process, in which it asks, Lightning sends back weights and metrics only (seen in 2.6.6).
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     finders = (c for c in callbacks if isinstance(c, (BatchSizeFinder, LearningRateFinder)))
-    if start_method == "popen" or trainer.strategy.launcher is None:
-        return
-    if any(private.is_of_tuner(finder) for finder in finders):
+    starts = start_method != "popen" and trainer.strategy.launcher is not None
+    if starts and any(private.is_of_tuner(finder) for finder in finders):
         raise ValueError(
             f"a Tuner with start_method={start_method!r}: what the started processes find does not come back to this "
             'one; use start_method="popen" or torchrun, or the callbacks BatchSizeFinder and LearningRateFinder in fit'

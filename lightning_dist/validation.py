@@ -105,10 +105,7 @@ def validate_no_lazy(module: nn.Module) -> None:
 def validate_parameter_kinds(module: nn.Module, layout: Layout, split: Collection[str]) -> None:
     """Raises a ValueError for parameters of another kind, quantised ones say, of which a part is a plain tensor.
 
-    Args:
-        module: before it is divided.
-        layout: resolved.
-        split: names of the parameters that the tensor axis divides.
+    The module is not divided yet; ``split`` are the names of the parameters that the tensor axis will divide.
     """
     every = layout.dp_shard > 1 or layout.pp > 1
     wrapped = [(n, type(p)) for n, p in module.named_parameters() if _is_wrapper(p) and (every or n in split)]

@@ -60,12 +60,9 @@ class InLayout(nn.Module):
     ) -> None:
         super().__init__()
         self.module, self.parallel = module, parallel
-        self.had_backward = False
-        """Whether a backward pass of Fabric's ran since the last step."""
-        self.is_unreduced = False
-        """Whether gradients were added up that no rank has had from the others."""
-        self.is_stepped = False
-        """Whether an optimizer has stepped on all that it trains since its last forward."""
+        self.had_backward = self.is_stepped = self.is_unreduced = False
+        """Whether a backward pass of Fabric's ran since the last step; whether an optimizer has stepped on all that it
+        trains since its last forward; whether gradients were added up that no rank has had from the others."""
         self._parameters_of_module = {id(p): p for p in module.parameters()}  # between passes units may show others
         self._mesh, self._takes_part = mesh, takes_part
         self._compared: set[str] = set()

@@ -11,17 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
+from lightning_dist import data
 from lightning_dist.compat import lightning as private
-from lightning_dist.data import (
-    DistributedBatches,
-    DistributedStream,
-    distributed_batches,
-    is_stream,
-    seed_loader,
-    shard_loader,
-    shard_stream,
-    share_generator,
-)
+from lightning_dist.data import DistributedBatches, DistributedStream, seed_loader, share_generator
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 
@@ -64,10 +56,10 @@ class Loaders:
         finally:
             connector.use_distributed_sampler = wanted
         prepared, ranks = dataloader, self._ranks
-        if wanted and is_stream(dataloader):
+        if wanted and data.is_stream(dataloader):
             dataloader = self._shard_stream(dataloader, mode)
         elif wanted and isinstance(dataloader, DataLoader):
-            dataloader = shard_loader(dataloader, ranks.num_data_ranks, ranks.data_rank, mode)
+            dataloader = data.shard_loader(dataloader, ranks.num_data_ranks, ranks.data_rank, mode)
             share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, ranks.data_rank)
@@ -96,7 +88,7 @@ class Loaders:
         if ranks.data_group is None or ranks.num_data_ranks == 1:
             return loader
         is_training = mode == RunningStage.TRAINING
-        batches = shard_stream(loader, ranks.num_data_ranks, ranks.data_rank, ranks.data_group, is_training)
+        batches = data.shard_stream(loader, ranks.num_data_ranks, ranks.data_rank, ranks.data_group, is_training)
         if isinstance(batches, DistributedStream) and isinstance(loader, DataLoader):
             seed_loader(loader, data_rank=0)  # every rank reads the same stream
             share_generator(loader)
@@ -151,4 +143,4 @@ class Loaders:
 
 
 def _distributed(loader: object) -> DistributedBatches | DistributedStream | None:
-    return loader if isinstance(loader, DistributedStream) else distributed_batches(loader)
+    return loader if isinstance(loader, DistributedStream) else data.distributed_batches(loader)

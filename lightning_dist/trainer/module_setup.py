@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_dist import validation
 from lightning_dist.collectives import broadcast_tensors, gather_objects
 from lightning_dist.compat import lightning as private
 from lightning_dist.divided.averages import copies_of, divide_copies
@@ -24,29 +25,15 @@ from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.module_layout import ModuleOptions, apply_layout
-from lightning_dist.parallel import FSDPRunner, average_buffers, validate_blocks
+from lightning_dist.parallel import FSDPRunner, average_buffers, pipeline, validate_blocks
 from lightning_dist.parallel.give_back import give_back, whole_tensors
-from lightning_dist.parallel.pipeline import (
-    PartitionedModule,
-    PipelineRunner,
-    partition_module,
-    partition_of,
-    whole_of_all_stages,
-)
+from lightning_dist.parallel.pipeline import PartitionedModule, PipelineRunner, partition_of
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
-from lightning_dist.validation import (
-    has_lazy_parameters,
-    validate_built,
-    validate_no_lazy,
-    validate_no_new_parameters,
-    validate_parameter_kinds,
-    validate_trainer,
-)
 
 
 class ModuleSetup:
@@ -85,14 +72,14 @@ class ModuleSetup:
         return None if self._pipeline_runner is None else self._pipeline_runner.place
 
     def validate(self, module: pl.LightningModule) -> None:
-        """Raises before process groups form, where the network is there already; :meth:`build` asks again.
-
-        Raises:
-            ValueError: the layout does not fit the options, or the network.
-        """
+        """Raises a ValueError, before process groups form, where the layout does not fit options or a known network."""
         if self._ranks.layout is not None:
             self.options.pipeline.validate(self._ranks.layout.pp)
-        if is_overridden("configure_model", module) or is_overridden("setup", module) or has_lazy_parameters(module):
+        if (
+            is_overridden("configure_model", module)
+            or is_overridden("setup", module)
+            or validation.has_lazy_parameters(module)
+        ):
             return
         self._plan(module)
         if module.trainer.state.fn == TrainerFn.FITTING and self.options.recomputes:
@@ -116,7 +103,7 @@ class ModuleSetup:
             rank_zero_warn(f"{error} It is now built whole on every rank before it is sharded.")
             self._recorded = None
             module.configure_model()
-            validate_built(module)
+            validation.validate_built(module)
         else:
             self._recorded.bind(module)
 
@@ -137,19 +124,19 @@ class ModuleSetup:
         """
         self._module = module
         if self._ranks.world_size > 1:
-            validate_no_lazy(module)
+            validation.validate_no_lazy(module)
         if partition_of(module) is None:  # else its ranks hold different parameters by now
             precision.convert_module(module)
         layout, reason = self._ranks.decide(module)
         if reason:
             self.reason = reason
             private.show_mesh(module, None if self._ranks.mesh is None else self._ranks.mesh.root)
-            validate_trainer(module.trainer, layout, self._ranks.device)
+            validation.validate_trainer(module.trainer, layout, self._ranks.device)
         self._validate_mesh(module, layout)
         self.sharding_plan = plan = self._plan(module)
-        validate_parameter_kinds(module, layout, parameter_splits(plan.tensor_plan) if plan else ())
+        validation.validate_parameter_kinds(module, layout, parameter_splits(plan.tensor_plan) if plan else ())
         if self.is_divided(module):
-            validate_no_new_parameters(module, self.known_parameters)
+            validation.validate_no_new_parameters(module, self.known_parameters)
         else:
             to_device(module, self._ranks.device)
             if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
@@ -194,7 +181,7 @@ class ModuleSetup:
         if self._recorded is not None and any(buffer.is_meta for buffer in module.buffers()):
             # what depends on no parameter is traced for real
             self._recorded.materialize(module, device=self._ranks.device, parameters=False)
-        return partition_module(
+        return pipeline.partition_module(
             module,
             module.trainer,
             self.options.pipeline,
@@ -213,9 +200,8 @@ class ModuleSetup:
             cut.validate_same(0 if mesh is None else mesh.root["pp"].get_local_rank(), layout.pp)
         mine = {} if mesh is None else dict(zip(MESH_AXES, mesh.root.shape, strict=True))
         of_earlier = next((p.device_mesh for p in module.parameters() if isinstance(p, DTensor)), None)
-        if of_earlier is not None and any(
-            mine.get(axis) != of_earlier[axis].size() for axis in of_earlier.mesh_dim_names or ()
-        ):
+        axes = () if of_earlier is None else zip(of_earlier.mesh_dim_names or (), of_earlier.shape, strict=False)
+        if any(mine.get(axis) != size for axis, size in axes):
             raise ValueError(
                 f"this module is sharded over {of_earlier} from an earlier run, and the layout is now {layout}; build "
                 "the module anew and pass ckpt_path= to go on from its checkpoint"
@@ -241,11 +227,7 @@ class ModuleSetup:
             self.runner.reshard()
 
     def validate_optimizer(self, optimizer: Optimizer) -> None:
-        """Raises where an optimizer of the fit steps on what is in the module no more.
-
-        Raises:
-            ValueError: it was made for an earlier run, and nobody who could be given the new parameters holds it.
-        """
+        """Raises a ValueError for an optimizer of an earlier run that nobody holds who was given the new parameters."""
         old = {id(p): name for name, p in (self._originals or {}).items()}
         lost = [old[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in old]
         if lost:
@@ -275,7 +257,7 @@ class ModuleSetup:
         self.names_of_parts = {p: name for name, p in named if isinstance(p, DTensor) or is_placeholder(p)}
         whole = whole_tensors(module)
         if (runner := self._pipeline_runner) is not None:
-            whole = whole_of_all_stages(module, whole, runner.stages, runner.group, self._ranks.device)
+            whole = pipeline.whole_of_all_stages(module, whole, runner.stages, runner.group, self._ranks.device)
         self.runner, self.known_parameters = None, {}
         self.patches.undo()
         give_back(module, whole, originals, _owners(module.trainer), self._kept_alike)

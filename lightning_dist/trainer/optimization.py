@@ -34,10 +34,8 @@ class Optimization:
         """Norm of the gradients before the last clipping by norm; the same on every rank."""
         self._precision: Any = None
         self._patches = Patches()
-        self._has_run_backward = False
-        """Whether a backward pass of this run was the strategy's."""
-        self._epoch_of_copies = -1
-        """Whose first step saw that the data ranks' copies are equal."""
+        self._has_run_backward, self._epoch_of_copies = False, -1
+        """Whether a backward pass of this run was the strategy's; whose first step saw that copies are equal."""
 
     def attach(self, precision: Precision, patches: Patches) -> None:
         """From here on the precision plugin, through which Lightning clips, works over all ranks."""
@@ -53,10 +51,8 @@ class Optimization:
     def check(self, optimizer: Optimizer) -> None:
         """Makes an optimizer of the fit ready to step over parts.
 
-        Communication: see :func:`lightning_dist.optimizers.validate_exact`, where the layout divides.
-
-        Raises:
-            ValueError: it would not do over parts what it does over whole parameters, or holds those of an earlier run.
+        Raises a ValueError for one that would not do over parts what it does over whole parameters, or holds those of
+        an earlier run. Communication: see :func:`lightning_dist.optimizers.validate_exact`, where the layout divides.
         """
         self._setup.validate_optimizer(optimizer)
         validate_lbfgs(optimizer)
@@ -81,21 +77,14 @@ class Optimization:
         runner.before_training_step()
 
     def accumulating(self) -> AbstractContextManager[None]:
-        """Around a step whose gradients are only added up.
-
-        What looks at gradients after such a step sees those of one process: they are reduced at each, then.
-        """
+        """Around a step whose gradients are only added up; but where a hook of the user's looks at them, reduced."""
         runner = self._setup.runner
         hook, callbacks = "on_after_backward", runner.module.trainer.callbacks
         watches = is_overridden(hook, runner.module) or any(is_overridden(hook, c, Callback) for c in callbacks)
         return nullcontext() if watches else runner.accumulating()
 
     def before_backward(self, loss: Tensor, inputs: Any) -> Tensor:
-        """The loss to start a backward pass from.
-
-        Raises:
-            ValueError: gradients of some parameters alone were asked for.
-        """
+        """The loss to start a backward pass from; raises a ValueError where it is for some inputs alone."""
         if inputs is not None and self._ranks.num_data_ranks > 1:
             raise ValueError(
                 f"manual_backward(..., inputs=) under layout {self._ranks.layout}: gradients of some parameters alone "
@@ -123,11 +112,8 @@ class Optimization:
             yield partial(self._hooked, closure)
 
     def _validate_reduced(self, optimizer: Optimizer) -> None:
-        """Raises where an optimizer is about to step on what the data ranks don't share.
-
-        Raises:
-            RuntimeError: gradients of a backward pass that this strategy was not told of; parameters that came to the
-                module during the fit.
+        """Raises a RuntimeError for gradients of a backward pass that this strategy was not told of, and for parameters
+        that came to the module during the fit, which the data ranks don't share.
         """
         runner, module = self._setup.runner, self._setup.runner.module
         held_by = list(chain.from_iterable([group["params"] for group in optimizer.param_groups]))

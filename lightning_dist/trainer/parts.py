@@ -77,11 +77,9 @@ class Parts:
             private.compile_steps(compiled[1], _STEPS, compiled[0])
 
     def validate(self, module: pl.LightningModule, start_method: str, io: CheckpointIO) -> None:
-        """A run begins; raises before process groups form.
+        """A run begins; raises a ValueError, before process groups form, for what can't work under the layout.
 
-        Raises:
-            ValueError: what can't work under the layout.
-            RuntimeError: other ranks are still in an earlier run.
+        Raises a RuntimeError where other ranks are still in an earlier run.
         """
         ranks, trainer = self.ranks, module.trainer
         self._is_in_run = True

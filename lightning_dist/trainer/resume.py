@@ -67,10 +67,8 @@ class Resume:
         """The generators at the first batch of a run that goes on."""
         self._begin_again: Callable[[], None] | None = None
         """Puts the loaders where the run goes on, until its first batch has begun."""
-        self._is_plain = False
-        """Whether the run goes on from a checkpoint that does not say where its data stood."""
-        self._begun_in_place = False
-        """Whether the loaders have begun where the run goes on."""
+        self._is_plain = self._begun_in_place = False
+        """Whether the checkpoint does not say where its data stood; whether the loaders have begun where it goes on."""
 
     def attach(self, trainer: pl.Trainer, patches: Patches) -> None:
         """A run begins: from here on its loaders begin where it goes on, and each batch is noted."""
@@ -152,8 +150,7 @@ class Resume:
     def added_to(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint with the state of data and random generators, taken back to the last optimizer step.
 
-        Communication over the data ranks: one all-gather of their random states and of the loaders' own, as objects of
-        about 10 kB.
+        Communication: one all-gather of those over the data ranks, as objects of about 10 kB.
         """
         if self.last_step is None and self._to_resume is not None:  # nothing was done since the run goes on
             return {**checkpoint, RESUME: self._to_resume}
@@ -211,10 +208,7 @@ class Resume:
         return is_within and self._epochs.processed > self._epoch
 
     def buffers_at_step(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A module's state dict, with the buffers of the last optimizer step.
-
-        Communication: none, or that of making buffers equal.
-        """
+        """A module's state dict, with the buffers of the last optimizer step, which may have to be made equal."""
         step = self.last_step
         if step is None or not step.buffers or not self._since_step:
             return state

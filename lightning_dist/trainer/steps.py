@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dist.control_flow import ControlFlow
 from lightning_dist.data import validate_same_batches
-from lightning_dist.gathering import UnevenAllGather, all_gather, validate_even
+from lightning_dist.gathering import UnevenAllGather, WorldCalls, all_gather, validate_even
 from lightning_dist.logs import RepeatedBatch, StepLogs, attach_logs, attach_metrics
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
@@ -20,7 +20,6 @@ from lightning_dist.trainer.loaders import Loaders
 from lightning_dist.trainer.module_setup import ModuleSetup
 from lightning_dist.trainer.resume import Resume
 from lightning_dist.tuning import Tuning
-from lightning_dist.world_calls import WorldCalls
 
 _NOTHING = nullcontext()
 
@@ -47,20 +46,14 @@ class Steps:
         """Steps whose first batch was seen to be the same on the ranks that share samples."""
 
     def attach(self, trainer: pl.Trainer, monitored: set[str], patches: Patches) -> None:
-        """The module and its optimizers have been set up; the loops are about to begin.
-
-        Args:
-            trainer: of the run.
-            monitored: names of logged values by which schedulers decide.
-            patches: of what is set up.
-        """
+        """The loops are about to begin; ``monitored`` are names of logged values by which schedulers decide."""
         self._detach()
         self._trainer, ranks, setup, is_even = trainer, self._ranks, self._setup, self._resume.is_even
         names = monitored | _monitored(trainer)
         batches_of = self._loaders.batches_of
         self._logs = attach_logs(trainer, patches, names, ranks.logs_group, batches_of, setup.stage, is_even)
         if trainer.state.fn == TrainerFn.FITTING and ranks.world_size > 1:
-            self.control_flow = ControlFlow(trainer, setup.runner, ranks.device, ranks.timeout, is_even)
+            self.control_flow = ControlFlow(trainer, setup.runner, ranks, is_even)
             self.control_flow.attach(patches)
         module, group = trainer.lightning_module, ranks.data_group
         if ranks.logs_group is not None:
@@ -83,8 +76,8 @@ class Steps:
     def run(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a step of the module.
 
-        Communication: the first time that a kind of step runs, a comparison of its batch over ``pp`` and ``tp``; and
-        see the runner's class.
+        Communication: see the runner's class; the first time that a kind of step runs, a comparison of its batch over
+        ``pp`` and ``tp``.
         """
         if step not in self._compared and (mesh := self._ranks.mesh) is not None:
             self._compared.add(step)
@@ -121,14 +114,12 @@ class Steps:
         holds every sample once for each rank of ``tp`` and ``pp``.
 
         Args:
-            tensor: of this rank's samples, with the same shape on every rank.
+            tensor: of this rank's samples, with the same shape on every rank. Returned is (data ranks, *shape) in the
+                order of data ranks; in one process the tensor as it is.
             group: other ranks to gather from.
             sync_grads: differentiable. Each rank's gradient is the sum over the ranks that it was gathered to: under
                 the mean that data parallelism takes of gradients, a loss of all samples that every rank computes has
                 the gradient of one process.
-
-        Returns:
-            (data ranks, *shape) in the order of data ranks; in one process the tensor as it is.
         """
         group = self._ranks.group_unless(group)
         if self.world_calls is not None:
