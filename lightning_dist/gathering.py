@@ -136,7 +136,11 @@ class UnevenAllGather:
 
     def __reduce__(self) -> Any:
         # a copy of the module has no process group; it gathers as Lightning does
-        return MethodType, (type(self._module).all_gather, self._module)
+        return _own_method, (self._module,)
+
+
+def _own_method(module: pl.LightningModule) -> Callable[..., Any]:
+    return MethodType(type(module).all_gather, module)
 
 
 def _form(data: Any) -> Any:

@@ -42,11 +42,8 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     total = torch.zeros((), dtype=wide, device=device)
     if filled:
         norms = torch.stack([n.to(wide) for n in norm_of_each([s for s, _ in filled], norm_type)])
-        if math.isinf(norm_type):
-            total = norms.max()
-        else:
-            share = torch.tensor([n / ranks for _, n in filled], dtype=wide, device=device)
-            total = (norms**norm_type * share).sum()
+        share = torch.tensor([n / ranks for _, n in filled], dtype=wide, device=device)
+        total = norms.max() if math.isinf(norm_type) else (norms**norm_type * share).sum()
     # Whether to communicate must not depend on what this rank happens to hold: every rank has the same pieces.
     if in_stages or any(n > 1 for n in pieces):
         dist.all_reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM)

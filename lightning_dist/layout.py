@@ -14,7 +14,6 @@ from lightning_dist.compat.distributed import flattened_mesh, forget_earlier_mes
 
 REST = -1
 """The degree that takes whatever the other axes leave of the world."""
-
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the device mesh, outermost first: ``tp`` is innermost, so that it stays inside a node."""
 
@@ -61,16 +60,12 @@ class Layout:
 
     def __post_init__(self) -> None:
         for axis, degree in self.items():
+            rest = "or -1 for what the other axes leave"
             if isinstance(degree, bool) or not isinstance(degree, int):
-                raise ValueError(
-                    f"layout axis {axis!r} needs an integer degree, got {degree!r}; "
-                    "pass the number of ranks, or -1 for what the other axes leave"
-                )
+                given = f"layout axis {axis!r} needs an integer degree, got {degree!r}"
+                raise ValueError(f"{given}; pass the number of ranks, {rest}")
             if degree < 1 and degree != REST:
-                raise ValueError(
-                    f"layout axis {axis!r} has degree {degree}; a degree is at least 1, "
-                    "or -1 for what the other axes leave"
-                )
+                raise ValueError(f"layout axis {axis!r} has degree {degree}; a degree is at least 1, {rest}")
         if self.ep == REST:
             raise ValueError("layout axis 'ep' borrows from dp_shard x cp, so it can't be -1; pass its degree")
         open_axes = [axis for axis, degree in self.items() if degree == REST]

@@ -21,13 +21,10 @@ PIPELINE_SHARE = "lightning_dist_pipeline_share"
 
 def placeholder(tensor: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor like this one without its memory; also of one on meta, or of a part of a DTensor's whole."""
+    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
     with SHAPES:
-        return torch.empty_strided(
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-            dtype=dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype,
-            device=device or tensor.device,
-        )
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device or tensor.device)
 
 
 def placeholder_parameter(parameter: nn.Parameter, device: torch.device | None = None) -> nn.Parameter:

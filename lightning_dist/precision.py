@@ -28,10 +28,8 @@ def shard_policy(precision: Precision, device: torch.device) -> MixedPrecisionPo
 
     Mixed precision gathers in 16 bits, half the bytes of float32, the parameters that autocast would round at once, see
     :func:`cast_by_autocast`, and reduces gradients in float32. The computation stays under the plugin's autocast: it
-    runs what needs float32 in float32, as in one process, and takes inputs of any dtype, so that no module has to be
-    changed.
-
-    The true precisions leave dtypes alone: the plugin converted the module. So does autocast for another device.
+    runs what needs float32 in float32, as in one process, and takes inputs of any dtype. The true precisions leave
+    dtypes alone: the plugin converted the module. So does autocast for another device.
     """
     if isinstance(precision, (plugins.MixedPrecision, FabricMixedPrecision)) and precision.device == device.type:
         dtype = torch.bfloat16 if precision.precision == "bf16-mixed" else torch.float16

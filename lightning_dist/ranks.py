@@ -24,7 +24,6 @@ from lightning_dist.random_states import part_random_streams, share_random_state
 
 STATES_PER_WEIGHT = 3
 """Numbers kept beside each trainable one: its gradient and AdamW's two moments."""
-
 ROOM = 0.6
 """Share of the memory that parameters, gradients and optimizer states may take; the rest is for activations."""
 
@@ -121,13 +120,12 @@ class LayoutRanks:
         """All process groups of the layout, by a name that is the same on the ranks of each."""
         if dist.group.WORLD is None:
             return {}
-        groups: dict[str, dist.ProcessGroup] = {"world": dist.group.WORLD}
-        if self.mesh is not None:
-            meshes = {axis: self.mesh.root[axis] for axis in MESH_AXES}
-            for name, mesh in {**meshes, "data": self.mesh.data, "logs": self.mesh.logs}.items():
-                group = mesh.get_group()
-                groups[f"{name} {dist.get_process_group_ranks(group)}"] = group
-        return groups
+        if self.mesh is None:
+            return {"world": dist.group.WORLD}
+        groups = {axis: self.mesh.root[axis].get_group() for axis in MESH_AXES}
+        groups |= {"data": self.mesh.data.get_group(), "logs": self.mesh.logs.get_group()}
+        named = {f"{name} {dist.get_process_group_ranks(group)}": group for name, group in groups.items()}
+        return {"world": dist.group.WORLD, **named}
 
     def group_unless(self, group: Any) -> dist.ProcessGroup | None:
         """The group that a user named, or the ranks with different samples where that is none, or the world.

@@ -132,13 +132,10 @@ class HybridStrategy(ParallelStrategy):
         self.num_nodes = 1
         cuts: Any = pipeline_cuts if pipeline_cuts is None or isinstance(pipeline_cuts, str) else list(pipeline_cuts)
         stages = (pipeline_schedule, num_microbatches, cuts, pipeline_reshard)
-        self._module_options = ModuleOptions(
-            shard_units,
-            TensorOptions(tensor_plan, sequence_parallel, loss_parallel),
-            one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective"),
-            compile_options(compile),
-            PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs),
-        )
+        pipeline = PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs)
+        tensor = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
+        recomputing = one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective")
+        self._module_options = ModuleOptions(shard_units, tensor, recomputing, compile_options(compile), pipeline)
         chosen = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
         self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)

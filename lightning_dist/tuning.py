@@ -44,14 +44,9 @@ class Tuning:
         self.fits: Agreement | None = None
         """While a batch size is looked for over several ranks."""
         self._ranks, self._patches = ranks, Patches()
-        self._kind: str | None = None
-        """How the finder's checkpoint is named, from its save to its removal."""
-        self._position: Any = None
-
-    @property
-    def is_searching(self) -> bool:
+        self.is_searching = False
         """Whether a finder looks for its answer, from its save to its removal of the checkpoint."""
-        return self._kind is not None
+        self._position: Any = None
 
     def begin(self, path: Any, trainer: pl.Trainer, position: Any) -> Any:
         """A checkpoint is about to be saved: that of a finder, which draws another name on each rank, begins a search.
@@ -62,7 +57,7 @@ class Tuning:
         kind = _kind_of_search(path)
         if kind is None:
             return path
-        self._kind, self._position = kind, position
+        self.is_searching, self._kind, self._position = True, kind, position
         self._path: str = broadcast_object(str(path))
         self._random = RandomStates.now(self._ranks.device)
         self._trainer, self._loop = trainer, private.running_loop(trainer)
@@ -98,7 +93,7 @@ class Tuning:
     def _stop(self) -> Any:
         """Leaves Lightning's loop and callbacks as they were."""
         fits, position = self.fits, self._position
-        self.fits = self._kind = self._position = None
+        self.is_searching, self.fits, self._position = False, None, None
         if fits is not None:
             fits.end()
         self._patches.undo()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -116,7 +115,7 @@ class Optimization:
         that came to the module during the fit, which the data ranks don't share.
         """
         runner, module = self._setup.runner, self._setup.runner.module
-        held_by = list(chain.from_iterable([group["params"] for group in optimizer.param_groups]))
+        held_by = [p for group in optimizer.param_groups for p in group["params"]]
         told = self._has_run_backward or not isinstance(runner, DDPRunner) or module.automatic_optimization
         if not told and any(p.grad is not None for p in held_by):
             raise RuntimeError(
