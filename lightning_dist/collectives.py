@@ -126,10 +126,7 @@ def barrier(device: torch.device) -> None:
 
 
 def broadcast_object(obj: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
-    """The object of one rank of the world on all ranks. One broadcast of the pickled object.
-
-    ``group`` is another one of all ranks, for a thread that communicates beside others.
-    """
+    """The object of one rank of the world on all ranks, by one broadcast over it, or another group of all ranks."""
     if not is_distributed():
         return obj
     box = [obj]

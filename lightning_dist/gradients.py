@@ -58,10 +58,8 @@ def clip_by_norm(
 ) -> Tensor:
     """Scales the gradients in place so that their global norm is at most ``max_norm``, as ``clip_grad_norm_`` does.
 
-    Returns the norm before, see :func:`global_norm`, also for the communication.
-
-    Raises:
-        RuntimeError: on every rank, before anything is scaled, if the norm is not finite and ``error_if_nonfinite``.
+    Returns the norm before, see :func:`global_norm`, also for the communication. Raises a RuntimeError on every rank,
+    before anything is scaled, if the norm is not finite and ``error_if_nonfinite``.
     """
     parameters = list(parameters)
     total = global_norm(parameters, norm_type)

@@ -68,9 +68,8 @@ _CASTING: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Con
 class AgreeingGradScaler(UnscalingGradScaler):
     """A gradient scaler by which all ranks skip a step together when any of them holds a non-finite gradient.
 
-    Under sharding a rank sees only its part of the gradients; torch's scaler would let the others step.
-
-    Communication: one all-reduce of one float over the world for each call of ``unscale_``.
+    Under sharding a rank sees only its part of the gradients; torch's scaler would let the others step. Communication:
+    one all-reduce of one float over the world for each call of ``unscale_``.
     """
 
     @override
@@ -104,16 +103,14 @@ def validate_precision(precision: Precision, world_size: int) -> None:
     """Raises a ValueError for a plugin of another strategy, or one that ranks are not tried with, or can't agree by."""
     name = type(precision).__name__
     asked: Any = getattr(precision, "precision", None)
-    does = repr(asked if asked in SUPPORTED else "bf16-mixed")
+    does = f"Trainer(precision={asked if asked in SUPPORTED else 'bf16-mixed'!r})"
     for kind, strategy in _OF_OTHERS.items():
         if isinstance(precision, kind):
-            raise ValueError(
-                f"{name} works with Lightning's {strategy} only; pass Trainer(precision={does}) in its place"
-            )
+            raise ValueError(f"{name} works with Lightning's {strategy} only; pass {does} in its place")
     if isinstance(precision, _ALONE) and world_size > 1:
         raise ValueError(
             f"{name} puts layers with weights of its own kind in the place of dense ones, which strategy 'hybrid' "
-            f"neither divides nor copies over {world_size} ranks; use Trainer(precision={does}), or strategy='ddp'"
+            f"neither divides nor copies over {world_size} ranks; use {does}, or strategy='ddp'"
         )
     scaler: Any = getattr(precision, "scaler", None)
     if scaler is not None and not isinstance(scaler, GradScaler) and world_size > 1:

@@ -100,8 +100,7 @@ def seed_microbatch(device: torch.device, seed: int, index: int, stage: int | No
 def share_random_state(device: torch.device) -> None:
     """Every rank goes on with rank 0's generators: what is built or drawn from here on is alike.
 
-    Communication: a broadcast of 5 kB over the world for torch's, of 16 bytes more where there is a GPU, and of
-    objects for Python's and numpy's.
+    Communication: broadcasts over the world, of 5 kB for torch's, 16 bytes for a GPU's, and objects for the others'.
     """
     for generator in _generators(device.type):
         state = generator.get_rng_state().to(device)
@@ -135,7 +134,6 @@ def _go_on(stream: list[tuple[Any, Tensor]]) -> None:
 
 
 def _generators(device_type: str) -> list[Any]:
-    """Of torch: the CPU's, and a device's."""
     return [torch] if device_type == "cpu" else [torch, torch.get_device_module(device_type)]
 
 

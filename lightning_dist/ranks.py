@@ -55,11 +55,7 @@ class LayoutRanks:
         return {**vars(self), "mesh": None}
 
     def place(self, environment: ClusterEnvironment, devices: list[torch.device], num_nodes: int) -> None:
-        """Says which rank this is, and tells the environment, as soon as this node's devices and the nodes are known.
-
-        Raises:
-            ValueError: the layout does not fit the number of ranks.
-        """
+        """Says which rank this is, once devices and nodes are known; a layout that does not fit is a ValueError."""
         self.num_processes, self.num_nodes = len(devices), num_nodes
         self.world_size = self.num_processes * num_nodes
         self.device = devices[environment.local_rank()]

@@ -166,9 +166,7 @@ class HybridStrategy(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether several ranks run something together now. Lightning asks strategies that are not its own: for values
-        logged with ``sync_dist=True``, and before a run to refuse its finder of a batch size, which works here.
-        """
+        """Whether several ranks run together now; Lightning asks, of strategies not its own, for logs and finders."""
         return self.parts.is_set_up and self.world_size > 1
 
     @property

@@ -91,7 +91,6 @@ class Tuning:
         return self._stop()
 
     def _stop(self) -> Any:
-        """Leaves Lightning's loop and callbacks as they were."""
         fits, position = self.fits, self._position
         self.is_searching, self.fits, self._position = False, None, None
         if fits is not None:
@@ -133,10 +132,7 @@ class Tuning:
 
 
 class Agreement:
-    """Whether what every rank has just computed fitted in its memory.
-
-    Communication: makes a process group of gloo over the world, to be able to talk of steps that failed.
-    """
+    """Whether what every rank has just computed fitted in its memory; makes a process group of gloo to talk of that."""
 
     def __init__(self, ranks: LayoutRanks) -> None:
         self.broken: RuntimeError | None = None
@@ -150,9 +146,7 @@ class Agreement:
         """An error that any rank meets inside is met by all; one for want of memory as Lightning's finder knows it.
 
         ``forget`` drops what is left of the step then. Raises a RuntimeError where ranks failed after different numbers
-        of collectives, or one while others wait for it in a collective.
-
-        Communication: one all-gather of a short object over the world, on gloo.
+        of collectives, or one while others wait for it in one. One all-gather of a short object over that group.
         """
         error: Exception | None = None
         try:

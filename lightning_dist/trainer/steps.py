@@ -110,9 +110,6 @@ class Steps:
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """From the ranks with different samples, unless another group than the world is given. One all-gather.
 
-        ``LightningModule.all_gather`` names the world where its caller names nothing (seen in Lightning 2.6.6), which
-        holds every sample once for each rank of ``tp`` and ``pp``.
-
         Args:
             tensor: of this rank's samples, with the same shape on every rank. Returned is (data ranks, *shape) in the
                 order of data ranks; in one process the tensor as it is.
