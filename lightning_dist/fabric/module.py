@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_dist.data import validate_same_batches
 from lightning_dist.layout import ParallelMesh
 from lightning_dist.parallel import SingleProcessRunner, average_buffers
-from lightning_dist.parallel.equal_copies import make_copies_equal
+from lightning_dist.parallel.buffers import make_copies_equal
 from lightning_dist.parallel.single_process import CALL
 from lightning_dist.placeholder import held
 

@@ -167,12 +167,7 @@ def keep_shard(full: Tensor, name: str, current: Tensor, device: torch.device | 
     if local.untyped_storage().nbytes() > local.numel() * local.element_size():
         local = local.clone(memory_format=torch.contiguous_format)  # a view would keep the whole tensor alive
     return DTensor.from_local(
-        local,
-        current.device_mesh,
-        current.placements,
-        run_check=False,
-        shape=current.shape,
-        stride=current.stride(),
+        local, current.device_mesh, current.placements, run_check=False, shape=current.shape, stride=current.stride()
     )
 
 

@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_dist.compat.operators import (
-    INDEX_PUT,
-    READS_A_NUMBER,
-    TRUNC_NORMAL,
-    DisableTorchFunction,
-    arguments_of,
-)
+from lightning_dist.compat.operators import INDEX_PUT, READS_A_NUMBER, TRUNC_NORMAL, DisableTorchFunction, arguments_of
 from lightning_dist.compat.torch import TorchDispatchMode
 from lightning_dist.initialization.install import RecordedInit
-from lightning_dist.initialization.recorded_draws import (
-    host_random_state,
-    restore_host_random_state,
-)
+from lightning_dist.initialization.recorded_draws import host_random_state, restore_host_random_state
 from lightning_dist.initialization.tape import CannotDefer, Constant, Draw, Slot, Step, Tape
 from lightning_dist.pytree import tree_flatten, tree_unflatten
 from lightning_dist.random_states import default_generator

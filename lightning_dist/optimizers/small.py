@@ -89,10 +89,7 @@ def small_shape(parameter: Tensor) -> tuple[int, ...]:
     units = [1] * parameter.ndim
     if isinstance(parameter, DTensor):
         for name, placement, ranks in zip(
-            parameter.device_mesh.mesh_dim_names or (),
-            parameter.placements,
-            parameter.device_mesh.shape,
-            strict=True,
+            parameter.device_mesh.mesh_dim_names or (), parameter.placements, parameter.device_mesh.shape, strict=True
         ):
             if name == "tp" and not placement.is_replicate():
                 pieces = placement.split_factor if isinstance(placement, StridedShard) else 1

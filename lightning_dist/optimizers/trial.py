@@ -192,12 +192,7 @@ def _like_gradient(part: Tensor, small: Small) -> Tensor:
     if not isinstance(like, DTensor):
         return part
     gradient = DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=small.value.shape,
-        stride=small.value.stride(),
+        part, like.device_mesh, like.placements, run_check=False, shape=small.value.shape, stride=small.value.stride()
     )
     if type(like) is not type(gradient):
         gradient.__class__ = type(like)

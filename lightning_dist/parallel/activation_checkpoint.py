@@ -36,7 +36,7 @@ def checkpoint_activations(
     activations, dropout, sums.
 
     Random numbers are drawn as in the forward, and buffers (the running statistics of a BatchNorm) change once. Without
-    gradients, in validation say, a block runs as it is. May be called again with another mode.
+    gradients, in validation say, a block runs as it is.
 
     [Note: where a block is recomputed]
     The ``forward`` in the block's own ``__dict__`` is replaced, which leaves the names in the state dict, pickling and
@@ -45,7 +45,8 @@ def checkpoint_activations(
     Compiled, a block is one graph with its recomputation; torch keeps its buffers right if nothing breaks the graph.
 
     Args:
-        module: the whole module; blocks of an earlier call that are not in ``blocks`` are put back.
+        module: the whole module; blocks of an earlier call that are not in ``blocks``, or had another mode, are put
+            back.
         blocks: to recompute, by name.
         mode: ``"none"`` puts the plain forwards back.
         patches: that the forwards go through.
@@ -85,11 +86,8 @@ def _mode(block: nn.Module) -> Checkpointing | None:
 
 def _recomputing_forward(block: nn.Module, mode: Checkpointing) -> MethodType:
     there: Any = vars(block).get("forward", MethodType(type(block).forward, block))
-    if isinstance(there, MethodType) and there.__self__ is block:
-        recomputing = _recomputing(there.__func__, True, mode)
-    else:
-        recomputing = _recomputing(there, False, mode)
-    return MethodType(recomputing, block)
+    is_method = isinstance(there, MethodType) and there.__self__ is block
+    return MethodType(_recomputing(there.__func__ if is_method else there, is_method, mode), block)
 
 
 def _put_back(block: nn.Module) -> None:
@@ -121,16 +119,9 @@ def _recomputing(forward: Callable[..., Any], is_method: bool, mode: Checkpointi
             if mode == "full":
                 return checkpoint(call, *values, use_reentrant=False)
             return checkpoint(call, *values, use_reentrant=False, context_fn=_selective_contexts)
-        buffers = _Buffers(block)
-        region = Region.of(block)
-        again = nullcontext() if region is None else region.again()
-        output = checkpoint(
-            call,
-            *values,
-            use_reentrant=False,
-            context_fn=functools.partial(_contexts, buffers, again, mode),
-            respect_saved_tensors_hooks=True,
-        )
+        buffers, region = _Buffers(block), Region.of(block)
+        contexts = functools.partial(_contexts, buffers, nullcontext() if region is None else region.again(), mode)
+        output = checkpoint(call, *values, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True)
         buffers.end_forward()
         return output
 
@@ -155,17 +146,15 @@ def _without_cache(value: Any) -> Any:
     return None
 
 
-def _contexts(
-    buffers: _Buffers, again: AbstractContextManager[Any], mode: Checkpointing
-) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _contexts(buffers: _Buffers, again: AbstractContextManager[Any], mode: Checkpointing) -> tuple[Any, Any]:
     """Around the forward and around its recomputation."""
     if mode == "full":
-        return nullcontext(), _AllOf(buffers, again)
+        return nullcontext(), _Recomputing(buffers, again)
     forward, recomputation = _selective_contexts()
-    return forward, _AllOf(buffers, again, _Unchanged(forward), recomputation)
+    return forward, _Recomputing(buffers, again, forward, recomputation)
 
 
-def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_policy)
 
 
@@ -179,16 +168,22 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _AllOf(AbstractContextManager[None]):
-    """Several contexts as one that can be entered again."""
+class _Recomputing(AbstractContextManager[None]):
+    """Around each recomputation of a block. Kept results that were changed in place since, by an in-place activation
+    say, are computed again.
+    """
 
-    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
-        self._contexts = contexts
+    def __init__(self, buffers: _Buffers, region: AbstractContextManager[Any], *selective: Any) -> None:
+        self._buffers, self._region, self._selective = buffers, region, selective
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            for context in self._contexts:
-                stack.enter_context(context)
+            stack.enter_context(self._buffers)
+            stack.enter_context(self._region)
+            if self._selective:
+                forward, recomputation = self._selective
+                recompute_changed(forward)
+                stack.enter_context(recomputation)
             self._entered = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
@@ -207,10 +202,7 @@ class _Buffers(AbstractContextManager[None]):
         ]
 
     def end_forward(self) -> None:
-        """Lets the copies go of what the forward did not change.
-
-        torch's batch_norm changes its running statistics, which are vectors, without giving them a new version.
-        """
+        """Lets copies go of what the forward left; torch's batch_norm writes its statistics without a new version."""
         self._before = [
             (buffers, name, buffer, version, copy)
             for buffers, name, buffer, version, copy in self._before
@@ -225,16 +217,3 @@ class _Buffers(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         for buffers, name, buffer in self._now:
             buffers[name] = buffer
-
-
-class _Unchanged(AbstractContextManager[None]):
-    """Recomputes those kept results that were changed in place since, by an in-place activation say."""
-
-    def __init__(self, mode: Any) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        recompute_changed(self._mode)
-
-    def __exit__(self, *error: Any) -> None:
-        pass

@@ -27,8 +27,7 @@ from lightning_dist.compat.fsdp import (
 )
 from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.fsdp_units import shard_roots, shard_units, unsharded_parameters
-from lightning_dist.parallel.mixed_dtypes import gather_as_kept, places
+from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated, grad_or_zeros
@@ -83,8 +82,8 @@ class FSDPRunner(SingleProcessRunner):
     ) -> None:
         super().__init__(module, tensor)
         self.group = group
-        self.roots = {"": module} if one_backward else shard_roots(module)
-        self.units = shard_units(module, blocks)
+        self.roots: dict[str, Any] = {"": module} if one_backward else dict(shard_roots(module))
+        self.units: dict[str, Any] = dict(shard_units(module, blocks))
         units = {**self.units, **self.roots}
         whole = unsharded_parameters(module, units)
         rounded = places(module, cast_by_autocast(module))  # of no effect where the policy rounds nothing
@@ -106,8 +105,8 @@ class FSDPRunner(SingleProcessRunner):
         return super().call(gathered, *args, **kwargs)
 
     def users_step(self, name: str) -> Callable[..., Any]:
-        plain = {} if self.root is None else self.root.plain
-        return plain.get(name) or super().users_step(name)
+        plain = None if self.root is None else self.root.plain.get(name)
+        return plain or super().users_step(name)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -120,17 +119,14 @@ class FSDPRunner(SingleProcessRunner):
 
     def _reduce_gradients(self, reduces: bool) -> None:
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
             root.set_requires_gradient_sync(reduces)
 
     def reshard(self) -> None:
         for unit in [*self.units.values(), *self.roots.values()]:
-            assert isinstance(unit, FSDPModule)
             unit.reshard()
 
     def forget_step(self) -> None:
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
             if has_run(root):
                 root.reset_iter_state()
         self.unused.forget()
@@ -143,10 +139,8 @@ class FSDPRunner(SingleProcessRunner):
             reshard: free what was gathered after each pass, and gather it again for the next. Else it stays gathered.
         """
         for unit in self.units.values():
-            assert isinstance(unit, FSDPModule)
             unit.set_reshard_after_forward(reshard, recurse=False)
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
             root.set_reshard_after_backward(reshard)
             root.set_is_last_backward(False)
         self._reduce_gradients(False)
@@ -156,7 +150,6 @@ class FSDPRunner(SingleProcessRunner):
         finally:
             self.unused.second.refuses = False
             for unit in self.units.values():
-                assert isinstance(unit, FSDPModule)
                 unit.set_reshard_after_forward(True, recurse=False)
 
     def reduce_held(self) -> None:
@@ -167,7 +160,6 @@ class FSDPRunner(SingleProcessRunner):
         self.unused.before_backward()
         self._reduce_gradients(True)
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
             root.set_is_last_backward(True)
             root.set_reshard_after_backward(True)
         self._reduce_what_is_left()

@@ -1,4 +1,4 @@
-"""Which parameters and blocks a step used, agreed over the data ranks.
+"""Which parameters and blocks a step used, agreed over the data ranks, and which require gradients.
 
 [Note: a gradient that only some ranks have]
 In one process a parameter has a gradient if any sample of the batch used it, and none (the optimizer leaves it alone)
@@ -18,16 +18,71 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.compat.fsdp import free_gathered, gathered_of, param_groups_of
+from lightning_dist.compat.fsdp import (
+    free_gathered,
+    gathered_of,
+    param_groups_of,
+    wrap_free_after_forward,
+    wrap_free_gathered,
+    wrap_show_gathered,
+)
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided import as_divided
 from lightning_dist.divided.compiled import is_compiled
 from lightning_dist.divided.gathered import is_outdated, watch
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.frozen import Flags
-from lightning_dist.parallel.mixed_dtypes import make_gradients_alike
+from lightning_dist.parallel.fsdp_units import make_gradients_alike
 from lightning_dist.parallel.second_backward import SecondBackward
 from lightning_dist.patches import Patches
+
+_FLAGS = "flags_of_both"
+
+
+class Flags:
+    """Keeps ``requires_grad`` of a unit's parameters alike on what is sharded and on what is gathered.
+
+    [Note: two objects of one parameter]
+    fully_shard registers a parameter's shard with the module, and while it is gathered another object, whose
+    ``requires_grad`` it sets to the shard's at each gathering. Optimizers hold the shards. So a user's code may set
+    either: the registered one, or that of an optimizer, as ``toggle_optimizer`` does. Both were equal once, so where
+    they differ one was set since, to what differs from then.
+
+    Args:
+        param_group: what a unit gathers at once.
+    """
+
+    def __init__(self, param_group: Any) -> None:
+        self._group = param_group
+        self._agreed = [p.sharded_param.requires_grad for p in param_group.fsdp_params]
+        vars(param_group)[_FLAGS] = self
+        for wrap in (wrap_show_gathered, wrap_free_gathered, wrap_free_after_forward):
+            wrap(param_group, self._agree_and)
+
+    @staticmethod
+    def of(param_group: Any) -> Flags:
+        """Those of a unit, from an earlier run where there was one."""
+        return vars(param_group).get(_FLAGS) or Flags(param_group)
+
+    def _agree_and(self, change: Callable[[], None]) -> None:
+        self.agree()
+        change()
+
+    def agree(self) -> None:
+        """Sets both as whichever was set last. Communication: none."""
+        for index, parameter in enumerate(self._group.fsdp_params):
+            sharded = parameter.sharded_param
+            now = sharded.requires_grad
+            gathered = gathered_of(parameter)
+            if gathered is not None and gathered.requires_grad != now:
+                now = not self._agreed[index]
+                sharded.requires_grad_(now)
+                gathered.requires_grad_(now)
+            self._agreed[index] = now
+
+    def agree_if_gathered(self) -> None:
+        """As :meth:`agree`; what is not gathered agrees when it is."""
+        if self._group.is_unsharded:
+            self.agree()
 
 
 class UnusedParameters:
@@ -83,9 +138,7 @@ class UnusedParameters:
         part = as_divided(parameter.sharded_param)
         if vars(part).get("watched_for") is self._used or not part.requires_grad:
             return
-        used = vars(part)["watched_for"] = (
-            self._used
-        )  # a hook that held this would keep it, and the model, alive for good
+        used = vars(part)["watched_for"] = self._used  # a hook that held self would keep it, and the model, alive
         with DisableTorchFunctionSubclass():  # of the class that refuses users' hooks
             part.register_hook(partial(_note_used, used, id(parameter)))
 

@@ -21,8 +21,8 @@ from lightning_dist.collectives import broadcast_tensors, gather_objects
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.divided import divide
-from lightning_dist.divided.averages import copies_of, divide_copies
 from lightning_dist.divided.compiled import show_parts_to_compiled
+from lightning_dist.divided.copies import copies_of, divide_copies
 from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
@@ -34,7 +34,6 @@ from lightning_dist.parallel import (
     parallelize,
     validate_blocks,
 )
-from lightning_dist.parallel.give_back import give_back, whole_tensors
 from lightning_dist.parallel.pipeline import (
     PartitionedModule,
     PipelineRunner,
@@ -42,7 +41,7 @@ from lightning_dist.parallel.pipeline import (
     partition_of,
     whole_of_all_stages,
 )
-from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.parallel.replaced import Replaced, give_back, whole_tensors
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, parameter_splits

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_dist import gradients, optimizers
 from lightning_dist.compat import lightning as private
 from lightning_dist.parallel import DDPRunner, SingleProcessRunner
-from lightning_dist.parallel.equal_copies import make_copies_equal
+from lightning_dist.parallel.buffers import make_copies_equal
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.precision import make_agreeing
