@@ -1,8 +1,7 @@
 """Initialisation of models that fit no process: recorded while building on meta, replayed value by value.
 
-- ``tape``: what a recording is made of;
+- ``tape``: what a recording is made of, and the generators meanwhile;
 - ``recording``: the modes that write it while a model is built;
-- ``recorded_draws``: the generators meanwhile;
 - ``replay``: which steps are needed, in which order values come to life and go;
 - ``install``: the values go into the (by then perhaps sharded) module.
 """

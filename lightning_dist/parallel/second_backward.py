@@ -30,9 +30,7 @@ class SecondBackward:
         self._groups: list[Any] = []
         self._free: list[Callable[[], None]] = []
         self._reached: set[int] = set()
-        self._in_first = False
-        self._holds = False
-        self._in_step = False
+        self._in_first = self._holds = self._in_step = False
         self.refuses = False
         """Whether what backward passes hold is freed by somebody else: a pipeline's schedule."""
 
@@ -47,7 +45,7 @@ class SecondBackward:
 
         def pre_backward(*args: Any) -> None:
             self._reached.add(id(param_group))
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled():  # with create_graph=True
                 self._refuse_unknown()
                 self._in_first = self._holds = True
             gather(*args)
@@ -82,16 +80,15 @@ class SecondBackward:
         """Whether the step's own backward has come to a group."""
         return id(param_group) in self._reached
 
-    def end(self) -> list[Any]:
-        """The step's own backward has ended: frees what was held.
+    def end(self) -> bool:
+        """The step's own backward has ended.
 
         Returns:
-            The groups with gradients that no hook of their units has seen: those that only second derivatives reach.
+            Whether there are gradients that no hook of a unit has seen: those that only second derivatives reach.
         """
         self._in_step = False
-        if not self._holds:
-            return []
-        return [group for group in self._groups if any(map(_has_gradient, group.fsdp_params))]
+        parameters = (p for param_group in self._groups for p in param_group.fsdp_params)
+        return self._holds and any(getattr(gathered_of(p), "grad", None) is not None for p in parameters)
 
     def free(self) -> None:
         """Frees what was held, once its gradients are reduced."""
@@ -103,8 +100,3 @@ class SecondBackward:
     def forget(self) -> None:
         """Drops what is left of a step that did not end."""
         self._in_first = self._holds = self._in_step = False
-
-
-def _has_gradient(parameter: Any) -> bool:
-    gathered = gathered_of(parameter)
-    return gathered is not None and gathered.grad is not None
