@@ -160,8 +160,9 @@ def _steps(twin: Twin, smalls: list[Small], losses: list[Tensor], whole: bool) -
             return losses.pop() if losses else loss
 
         _set_gradients(parameters, smalls, scale, whole)
+        step: Any = twin.optimizer.step
         with torch.enable_grad():
-            twin.optimizer.step(closure=closure)  # as Lightning calls it
+            step(closure=closure)  # as Lightning calls it
         for values, parameter in zip(after, parameters, strict=True):
             values.append(parameter.detach() if is_placeholder(parameter) else local_part(parameter).clone())
     return after

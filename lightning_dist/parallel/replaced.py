@@ -35,12 +35,10 @@ OF_ENDED_RUNS = WeakSet[Optimizer]()
 
 _DEEPEST = 4
 """Containers inside of containers that are looked into."""
-
 _ROUNDS = 3
 _IN_HOOKS = "in configure_optimizers, in on_fit_start"
 _OWN = {*MODULE_REGISTRIES, *MODULE_ATTRIBUTES}
 """Attributes of modules that are torch's or Lightning's."""
-
 _Place = tuple[Tensor, Tensor, str]
 """An old parameter, the new one, and its name."""
 
@@ -94,25 +92,20 @@ class Replaced:
 
     def _refuse_held(self, held: list[Any], names: list[str]) -> None:
         for _ in range(_ROUNDS):
-            if not any(_is_held(held, index) for index in range(len(held))):
+            left = [index for index in range(len(held)) if sys.getrefcount(held[index]) > 2]
+            if not left:
                 return
             gc.collect()
         known = [held, *(optimizer.state for optimizer in OF_ENDED_RUNS)]
         known += [group["params"] for optimizer in OF_ENDED_RUNS for group in optimizer.param_groups]
-        for index in range(len(held)):
-            if _is_held(held, index):
-                holder = _holder(held[index], known)
-                if holder:
-                    when, instead = ("the setup", "after it") if self._in_lists else ("the fit", _IN_HOOKS)
-                    raise ValueError(
-                        f"{holder} holds the parameter {names[index]} from before {when}; the layout "
-                        "divides it, which makes it another object, and that one would never be trained: collect "
-                        f"parameters {instead}, or where they are used"
-                    )
-
-
-def _is_held(held: list[Any], index: int) -> bool:
-    return sys.getrefcount(held[index]) > 2
+        for index in left:
+            if sys.getrefcount(held[index]) > 2 and (holder := _holder(held[index], known)):
+                when, instead = ("the setup", "after it") if self._in_lists else ("the fit", _IN_HOOKS)
+                raise ValueError(
+                    f"{holder} holds the parameter {names[index]} from before {when}; the layout divides it, which "
+                    "makes it another object, and that one would never be trained: collect parameters "
+                    f"{instead}, or where they are used"
+                )
 
 
 def _holder(parameter: Tensor, known: list[Any]) -> str:
@@ -122,22 +115,16 @@ def _holder(parameter: Tensor, known: list[Any]) -> str:
             continue
         if isinstance(holder, CellType):
             return "a function (by its closure)"
-        if isinstance(holder, dict) and _is_globals(holder):
+        script = sys.modules.get(str(holder.get("__name__"))) if isinstance(holder, dict) else None
+        if script is not None and vars(script) is holder:
             continue  # a loop of a script leaves its variable there
-        if isinstance(holder, (list, tuple, set, dict)):
-            return f"a {type(holder).__name__}"
-        if not type(holder).__module__.startswith(("torch", "lightning")):
+        is_container = isinstance(holder, (list, tuple, set, dict))
+        if is_container or not type(holder).__module__.startswith(("torch", "lightning")):
             return f"a {type(holder).__name__}"
     return ""
 
 
-def _is_globals(names: dict[Any, Any]) -> bool:
-    module = sys.modules.get(str(names.get("__name__", "")))
-    return module is not None and vars(module) is names
-
-
 def _exchange_in_lists(places: dict[int, _Place]) -> None:
-    """In place, in all lists that hold an old one."""
     for holder in gc.get_referrers(*(old for old, _, _ in places.values())):
         if type(holder) is list:
             holder[:] = [places[id(item)][1] if id(item) in places else item for item in holder]
@@ -160,9 +147,7 @@ def _divided_state(optimizer: Optimizer, state: Any, place: _Place) -> Any:
 class _Exchange:
     """Gives those who hold parameters others in their place: in attributes, plain containers, and optimizers.
 
-    Args:
-        places: by the identity of the old one.
-        of_state: makes of an optimizer's state of an old one that of the new one.
+    ``places`` are by the identity of the old one; ``of_state`` makes of an optimizer's state of it that of the new one.
     """
 
     def __init__(self, places: dict[int, _Place], of_state: Callable[[Optimizer, Any, _Place], Any]) -> None:
@@ -170,7 +155,6 @@ class _Exchange:
         self._seen: set[int] = set()
 
     def run(self, owners: Iterable[Any]) -> None:
-        """Looks at the attributes of these objects."""
         for owner in owners:
             self._exchange_attributes(owner, _DEEPEST, _OWN if isinstance(owner, nn.Module) else ())
 
@@ -216,14 +200,9 @@ class _Exchange:
         self._exchange_attributes(optimizer, 2, ("param_groups", "state"))
 
 
-# ------------------------------------------------------------------ after the run
-
-
 def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of which this rank holds a part, whole and on the CPU, by name; a tied one under its
-    first.
-
-    What another stage of a pipeline holds is not in it.
+    """The parameters and buffers of which this rank (no other stage of a pipeline) holds a part, whole and on the CPU,
+    by name; a tied one under its first.
 
     Communication: that of :func:`~lightning_dist.dtensors.full` for each; all ranks that hold a part call it.
     """
@@ -282,8 +261,7 @@ def give_back(
 def _parts_in(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, str, Any]]:
     """Parameters and buffers that are parts or placeholders: where each is registered, as what, its full name, it."""
     for prefix, child in module.named_modules():
-        registered: list[dict[str, Any]] = [own_parameters(child), own_buffers(child)]
-        for tensors in registered:
+        for tensors in (own_parameters(child), own_buffers(child)):
             for name, tensor in tensors.items():
                 if isinstance(tensor, DTensor) or is_placeholder(tensor):
                     yield tensors, name, f"{prefix}.{name}" if prefix else name, tensor
