@@ -120,6 +120,5 @@ def writes(func: Callable[..., Any]) -> bool:
 
 def _tags(name: str) -> set[torch.Tag]:
     packet: Any = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return set()
-    return {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags}
+    overloads = () if packet is None else packet.overloads()
+    return {tag for overload in overloads for tag in getattr(packet, overload).tags}

@@ -21,8 +21,7 @@ from lightning_dist.divided.whole import norms_of, shared_draws, sum_of, view_of
 from lightning_dist.dtensors import as_dtensor, from_first_data_rank, local_part, part_of
 from lightning_dist.pytree import tree_leaves, tree_map
 
-_MANY = 8
-"""Aliases, some of which may be gone."""
+_MANY = 8  # aliases, some of which may be gone
 
 
 class Divided(DTensor):
@@ -119,9 +118,7 @@ def _is_alive(sharing: list[DTensor], index: int) -> bool:
 
 
 def _part_aliases(tensor: DTensor) -> None:
-    """``p.data = x`` gives p other memory, and what ``p.data`` was before keeps the old: here p keeps its memory, which
-    others know, and the others get a copy.
-    """
+    """``p.data = x`` gives p other memory, not what was ``p.data`` before: here p keeps its own, they get a copy."""
     sharing: list[DTensor] = vars(tensor).pop("sharing_memory", [])
     before = None
     for index in range(len(sharing)):
@@ -233,7 +230,7 @@ def _sum(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     names = ("self", "p" if name_of(func) == "norm" else "ord")
-    given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if not (value is None or value is False)}
     tensors = next(given.pop(name) for name in ("self", "input", "x") if name in given)
     p = given.pop("p", given.pop("ord", 2))

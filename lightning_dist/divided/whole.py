@@ -54,8 +54,6 @@ class _Whole(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of all elements, of which the parts are summed over the axes that divide."""
-
     @staticmethod
     def forward(ctx: Any, tensor: DTensor) -> Tensor:
         ctx.like = tensor.detach()
@@ -131,17 +129,15 @@ class _Source:
 
     def __init__(self, base: Tensor, divided: DTensor | None, like: DTensor) -> None:
         self.base, self.divided, self.like = base, divided, like
-        self._seen = _version(base), 0 if divided is None else _version(local_part(divided))
+        self._note()
 
     def gather_again(self) -> None:
-        """Where the part has changed since."""
         if self.divided is not None and _version(local_part(self.divided)) != self._seen[1]:
             with torch.no_grad():
                 self.base.copy_(full(self.divided))
             self._note()
 
     def write_back(self) -> None:
-        """To this rank's part, if the whole was changed."""
         if self.divided is None or _version(self.base) == self._seen[0] != -1:
             return
         with torch.no_grad():
@@ -149,8 +145,7 @@ class _Source:
         self._note()
 
     def _note(self) -> None:
-        assert self.divided is not None
-        self._seen = _version(self.base), _version(local_part(self.divided))
+        self._seen = _version(self.base), 0 if self.divided is None else _version(local_part(self.divided))
 
 
 class WholeView(Tensor):

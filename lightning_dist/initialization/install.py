@@ -220,10 +220,6 @@ def _places(module: nn.Module) -> dict[str, Place]:
 def _items(owner: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
     """Tensors in the lists and dictionaries of a module, with attribute and key."""
     for attribute, value in vars(owner).items():
-        if attribute in MODULE_REGISTRIES:
-            continue
-        if isinstance(value, dict):
-            pairs = list(value.items())
-        else:
-            pairs = list(enumerate(value)) if isinstance(value, list) else []
-        yield from ((attribute, key, item) for key, item in pairs if isinstance(item, Tensor))
+        if isinstance(value, (dict, list)) and attribute not in MODULE_REGISTRIES:
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((attribute, key, item) for key, item in pairs if isinstance(item, Tensor))

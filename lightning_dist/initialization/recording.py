@@ -53,7 +53,8 @@ def record_initialization() -> Iterator[RecordedInit]:
     """
     tape = Tape()
     put_back = keep_host_random_state()
-    for generator in _generators_in_use():
+    on_cuda = torch.cuda.default_generators if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    for generator in (torch.default_generator, *on_cuda):  # that Python code may seed while a model is built
         tape.stream(generator)
     original = getattr(nn.init, TRUNC_NORMAL)
     recorder = _Recorder(tape)
@@ -108,7 +109,8 @@ class _Recorder(TorchDispatchMode):
             tensors = _tensors((args, kwargs))
             if any(tensor.is_meta for tensor in tensors):
                 return self._defer(func, args, kwargs, tensors)
-            if _asks_for_meta(kwargs):
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "meta":
                 if func.overloadpacket.__name__ == "scalar_tensor":
                     # A Python number that torch wraps for an operation on a deferred tensor, as in w[mask] = 0
                     return func(*args, **{**kwargs, "device": torch.device("cpu")})
@@ -267,18 +269,5 @@ def _creates_floats(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _asks_for_meta(kwargs: dict[str, Any]) -> bool:
-    device = kwargs.get("device")
-    return device is not None and torch.device(device).type == "meta"
-
-
 def _is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
-
-
-def _generators_in_use() -> list[torch.Generator]:
-    """Default generators that Python code may seed while a model is built."""
-    generators = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
-    return generators

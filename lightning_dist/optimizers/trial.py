@@ -230,20 +230,16 @@ def choose_kernels(optimizer: Optimizer) -> None:
     Args:
         optimizer: changed in place; any other than torch's own keeps its settings.
     """
+    is_torchs = type(optimizer).step.__module__.startswith("torch.optim.")
     for group in optimizer.param_groups:
+        is_open = group.get("foreach", False) is None and not group.get("fused") and not group.get("differentiable")
         meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in held(group["params"])}
         if len(meshes) > 1:
             group.update({name: False for name in ("foreach", "fused") if name in group})
-        elif None not in meshes and _leaves_foreach_open(optimizer, group):
+        elif None not in meshes and is_torchs and is_open:
             group["foreach"] = True
 
 
 def reads_the_loss(optimizer: Optimizer) -> bool:
     """Whether a step depends on the loss that its closure returns, so that ranks have to return the same one."""
     return isinstance(optimizer, LBFGS)
-
-
-def _leaves_foreach_open(optimizer: Optimizer, group: dict[str, object]) -> bool:
-    is_torchs = type(optimizer).step.__module__.startswith("torch.optim.")
-    is_open = "foreach" in group and group["foreach"] is None
-    return is_torchs and is_open and not group.get("fused") and not group.get("differentiable")

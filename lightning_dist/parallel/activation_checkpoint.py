@@ -66,7 +66,10 @@ def checkpoint_activations(
     validate_blocks(module, blocks, mode)
     for block in blocks.values():
         if _mode(block) is None:
-            patches.set(block, "forward", _recomputing_forward(block, mode))
+            there: Any = vars(block).get("forward", MethodType(type(block).forward, block))
+            is_method = isinstance(there, MethodType) and there.__self__ is block
+            recomputing = _recomputing(there.__func__ if is_method else there, is_method, mode)
+            patches.set(block, "forward", MethodType(recomputing, block))
 
 
 def validate_blocks(module: nn.Module, blocks: dict[str, nn.Module], mode: Checkpointing) -> None:
@@ -82,12 +85,6 @@ def _mode(block: nn.Module) -> Checkpointing | None:
     function: Any = getattr(vars(block).get("forward"), "__func__", None)
     is_ours = function is not None and getattr(function, "recomputing", None) is function  # a wrapper copies attributes
     return function.mode if is_ours else None
-
-
-def _recomputing_forward(block: nn.Module, mode: Checkpointing) -> MethodType:
-    there: Any = vars(block).get("forward", MethodType(type(block).forward, block))
-    is_method = isinstance(there, MethodType) and there.__self__ is block
-    return MethodType(_recomputing(there.__func__ if is_method else there, is_method, mode), block)
 
 
 def _put_back(block: nn.Module) -> None:
@@ -147,7 +144,7 @@ def _without_cache(value: Any) -> Any:
 
 
 def _contexts(buffers: _Buffers, again: AbstractContextManager[Any], mode: Checkpointing) -> tuple[Any, Any]:
-    """Around the forward and around its recomputation."""
+    """Around the forward, and around its recomputation."""
     if mode == "full":
         return nullcontext(), _Recomputing(buffers, again)
     forward, recomputation = _selective_contexts()

@@ -38,9 +38,8 @@ from lightning_dist.precision import cast_by_autocast
 
 class FSDPRunner(SingleProcessRunner):
     """Runs the steps of a module whose parameters, gradients and optimizer states are split over ``dp_shard``, and
-    copied over ``dp_replicate``.
-
-    Units are sharded by ``fully_shard`` (FSDP2): each is gathered before its forward and its backward and freed after.
+    copied over ``dp_replicate``, by ``fully_shard`` (FSDP2): each unit is gathered before its forward and its backward
+    and freed after.
 
     [Note: the roots of sharding]
     What is in no block belongs to a root. What Fabric calls is one. The LightningModule is the root of its steps: what

@@ -42,25 +42,21 @@ def parallelize(
 ) -> SingleProcessRunner:
     """Applies the layout to a module, in place.
 
-    In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate.
-
-    May be called again for a module whose patches were not undone: what is done stays.
+    In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate. May be
+    called again for a module whose patches were not undone: what is done stays.
 
     Args:
         module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on ``device``, or
             on meta.
-        layout: resolved.
-        mesh: of the layout; None for one process.
+        layout, mesh: resolved, and its mesh; None for one process.
         sharding_plan: what the tensor axis does; None without that axis.
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
-        device: of this rank.
         activation_checkpointing: what the blocks recompute in backward, see :func:`checkpoint_activations`.
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
         patches: that all that is put on the module goes through.
         partitioned: the stages of the module, of which it holds this rank's; None without that axis.
-        pipeline_options: the user's.
 
     Returns:
         What runs the module's steps under the layout.
@@ -99,12 +95,11 @@ def _divide(module: nn.Module, sharding_plan: ShardingPlan, mesh: ParallelMesh |
 
 
 def _is_held(module: nn.Module) -> bool:
-    """Whether this rank's stages have it; no stage has a part of a block."""
+    """By this rank's stages, none of which has a part of a block."""
     return not any(is_placeholder(p) for p in module.parameters())
 
 
 def _held_plan(module: nn.Module, sharding_plan: ShardingPlan) -> ShardingPlan:
-    """What this rank's stages have of it."""
     plan = {name: part for name, part in sharding_plan.tensor_plan.items() if _is_held(module.get_submodule(name))}
     blocks = [[n for n in names if _is_held(module.get_submodule(n))] for names in sharding_plan.sequence_blocks]
     return ShardingPlan(plan, [names for names in blocks if names], sharding_plan.loss_parallel)
