@@ -175,7 +175,7 @@ def test_one_trainer_runs_again_and_goes_on_from_what_it_saved_between(layout: s
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-class MadeInInit(Tied):
+class MadeInInit(Words):
     """Its optimizer is one of its attributes, and has a state from the second fit on."""
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ def two_fits(layout: str | None) -> tuple[dict[str, Tensor], list[Any]]:
         strategy: Any = "auto" if layout is None else HybridStrategy(layout)
         ranks = 1 if layout is None else strategy.ranks.requested.resolve(world).num_data_ranks
         trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1)
-        trainer.fit(module, DataLoader(samples(), batch_size=8 // ranks))
+        trainer.fit(module, DataLoader(words(), batch_size=8 // ranks))
     states = [module.optimizer.state[p] for p in module.parameters()]
     return {name: value.clone() for name, value in module.state_dict().items()}, states
 

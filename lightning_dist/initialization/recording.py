@@ -19,13 +19,12 @@ from lightning_dist.random_states import default_generator
 
 _EMPTY = {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided"}
 _FILLED = {"zeros", "ones", "full"}
-
-_REPLACING = {
-    "normal_", "uniform_", "fill_", "zero_", "copy_", "random_", "exponential_", "log_normal_", "cauchy_",
-    "geometric_",
-}  # fmt: skip
+_REPLACING = {"normal_", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+_REPLACING |= {"fill_", "zero_", "copy_"}
 """In-place operations after which nothing is left of the earlier values."""
 
+_DEVICE = Tensor.device.__get__
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__reduce_ex__)
 """Methods that get at the memory of a tensor without an operation that the dispatcher sees."""
 
@@ -90,10 +89,6 @@ class _ActAsReal(TorchFunctionMode):
         elif func in _READERS and _IS_META(args[0]):
             raise CannotDefer(f"it reads values of a deferred tensor with Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
-
-
-_DEVICE = Tensor.device.__get__
-_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 class _Recorder(TorchDispatchMode):

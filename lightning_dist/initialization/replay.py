@@ -41,8 +41,7 @@ class ReplayPlan:
     def of(cls, tape: Tape, wanted: Iterable[int]) -> ReplayPlan:
         """The plan, from the last step to the first: what is live after a step decides whether it is needed."""
         plan = cls()
-        live = set(wanted)
-        open_ends = set(live)
+        live, open_ends = set(wanted), set(wanted)
         for number in range(len(tape.steps) - 1, -1, -1):
             step = tape.steps[number]
             is_used = bool(step.writes & live)
