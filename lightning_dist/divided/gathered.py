@@ -51,11 +51,8 @@ class GatheredParameter(nn.Parameter):
 
 
 def watch(param_group: Any, sees_data: bool) -> None:
-    """Makes a group of fully_shard's parameters keep what is written while they are gathered.
-
-    Args:
-        param_group: of a unit.
-        sees_data: also what is written by way of ``.data``. Gathered parameters then have a class of their own.
+    """Makes a group of fully_shard's parameters keep what is written while they are gathered; where it ``sees_data``,
+    by way of ``.data`` too: gathered parameters then have a class of their own.
     """
     if vars(param_group).get("is_watched"):
         return

@@ -12,13 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightning_dist.compat.operators import (
-    COSTLY_OPERATORS,
-    OpOverload,
-    changes_arguments,
-    is_collective,
-    recompute_changed,
-)
+from lightning_dist.compat import operators
 from lightning_dist.compat.torch import own_buffers, version_of
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.patches import Patches
@@ -158,10 +152,10 @@ def _selective_contexts() -> tuple[Any, Any]:
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operator is torch.ops.higher_order.flex_attention:
         return CheckpointPolicy.MUST_SAVE
-    if not isinstance(operator, OpOverload):
+    if not isinstance(operator, operators.OpOverload):
         return CheckpointPolicy.PREFER_RECOMPUTE
-    is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in COSTLY_OPERATORS
-    keeps = (is_costly or is_collective(operator)) and not changes_arguments(operator)
+    is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in operators.COSTLY_OPERATORS
+    keeps = (is_costly or operators.is_collective(operator)) and not operators.changes_arguments(operator)
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -179,7 +173,7 @@ class _Recomputing(AbstractContextManager[None]):
             stack.enter_context(self._region)
             if self._selective:
                 forward, recomputation = self._selective
-                recompute_changed(forward)
+                operators.recompute_changed(forward)
                 stack.enter_context(recomputation)
             self._entered = stack.pop_all()
 

@@ -101,8 +101,9 @@ class WrittenBuffers:
     def _send(self, same: list[_Buffer]) -> None:
         """What has another shape on the first rank, or here (a cache by length), stays as it is."""
         parts = iter(broadcast_parts([part for buffer in same for part in buffer.packed()], self.group))
-        for buffer in same if dist.get_rank(self.group) != 0 else ():
-            buffer.take(next(parts), next(parts))
+        if dist.get_rank(self.group) != 0:
+            for buffer in same:
+                buffer.take(next(parts), next(parts))
 
 
 class _Buffer:

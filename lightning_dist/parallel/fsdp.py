@@ -17,14 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.collectives import all_reduce_tensors
-from lightning_dist.compat.fsdp import (
-    call_gathered,
-    end_backward,
-    has_run,
-    param_groups_of,
-    remove_forward_hooks,
-    remove_fully_shard,
-)
+from lightning_dist.compat import fsdp as private
 from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
@@ -89,7 +82,7 @@ class FSDPRunner(SingleProcessRunner):
         for unit in units.values():
             if not isinstance(unit, FSDPModule):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
-                patches.also(functools.partial(remove_fully_shard, unit))
+                patches.also(functools.partial(private.remove_fully_shard, unit))
                 make_copyable(unit, patches)
                 pass_for_own_class(unit)
                 gather_as_kept(unit, rounded)
@@ -126,7 +119,7 @@ class FSDPRunner(SingleProcessRunner):
 
     def forget_step(self) -> None:
         for root in self.roots.values():
-            if has_run(root):
+            if private.has_run(root):
                 root.reset_iter_state()
         self.unused.forget()
 
@@ -152,10 +145,7 @@ class FSDPRunner(SingleProcessRunner):
                 unit.set_reshard_after_forward(True, recurse=False)
 
     def reduce_held(self) -> None:
-        """Reduces the gradients that backward passes over microbatches added up.
-
-        Communication: one reduce-scatter a unit, as one backward pass has.
-        """
+        """Reduces what backward passes over microbatches added up. Communication: as one backward pass has."""
         self.unused.before_backward()
         self._reduce_gradients(True)
         for root in self.roots.values():
@@ -165,7 +155,7 @@ class FSDPRunner(SingleProcessRunner):
 
     def _reduce_what_is_left(self) -> None:
         for root in self.roots.values():
-            end_backward(root)
+            private.end_backward(root)
 
     def skip_backward(self, held: bool) -> None:
         if self.reduces and held:
@@ -192,15 +182,13 @@ class RootGathering:
     fully_shard's own hooks of the forward would free the root at the end of ``self(x)`` in a step, for the step's end
     to gather it once more (seen in torch 2.14 and 2.15). See [Note: the roots of sharding].
 
-    Args:
-        module: the root.
-        patches: that its methods and its children's hooks go through.
+    All that it puts on the root and its children goes through ``patches``.
     """
 
     def __init__(self, module: Any, patches: Patches) -> None:
         self._module, self._inside = module, False
-        self._param_groups = param_groups_of(module)
-        remove_forward_hooks(module)
+        self._param_groups = private.param_groups_of(module)
+        private.remove_forward_hooks(module)
         self.methods_before: dict[str, Any] = {}
         """What the module itself had under the names of the methods that gather; None for nothing."""
         self.plain: dict[str, Callable[..., Any]] = {}
@@ -240,7 +228,7 @@ class RootGathering:
         self._inside = True
         free_outdated(self._param_groups)
         try:
-            return call_gathered(self._module, function, args, kwargs)
+            return private.call_gathered(self._module, function, args, kwargs)
         finally:
             self._inside = False
 

@@ -30,11 +30,8 @@ def is_users_object(value: Any) -> bool:
 
 @contextmanager
 def undone(module: nn.Module, writes: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Puts back what a module changes meanwhile: buffers, attributes, what is in them, states of metrics.
-
-    Args:
-        module: that runs.
-        writes: parameters that it writes to, of which a copy is kept too.
+    """Puts back what a module changes meanwhile: buffers, attributes, what is in them, states of metrics; and the
+    parameters that it ``writes`` to.
     """
     kept = [_Attributes(child) for child in module.modules()]
     tensors = [*(b for b in module.buffers() if not is_placeholder(b)), *writes]
@@ -61,9 +58,8 @@ class _Attributes:
         self._module, self._before = module, dict(vars(module))
         objects = [vars(v) for v in self._before.values() if is_users_object(v)]
         held = [*self._before.values(), *objects, *(item for values in objects for item in values.values())]
-        self._contents = [
-            (v, copy.copy(v)) for v in held if type(v) in (list, dict, set, OrderedDict, defaultdict, deque)
-        ]
+        kinds = (list, dict, set, OrderedDict, defaultdict, deque)
+        self._contents = [(v, copy.copy(v)) for v in held if type(v) in kinds]
 
     def restore(self) -> None:
         own = vars(self._module)

@@ -27,14 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.compat.fsdp import (
-    free_gathered,
-    gathered_of,
-    param_groups_of,
-    wrap_free_after_forward,
-    wrap_free_gathered,
-    wrap_show_gathered,
-)
+from lightning_dist.compat import fsdp as private
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided import as_divided
 from lightning_dist.divided.compiled import is_compiled
@@ -54,16 +47,13 @@ class Flags:
     ``requires_grad`` it sets to the shard's at each gathering. Optimizers hold the shards. So a user's code may set
     either: the registered one, or that of an optimizer, as ``toggle_optimizer`` does. Both were equal once, so where
     they differ one was set since, to what differs from then.
-
-    Args:
-        param_group: what a unit gathers at once.
     """
 
     def __init__(self, param_group: Any) -> None:
         self._group = param_group
         self._agreed = [p.sharded_param.requires_grad for p in param_group.fsdp_params]
         vars(param_group)[_FLAGS] = self
-        for wrap in (wrap_show_gathered, wrap_free_gathered, wrap_free_after_forward):
+        for wrap in (private.wrap_show_gathered, private.wrap_free_gathered, private.wrap_free_after_forward):
             wrap(param_group, self._agree_and)
 
     @staticmethod
@@ -80,7 +70,7 @@ class Flags:
         for index, parameter in enumerate(self._group.fsdp_params):
             sharded = parameter.sharded_param
             now = sharded.requires_grad
-            gathered = gathered_of(parameter)
+            gathered = private.gathered_of(parameter)
             if gathered is not None and gathered.requires_grad != now:
                 now = not self._agreed[index]
                 sharded.requires_grad_(now)
@@ -109,11 +99,8 @@ class SecondBackward:
         """Whether what backward passes hold is freed by somebody else: a pipeline's schedule."""
 
     def watch(self, param_group: Any) -> None:
-        """Wraps what fully_shard does before a group's backward, after it, and when it frees the group.
-
-        They are those of the class, also where an earlier run has put others in their place.
-        """
-        kind = type(param_group)
+        """Wraps what fully_shard does before a group's backward, after it, and when it frees the group."""
+        kind = type(param_group)  # whose methods they are, also where an earlier run has put others in their place
         gather, free = kind.pre_backward.__get__(param_group), kind.reshard.__get__(param_group)
         reduce = param_group.post_backward
 
@@ -155,14 +142,12 @@ class SecondBackward:
         return id(param_group) in self._reached
 
     def end(self) -> bool:
-        """The step's own backward has ended.
-
-        Returns:
-            Whether there are gradients that no hook of a unit has seen: those that only second derivatives reach.
+        """The step's own backward has ended; says whether there are gradients that no hook of a unit has seen: those
+        that only second derivatives reach.
         """
         self._in_step = False
         parameters = (p for param_group in self._groups for p in param_group.fsdp_params)
-        return self._holds and any(getattr(gathered_of(p), "grad", None) is not None for p in parameters)
+        return self._holds and any(getattr(private.gathered_of(p), "grad", None) is not None for p in parameters)
 
     def free(self) -> None:
         """Frees what was held, once its gradients are reduced."""
@@ -207,7 +192,7 @@ class UnusedParameters:
         """What required a gradient in some backward pass since gradients were reduced."""
         self.second = SecondBackward()
         for name, unit in units.items():
-            param_groups = param_groups_of(unit)
+            param_groups = private.param_groups_of(unit)
             flags = [Flags.of(param_group) for param_group in param_groups]
             self._flags += flags
             patches.also(unit.register_forward_pre_hook(partial(free_outdated, param_groups), prepend=True).remove)
@@ -268,7 +253,7 @@ class UnusedParameters:
             # a forward before an earlier backward was counted with that one; what this backward reaches took part too
             took_part = name in self._ran or name in self._roots or self.second.has_reached(param_group)
             for parameter in param_group.fsdp_params:
-                if id(parameter) not in self._trained or gathered_of(parameter) is None:
+                if id(parameter) not in self._trained or private.gathered_of(parameter) is None:
                     continue
                 unsharded = parameter.unsharded_param
                 accumulated = getattr(parameter, "unsharded_accumulated_grad", None)
@@ -328,7 +313,7 @@ def free_outdated(param_groups: list[Any], *_: Any) -> None:
     """Before a unit is gathered: one that is, and whose parts were written to since, has to be gathered again."""
     for param_group in param_groups:
         if is_outdated(param_group):
-            free_gathered(param_group)
+            private.free_gathered(param_group)
 
 
 def grad_or_zeros(parameter: nn.Parameter) -> Tensor:
