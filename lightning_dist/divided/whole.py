@@ -111,8 +111,7 @@ def norms_of(tensors: list[Tensor], p: float) -> list[Tensor]:
             together = reduce_parts(together**p, first, dist.ReduceOp.SUM) ** (1 / p)
         for index, norm in zip(indices, together, strict=True):
             norms[index] = norm
-    dtypes = (local.dtype.to_real() if local.is_complex() else local.dtype for local in locals_)
-    return [norm.to(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
+    return [norm.to(_real(local.dtype)) for norm, local in zip(norms, locals_, strict=True)]
 
 
 def _norm(local: Tensor, p: float) -> Tensor:
@@ -122,6 +121,10 @@ def _norm(local: Tensor, p: float) -> Tensor:
         return torch.zeros((), dtype=wide, device=local.device)
     local = local.abs() if local.is_complex() else local
     return torch.linalg.vector_norm(local, p, dtype=max(local.dtype, torch.float32, key=lambda d: d.itemsize)).to(wide)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 class _Source:
