@@ -175,6 +175,37 @@ def test_one_trainer_runs_again_and_goes_on_from_what_it_saved_between(layout: s
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+class MadeInInit(Words):
+    """Its optimizer is one of its attributes, and has a state from the second fit on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+
+def two_fits(layout: str | None) -> tuple[dict[str, Tensor], list[Any]]:
+    L.seed_everything(1, verbose=False)
+    module = MadeInInit()
+    world = dist.get_world_size() if layout else 1
+    for _ in range(2):
+        strategy: Any = "auto" if layout is None else HybridStrategy(layout)
+        ranks = 1 if layout is None else strategy.ranks.requested.resolve(world).num_data_ranks
+        trainer = L.Trainer(**QUIET, devices=world, strategy=strategy, max_epochs=1)
+        trainer.fit(module, DataLoader(words(), batch_size=8 // ranks))
+    states = [module.optimizer.state[p] for p in module.parameters()]
+    return {name: value.clone() for name, value in module.state_dict().items()}, states
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2", "tp=2", "dp_shard=2,tp=2"])
+def test_an_optimizer_of_the_module_goes_on_from_its_state_in_a_second_fit(layout: str) -> None:
+    expected = two_fits(None)
+    for found in run_on_ranks(LAYOUTS[layout], two_fits, layout):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 KEPT: list[torch.optim.Optimizer] = []
 
 

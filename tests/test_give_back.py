@@ -16,8 +16,7 @@ from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.layout import Layout
 from lightning_dist.parallel import parallelize
-from lightning_dist.parallel.give_back import give_back, whole_tensors
-from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.parallel.replaced import Replaced, give_back, whole_tensors
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.precision import shard_policy

@@ -5,9 +5,8 @@ Code around a network reads and writes parameters in steps, hooks, callbacks and
 is silently about this rank's part: ``float(p.norm())``, ``p.data = x``. A :class:`Divided` is a DTensor that answers
 such code as the whole tensor would. ``tensor.py`` tells which way a function of torch goes: element by element on this
 rank's part (what optimizers do; nothing is communicated), or on the whole, gathered (``whole.py``), whose gradient is
-averaged over the data ranks as any other. ``view.py``: writes to a view of a whole reach the part. ``gathered.py``:
-writes to what fully_shard gathered reach it too. ``copies.py``: deep copies of modules. ``compiled.py``:
-what torch.compile sees.
+averaged over the data ranks as any other; writes to a view of a whole reach the part. ``gathered.py``: writes to what
+fully_shard gathered reach it too. ``copies.py``: copies of modules. ``compiled.py``: what torch.compile sees.
 """
 
 from lightning_dist.divided.tensor import Divided, as_divided, divide

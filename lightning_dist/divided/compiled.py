@@ -9,8 +9,7 @@ divided tensors in it are of torch's own class. Compiled functions that reach on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -42,18 +41,12 @@ class _SeesParts:
         self._module, self._compiled = module, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _of_torchs_class(self._module):
+        tensors: list[Any] = [*self._module.parameters(), *self._module.buffers()]
+        divided: list[tuple[Any, type]] = [(tensor, type(tensor)) for tensor in tensors if isinstance(tensor, Divided)]
+        for tensor, _ in divided:
+            tensor.__class__ = DTensor
+        try:
             return self._compiled(*args, **kwargs)
-
-
-@contextmanager
-def _of_torchs_class(module: nn.Module) -> Iterator[None]:
-    tensors: list[Any] = [*module.parameters(), *module.buffers()]
-    divided: list[tuple[Any, type]] = [(tensor, type(tensor)) for tensor in tensors if isinstance(tensor, Divided)]
-    for tensor, _ in divided:
-        tensor.__class__ = DTensor
-    try:
-        yield
-    finally:
-        for tensor, before in divided:
-            tensor.__class__ = before
+        finally:
+            for tensor, before in divided:
+                tensor.__class__ = before

@@ -25,6 +25,9 @@ from lightning_dist.divided.functions import Way, name_of, way_of
 from lightning_dist.divided.tensor import as_divided
 from lightning_dist.dtensors import local_part
 
+_ALIASES = {"data": "data_aliases", "detach": "detached_aliases"}
+"""Attributes of a gathered parameter that remember what was handed out."""
+
 
 class GatheredParameter(nn.Parameter):
     """A whole, plain parameter while it is gathered; torch's functions see it as any other."""
@@ -42,19 +45,14 @@ class GatheredParameter(nn.Parameter):
             if way is Way.COPY and isinstance(args[0], GatheredParameter):
                 return _copy_of_part(*args)
             result = func(*args, **(kwargs or {}))
-            if way is Way.ALIAS and name_of(func) in ("data", "detach"):
-                vars(args[0]).setdefault("data_aliases" if name_of(func) == "data" else "detached_aliases", []).append(
-                    result
-                )
+            if way is Way.ALIAS and (aliases := _ALIASES.get(name_of(func))):
+                vars(args[0]).setdefault(aliases, []).append(result)
             return result
 
 
 def watch(param_group: Any, sees_data: bool) -> None:
-    """Makes a group of fully_shard's parameters keep what is written while they are gathered.
-
-    Args:
-        param_group: of a unit.
-        sees_data: also what is written by way of ``.data``. Gathered parameters then have a class of their own.
+    """Makes a group of fully_shard's parameters keep what is written while they are gathered; where it ``sees_data``,
+    by way of ``.data`` too: gathered parameters then have a class of their own.
     """
     if vars(param_group).get("is_watched"):
         return
@@ -132,12 +130,8 @@ def write_back(parameter: Any) -> None:
 
 def is_outdated(param_group: Any) -> bool:
     """Whether a part was written to since the group was gathered."""
-    if not param_group.is_unsharded:
-        return False
-    return any(
-        vars(gathered_of(p))["versions_seen"][1] != version_of(local_part(p.sharded_param))
-        for p in param_group.fsdp_params
-    )
+    parameters = param_group.fsdp_params if param_group.is_unsharded else ()
+    return any(vars(gathered_of(p))["versions_seen"][1] != version_of(local_part(p.sharded_param)) for p in parameters)
 
 
 @torch.no_grad()

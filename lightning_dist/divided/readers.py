@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
-from functools import cache
+from functools import cache, lru_cache
 from types import CodeType, FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -26,36 +26,12 @@ from lightning_dist.elastic.guard import what_ended_another
 PATIENCE = timedelta(seconds=30)
 """For how long a rank waits for the others to come to a line for the first time."""
 
-_DEEPEST = 60
+DEEPEST = 60
 """Calls to look at."""
 
-_LIBRARIES = (
-    "contextlib",
-    "copy",
-    "functools",
-    "torch",
-    "lightning",
-    "lightning_dist",
-    "lightning_fabric",
-    "pytorch_lightning",
-    "torchmetrics",
-    "pickle",
-)
-
-
-class _Meetings:
-    """The lines at which all ranks of the present process group have met."""
-
-    store: Any = None
-    places: ClassVar[set[tuple[str, int, str]]] = set()
-
-    @classmethod
-    def at(cls, store: Any) -> set[tuple[str, int, str]]:
-        """The lines met at over a store, which is kept: its identity may come again. Those of another are forgotten."""
-        if cls.store is not store:
-            cls.store = store
-            cls.places.clear()
-        return cls.places
+LIBRARIES = {"abc", "contextlib", "copy", "functools", "pickle", "torch", "torchmetrics"}
+LIBRARIES |= {"lightning", "lightning_dist", "lightning_fabric", "pytorch_lightning"}
+"""Whose lines are not the user's, though they ask on a user's behalf."""
 
 
 def agree_to_read(tensor: DTensor) -> None:
@@ -67,9 +43,8 @@ def agree_to_read(tensor: DTensor) -> None:
         RuntimeError: only some ranks do, or ``rank_zero_only`` runs it.
     """
     line = _line_of_user(sys._getframe(1))
-    if line is None or tensor.device_mesh.size() == 1 or not dist.is_initialized():
-        return
-    _meet_at(line, tensor.device_mesh.mesh.flatten().tolist())
+    if line is not None and tensor.device_mesh.size() > 1 and dist.is_initialized():
+        _meet_at(line, tensor.device_mesh.mesh.flatten().tolist())
 
 
 def asked_by_user() -> bool:
@@ -78,21 +53,22 @@ def asked_by_user() -> bool:
 
 
 def meet(frame: FrameType, ranks: list[int]) -> None:
-    """The same, for the ranks of a group, at a line of the user's.
-
-    Raises:
-        RuntimeError: only some ranks come to it, or ``rank_zero_only`` runs it.
-    """
+    """As :func:`agree_to_read`, for the ranks of a group, at a line of the user's."""
     line = _line_of_user(frame)
     if line is not None:
         _meet_at(line, ranks)
 
 
+@lru_cache(maxsize=1)
+def _places_met(store: Any) -> set[tuple[str, int, str]]:
+    """The lines at which all ranks have met over the store of the present process group; those of another go."""
+    return set()
+
+
 def _meet_at(line: FrameType, ranks: list[int]) -> None:
     store: Any = default_store()
     place = (line.f_code.co_filename, line.f_lineno, f"{min(ranks)}/{len(ranks)}")
-    met = _Meetings.at(store)
-    if place in met:
+    if place in _places_met(store):
         return
     key = f"lightning_dist/divided/{place}"
     if store.add(key, 1) == len(ranks):
@@ -103,7 +79,7 @@ def _meet_at(line: FrameType, ranks: list[int]) -> None:
             raise RuntimeError(f"another rank ended before: {said}")
         if time.monotonic() > until:
             raise RuntimeError(_alone(f"{line.f_code.co_qualname}, line {line.f_lineno}, run by only some ranks,"))
-    met.add(place)
+    _places_met(store).add(place)
 
 
 def _is_set(store: Any, key: str) -> bool:
@@ -121,7 +97,7 @@ def _line_of_user(frame: FrameType | None) -> FrameType | None:
         RuntimeError: ``rank_zero_only`` is around it.
     """
     found, guard = None, _guard()
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         if frame is None:
             break
         if frame.f_code is guard:
@@ -129,7 +105,7 @@ def _line_of_user(frame: FrameType | None) -> FrameType | None:
         name = str(frame.f_globals.get("__name__", ""))
         if found is None and name.startswith("lightning_dist.") and not name.startswith("lightning_dist.divided"):
             return None  # what asks is this package, on all ranks alike
-        if found is None and name.partition(".")[0] not in _LIBRARIES:
+        if found is None and name.partition(".")[0] not in LIBRARIES:
             found = frame
         frame = frame.f_back
     return found

@@ -13,23 +13,15 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.compat.distributed import local_tensor
-from lightning_dist.compat.operators import (
-    LIKE,
-    TracingContext,
-    divided_tensor,
-    is_divided_alike,
-    set_local_tensor,
-)
+from lightning_dist.compat.operators import LIKE, TracingContext, divided_tensor, is_divided_alike, set_local_tensor
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, EnableTorchFunction
 from lightning_dist.divided.functions import Way, name_of, way_of, writes
 from lightning_dist.divided.readers import agree_to_read, asked_by_user
-from lightning_dist.divided.view import shared_draws, view_of_whole
-from lightning_dist.divided.whole import norms_of, sum_of, whole
+from lightning_dist.divided.whole import norms_of, shared_draws, sum_of, view_of_whole, whole
 from lightning_dist.dtensors import as_dtensor, from_first_data_rank, local_part, part_of
 from lightning_dist.pytree import tree_leaves, tree_map
 
-_MANY = 8
-"""Aliases, some of which may be gone."""
+_MANY = 8  # aliases, some of which may be gone
 
 
 class Divided(DTensor):
@@ -111,18 +103,13 @@ def _alias(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if result.device != tensor.device:  # the ranks can't gather there
         return _on_whole(func, args, kwargs)
     result = as_divided(result)
-    if name_of(func) in ("data", "detach"):
-        _note_alias(tensor, result)
+    if name_of(func) in ("data", "detach"):  # remembers who shares its memory, which `.data = ` parts
+        sharing: list[DTensor] = vars(tensor).setdefault("sharing_memory", [])
+        if len(sharing) >= _MANY:
+            sharing[:] = [sharing[index] for index in range(len(sharing)) if _is_alive(sharing, index)]
+        sharing.append(result)
+        vars(result)["sharing_memory"] = sharing
     return result
-
-
-def _note_alias(tensor: DTensor, alias: DTensor) -> None:
-    """Remembers who shares its memory, which ``.data = `` parts; see :func:`_part_aliases`."""
-    sharing: list[DTensor] = vars(tensor).setdefault("sharing_memory", [])
-    if len(sharing) >= _MANY:
-        sharing[:] = [sharing[index] for index in range(len(sharing)) if _is_alive(sharing, index)]
-    sharing.append(alias)
-    vars(alias)["sharing_memory"] = sharing
 
 
 def _is_alive(sharing: list[DTensor], index: int) -> bool:
@@ -131,25 +118,19 @@ def _is_alive(sharing: list[DTensor], index: int) -> bool:
 
 
 def _part_aliases(tensor: DTensor) -> None:
-    """``p.data = x`` gives p other memory, and what ``p.data`` was before keeps the old: here p keeps its memory, which
-    others know, and the others get a copy.
-    """
+    """``p.data = x`` gives p other memory, not what was ``p.data`` before: here p keeps its own, they get a copy."""
     sharing: list[DTensor] = vars(tensor).pop("sharing_memory", [])
-    alive = [index for index in range(len(sharing)) if _is_alive(sharing, index)]
-    if alive:
-        before = local_part(tensor).clone()
-        for index in alive:
-            if sharing[index] is not tensor:
-                set_local_tensor(sharing[index], before.view_as(before))
-                vars(sharing[index]).pop("sharing_memory", None)
+    before = None
+    for index in range(len(sharing)):
+        if _is_alive(sharing, index) and sharing[index] is not tensor:
+            before = local_part(tensor).clone() if before is None else before
+            set_local_tensor(sharing[index], before.view_as(before))
+            vars(sharing[index]).pop("sharing_memory", None)
     sharing.clear()
 
 
 def _gradient(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return as_divided(_natively(func, args, kwargs))
-
-
-# ------------------------------------------------------------------ on parts
 
 
 def _elementwise(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -182,14 +163,10 @@ def _fits(leaf: Any, like: DTensor, target: Any) -> bool:
         return is_divided_alike(leaf, like)
     if not isinstance(leaf, Tensor) or leaf.ndim == 0:
         return True
-    if leaf.numel() == 1 and leaf.ndim <= like.ndim:
-        return True
-    return target is not None and leaf.ndim <= like.ndim and _expands(leaf, like)
-
-
-def _expands(leaf: Tensor, like: DTensor) -> bool:
+    if leaf.ndim > like.ndim:
+        return False
     sizes = zip(reversed(leaf.shape), reversed(like.shape), strict=False)
-    return all(own in (1, size) for own, size in sizes)
+    return leaf.numel() == 1 or (target is not None and all(own in (1, size) for own, size in sizes))
 
 
 def _local(leaf: Any, like: DTensor) -> Any:
@@ -211,17 +188,16 @@ def _each_elementwise(func: Callable[..., Any], args: Any, kwargs: Any, changed:
     if torch.is_grad_enabled() and any(v.requires_grad for values in lists for v in values):
         return _on_whole(func, args, kwargs)
     rows: list[DTensor | None] = []
-    fit = True
     for row in zip(*(values for values in lists if len(values) == len(lists[0])), strict=True):
         like = row[0] if isinstance(row[0], Divided) else next((v for v in row if isinstance(v, Divided)), None)
         rows.append(like)
         if like is None:
             continue
         target = row[0] if changed else None
-        fit = fit and (target is None or target is like)
-        fit = fit and all(value is like or _fits(value, like, target) for value in row)
-    if not fit:
-        return _on_whole(func, args, kwargs)
+        if target is not None and target is not like:
+            return _on_whole(func, args, kwargs)
+        if not all(value is like or _fits(value, like, target) for value in row):
+            return _on_whole(func, args, kwargs)
 
     def parts(value: Any) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == len(rows):
@@ -243,11 +219,7 @@ def _differentiably(func: Callable[..., Any], args: Any, kwargs: Any, leaves: li
     simple = all(_fits(leaf, like, None) for leaf in leaves) and not isinstance(args[0], (list, tuple))
     if not simple and not (writes(func) and isinstance(args[0], Divided)):
         return _on_whole(func, args, kwargs)
-    result = _natively(func, args, kwargs)
-    return tree_map(as_divided, result)
-
-
-# ------------------------------------------------------------------ numbers
+    return tree_map(as_divided, func(*args, **kwargs))
 
 
 def _sum(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -258,7 +230,7 @@ def _sum(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     names = ("self", "p" if name_of(func) == "norm" else "ord")
-    given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if not (value is None or value is False)}
     tensors = next(given.pop(name) for name in ("self", "input", "x") if name in given)
     p = given.pop("p", given.pop("ord", 2))
@@ -269,9 +241,6 @@ def _norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return _on_whole(func, args, kwargs)
     norms = norms_of(each, float(p))
     return norms if isinstance(tensors, (list, tuple)) else norms[0]
-
-
-# ------------------------------------------------------------------ on the whole
 
 
 def _on_whole(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -338,33 +307,30 @@ def _draw(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     like = next(leaf for leaf in leaves if isinstance(leaf, Divided))
     agree_to_read(like)
-    if writes(func) and len(leaves) == 1:
+    fills = writes(func)
+    if len(leaves) > 1 or not (fills or name_of(func).endswith(LIKE)):
+        return _on_whole(func, args, kwargs)
+    if fills:
         _refuse_leaf_in_place([] if getattr(func, "__module__", "") == "torch.nn.init" else [like])
-        drawn = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        args, kwargs = tree_map(lambda leaf: drawn if leaf is like else leaf, (list(args), dict(kwargs)))
-        func(*args, **kwargs)
-        write_part(like, from_first_data_rank(drawn, like))
-        return like
-    if name_of(func).endswith(LIKE) and len(leaves) == 1:
-        drawn = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        args, kwargs = tree_map(lambda leaf: drawn if leaf is like else leaf, (list(args), dict(kwargs)))
-        drawn = from_first_data_rank(func(*args, **kwargs), like)
-        return _wrapped(part_of(drawn, like), like)
-    return _on_whole(func, args, kwargs)
-
-
-# ------------------------------------------------------------------ assignments
+    filled = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    args, kwargs = tree_map(lambda leaf: filled if leaf is like else leaf, (list(args), dict(kwargs)))
+    result = func(*args, **kwargs)
+    if not fills:
+        return _wrapped(part_of(from_first_data_rank(result, like), like), like)
+    write_part(like, from_first_data_rank(filled, like))
+    return like
 
 
 def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
     target, value = args
     if not isinstance(target, Divided):  # a plain tensor that is given a divided one's memory
-        return _natively(func, (target, whole(value).clone()), kwargs)
+        func(target, whole(value).clone(), **kwargs)
+        return
     if not isinstance(value, Tensor) or value.shape != target.shape or value.dtype != target.dtype:
-        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        given = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(
             f"`.data` of a parameter {tuple(target.shape)} {target.dtype}, of which each rank holds a part, was "
-            f"assigned {None if shape is None else tuple(shape)} {dtype}: its shape and dtype stay those that it was "
+            f"assigned {given}: its shape and dtype stay those that it was "
             "divided with; change them before the fit, in __init__ or configure_model"
         )
     if isinstance(value, DTensor) and not is_divided_alike(value, target):
@@ -372,10 +338,9 @@ def _set_data(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
     with torch.no_grad():
         source = local_tensor(value) if isinstance(value, DTensor) else part_of(value, target)
         if source.untyped_storage().data_ptr() == local_tensor(target).untyped_storage().data_ptr():
-            return None  # what it was
+            return  # what it was
         _part_aliases(target)
         local_part(target).copy_(source)
-    return None
 
 
 def _set_gradient(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -404,11 +369,9 @@ def _deep_copy(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return memo[id(tensor)]
     if not tensor.is_leaf:
         raise RuntimeError("Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol")
-    copied: Any = as_dtensor(local_part(tensor).clone(), tensor)
+    copied: Any = as_dtensor(local_part(tensor).clone(), tensor).requires_grad_(tensor.requires_grad)
     if isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
-    else:
-        copied.requires_grad_(tensor.requires_grad)
     vars(copied).update(vars(tensor))
     memo[id(tensor)] = as_divided(copied)
     return copied

@@ -1,11 +1,4 @@
-"""Initialisation of models that fit no process: recorded while building on meta, replayed value by value.
-
-- ``tape``: what a recording is made of;
-- ``recording``: the modes that write it while a model is built;
-- ``recorded_draws``: the generators meanwhile;
-- ``replay``: which steps are needed, in which order values come to life and go;
-- ``install``: the values go into the (by then perhaps sharded) module.
-"""
+"""Initialisation of models that fit no process: recorded while building on meta, replayed value by value."""
 
 from lightning_dist.initialization.install import RecordedInit, keep_shard
 from lightning_dist.initialization.recording import record_initialization

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_dist.compat.fsdp import param_groups_of
 from lightning_dist.compat.torch import MODULE_REGISTRIES, own_buffers, own_parameters
-from lightning_dist.dtensors import local_part, on_tensor_axis, place_like
-from lightning_dist.initialization.recorded_draws import restore_host_random_state
+from lightning_dist.dtensors import local_part, place_like
 from lightning_dist.initialization.replay import ReplayPlan, replay
 from lightning_dist.initialization.tape import CannotDefer, Slot, Tape
 
@@ -44,9 +43,8 @@ class RecordedInit:
     """How a model would have been initialised, recorded by
     :func:`~lightning_dist.initialization.record_initialization`."""
 
-    def __init__(self, tape: Tape, host_random: tuple[Any, Any]) -> None:
-        self._tape = tape
-        self._host_random = host_random
+    def __init__(self, tape: Tape, put_back: Callable[[], None]) -> None:
+        self._tape, self._put_back = tape, put_back
         self._slots: dict[str, Slot] = {}
 
     def bind(self, module: nn.Module) -> None:
@@ -54,9 +52,9 @@ class RecordedInit:
         the recording, and before the module is sharded: sharding replaces the parameters.
 
         Raises:
-            CannotDefer: values of a tensor come from outside of the recording, or a deferred tensor sits in a tuple
-                of the module. The generators of Python and NumPy
-                are then put back to where the recording found them, so that the caller may build plainly.
+            CannotDefer: values of a tensor come from outside of the recording, or a deferred tensor sits in a tuple of
+                the module. The generators of Python and NumPy are then put back to where the recording found them, so
+                that the caller may build plainly.
         """
         try:
             self._slots = {
@@ -65,7 +63,7 @@ class RecordedInit:
             self._check_tuples(module)
             self._check_known()
         except CannotDefer:
-            restore_host_random_state(self._host_random)
+            self._put_back()
             raise
 
     @property
@@ -154,35 +152,19 @@ def keep_shard(full: Tensor, name: str, current: Tensor, device: torch.device | 
         full: the values of the whole tensor.
         name: its name.
         current: the meta tensor in the module, which has the placements.
-        device: where a tensor goes that is no DTensor; default: where it is.
+        device: where it goes; default: where it is, and a slice to the device of its mesh.
 
     Communication: none; the slice is cut out locally.
     """
-    if not isinstance(current, DTensor):
-        return full if device is None else full.to(device)
-    if on_tensor_axis(current):
-        return place_like(full, current, device)
-    shard = distribute_tensor(full, current.device_mesh, current.placements, src_data_rank=None)
-    local = shard.to_local()
-    if local.untyped_storage().nbytes() > local.numel() * local.element_size():
-        local = local.clone(memory_format=torch.contiguous_format)  # a view would keep the whole tensor alive
-    return DTensor.from_local(
-        local,
-        current.device_mesh,
-        current.placements,
-        run_check=False,
-        shape=current.shape,
-        stride=current.stride(),
-    )
+    if isinstance(current, DTensor):
+        return place_like(full, current, device or current.device_mesh.device_type)
+    return full if device is None else full.to(device)
 
 
 def _deferred(module: nn.Module, parameters: bool) -> dict[str, Place]:
     """The places on the meta device."""
-    return {
-        name: place
-        for name, place in _places(module).items()
-        if _is_meta(place.tensor) and (parameters or not isinstance(place.tensor, nn.Parameter))
-    }
+    places = {name: place for name, place in _places(module).items() if local_part(place.tensor).is_meta}
+    return {name: place for name, place in places.items() if parameters or not isinstance(place.tensor, nn.Parameter)}
 
 
 def _install(kept: Tensor, current: Tensor, places: list[Place]) -> None:
@@ -219,8 +201,7 @@ def _places(module: nn.Module) -> dict[str, Place]:
 
     A parameter in a list counts only as another name of a registered one: after sharding, lists keep the old object.
     """
-    places: dict[str, Place] = {}
-    items: dict[str, Place] = {}
+    places, items = dict[str, Place](), dict[str, Place]()
     for prefix, owner in module.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
         attributes = {key: value for key, value in vars(owner).items() if isinstance(value, Tensor)}
@@ -239,14 +220,6 @@ def _places(module: nn.Module) -> dict[str, Place]:
 def _items(owner: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
     """Tensors in the lists and dictionaries of a module, with attribute and key."""
     for attribute, value in vars(owner).items():
-        if attribute in MODULE_REGISTRIES:
-            continue
-        if isinstance(value, dict):
-            pairs = list(value.items())
-        else:
-            pairs = list(enumerate(value)) if isinstance(value, list) else []
-        yield from ((attribute, key, item) for key, item in pairs if isinstance(item, Tensor))
-
-
-def _is_meta(tensor: Tensor) -> bool:
-    return local_part(tensor).is_meta
+        if isinstance(value, (dict, list)) and attribute not in MODULE_REGISTRIES:
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((attribute, key, item) for key, item in pairs if isinstance(item, Tensor))

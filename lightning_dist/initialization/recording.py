@@ -10,32 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_dist.compat.operators import (
-    INDEX_PUT,
-    READS_A_NUMBER,
-    TRUNC_NORMAL,
-    DisableTorchFunction,
-    arguments_of,
-)
+from lightning_dist.compat.operators import INDEX_PUT, READS_A_NUMBER, TRUNC_NORMAL, DisableTorchFunction, arguments_of
 from lightning_dist.compat.torch import TorchDispatchMode
 from lightning_dist.initialization.install import RecordedInit
-from lightning_dist.initialization.recorded_draws import (
-    host_random_state,
-    restore_host_random_state,
-)
-from lightning_dist.initialization.tape import CannotDefer, Constant, Draw, Slot, Step, Tape
-from lightning_dist.pytree import tree_flatten, tree_unflatten
+from lightning_dist.initialization.tape import CannotDefer, Constant, Draw, Slot, Step, Tape, keep_host_random_state
+from lightning_dist.pytree import tree_leaves, tree_map
 from lightning_dist.random_states import default_generator
 
 _EMPTY = {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided"}
 _FILLED = {"zeros", "ones", "full"}
-
-_REPLACING = {
-    "normal_", "uniform_", "fill_", "zero_", "copy_", "random_", "exponential_", "log_normal_", "cauchy_",
-    "geometric_",
-}  # fmt: skip
+_REPLACING = {"normal_", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+_REPLACING |= {"fill_", "zero_", "copy_"}
 """In-place operations after which nothing is left of the earlier values."""
 
+_DEVICE = Tensor.device.__get__
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__reduce_ex__)
 """Methods that get at the memory of a tensor without an operation that the dispatcher sees."""
 
@@ -62,17 +51,18 @@ def record_initialization() -> Iterator[RecordedInit]:
             NumPy are then as before, so that the caller may build plainly.
     """
     tape = Tape()
-    host_random = host_random_state()
-    for generator in _generators_in_use():
+    put_back = keep_host_random_state()
+    on_cuda = torch.cuda.default_generators if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    for generator in (torch.default_generator, *on_cuda):  # that Python code may seed while a model is built
         tape.stream(generator)
     original = getattr(nn.init, TRUNC_NORMAL)
     recorder = _Recorder(tape)
     setattr(nn.init, TRUNC_NORMAL, _recorded_whole(tape, original))
     try:
         with _ActAsReal(tape), recorder:
-            yield RecordedInit(tape, host_random)
+            yield RecordedInit(tape, put_back)
     except CannotDefer:
-        restore_host_random_state(host_random)
+        put_back()
         raise
     finally:
         setattr(nn.init, TRUNC_NORMAL, original)
@@ -101,10 +91,6 @@ class _ActAsReal(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_DEVICE = Tensor.device.__get__
-_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
-
-
 class _Recorder(TorchDispatchMode):
     """Sends creation of floating tensors to the meta device and writes down each operation on a deferred tensor."""
 
@@ -115,20 +101,20 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with DisableTorchFunction():
-            tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+            tensors = _tensors((args, kwargs))
             if any(tensor.is_meta for tensor in tensors):
                 return self._defer(func, args, kwargs, tensors)
-            if _asks_for_meta(kwargs):
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "meta":
                 if func.overloadpacket.__name__ == "scalar_tensor":
                     # A Python number that torch wraps for an operation on a deferred tensor, as in w[mask] = 0
                     return func(*args, **{**kwargs, "device": torch.device("cpu")})
                 return func(*args, **kwargs)
-            is_random = _is_random(func)
-            if is_random and _written(func, args, kwargs):
+            if _is_random(func) and _written(func, args, kwargs):
                 raise CannotDefer(
                     f"{func} draws random numbers into a tensor that was computed from values or is an integer one"
                 )
-            if is_random or _creates_floats(func, args, kwargs, tensors):
+            if _is_random(func) or _creates_floats(func, args, kwargs, tensors):
                 return self._defer(func, args, kwargs, tensors)
             return func(*args, **kwargs)
 
@@ -140,28 +126,18 @@ class _Recorder(TorchDispatchMode):
         if any(not tensor.is_meta for tensor in written):
             raise CannotDefer(f"{func} writes values of a deferred tensor into one that is there already")
         device = _device_of(tape, kwargs, tensors)
-        leaves, spec = tree_flatten((args, kwargs))
-        noted = [_note(tape, leaf, device) for leaf in leaves]
+        noted = tree_map(lambda leaf: _note(tape, leaf, device), (args, kwargs))
         written_slots = [tape.slot(tensor) for tensor in written]
         result = _run_on_meta(func, args, kwargs)
         outputs = {}
-        for place, output in enumerate(tree_flatten(result)[0]):
+        for place, output in enumerate(tree_leaves(result)):
             if isinstance(output, Tensor) and tape.find(output) is None:
-                number = tape.add(output, device)
+                tape.add(output, device)
                 outputs[place] = tape.slot(output)
-                assert outputs[place].storage == number
-        if not outputs and not written:
-            return result  # a view: slots know their place in the storage
-        name = func.overloadpacket.__name__
-        if name in _EMPTY:
-            return result  # no values yet: memory comes with the first that are written
-        noted_args, noted_kwargs = tree_unflatten(noted, spec)
-        slots = [leaf for leaf in noted if isinstance(leaf, Slot)]
-        ignores = name in _REPLACING
-        step = _step(
-            tape, func, noted_args, noted_kwargs, slots, written_slots, outputs, ignores, _is_random(func), device
-        )
-        tape.steps.append(step)
+        # a view needs no step: slots know their place in the storage; nor does memory, which comes with its values
+        if (outputs or written) and func.overloadpacket.__name__ not in _EMPTY:
+            replaces = func.overloadpacket.__name__ in _REPLACING
+            tape.steps.append(_step(tape, func, noted, written_slots, outputs, device, replaces, _is_random(func)))
         return result
 
 
@@ -174,8 +150,7 @@ def _recorded_whole(tape: Tape, original: Callable[..., Tensor]) -> Callable[...
                 return original(tensor, *args, **kwargs)
             slot = tape.slot(tensor)
             device = tape.storages[slot.storage].device
-            kept = dict(kwargs)
-            tape.steps.append(_step(tape, original, (slot, *args), kept, [slot], [slot], {}, True, True, device))
+            tape.steps.append(_step(tape, original, ((slot, *args), kwargs), [slot], {}, device, True, True))
             return tensor
 
     return call
@@ -184,35 +159,34 @@ def _recorded_whole(tape: Tape, original: Callable[..., Tensor]) -> Callable[...
 def _step(
     tape: Tape,
     function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    slots: list[Slot],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
     written: list[Slot],
     outputs: dict[int, Slot],
-    ignores_values: bool,
-    is_random: bool,
     device: torch.device,
+    replaces: bool,
+    is_random: bool,
 ) -> Step:
+    """The step of a function; ``replaces``: what it writes to, whatever it was."""
     made = {slot.storage for slot in outputs.values()}
-    filled = {slot.storage for slot in written if ignores_values and tape.covers(slot)}
-    read = [slot for slot in slots if slot not in written] if ignores_values else slots
+    filled = {slot.storage for slot in written if replaces and tape.covers(slot)}
+    slots = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Slot) and not (replaces and leaf in written)]
     partial = {slot.storage for slot in written} - filled
     draw = None
     if is_random:
         if device.type == "meta":
             raise CannotDefer("it draws random numbers into a tensor that was made on the meta device explicitly")
-        stream = tape.stream(_generator_of((args, kwargs)) or default_generator(device))
+        generators = (leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Generator))
+        stream = tape.stream(next(generators, None) or default_generator(device))
         jump = stream.find_jump()
         draw = Draw(stream, stream.mark(), jump)
     return Step(
         function,
-        args,
-        kwargs,
+        *call,
         outputs,
-        reads=frozenset({slot.storage for slot in read} | partial),
+        reads=frozenset({slot.storage for slot in slots} | partial),
         writes=frozenset({slot.storage for slot in written} | made),
         fills=frozenset(filled | made),
-        ignores_values=ignores_values and bool(written),
+        ignores_values=replaces and bool(written),
         draw=draw,
         default_dtype=torch.get_default_dtype(),
     )
@@ -222,18 +196,19 @@ def _run_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     """Shapes of the results; real operands take part as meta tensors."""
     if func.overloadpacket.__name__ in INDEX_PUT:
         return args[0]  # a mask among the indices has no shape to infer, and none is needed
-    leaves, spec = tree_flatten((args, kwargs))
-    meta = [
-        leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_meta else leaf for leaf in leaves
-    ]
-    meta_args, meta_kwargs = tree_unflatten(meta, spec)
+
+    def on_meta(leaf: Any) -> Any:
+        return leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_meta else leaf
+
+    meta_args, meta_kwargs = tree_map(on_meta, (args, dict(kwargs)))
     names = {argument.name for argument in arguments_of(func)}
-    if "device" in names and (meta_kwargs.get("device") is not None or not _tensors(leaves)):
+    tensors = _tensors((meta_args, meta_kwargs))
+    if "device" in names and (meta_kwargs.get("device") is not None or not tensors):
         meta_kwargs["device"] = torch.device("meta")
     meta_kwargs.pop("pin_memory", None)
     if isinstance(meta_kwargs.get("generator"), torch.Generator):
         meta_kwargs["generator"] = None
-    if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in meta) and "device" not in names:
+    if not any(tensor.is_meta for tensor in tensors) and "device" not in names:
         raise CannotDefer(f"{func} has no way to the meta device")
     try:
         return func(*meta_args, **meta_kwargs)
@@ -249,8 +224,8 @@ def _note(tape: Tape, leaf: Any, device: torch.device) -> Any:
     return leaf
 
 
-def _tensors(leaves: list[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _device_of(tape: Tape, kwargs: dict[str, Any], tensors: list[Tensor]) -> torch.device:
@@ -261,11 +236,10 @@ def _device_of(tape: Tape, kwargs: dict[str, Any], tensors: list[Tensor]) -> tor
         if device.type != "cpu" and device.index is None:
             device = torch.device(device.type, torch.get_device_module(device).current_device())
         return device
-    devices = [
-        tape.storages[tape.slot(tensor).storage].device if tensor.is_meta else tensor.device
-        for tensor in sorted(tensors, key=lambda tensor: not tensor.dim())
-    ]
-    return devices[0] if devices else torch.device("cpu")
+    first = min(tensors, key=lambda tensor: not tensor.dim(), default=None)
+    if first is None:
+        return torch.device("cpu")
+    return tape.storages[tape.slot(first).storage].device if first.is_meta else first.device
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -273,8 +247,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     found: list[Any] = []
     for place, argument in enumerate(arguments_of(func)):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found += tree_flatten(value)[0]
+            found.append(args[place] if place < len(args) else kwargs.get(argument.name))
     return _tensors(found)
 
 
@@ -284,31 +257,12 @@ def _creates_floats(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) ->
         return False
     if name in _FILLED and (not args or not len(args[0])):
         return False  # a number in a tensor's clothes: models read those
-    dtype = kwargs.get("dtype")
-    if dtype is None and tensors:
-        dtype = tensors[0].dtype
+    dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
     if dtype is None and name == "full":
         return isinstance(args[1], float)
     dtype = dtype or torch.get_default_dtype()
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _asks_for_meta(kwargs: dict[str, Any]) -> bool:
-    device = kwargs.get("device")
-    return device is not None and torch.device(device).type == "meta"
-
-
 def _is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
-
-
-def _generator_of(call: Any) -> torch.Generator | None:
-    return next((leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, torch.Generator)), None)
-
-
-def _generators_in_use() -> list[torch.Generator]:
-    """Default generators that Python code may seed while a model is built."""
-    generators = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
-    return generators

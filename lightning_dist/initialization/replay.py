@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dist.initialization.recorded_draws import StreamPlayer
-from lightning_dist.initialization.tape import Constant, Slot, Step, Tape
-from lightning_dist.pytree import tree_flatten, tree_map
+from lightning_dist.initialization.tape import Constant, Slot, Step, StreamPlayer, Tape
+from lightning_dist.pytree import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,17 @@ class ReplayPlan:
     def of(cls, tape: Tape, wanted: Iterable[int]) -> ReplayPlan:
         """The plan, from the last step to the first: what is live after a step decides whether it is needed."""
         plan = cls()
-        live = set(wanted)
-        open_ends = set(live)
+        live, open_ends = set(wanted), set(wanted)
         for number in range(len(tape.steps) - 1, -1, -1):
             step = tape.steps[number]
-            if not step.writes & live and step.draw is None:
+            is_used = bool(step.writes & live)
+            if not is_used and step.draw is None:
                 continue
             plan.runs.append(number)
-            if not step.writes & live and step.ignores_values:
+            touched = step.reads | step.writes
+            if not is_used and step.ignores_values:
                 plan.on_scratch.add(number)
                 touched = step.reads - step.writes
-            else:
-                touched = step.reads | step.writes
             plan.finished[number] = set(touched & open_ends)
             plan.frees[number] = set(touched - live)
             open_ends -= touched
@@ -82,10 +80,11 @@ def replay(tape: Tape, plan: ReplayPlan, hand_over: Callable[[int, torch.Untyped
             for storage in plan.finished[number]:
                 hand_over(storage, player.pop(storage))
             for storage in plan.frees[number]:
-                player.drop(storage)
+                player.values.pop(storage, None)
     finally:
         torch.set_default_dtype(dtype)
-    player.finish()
+    for stream in player.streams.values():
+        stream.finish()
 
 
 class _Player:
@@ -93,8 +92,8 @@ class _Player:
 
     def __init__(self, tape: Tape) -> None:
         self._tape = tape
-        self._values: dict[int, torch.UntypedStorage] = {}
-        self._streams = [(stream, StreamPlayer(stream)) for stream in tape.streams]
+        self.values: dict[int, torch.UntypedStorage] = {}
+        self.streams = {stream: StreamPlayer(stream) for stream in tape.streams}
 
     def run(self, step: Step, on_scratch: bool) -> None:
         scratch = step.writes if on_scratch else frozenset()
@@ -114,34 +113,26 @@ class _Player:
         if step.draw is None:
             result = step.function(*args, **kwargs)
         else:
-            player = next(player for stream, player in self._streams if stream is step.draw.stream)
+            player = self.streams[step.draw.stream]
             player.jump(step.draw.jump)
             result = step.function(*args, **kwargs)
             player.after_draw(step.draw.number)
-        if step.outputs:
-            results = tree_flatten(result)[0]
-            for place, slot in step.outputs.items():
-                self._values[slot.storage] = _as_laid_out(results[place], slot, self._tape)
+        results = tree_leaves(result) if step.outputs else []
+        for place, slot in step.outputs.items():
+            self.values[slot.storage] = _as_laid_out(results[place], slot, self._tape)
 
     def pop(self, number: int) -> torch.UntypedStorage:
         storage = self._value(number)
-        del self._values[number]
+        del self.values[number]
         return storage
-
-    def drop(self, number: int) -> None:
-        self._values.pop(number, None)
-
-    def finish(self) -> None:
-        for _, player in self._streams:
-            player.finish()
 
     def _value(self, number: int) -> torch.UntypedStorage:
         """The values of a storage; memory for them, if nothing has been written yet."""
-        if number not in self._values:
+        if number not in self.values:
             storage = self._tape.storages[number]
             empty = torch.empty(storage.meta.nbytes(), dtype=torch.uint8, device=storage.device)
-            self._values[number] = empty.untyped_storage()
-        return self._values[number]
+            self.values[number] = empty.untyped_storage()
+        return self.values[number]
 
 
 def _as_laid_out(result: Tensor, slot: Slot, tape: Tape) -> torch.UntypedStorage:

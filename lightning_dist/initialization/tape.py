@@ -1,16 +1,23 @@
-"""The tape: the operations that gave deferred tensors their values, in the order in which the model ran them."""
+"""The tape: the operations that gave deferred tensors their values, in the order in which the model ran them, and the
+random generators meanwhile, so that the replay draws what plain building draws.
+"""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dist.compat.operators import address_of
-from lightning_dist.initialization.recorded_draws import RandomStream
+
+_MARK = 0x11D1_5700_0000_0000
+"""Where the seeds of the marks start: far from what a person types."""
 
 
 class CannotDefer(RuntimeError):
@@ -36,14 +43,6 @@ class Slot:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the elements that the view selects, in bytes."""
-        count = 1
-        for length in self.size:
-            count *= length
-        return count * self.dtype.itemsize
 
     def view(self, storage: torch.UntypedStorage) -> Tensor:
         """The tensor that the slot stands for, over the values of ``storage``."""
@@ -137,19 +136,107 @@ class Tape:
 
     def add(self, tensor: Tensor, device: torch.device, is_known: bool = True) -> int:
         """Gives the storage of a meta tensor a number."""
-        meta = tensor.untyped_storage()
+        meta, number = tensor.untyped_storage(), len(self.storages)
         self.storages.append(DeferredStorage(meta, device, is_known))
-        self._numbers[address_of(meta)] = len(self.storages) - 1
-        return len(self.storages) - 1
+        self._numbers[address_of(meta)] = number
+        return number
 
     def covers(self, slot: Slot) -> bool:
         """Whether the slot selects each byte of its storage."""
-        return slot.num_bytes == self.storages[slot.storage].meta.nbytes() and slot.offset == 0
+        num_bytes = math.prod(slot.size) * slot.dtype.itemsize
+        return num_bytes == self.storages[slot.storage].meta.nbytes() and slot.offset == 0
 
     def stream(self, generator: torch.Generator) -> RandomStream:
         """The stream of a generator; it begins when the generator is first seen."""
         for stream in self.streams:
             if stream.generator is generator:
                 return stream
-        self.streams.append(RandomStream.of(generator))
+        self.streams.append(RandomStream(generator))
         return self.streams[-1]
+
+
+class RandomStream:
+    """One generator: where it started, and what Python code did to its state between recorded draws.
+
+    [Note: marks]
+    While recording, nothing is drawn: the state of a generator would stand still, and two copies that Python
+    code took of it (``torch.get_rng_state``, ``torch.random.fork_rng``) at different places would look the same.
+    So each recorded draw puts the generator into a state of its own, a mark. A state that is found later is then
+    either the last mark (nothing happened), an earlier one (Python code put back what it had saved after that
+    draw), or none of them (Python code seeded the generator).
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator, self.start = generator, generator.get_state()
+        self.saved_after: set[int] = set()
+        self.at_end: int | Tensor | None = None
+        self._last, self._num_draws = _digest(self.start), 0
+        self._marks = {self._last: 0}
+
+    def find_jump(self) -> int | Tensor | None:
+        """What Python code did since the last draw: ``None`` for nothing, the number of the draw after which the
+        state that it put back had been saved, or the state that it set."""
+        state = self.generator.get_state()
+        digest = _digest(state)
+        if digest == self._last:
+            return None
+        self._last = digest
+        if digest in self._marks:
+            self.saved_after.add(self._marks[digest])
+            return self._marks[digest]
+        return state
+
+    def mark(self) -> int:
+        """Counts a draw, see [Note: marks]; returns its number."""
+        self._num_draws += 1
+        self.generator.manual_seed(_MARK + self._num_draws)
+        self._last = _digest(self.generator.get_state())
+        self._marks[self._last] = self._num_draws
+        return self._num_draws
+
+    def finish(self) -> None:
+        """Ends the recording: the generator is as it was before."""
+        self.at_end = self.find_jump()
+        self.generator.set_state(self.start)
+
+
+class StreamPlayer:
+    """The same generator during a replay: it starts where the recording started, and jumps where Python code did."""
+
+    def __init__(self, stream: RandomStream) -> None:
+        self.stream = stream
+        self._saved: dict[int, Tensor] = {}
+        stream.generator.set_state(stream.start)
+        self.after_draw(0)
+
+    def jump(self, target: int | Tensor | None) -> None:
+        """Repeats what :meth:`RandomStream.find_jump` found."""
+        if target is not None:
+            state = self._saved[target] if isinstance(target, int) else target
+            self.stream.generator.set_state(state)
+
+    def after_draw(self, number: int) -> None:
+        """Keeps the state, if a later jump goes back to it."""
+        if number in self.stream.saved_after:
+            self._saved[number] = self.stream.generator.get_state()
+
+    def finish(self) -> None:
+        """Leaves the generator as plain building would have left it."""
+        self.jump(self.stream.at_end)
+
+
+def keep_host_random_state() -> Callable[[], None]:
+    """What puts the generators of Python and NumPy back as they are now; recording, they run for real."""
+    import numpy
+
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+
+    def put_back() -> None:
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
+
+    return put_back
+
+
+def _digest(state: Tensor) -> bytes:
+    return sha256(state.numpy().tobytes()).digest()

@@ -12,6 +12,7 @@ count, are the user's own and would see the small tensors: left out.
 from __future__ import annotations
 
 import copy
+import math
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -24,15 +25,21 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_dist.compat.operators import HOOKS_OF_OPTIMIZERS
-from lightning_dist.dtensors import local_part
-from lightning_dist.optimizers.small import Small
-from lightning_dist.placeholder import is_placeholder
+from lightning_dist.compat.distributed import StridedShard
+from lightning_dist.compat.operators import DTENSOR_ATTRIBUTES, HOOKS_OF_OPTIMIZERS
+from lightning_dist.dtensors import held_indices_of, local_part
+from lightning_dist.placeholder import is_placeholder, placeholder_parameter
 
 LEAST_LR = 1e-2
 """A schedule may begin at zero; and steps have to be larger than the rounding of what they change."""
 
 _SHARED = (nn.Module, LRScheduler, types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
+
+LONG, SHORT = 160, 4
+"""Sizes of the two longest dims and of the others, at most: optimizers that factor do so from 128 on."""
+
+NOT_OPTIONS = frozenset({"params", "lr", "initial_lr", "param_names", "name"})
+"""Entries of a parameter group that don't change what a step does with it, but for its length."""
 
 
 class Twin:
@@ -43,6 +50,7 @@ class Twin:
         smalls: what stands for which of its parameters.
         make: the parameter of the copy for one of these.
         lay_out: a whole small tensor beside a parameter, as a state of it in the copy.
+        starts: of the states that were copied before, by identity, from :func:`start_of`; added to.
 
     Communication: none for an optimizer without states; else see :func:`start_of`.
     """
@@ -55,8 +63,7 @@ class Twin:
         lay_out: Callable[[Small, Tensor], Tensor],
         starts: dict[int, Tensor],
     ) -> None:
-        self._lay_out = lay_out
-        self._starts = starts
+        self._lay_out, self._starts = lay_out, starts
         self._small = {id(small.parameter): small for small in smalls}
         self.parameters = {id(small.parameter): make(small) for small in smalls}
         self._copies: dict[int, Any] = dict(self.parameters)
@@ -81,8 +88,10 @@ class Twin:
             return self._copy_row(value, owner)
         elif isinstance(value, types.MethodType):
             copied = types.MethodType(value.__func__, self._copy(value.__self__))
-        elif isinstance(value, _SHARED) or not hasattr(value, "__dict__") or _is_of_libraries(value):
+        elif isinstance(value, _SHARED) or not hasattr(value, "__dict__"):
             return value
+        elif type(value).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "torch"):
+            return value  # which an optimizer may refer to, but is not its state
         else:
             copied = copy.copy(value)
             self._copies[id(value)] = copied
@@ -173,6 +182,107 @@ def _no_less(lr: Any, least: float) -> Any:
     return max(lr, least) if isinstance(lr, float | int) and not isinstance(lr, bool) else lr
 
 
-def _is_of_libraries(value: Any) -> bool:
-    """Objects of torch and Lightning that an optimizer may refer to are not its state."""
-    return type(value).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "torch")
+class Small:
+    """What stands for one parameter.
+
+    Args:
+        parameter: of the module: plain, a DTensor or a placeholder.
+        number: of it, from which its values are drawn: the same on every rank.
+    """
+
+    def __init__(self, parameter: Tensor, number: int) -> None:
+        self.parameter = parameter
+        generator = torch.Generator().manual_seed(number)
+        shape, dtype, self.device = _small_shape(parameter), parameter.dtype, parameter.device
+        if dtype.is_floating_point and dtype != torch.float64:
+            dtype = torch.float32  # 16 bits round more
+        drawn = dtype if dtype.is_floating_point or dtype.is_complex else torch.float32
+        self.value = torch.randn(shape, generator=generator, dtype=drawn).to(self.device, dtype)
+        self.slope = torch.randn(shape, generator=generator, dtype=drawn).to(self.device, dtype)
+
+    def whole(self) -> Tensor:
+        """A plain parameter."""
+        return _marked(nn.Parameter(self.value.clone(), self.parameter.requires_grad), self.parameter)
+
+    def divided(self) -> Tensor:
+        """As the parameter is: this rank's part of it, a plain tensor, or a placeholder."""
+        if is_placeholder(self.parameter):
+            whole = nn.Parameter(self.value, self.parameter.requires_grad)
+            return placeholder_parameter(_marked(whole, self.parameter))
+        return _marked(as_divided(self.value, self.parameter), self.parameter)
+
+
+def as_divided(whole: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter of the value ``whole``, divided over the ranks and of the class as the parameter ``like``."""
+    if not isinstance(like, DTensor):
+        return nn.Parameter(whole.clone(), like.requires_grad)
+    part = this_ranks_part(whole, like)
+    tensor = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    parameter: Any = nn.Parameter(tensor, like.requires_grad)
+    parameter.__class__ = type(like)
+    return parameter
+
+
+def this_ranks_part(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of a tensor that is divided as ``like``, which may be of another size. A copy."""
+    if not isinstance(like, DTensor):
+        return whole.clone()
+    part = whole.detach()
+    for dim, index in enumerate(held_indices_of(whole.shape, like.device_mesh, like.placements)):
+        part = part.index_select(dim, index.to(part.device))
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _small_shape(parameter: Tensor) -> tuple[int, ...]:
+    """As few elements as take the same way through an optimizer, divided as the parameter is."""
+    units = [1] * parameter.ndim
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for name, placement, ranks in zip(mesh.mesh_dim_names or (), parameter.placements, mesh.shape, strict=True):
+            if name == "tp" and not placement.is_replicate():
+                pieces = placement.split_factor if isinstance(placement, StridedShard) else 1
+                units[placement.dim] *= pieces * int(ranks)  # type: ignore[attr-defined, assignment]
+    longest = sorted(range(parameter.ndim), key=lambda dim: -parameter.shape[dim])[:2]
+    limits = [LONG if dim in longest else SHORT for dim in range(parameter.ndim)]
+    return tuple(
+        size if size <= limit or size <= unit else max(unit, limit - limit % unit)
+        for size, limit, unit in zip(parameter.shape, limits, units, strict=True)
+    )
+
+
+def representatives(optimizer: Optimizer) -> list[Tensor]:
+    """The largest and the smallest parameter of each kind, in each parameter group with options of its own."""
+    chosen: dict[int, Tensor] = {}
+    seen = set()
+    for group in optimizer.param_groups:
+        kinds: dict[Any, list[Tensor]] = {}
+        for parameter in group["params"]:
+            kinds.setdefault(_kind(parameter), []).append(parameter)
+        options = repr([(name, group[name]) for name in sorted(group, key=str) if name not in NOT_OPTIONS])
+        if (options, frozenset(kinds)) in seen:
+            continue
+        seen.add((options, frozenset(kinds)))
+        for same in kinds.values():
+            by_size = sorted(same, key=lambda parameter: math.prod(parameter.shape))
+            chosen |= {id(parameter): parameter for parameter in (by_size[-1], by_size[0])}
+    return list(chosen.values())
+
+
+def all_parameters(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups, each once."""
+    return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def _kind(parameter: Tensor) -> Any:
+    layout = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+    return parameter.ndim, parameter.dtype, parameter.requires_grad, layout, is_placeholder(parameter)
+
+
+def _marked(small: nn.Parameter, parameter: Tensor) -> nn.Parameter:
+    """With what users wrote on the parameter, which optimizers may read."""
+    for name, value in vars(parameter).items():
+        if name not in DTENSOR_ATTRIBUTES:
+            setattr(small, name, value)
+    return small

@@ -1,9 +1,4 @@
-"""What each axis does to a module, and what runs its steps then.
-
-- ``parallelize``: the order of the transforms;
-- ``single_process``, ``ddp``, ``fsdp`` and ``pipeline``: the runners of a step;
-- ``tensor``: the tensor axis.
-"""
+"""What each axis does to a module (``parallelize`` has the order), and what runs its steps then."""
 
 from lightning_dist.parallel.activation_checkpoint import Checkpointing, validate_blocks
 from lightning_dist.parallel.buffers import average_buffers

@@ -12,13 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightning_dist.compat.operators import (
-    COSTLY_OPERATORS,
-    OpOverload,
-    changes_arguments,
-    is_collective,
-    recompute_changed,
-)
+from lightning_dist.compat import operators
 from lightning_dist.compat.torch import own_buffers, version_of
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.patches import Patches
@@ -36,7 +30,7 @@ def checkpoint_activations(
     activations, dropout, sums.
 
     Random numbers are drawn as in the forward, and buffers (the running statistics of a BatchNorm) change once. Without
-    gradients, in validation say, a block runs as it is. May be called again with another mode.
+    gradients, in validation say, a block runs as it is.
 
     [Note: where a block is recomputed]
     The ``forward`` in the block's own ``__dict__`` is replaced, which leaves the names in the state dict, pickling and
@@ -45,7 +39,8 @@ def checkpoint_activations(
     Compiled, a block is one graph with its recomputation; torch keeps its buffers right if nothing breaks the graph.
 
     Args:
-        module: the whole module; blocks of an earlier call that are not in ``blocks`` are put back.
+        module: the whole module; blocks of an earlier call that are not in ``blocks``, or had another mode, are put
+            back.
         blocks: to recompute, by name.
         mode: ``"none"`` puts the plain forwards back.
         patches: that the forwards go through.
@@ -65,7 +60,10 @@ def checkpoint_activations(
     validate_blocks(module, blocks, mode)
     for block in blocks.values():
         if _mode(block) is None:
-            patches.set(block, "forward", _recomputing_forward(block, mode))
+            there: Any = vars(block).get("forward", MethodType(type(block).forward, block))
+            is_method = isinstance(there, MethodType) and there.__self__ is block
+            recomputing = _recomputing(there.__func__ if is_method else there, is_method, mode)
+            patches.set(block, "forward", MethodType(recomputing, block))
 
 
 def validate_blocks(module: nn.Module, blocks: dict[str, nn.Module], mode: Checkpointing) -> None:
@@ -81,15 +79,6 @@ def _mode(block: nn.Module) -> Checkpointing | None:
     function: Any = getattr(vars(block).get("forward"), "__func__", None)
     is_ours = function is not None and getattr(function, "recomputing", None) is function  # a wrapper copies attributes
     return function.mode if is_ours else None
-
-
-def _recomputing_forward(block: nn.Module, mode: Checkpointing) -> MethodType:
-    there: Any = vars(block).get("forward", MethodType(type(block).forward, block))
-    if isinstance(there, MethodType) and there.__self__ is block:
-        recomputing = _recomputing(there.__func__, True, mode)
-    else:
-        recomputing = _recomputing(there, False, mode)
-    return MethodType(recomputing, block)
 
 
 def _put_back(block: nn.Module) -> None:
@@ -121,16 +110,9 @@ def _recomputing(forward: Callable[..., Any], is_method: bool, mode: Checkpointi
             if mode == "full":
                 return checkpoint(call, *values, use_reentrant=False)
             return checkpoint(call, *values, use_reentrant=False, context_fn=_selective_contexts)
-        buffers = _Buffers(block)
-        region = Region.of(block)
-        again = nullcontext() if region is None else region.again()
-        output = checkpoint(
-            call,
-            *values,
-            use_reentrant=False,
-            context_fn=functools.partial(_contexts, buffers, again, mode),
-            respect_saved_tensors_hooks=True,
-        )
+        buffers, region = _Buffers(block), Region.of(block)
+        contexts = functools.partial(_contexts, buffers, nullcontext() if region is None else region.again(), mode)
+        output = checkpoint(call, *values, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True)
         buffers.end_forward()
         return output
 
@@ -155,40 +137,44 @@ def _without_cache(value: Any) -> Any:
     return None
 
 
-def _contexts(
-    buffers: _Buffers, again: AbstractContextManager[Any], mode: Checkpointing
-) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around the forward and around its recomputation."""
+def _contexts(buffers: _Buffers, again: AbstractContextManager[Any], mode: Checkpointing) -> tuple[Any, Any]:
+    """Around the forward, and around its recomputation."""
     if mode == "full":
-        return nullcontext(), _AllOf(buffers, again)
+        return nullcontext(), _Recomputing(buffers, again)
     forward, recomputation = _selective_contexts()
-    return forward, _AllOf(buffers, again, _Unchanged(forward), recomputation)
+    return forward, _Recomputing(buffers, again, forward, recomputation)
 
 
-def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operator is torch.ops.higher_order.flex_attention:
         return CheckpointPolicy.MUST_SAVE
-    if not isinstance(operator, OpOverload):
+    if not isinstance(operator, operators.OpOverload):
         return CheckpointPolicy.PREFER_RECOMPUTE
-    is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in COSTLY_OPERATORS
-    keeps = (is_costly or is_collective(operator)) and not changes_arguments(operator)
+    is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in operators.COSTLY_OPERATORS
+    keeps = (is_costly or operators.is_collective(operator)) and not operators.changes_arguments(operator)
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _AllOf(AbstractContextManager[None]):
-    """Several contexts as one that can be entered again."""
+class _Recomputing(AbstractContextManager[None]):
+    """Around each recomputation of a block. Kept results that were changed in place since, by an in-place activation
+    say, are computed again.
+    """
 
-    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
-        self._contexts = contexts
+    def __init__(self, buffers: _Buffers, region: AbstractContextManager[Any], *selective: Any) -> None:
+        self._buffers, self._region, self._selective = buffers, region, selective
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            for context in self._contexts:
-                stack.enter_context(context)
+            stack.enter_context(self._buffers)
+            stack.enter_context(self._region)
+            if self._selective:
+                forward, recomputation = self._selective
+                operators.recompute_changed(forward)
+                stack.enter_context(recomputation)
             self._entered = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
@@ -207,10 +193,7 @@ class _Buffers(AbstractContextManager[None]):
         ]
 
     def end_forward(self) -> None:
-        """Lets the copies go of what the forward did not change.
-
-        torch's batch_norm changes its running statistics, which are vectors, without giving them a new version.
-        """
+        """Lets copies go of what the forward left; torch's batch_norm writes its statistics without a new version."""
         self._before = [
             (buffers, name, buffer, version, copy)
             for buffers, name, buffer, version, copy in self._before
@@ -225,16 +208,3 @@ class _Buffers(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         for buffers, name, buffer in self._now:
             buffers[name] = buffer
-
-
-class _Unchanged(AbstractContextManager[None]):
-    """Recomputes those kept results that were changed in place since, by an in-place activation say."""
-
-    def __init__(self, mode: Any) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        recompute_changed(self._mode)
-
-    def __exit__(self, *error: Any) -> None:
-        pass

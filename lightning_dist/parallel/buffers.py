@@ -1,13 +1,13 @@
-"""Buffers of data ranks: kept equal while training writes them (queues, codebooks, counters), averaged after it."""
+"""What data ranks hold alike stays equal: buffers that training writes, statistics, parameters a hook drew anew."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_dist.collectives import all_reduce_tensors, broadcast_parts, broadcast_tensors
 from lightning_dist.compat.modules import preserve_versions
 from lightning_dist.compat.torch import NormBase, own_buffers, version_of
+from lightning_dist.dtensors import local_part
 
 
 def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -31,7 +32,7 @@ def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
     averaged = {*metrics, *statistics}
     others = [b for b in module.buffers() if b not in averaged and not isinstance(b, DTensor)]
     all_reduce_tensors(statistics, group, mean=True)
-    with unseen_writes(others):
+    with preserve_versions(tuple(b for b in others if not b.is_inference())):  # these are no writes of training's
         broadcast_tensors(others, group)
 
 
@@ -85,12 +86,9 @@ class WrittenBuffers:
                 buffer.note()
         elif self._num_steps == 2 and self._buffers:
             self._agree()
-        by_dtype: dict[torch.dtype, list[_Buffer]] = {}
-        for buffer in self._buffers:
-            if buffer.is_sent:
-                by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        for same in by_dtype.values():
-            self._send(same)
+        sent = [buffer for buffer in self._buffers if buffer.is_sent]
+        for dtype in dict.fromkeys(buffer.dtype for buffer in sent):
+            self._send([buffer for buffer in sent if buffer.dtype == dtype])
 
     def _agree(self) -> None:
         flags = torch.zeros(len(self), dtype=torch.int32)
@@ -103,10 +101,9 @@ class WrittenBuffers:
     def _send(self, same: list[_Buffer]) -> None:
         """What has another shape on the first rank, or here (a cache by length), stays as it is."""
         parts = iter(broadcast_parts([part for buffer in same for part in buffer.packed()], self.group))
-        if dist.get_rank(self.group) == 0:
-            return
-        for buffer in same:
-            buffer.take(next(parts), next(parts))
+        if dist.get_rank(self.group) != 0:
+            for buffer in same:
+                buffer.take(next(parts), next(parts))
 
 
 class _Buffer:
@@ -150,12 +147,6 @@ class _Buffer:
             tensor.copy_(torch.where(are_there.bool(), elements, tensor.reshape(-1)).view(tensor.shape))
 
 
-def unseen_writes(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """What is written to the tensors while it lasts does not count as written by training."""
-    counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    return preserve_versions(counted)
-
-
 def _candidates(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
     """Not what is in a metric: that is reduced when it is computed."""
     in_metrics = {child for metric in module.modules() if isinstance(metric, Metric) for child in metric.modules()}
@@ -164,3 +155,34 @@ def _candidates(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
             for name, tensor in own_buffers(child).items():
                 if tensor is not None and not isinstance(tensor, DTensor):
                     yield child, name, tensor
+
+
+@torch.no_grad()
+def make_copies_equal(parameters: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Gives every rank the first one's values of what differs, and says so.
+
+    A hook that draws random numbers (a head that is initialised anew, noise on weights) draws other ones on each data
+    rank, and copies that differ once drift apart for good. One process has one draw: the first rank's is taken.
+
+    Args:
+        parameters: of which the ranks of the group hold the same part, in the same order.
+        group: those ranks.
+
+    Communication: one all-reduce of 16 bytes a parameter over the group, and a wait of the host for it; a broadcast of
+    what differs.
+    """
+    tensors = [t for t in map(local_part, parameters) if t.numel() and t.is_floating_point()]
+    if not tensors:
+        return
+    wide = torch.float64
+    marks = torch.stack([torch.linalg.vector_norm(t, dtype=wide) + t.sum(dtype=wide) for t in tensors])
+    extremes = torch.stack([marks, -marks])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    most, least = extremes
+    differ = [tensor for tensor, same in zip(tensors, (most == -least).tolist(), strict=True) if not same]
+    if differ:
+        broadcast_tensors(differ, group)
+        rank_zero_warn(
+            f"{len(differ)} parameters had other values on other data ranks, written by code that draws random numbers "
+            "or reads a rank's own samples; all ranks now have the first one's"
+        )

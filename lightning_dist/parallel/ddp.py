@@ -55,24 +55,19 @@ class DDPRunner(SingleProcessRunner):
         self.buffers: WrittenBuffers = WrittenBuffers(module, group)
         self.wrapper: DistributedDataParallel | None = None
         self._patience = PATIENCE
-        parameters = list(self.module.parameters())
-        self._others = parameters
-        self._wrap([p for p in parameters if p.requires_grad])
+        self._wrap([p for p in self.module.parameters() if p.requires_grad])
 
     def _wrap(self, trained: list[nn.Parameter]) -> None:
         """Makes a reducer of these; those that are frozen now among them. Communication: none, but of the first."""
         is_first = self.wrapper is None
-        known = set(trained)
-        self._trained = trained
+        self._trained, known = trained, set(trained)
         self._others = [p for p in self.module.parameters() if p not in known]
-        self._unused: list[int] = []
-        self._written: list[int] = []
+        self._unused, self._written = list[int](), list[int]()
         self._num_frozen = [0] * len(trained)
         self._token: Tensor | None = None
         self.wrapper = None
         if not trained:
             return
-        on_cpu = self.device.type == "cpu"
         flagged = _WithFlags(self.module, trained[0].new_zeros(len(trained) + len(self.buffers)))
         self._flags = flagged.flags
         # DDP on CUDA has to be built on a stream of its own: pytorch.org/docs, notes/cuda
@@ -80,7 +75,7 @@ class DDPRunner(SingleProcessRunner):
         with stream, _all_requiring_gradients(trained):
             self.wrapper = DistributedDataParallel(
                 flagged,
-                device_ids=None if on_cpu else [self.device.index],
+                device_ids=None if self.device.type == "cpu" else [self.device.index],
                 process_group=self.group,
                 init_sync=is_first,
                 **_NO_BUFFER_BROADCAST,
@@ -92,8 +87,8 @@ class DDPRunner(SingleProcessRunner):
     def _follow_flags(self) -> None:
         """Makes the reducer anew where it has to know others; see [Note: parameters that are frozen for a while]."""
         if any(p.requires_grad for p in self._others):
-            known = set(self._trained)
-            self._wrap([p for p in self.module.parameters() if p in known or p.requires_grad])
+            frozen = {p for p in self._others if not p.requires_grad}
+            self._wrap([p for p in self.module.parameters() if p not in frozen])
             return
         numbered = zip(self._trained, self._num_frozen, strict=True)
         left = [p for p, number in numbered if number < self._patience or p.requires_grad]
@@ -136,7 +131,8 @@ class DDPRunner(SingleProcessRunner):
             self._unused = [index for index, p in enumerate(self._trained) if p.grad is None]
             assert self._flags.grad is not None
             self._fill(self._flags.grad)
-            self._flags_travel = _holds(bucket.buffer(), self._flags.grad)
+            storages = [tensor.untyped_storage().data_ptr() for tensor in (bucket.buffer(), self._flags.grad)]
+            self._flags_travel = storages[0] == storages[1]
         return allreduce_hook(self.group, bucket)
 
     def _fill(self, flags: Tensor) -> None:
@@ -168,8 +164,7 @@ class DDPRunner(SingleProcessRunner):
     def _heed(self, flags: list[float]) -> None:
         """What the ranks said, on average. The ranks that look are those that did not use, or wrote, something."""
         one_rank = 1 / dist.get_world_size(self.group)
-        frozen = self._num_frozen
-        self._num_frozen = [0] * len(frozen)
+        frozen, self._num_frozen = self._num_frozen, [0] * len(self._trained)
         for index in self._unused:
             if flags[index] < one_rank / 2:
                 self._trained[index].grad = None
@@ -208,8 +203,7 @@ class _WithFlags(nn.Module):
 
     def __init__(self, module: nn.Module, flags: Tensor) -> None:
         super().__init__()
-        self.flags = nn.Parameter(flags)
-        self.module = module
+        self.flags, self.module = nn.Parameter(flags), module
 
 
 class _Tied(torch.autograd.Function):
@@ -241,7 +235,3 @@ class _Token(torch.autograd.Function):
 def _first_node(flags: Tensor) -> Tensor:
     with torch.enable_grad():
         return _Token.apply(flags)
-
-
-def _holds(buffer: Tensor, view: Tensor) -> bool:
-    return buffer.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()

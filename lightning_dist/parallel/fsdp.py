@@ -17,18 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.collectives import all_reduce_tensors
-from lightning_dist.compat.fsdp import (
-    call_gathered,
-    end_backward,
-    has_run,
-    param_groups_of,
-    remove_forward_hooks,
-    remove_fully_shard,
-)
+from lightning_dist.compat import fsdp as private
 from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.fsdp_units import shard_roots, shard_units, unsharded_parameters
-from lightning_dist.parallel.mixed_dtypes import gather_as_kept, places
+from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated, grad_or_zeros
@@ -39,9 +31,8 @@ from lightning_dist.precision import cast_by_autocast
 
 class FSDPRunner(SingleProcessRunner):
     """Runs the steps of a module whose parameters, gradients and optimizer states are split over ``dp_shard``, and
-    copied over ``dp_replicate``.
-
-    Units are sharded by ``fully_shard`` (FSDP2): each is gathered before its forward and its backward and freed after.
+    copied over ``dp_replicate``, by ``fully_shard`` (FSDP2): each unit is gathered before its forward and its backward
+    and freed after.
 
     [Note: the roots of sharding]
     What is in no block belongs to a root. What Fabric calls is one. The LightningModule is the root of its steps: what
@@ -83,15 +74,15 @@ class FSDPRunner(SingleProcessRunner):
     ) -> None:
         super().__init__(module, tensor)
         self.group = group
-        self.roots = {"": module} if one_backward else shard_roots(module)
-        self.units = shard_units(module, blocks)
+        self.roots: dict[str, Any] = {"": module} if one_backward else dict(shard_roots(module))
+        self.units: dict[str, Any] = dict(shard_units(module, blocks))
         units = {**self.units, **self.roots}
         whole = unsharded_parameters(module, units)
         rounded = places(module, cast_by_autocast(module))  # of no effect where the policy rounds nothing
         for unit in units.values():
             if not isinstance(unit, FSDPModule):
                 fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
-                patches.also(functools.partial(remove_fully_shard, unit))
+                patches.also(functools.partial(private.remove_fully_shard, unit))
                 make_copyable(unit, patches)
                 pass_for_own_class(unit)
                 gather_as_kept(unit, rounded)
@@ -106,8 +97,8 @@ class FSDPRunner(SingleProcessRunner):
         return super().call(gathered, *args, **kwargs)
 
     def users_step(self, name: str) -> Callable[..., Any]:
-        plain = {} if self.root is None else self.root.plain
-        return plain.get(name) or super().users_step(name)
+        plain = None if self.root is None else self.root.plain.get(name)
+        return plain or super().users_step(name)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -120,18 +111,15 @@ class FSDPRunner(SingleProcessRunner):
 
     def _reduce_gradients(self, reduces: bool) -> None:
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
             root.set_requires_gradient_sync(reduces)
 
     def reshard(self) -> None:
         for unit in [*self.units.values(), *self.roots.values()]:
-            assert isinstance(unit, FSDPModule)
             unit.reshard()
 
     def forget_step(self) -> None:
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
-            if has_run(root):
+            if private.has_run(root):
                 root.reset_iter_state()
         self.unused.forget()
 
@@ -143,10 +131,8 @@ class FSDPRunner(SingleProcessRunner):
             reshard: free what was gathered after each pass, and gather it again for the next. Else it stays gathered.
         """
         for unit in self.units.values():
-            assert isinstance(unit, FSDPModule)
             unit.set_reshard_after_forward(reshard, recurse=False)
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
             root.set_reshard_after_backward(reshard)
             root.set_is_last_backward(False)
         self._reduce_gradients(False)
@@ -156,25 +142,20 @@ class FSDPRunner(SingleProcessRunner):
         finally:
             self.unused.second.refuses = False
             for unit in self.units.values():
-                assert isinstance(unit, FSDPModule)
                 unit.set_reshard_after_forward(True, recurse=False)
 
     def reduce_held(self) -> None:
-        """Reduces the gradients that backward passes over microbatches added up.
-
-        Communication: one reduce-scatter a unit, as one backward pass has.
-        """
+        """Reduces what backward passes over microbatches added up. Communication: as one backward pass has."""
         self.unused.before_backward()
         self._reduce_gradients(True)
         for root in self.roots.values():
-            assert isinstance(root, FSDPModule)
             root.set_is_last_backward(True)
             root.set_reshard_after_backward(True)
         self._reduce_what_is_left()
 
     def _reduce_what_is_left(self) -> None:
         for root in self.roots.values():
-            end_backward(root)
+            private.end_backward(root)
 
     def skip_backward(self, held: bool) -> None:
         if self.reduces and held:
@@ -201,15 +182,13 @@ class RootGathering:
     fully_shard's own hooks of the forward would free the root at the end of ``self(x)`` in a step, for the step's end
     to gather it once more (seen in torch 2.14 and 2.15). See [Note: the roots of sharding].
 
-    Args:
-        module: the root.
-        patches: that its methods and its children's hooks go through.
+    All that it puts on the root and its children goes through ``patches``.
     """
 
     def __init__(self, module: Any, patches: Patches) -> None:
         self._module, self._inside = module, False
-        self._param_groups = param_groups_of(module)
-        remove_forward_hooks(module)
+        self._param_groups = private.param_groups_of(module)
+        private.remove_forward_hooks(module)
         self.methods_before: dict[str, Any] = {}
         """What the module itself had under the names of the methods that gather; None for nothing."""
         self.plain: dict[str, Callable[..., Any]] = {}
@@ -249,7 +228,7 @@ class RootGathering:
         self._inside = True
         free_outdated(self._param_groups)
         try:
-            return call_gathered(self._module, function, args, kwargs)
+            return private.call_gathered(self._module, function, args, kwargs)
         finally:
             self._inside = False
 

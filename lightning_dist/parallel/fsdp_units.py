@@ -1,6 +1,18 @@
-"""What fully_shard takes of a module: units, roots, and the parameters that stay whole on every rank."""
+"""What fully_shard takes of a module: units, roots, the dtypes in a unit, and the parameters that stay whole.
+
+[Note: dtypes in a unit]
+fully_shard has one dtype in which the parameters of a unit are gathered. Under autocast that is wrong for some of them:
+in one process an embedding's output and a norm's weights are float32, and a norm on the CPU takes no weights of 16 bits
+beside inputs of 32. The unit still has one all-gather, of bytes, and one reduce-scatter, in float32: gradients of 16
+bits are cast before it where fully_shard would cast them in it.
+"""
 
 from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -8,7 +20,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_dist.compat.fsdp import gathered_of, param_groups_of, place_of, wrap_decide_dtypes
 from lightning_dist.placeholder import is_placeholder
+
+Place = tuple[int, str]
+"""A module, by id, and the name of a parameter in it."""
 
 
 def unsharded_parameters(module: nn.Module, units: dict[str, nn.Module]) -> set[nn.Parameter]:
@@ -27,12 +43,12 @@ def unsharded_parameters(module: nn.Module, units: dict[str, nn.Module]) -> set[
 
 def _of_odd_dtype(module: nn.Module, units: dict[str, nn.Module], aside: set[nn.Parameter]) -> set[nn.Parameter]:
     """The trained parameters of another dtype than most of their unit: a unit's gradients travel as one tensor."""
-    of_unit: dict[str, dict[torch.dtype, list[tuple[str, nn.Parameter]]]] = {}
+    of_unit: dict[str, dict[torch.dtype, list[tuple[str, nn.Parameter]]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter not in aside:
             unit = max((u for u in units if not u or name.startswith(f"{u}.")), key=len, default=None)
             if unit is not None:
-                of_unit.setdefault(unit, {}).setdefault(parameter.dtype, []).append((name, parameter))
+                of_unit[unit][parameter.dtype].append((name, parameter))
     odd: dict[str, nn.Parameter] = {}
     for of_dtype in of_unit.values():
         most = max(of_dtype, key=lambda dtype: sum(p.numel() for _, p in of_dtype[dtype]))
@@ -90,14 +106,50 @@ def _shared_between(modules: dict[str, nn.Module]) -> list[str]:
 
 def shard_units(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The blocks that can be sharded on their own: those that share no parameter with the rest of the module."""
-    users: dict[nn.Parameter, int] = {}
-    for _, parameter in module.named_parameters(remove_duplicate=False):
-        users[parameter] = users.get(parameter, 0) + 1
-    alone = {}
-    for name, block in blocks.items():
-        inside: dict[nn.Parameter, int] = {}
-        for _, parameter in block.named_parameters(remove_duplicate=False):
-            inside[parameter] = inside.get(parameter, 0) + 1
-        if all(users[parameter] == count for parameter, count in inside.items()):
-            alone[name] = block
-    return alone
+    users = _uses(module)
+    return {
+        name: block
+        for name, block in blocks.items()
+        if all(users[parameter] == count for parameter, count in _uses(block).items())
+    }
+
+
+def _uses(module: nn.Module) -> Counter[nn.Parameter]:
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+def places(module: nn.Module, parameters: Collection[nn.Parameter]) -> set[Place]:
+    """Where parameters are; fully_shard puts others in their places."""
+    return {
+        (id(child), name)
+        for child in module.modules()
+        for name, parameter in child.named_parameters(recurse=False)
+        if parameter in parameters
+    }
+
+
+def gather_as_kept(unit: nn.Module, rounded: set[Place]) -> None:
+    """Has a sharded unit gather its parameters in the dtype in which they are kept, but for those in some places."""
+    for param_group in param_groups_of(unit):
+        wrap_decide_dtypes(param_group, partial(_decide_dtypes, param_group, rounded))
+
+
+def _decide_dtypes(param_group: Any, rounded: set[Place], decide: Callable[[], None]) -> None:
+    decide()
+    for parameter in param_group.fsdp_params:
+        module, name = place_of(parameter)
+        if (id(module), name) not in rounded:
+            parameter.param_dtype = None
+
+
+def make_gradients_alike(param_group: Any) -> None:
+    """Casts those of 16 bits before a unit's gradients are reduced, where others are not; see [Note: dtypes in a unit].
+
+    Communication: none.
+    """
+    if len({parameter.param_dtype for parameter in param_group.fsdp_params}) < 2:
+        return
+    for parameter in param_group.fsdp_params:
+        if gathered_of(parameter) is not None:
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()

@@ -42,25 +42,21 @@ def parallelize(
 ) -> SingleProcessRunner:
     """Applies the layout to a module, in place.
 
-    In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate.
-
-    May be called again for a module whose patches were not undone: what is done stays.
+    In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate. May be
+    called again for a module whose patches were not undone: what is done stays.
 
     Args:
         module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on ``device``, or
             on meta.
-        layout: resolved.
-        mesh: of the layout; None for one process.
+        layout, mesh: resolved, and its mesh; None for one process.
         sharding_plan: what the tensor axis does; None without that axis.
         blocks: the repeated parts, by name.
         policy: dtypes of sharded units.
-        device: of this rank.
         activation_checkpointing: what the blocks recompute in backward, see :func:`checkpoint_activations`.
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
         patches: that all that is put on the module goes through.
         partitioned: the stages of the module, of which it holds this rank's; None without that axis.
-        pipeline_options: the user's.
 
     Returns:
         What runs the module's steps under the layout.
@@ -74,57 +70,39 @@ def parallelize(
     if compile_options is not None:
         validate_no_compiled_hooks(module)
         _compile(module, blocks, compile_options, patches)
-    over_data = partial(_over_data, module, layout, mesh, blocks, policy, device, tensor, training, patches)
+    group = mesh.data.get_group() if mesh is not None and layout.num_data_ranks > 1 else None
+    runner = SingleProcessRunner(module, tensor)
+    # DDP holds no DTensors: beside the tensor axis, copies are made by fully_shard too
+    if mesh is not None and group is not None and (layout.dp_shard > 1 or (layout.tp > 1 and partitioned is None)):
+        sharded = mesh.root["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh.root[("dp_shard",)]
+        one_backward = partitioned is not None
+        runner = FSDPRunner(module, sharded, blocks, policy, group, patches, tensor, one_backward)
+        group = None  # it averages over them
     if partitioned is None:
-        return over_data()
+        return runner if group is None or not training else DDPRunner(module, group, device)
     assert mesh is not None
     assert pipeline_options is not None
     assert isinstance(module, pl.LightningModule)
-    is_sharded = layout.dp_shard > 1
-    inner = over_data(one_backward=True) if is_sharded else SingleProcessRunner(module, tensor)
-    data_group = mesh.data.get_group() if layout.num_data_ranks > 1 and not is_sharded else None
-    group = mesh.root["pp"].get_group()
-    return PipelineRunner(module, partitioned, pipeline_options, group, device, inner, data_group, patches)
+    pipeline = mesh.root["pp"].get_group()
+    return PipelineRunner(module, partitioned, pipeline_options, pipeline, device, runner, group, patches)
 
 
 def _divide(module: nn.Module, sharding_plan: ShardingPlan, mesh: ParallelMesh | None, patches: Patches) -> TensorAxis:
     assert mesh is not None
-    sharding_plan = _held_plan(module, sharding_plan)
-    split(module, sharding_plan, mesh.root["tp"], patches=patches)
-    return TensorAxis(module, partial_parameters(module, sharding_plan), mesh.root["tp"])
+    plan, axis = _held_plan(module, sharding_plan), mesh.root["tp"]
+    split(module, plan, axis, patches=patches)
+    return TensorAxis(module, partial_parameters(module, plan), axis)
 
 
 def _is_held(module: nn.Module) -> bool:
-    """Whether this rank's stages have it; no stage has a part of a block."""
+    """By this rank's stages, none of which has a part of a block."""
     return not any(is_placeholder(p) for p in module.parameters())
 
 
 def _held_plan(module: nn.Module, sharding_plan: ShardingPlan) -> ShardingPlan:
-    """What this rank's stages have of it."""
     plan = {name: part for name, part in sharding_plan.tensor_plan.items() if _is_held(module.get_submodule(name))}
     blocks = [[n for n in names if _is_held(module.get_submodule(n))] for names in sharding_plan.sequence_blocks]
     return ShardingPlan(plan, [names for names in blocks if names], sharding_plan.loss_parallel)
-
-
-def _over_data(
-    module: nn.Module,
-    layout: Layout,
-    mesh: ParallelMesh | None,
-    blocks: dict[str, nn.Module],
-    policy: MixedPrecisionPolicy,
-    device: torch.device,
-    tensor: TensorAxis | None,
-    training: bool,
-    patches: Patches,
-    one_backward: bool = False,
-) -> SingleProcessRunner:
-    if mesh is None or layout.num_data_ranks == 1:
-        return SingleProcessRunner(module, tensor)
-    if layout.holds_shards:  # DDP holds no DTensors: beside the tensor axis, copies are made by fully_shard too
-        axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-        group = mesh.data.get_group()
-        return FSDPRunner(module, mesh.root[axes], blocks, policy, group, patches, tensor, one_backward)
-    return DDPRunner(module, mesh.data.get_group(), device) if training else SingleProcessRunner(module)
 
 
 def _compile(module: nn.Module, blocks: dict[str, nn.Module], options: dict[str, Any], patches: Patches) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,11 +30,8 @@ def is_users_object(value: Any) -> bool:
 
 @contextmanager
 def undone(module: nn.Module, writes: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Puts back what a module changes meanwhile: buffers, attributes, what is in them, states of metrics.
-
-    Args:
-        module: that runs.
-        writes: parameters that it writes to, of which a copy is kept too.
+    """Puts back what a module changes meanwhile: buffers, attributes, what is in them, states of metrics; and the
+    parameters that it ``writes`` to.
     """
     kept = [_Attributes(child) for child in module.modules()]
     tensors = [*(b for b in module.buffers() if not is_placeholder(b)), *writes]
@@ -54,9 +51,6 @@ def undone(module: nn.Module, writes: Iterable[nn.Parameter] = ()) -> Iterator[N
                 setattr(metric, name, before)
 
 
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
-
-
 class _Attributes:
     """What a module has under its names, and what is in the containers there."""
 
@@ -64,7 +58,8 @@ class _Attributes:
         self._module, self._before = module, dict(vars(module))
         objects = [vars(v) for v in self._before.values() if is_users_object(v)]
         held = [*self._before.values(), *objects, *(item for values in objects for item in values.values())]
-        self._contents = [(v, copy.copy(v)) for v in held if type(v) in _CONTAINERS]
+        kinds = (list, dict, set, OrderedDict, defaultdict, deque)
+        self._contents = [(v, copy.copy(v)) for v in held if type(v) in kinds]
 
     def restore(self) -> None:
         own = vars(self._module)
@@ -104,50 +99,29 @@ class FixedNumbers(TorchDispatchMode):
         if generator is not None:
             generator.set_state(state)
         if isinstance(output, Tensor):
-            _FILLS.get(name, _fill_half)(output, given)
+            fixed = _fixed(name, output, given)
+            if isinstance(fixed, Tensor):
+                output.copy_(fixed.expand_as(output))
+            else:
+                output.fill_(fixed)
         return output
 
 
-def _fill_half(output: Tensor, given: dict[str, Any]) -> None:
-    output.fill_(0.5) if output.is_floating_point() else output.fill_(1)
-
-
-def _fill_uniform(output: Tensor, given: dict[str, Any]) -> None:
-    output.fill_((float(given.get("from", 0.0)) + float(given.get("to", 1.0))) / 2)
-
-
-def _fill_normal(output: Tensor, given: dict[str, Any]) -> None:
-    mean, std = given.get("mean", 0.0), given.get("std", 1.0)
-    output.copy_(torch.as_tensor(mean + 0.5 * std, dtype=output.dtype, device=output.device).expand_as(output))
-
-
-def _fill_bernoulli(output: Tensor, given: dict[str, Any]) -> None:
-    p = given.get("p", given["self"] if given.get("p") is None and output is not given.get("self") else 0.5)
-    output.copy_(torch.as_tensor(p, device=output.device).ge(0.5).expand_as(output))
-
-
-def _fill_integers(output: Tensor, given: dict[str, Any]) -> None:
-    low, high = given.get("low", given.get("from", 0)), given.get("high", given.get("to"))
-    output.fill_(0 if high is None else (int(low or 0) + int(high)) // 2)
-
-
-def _fill_permutation(output: Tensor, given: dict[str, Any]) -> None:
-    output.copy_(torch.arange(output.numel(), device=output.device))
-
-
-def _fill_choice(output: Tensor, given: dict[str, Any]) -> None:
-    best = given["self"].argsort(stable=True, dim=-1, descending=True)
-    count = output.shape[-1]
-    output.copy_(best[..., :count] if not given.get("replacement") else best[..., :1].expand_as(output))
-
-
-_FILLS: dict[str, Callable[[Tensor, dict[str, Any]], None]] = {
-    "uniform": _fill_uniform,
-    "normal": _fill_normal,
-    "normal_functional": _fill_normal,
-    "bernoulli": _fill_bernoulli,
-    "randint": _fill_integers,
-    "random": _fill_integers,
-    "randperm": _fill_permutation,
-    "multinomial": _fill_choice,
-}
+def _fixed(name: str, output: Tensor, given: dict[str, Any]) -> Any:
+    """What a random operation gives: one number for all elements, or a tensor that its output can be filled with."""
+    if name == "uniform":
+        return (float(given.get("from", 0.0)) + float(given.get("to", 1.0))) / 2
+    if name in ("normal", "normal_functional"):
+        return given.get("mean", 0.0) + 0.5 * given.get("std", 1.0)
+    if name == "bernoulli":
+        p = given.get("p", given["self"] if given.get("p") is None and output is not given.get("self") else 0.5)
+        return torch.as_tensor(p, device=output.device).ge(0.5)
+    if name in ("randint", "random"):
+        low, high = given.get("low", given.get("from", 0)), given.get("high", given.get("to"))
+        return 0 if high is None else (int(low or 0) + int(high)) // 2
+    if name == "randperm":
+        return torch.arange(output.numel(), device=output.device)
+    if name == "multinomial":
+        best = given["self"].argsort(stable=True, dim=-1, descending=True)
+        return best[..., :1] if given.get("replacement") else best[..., : output.shape[-1]]
+    return 0.5 if output.is_floating_point() else 1

@@ -29,11 +29,8 @@ class SingleProcessRunner:
     """Those that training writes, where there are several data ranks."""
 
     def __init__(self, module: nn.Module, tensor: TensorAxis | None = None) -> None:
-        self.module: nn.Module = module
-        self.tensor = tensor
+        self.module, self.tensor = module, tensor
         self.reduces = True
-
-    # ------------------------------------------------------------------ the way of a batch
 
     def before_training_step(self) -> None:
         """Called before each training step. Communication: see :class:`WrittenBuffers`."""
@@ -74,13 +71,7 @@ class SingleProcessRunner:
             self.tensor.after_backward()
 
     def skip_backward(self, held: bool) -> None:
-        """Called where all ranks skip a backward pass.
-
-        Args:
-            held: gradients of earlier passes may be there that were not reduced yet.
-        """
-
-    # ------------------------------------------------------------------ around it
+        """Called where all ranks skip a backward pass; ``held``: earlier ones may have left gradients to reduce."""
 
     def show(self) -> None:
         """Called when parameters are in place: the user's code may see them. Communication: none."""

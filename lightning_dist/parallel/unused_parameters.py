@@ -1,10 +1,19 @@
-"""Which parameters and blocks a step used, agreed over the data ranks.
+"""Gradients of sharded units that fully_shard alone gets wrong: of what only some ranks used, of what is frozen for a
+while, and of gradients.
 
 [Note: a gradient that only some ranks have]
 In one process a parameter has a gradient if any sample of the batch used it, and none (the optimizer leaves it alone)
 if no sample did. Data ranks may differ: a branch that depends on the samples. fully_shard reduces the gradients that a
 rank has, so two ranks would send buffers of different parameters to each other, and no error would tell. Here a rank
 that took part in a unit sends zeros for what it did not use, and a parameter that no rank used gets no gradient.
+
+[Note: second derivatives under dp_shard]
+fully_shard frees a unit's parameters when its backward has run. With ``create_graph=True`` (a gradient penalty, a
+physics-informed loss) that backward was only the first one: what it computed holds the parameters, and the step's own
+backward reads them, before any hook of the unit could gather them again. So from the first backward with a graph until
+the end of the step's backward units stay gathered, as without resharding; the first backward reduces nothing, since
+``torch.autograd.grad`` puts no gradient anywhere. The nodes that hold it run before those of the unit's forward, so the
+parameters' gradients are complete when the unit reduces them.
 """
 
 from __future__ import annotations
@@ -18,16 +27,138 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.compat.fsdp import free_gathered, gathered_of, param_groups_of
+from lightning_dist.compat import fsdp as private
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided import as_divided
 from lightning_dist.divided.compiled import is_compiled
 from lightning_dist.divided.gathered import is_outdated, watch
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.frozen import Flags
-from lightning_dist.parallel.mixed_dtypes import make_gradients_alike
-from lightning_dist.parallel.second_backward import SecondBackward
+from lightning_dist.parallel.fsdp_units import make_gradients_alike
 from lightning_dist.patches import Patches
+
+_FLAGS = "flags_of_both"
+
+
+class Flags:
+    """Keeps ``requires_grad`` of a unit's parameters alike on what is sharded and on what is gathered.
+
+    [Note: two objects of one parameter]
+    fully_shard registers a parameter's shard with the module, and while it is gathered another object, whose
+    ``requires_grad`` it sets to the shard's at each gathering. Optimizers hold the shards. So a user's code may set
+    either: the registered one, or that of an optimizer, as ``toggle_optimizer`` does. Both were equal once, so where
+    they differ one was set since, to what differs from then.
+    """
+
+    def __init__(self, param_group: Any) -> None:
+        self._group = param_group
+        self._agreed = [p.sharded_param.requires_grad for p in param_group.fsdp_params]
+        vars(param_group)[_FLAGS] = self
+        for wrap in (private.wrap_show_gathered, private.wrap_free_gathered, private.wrap_free_after_forward):
+            wrap(param_group, self._agree_and)
+
+    @staticmethod
+    def of(param_group: Any) -> Flags:
+        """Those of a unit, from an earlier run where there was one."""
+        return vars(param_group).get(_FLAGS) or Flags(param_group)
+
+    def _agree_and(self, change: Callable[[], None]) -> None:
+        self.agree()
+        change()
+
+    def agree(self) -> None:
+        """Sets both as whichever was set last. Communication: none."""
+        for index, parameter in enumerate(self._group.fsdp_params):
+            sharded = parameter.sharded_param
+            now = sharded.requires_grad
+            gathered = private.gathered_of(parameter)
+            if gathered is not None and gathered.requires_grad != now:
+                now = not self._agreed[index]
+                sharded.requires_grad_(now)
+                gathered.requires_grad_(now)
+            self._agreed[index] = now
+
+    def agree_if_gathered(self) -> None:
+        """As :meth:`agree`; what is not gathered agrees when it is."""
+        if self._group.is_unsharded:
+            self.agree()
+
+
+class SecondBackward:
+    """Keeps units gathered from a first backward to the step's own; see [Note: second derivatives under dp_shard].
+
+    Memory: the whole parameters of the units that a first backward ran through, until the step's own has ended.
+    Communication: none of its own.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[Any] = []
+        self._free: list[Callable[[], None]] = []
+        self._reached: set[int] = set()
+        self._in_first = self._holds = self._in_step = False
+        self.refuses = False
+        """Whether what backward passes hold is freed by somebody else: a pipeline's schedule."""
+
+    def watch(self, param_group: Any) -> None:
+        """Wraps what fully_shard does before a group's backward, after it, and when it frees the group."""
+        kind = type(param_group)  # whose methods they are, also where an earlier run has put others in their place
+        gather, free = kind.pre_backward.__get__(param_group), kind.reshard.__get__(param_group)
+        reduce = param_group.post_backward
+
+        def pre_backward(*args: Any) -> None:
+            self._reached.add(id(param_group))
+            if torch.is_grad_enabled():  # with create_graph=True
+                self._refuse_unknown()
+                self._in_first = self._holds = True
+            gather(*args)
+
+        def post_backward(*args: Any) -> None:
+            if not self._in_first:
+                reduce(*args)
+
+        def reshard() -> None:
+            if not self._holds:
+                free()
+
+        param_group.pre_backward, param_group.post_backward, param_group.reshard = pre_backward, post_backward, reshard
+        self._groups.append(param_group)
+        self._free.append(free)
+
+    def _refuse_unknown(self) -> None:
+        if self._in_step or self.refuses:
+            raise RuntimeError(
+                "a backward pass with create_graph=True through sharded blocks, "
+                f"{'under pp' if self.refuses else 'by backward(), which leaves gradients with a graph'}: under "
+                "dp_shard, take it with torch.autograd.grad, "
+                f"{'and without pp' if self.refuses else 'and call the loss backward once'}, or use dp_replicate"
+            )
+
+    def begin(self) -> None:
+        """The step's own backward begins."""
+        self._in_first, self._in_step = False, True
+        self._reached.clear()
+
+    def has_reached(self, param_group: Any) -> bool:
+        """Whether the step's own backward has come to a group."""
+        return id(param_group) in self._reached
+
+    def end(self) -> bool:
+        """The step's own backward has ended; says whether there are gradients that no hook of a unit has seen: those
+        that only second derivatives reach.
+        """
+        self._in_step = False
+        parameters = (p for param_group in self._groups for p in param_group.fsdp_params)
+        return self._holds and any(getattr(private.gathered_of(p), "grad", None) is not None for p in parameters)
+
+    def free(self) -> None:
+        """Frees what was held, once its gradients are reduced."""
+        if self._holds:
+            self._holds = False
+            for free in self._free:
+                free()
+
+    def forget(self) -> None:
+        """Drops what is left of a step that did not end."""
+        self._in_first = self._holds = self._in_step = False
 
 
 class UnusedParameters:
@@ -55,20 +186,16 @@ class UnusedParameters:
     ) -> None:
         self.group, self._roots, self._buffers = group, roots, buffers
         self._module, self._whole = module, whole
-        self._sharded: list[Any] = []
-        self._ran: list[str] = []
-        self._used: set[int] = set()
-        self._had: set[int] = set()
-        self._trained: set[int] = set()
+        self._sharded, self._flags, self._ran = list[Any](), list[Flags](), list[str]()
+        self._used, self._had = set[int](), set[int]()
+        self._trained = set[int]()
         """What required a gradient in some backward pass since gradients were reduced."""
-        self._flags: list[Flags] = []
         self.second = SecondBackward()
         for name, unit in units.items():
-            param_groups = param_groups_of(unit)
+            param_groups = private.param_groups_of(unit)
             flags = [Flags.of(param_group) for param_group in param_groups]
             self._flags += flags
-            first = unit.register_forward_pre_hook(partial(free_outdated, param_groups), prepend=True)
-            patches.also(first.remove)
+            patches.also(unit.register_forward_pre_hook(partial(free_outdated, param_groups), prepend=True).remove)
             patches.also(unit.register_forward_pre_hook(partial(self._note, name, flags)).remove)
             for param_group in param_groups:
                 watch(param_group, sees_data=not is_compiled(module))
@@ -83,9 +210,7 @@ class UnusedParameters:
         part = as_divided(parameter.sharded_param)
         if vars(part).get("watched_for") is self._used or not part.requires_grad:
             return
-        used = vars(part)["watched_for"] = (
-            self._used
-        )  # a hook that held this would keep it, and the model, alive for good
+        used = vars(part)["watched_for"] = self._used  # a hook that held self would keep it, and the model, alive
         with DisableTorchFunctionSubclass():  # of the class that refuses users' hooks
             part.register_hook(partial(_note_used, used, id(parameter)))
 
@@ -128,7 +253,7 @@ class UnusedParameters:
             # a forward before an earlier backward was counted with that one; what this backward reaches took part too
             took_part = name in self._ran or name in self._roots or self.second.has_reached(param_group)
             for parameter in param_group.fsdp_params:
-                if id(parameter) not in self._trained or gathered_of(parameter) is None:
+                if id(parameter) not in self._trained or private.gathered_of(parameter) is None:
                     continue
                 unsharded = parameter.unsharded_param
                 accumulated = getattr(parameter, "unsharded_accumulated_grad", None)
@@ -154,12 +279,11 @@ class UnusedParameters:
         flags = [int(id(p) in self._used) for p in self._sharded] + [int(p.grad is not None) for p in self.whole]
         num_parameters, written = len(flags), set(self._buffers.written())
         flags += [int(number in written) for number in range(len(self._buffers))]
-        digest = hashlib.sha256("\n".join(self._ran).encode()).digest()
-        order = int.from_bytes(digest[:7], "little")
+        order = int.from_bytes(hashlib.sha256("\n".join(self._ran).encode()).digest()[:7], "little")
         if not flags:  # a stage of a pipeline that has neither
             self._ran = []
             return []
-        parameters = [p.sharded_param for p in self._sharded] or self.whole
+        parameters = self.parts or self.whole
         device = parameters[0].device if parameters else self._buffers.device
         verdict = torch.tensor([*flags, order, -order], dtype=torch.int64, device=device)
         dist.all_reduce(verdict, dist.ReduceOp.MAX, self.group)
@@ -189,7 +313,7 @@ def free_outdated(param_groups: list[Any], *_: Any) -> None:
     """Before a unit is gathered: one that is, and whose parts were written to since, has to be gathered again."""
     for param_group in param_groups:
         if is_outdated(param_group):
-            free_gathered(param_group)
+            private.free_gathered(param_group)
 
 
 def grad_or_zeros(parameter: nn.Parameter) -> Tensor:

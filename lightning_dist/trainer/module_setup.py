@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 from lightning_dist import validation
 from lightning_dist.collectives import broadcast_tensors, gather_objects
 from lightning_dist.compat import lightning as private
-from lightning_dist.divided.averages import copies_of, divide_copies
+from lightning_dist.divided.copies import copies_of, divide_copies
 from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.module_layout import ModuleOptions, apply_layout
 from lightning_dist.parallel import FSDPRunner, average_buffers, pipeline, validate_blocks
-from lightning_dist.parallel.give_back import give_back, whole_tensors
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineRunner, partition_of
+from lightning_dist.parallel.replaced import give_back, whole_tensors
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, parameter_splits

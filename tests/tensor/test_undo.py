@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.parallel.give_back import give_back, whole_tensors
+from lightning_dist.parallel.replaced import give_back, whole_tensors
 from lightning_dist.parallel.tensor.axis import TensorAxis
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.patches import Patches

@@ -7,6 +7,8 @@ from types import FrameType
 
 import torch
 
+from lightning_dist.divided.readers import DEEPEST, LIBRARIES
+
 
 def where(line: FrameType) -> str:
     """What to call a line in an error."""
@@ -20,7 +22,7 @@ def line_of_user() -> FrameType | None:
     frame = inspect.currentframe()
     for _ in range(2):
         frame = None if frame is None else frame.f_back
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         if frame is None:
             return None
         name = str(frame.f_globals.get("__name__", ""))
@@ -28,7 +30,7 @@ def line_of_user() -> FrameType | None:
             return None
         if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
             return None
-        if name.partition(".")[0] not in _LIBRARIES or name.startswith("lightning.pytorch.callbacks"):
+        if name.partition(".")[0] not in LIBRARIES or name.startswith("lightning.pytorch.callbacks"):
             return frame
         frame = frame.f_back
     return None
@@ -42,19 +44,3 @@ _ALLOWED = (
     "lightning.pytorch.utilities.model_summary",
 )
 """Whose own code asks for what it may."""
-
-_LIBRARIES = {
-    "contextlib",
-    "copy",
-    "functools",
-    "torch",
-    "lightning",
-    "lightning_dist",
-    "lightning_fabric",
-    "torchmetrics",
-    "abc",
-    "pickle",
-}
-
-_DEEPEST = 60
-"""Calls to look at."""
