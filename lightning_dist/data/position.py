@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from lightning_dist.compat.lightning import Stateful
+from lightning_dist.compat.fabric import Stateful
 from lightning_dist.data.resumable import Resumable
 from lightning_dist.data.sharding import distributed_sampler, items_of_batch
 from lightning_dist.data.streams import DistributedStream

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_dist.compat.fsdp import STATE_KEYS, own_class
-from lightning_dist.compat.modules import HOOKS_OF_MODULES as HOOKS
+from lightning_dist.compat.distributed import STATE_KEYS, own_class
+from lightning_dist.compat.torch import HOOKS_OF_MODULES as HOOKS
 from lightning_dist.patches import Patches
 
 _OURS = ("torch.distributed.fsdp.", "lightning_dist.parallel.unused_parameters", "lightning_dist.parallel.fsdp")

@@ -13,11 +13,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_dist.compat.torchmetrics import (
-    forget_computed,
     gathers_states,
     list_states,
     metric_state,
     num_updates,
+    set_computed,
     set_num_updates,
     set_step_value,
 )
@@ -66,7 +66,7 @@ def align_states(metrics: Iterable[Metric], group: dist.ProcessGroup) -> None:
             state += [torch.zeros(0, *shape, dtype=dtype, device=device) for _ in range(count - len(state))]
     for metric in within:
         give_rows_a_dim(metric)
-        forget_computed(metric)  # a rank with a cached value would not gather
+        set_computed(metric, None)  # a rank with a cached value would not gather
 
 
 def give_rows_a_dim(metric: Metric) -> None:

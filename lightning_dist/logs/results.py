@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.lightning import Metadata, ResultCollection, ResultMetric
+from lightning_dist.compat.torchmetrics import num_updates, set_computed, set_num_updates, set_step_value, step_value
 from lightning_dist.logs.all_reduce import LoggedValue, Reduced, all_reduce_logged
 from lightning_dist.logs.metrics import align_states
 from lightning_dist.logs.reductions import name_of_reduction
@@ -85,7 +86,7 @@ class ReducedResults:
             }
         for key, (meta, value) in reduced.items():
             metric = self._entry(results, key, meta)
-            private.set_step_value(metric, value)
+            set_step_value(metric, value)
             if metric.is_tensor and not meta.on_epoch:
                 metric.value = value
         return [meta for meta, _ in reduced.values()]
@@ -94,7 +95,7 @@ class ReducedResults:
         valid = {key for key, _ in results.valid_items()}
         values = {}
         for key, batch_size in self._of_step[id(results)].items():
-            value = private.step_value(results[key]) if key in valid else None
+            value = step_value(results[key]) if key in valid else None
             if isinstance(value, Tensor) and value.numel() == 1:
                 values[key] = LoggedValue.of(results[key].meta, value.squeeze(), batch_size)
         self._of_step[id(results)].clear()
@@ -112,8 +113,8 @@ class ReducedResults:
         gathers, names = [], set()
         for key, (meta, reduced) in self._reduced(values).items():
             metric = self._entry(results, key, meta)
-            names |= set(private.epoch_names(results, metric))
-            private.set_epoch_value(metric, reduced)
+            names |= set(private.epoch_names(results, metric, on_step=False))
+            set_computed(metric, reduced)
             if reduced is None:
                 gathers.append(metric)
         if gathers:
@@ -133,7 +134,7 @@ class ReducedResults:
         if meta.metric_attribute is not None and (metric.has_reset or not hasattr(metric, "value")):
             metric.value = attrgetter(meta.metric_attribute)(self._trainer.lightning_module)
         metric.has_reset = False
-        private.mark_logged(metric)
+        set_num_updates(metric, max(num_updates(metric), 1))  # also where only other ranks logged it
         return metric
 
     def _reduced(self, values: dict[str, LoggedValue], expected: dict[str, LoggedValue] | None = None) -> Reduced:

@@ -186,7 +186,7 @@ class StepLogs:
         accumulates = private.accumulates(trainer) and trainer.lightning_module.automatic_optimization
         update = private.logger_connector(trainer).should_update_logs or bool(trainer.fast_dev_run)
         # after the last step, and the last before a validation, hooks and callbacks read its values
-        last = private.is_at_last_step(trainer) or trainer.should_stop
+        last = private.is_last(trainer) or trainer.should_stop
         return (
             (update and not accumulates)
             or (self._in_stages and self._results.dirty)
@@ -195,7 +195,6 @@ class StepLogs:
             or self._hooks_sync
             or self._hooks_may_sync
             or last
-            or (not private.validates_by_the_clock(trainer) and private.validates_next(trainer))
         )
 
     def _epoch_end_reached(self, own: Any) -> None:

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lightning_dist.compat.operators import (
     COSTLY_OPERATORS,
     OpOverload,
-    changes_arguments,
     is_collective,
     recompute_changed,
+    writes_in_place,
 )
 from lightning_dist.compat.torch import own_buffers, version_of
 from lightning_dist.parallel.tensor.region import Region
@@ -175,7 +175,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     if not isinstance(operator, OpOverload):
         return CheckpointPolicy.PREFER_RECOMPUTE
     is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in COSTLY_OPERATORS
-    keeps = (is_costly or is_collective(operator)) and not changes_arguments(operator)
+    keeps = (is_costly or is_collective(operator)) and not writes_in_place(operator)
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_dist.compat.fsdp import (
+from lightning_dist.compat.distributed import (
     gathered_of,
     wrap_free_after_forward,
     wrap_free_gathered,

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.collectives import all_reduce_tensors
-from lightning_dist.compat.fsdp import (
+from lightning_dist.compat.distributed import (
     call_gathered,
     end_backward,
     has_run,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_dist.compat.fsdp import gathered_of, param_groups_of, place_of, wrap_decide_dtypes
+from lightning_dist.compat.distributed import gathered_of, param_groups_of, place_of, wrap_decide_dtypes
 
 Place = tuple[int, str]
 """A module, by id, and the name of a parameter in it."""

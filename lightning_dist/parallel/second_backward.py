@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lightning_dist.compat.fsdp import gathered_of
+from lightning_dist.compat.distributed import gathered_of
 
 
 class SecondBackward:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.compat.fsdp import free_gathered, gathered_of, param_groups_of
+from lightning_dist.compat.distributed import free_gathered, gathered_of, param_groups_of
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided import as_divided
 from lightning_dist.divided.compiled import is_compiled
