@@ -34,17 +34,22 @@ def registered_in(file: Path) -> Iterator[names.PrivateName]:
     """What a file registers by the functions of ``names``, without importing it; but for what it does in loops."""
     known: dict[str, str] = {}
     for node in ast.walk(ast.parse(file.read_text())):
-        pairs: list[tuple[str, str]] = []
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             known[node.targets[0].id] = _text(node.value, known)
-        elif isinstance(node, ast.Dict):
-            texts = [[_text(part, known) for part in parts] for parts in (node.keys, node.values)]
-            pairs = list(zip(*texts, strict=True))
         elif isinstance(node, ast.Call):
-            paths = [_text(argument, known) for argument in node.args]
-            pairs = [(path, next((text for text in paths if not _is_path(text)), "")) for path in paths]
-        found = (pair for pair in pairs if _is_path(pair[0]))
-        yield from (names.PrivateName(path, purpose, f"compat/{file.name}") for path, purpose in found)
+            for path, purpose in _registered_by(node, known):
+                if "." in path and path.partition(".")[0] in names.SEEN_IN:
+                    yield names.PrivateName(path, purpose, f"compat/{file.name}")
+
+
+def _registered_by(call: ast.Call, known: dict[str, str]) -> list[tuple[str, str]]:
+    if call.args and isinstance(table := call.args[0], ast.Dict):
+        items = zip(table.keys, table.values, strict=True)
+        return [(_text(path, known), _text(purpose, known)) for path, purpose in items]
+    texts = [_text(argument, known) for argument in call.args]
+    if isinstance(call.func, ast.Name) and call.func.id == "uses":
+        return [(text, "") for text in texts]
+    return [(texts[0], texts[1])] if len(texts) > 1 else []
 
 
 def _text(node: ast.AST | None, known: dict[str, str]) -> str:
@@ -54,10 +59,6 @@ def _text(node: ast.AST | None, known: dict[str, str]) -> str:
     if isinstance(node, ast.FormattedValue):
         return _text(node.value, known)
     return known.get(node.id, "") if isinstance(node, ast.Name) else str(getattr(node, "value", ""))
-
-
-def _is_path(text: str) -> bool:
-    return "." in text and text.partition(".")[0] in names.SEEN_IN
 
 
 def table(gone: Iterable[names.PrivateName]) -> Table:

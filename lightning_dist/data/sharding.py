@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat.lightning import IndexBatchSamplerWrapper, with_sampler, without_index_wrapper
 from lightning_dist.compat.torch import forget_iterator
-from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples
-from lightning_dist.data.seeds import SeededBatches
+from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples, SeededBatches
 from lightning_dist.pytree import tree_leaves
 
 

@@ -30,7 +30,6 @@ class _Entry:
 
     @property
     def reduction(self) -> Reduction:
-        """How the values of microbatches become one."""
         return reduction_of(self.kwargs.get("reduce_fx", "mean"))
 
 
@@ -69,13 +68,7 @@ class RecordedLogs:
             yield
 
     def begin(self, index: int, active: bool, sees_metrics: bool) -> None:
-        """A microbatch begins.
-
-        Args:
-            index: of the microbatch.
-            active: whether it begins at its stage's entry.
-            sees_metrics: whether the step updates metrics before the entry.
-        """
+        """A microbatch begins; ``active`` at its stage's entry. A step may update metrics before (``sees_metrics``)."""
         self._index, self._active, self.has_logged, self.takes_unknown = index, active, False, False
         if sees_metrics and not active:
             self._metrics = MetricSnapshot(self._module)

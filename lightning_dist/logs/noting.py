@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 
-from lightning_dist.compat.lightning import EXTRACT_BATCH_SIZE, Metadata, ResultCollection, leave_unreduced
+from lightning_dist.compat import lightning as private
+from lightning_dist.compat.lightning import EXTRACT_BATCH_SIZE, Metadata, ResultCollection
 from lightning_dist.logs.reductions import reduction_of
 from lightning_dist.logs.results import ReducedResults
-from lightning_dist.logs.values import first_batch_size, whole
 from lightning_dist.patches import Patches
+from lightning_dist.placeholder import is_placeholder
+
+
+def to_tensor(device: torch.device, value: Any, name: str) -> torch.Tensor:
+    """In place of the method by which ``log`` takes a number: it drops its dims, which a divided number must not have.
+
+    Communication: of a parameter of one element, an all-gather of it.
+    """
+    if isinstance(value, DTensor) and value.ndim and value.numel() == 1:
+        value = value.full_tensor().detach()
+    return private.logged_tensor(device, value, name)
+
+
+def whole(results: ResultCollection, key: str, value: Any) -> Any:
+    """The value as a plain tensor; None of a tensor that another stage of a pipeline holds.
+
+    Communication: of a ``DTensor``, which all ranks of its mesh log, an all-reduce of one number per axis that it is
+    divided over.
+
+    Raises:
+        ValueError: if one is logged with ``rank_zero_only=True``, as its other parts would be missing.
+    """
+    if is_placeholder(value):
+        results[key].has_reset = True  # as if it had not been logged here
+        return None
+    if not isinstance(value, DTensor):
+        return value
+    meta = results[key].meta
+    if meta.sync.rank_zero_only:
+        raise ValueError(
+            f"self.log({meta.name!r}, ..., rank_zero_only=True) got a number of which every rank holds a part: log it "
+            "on every rank, or the number of value.full_tensor(), which every rank has to call"
+        )
+    return value.full_tensor()
 
 
 class NotedLogs:
-    """Wraps the methods by which Lightning takes what is logged, and notes it instead of reducing it.
+    """Wraps the methods by which Lightning takes what is logged, and notes it for ``results`` instead of reducing it.
 
     Args:
-        trainer: of the logs.
-        results: which reduce what is noted.
-        is_even: whether all data ranks have as many samples of a training batch.
+        trainer, results, is_even: see :class:`~lightning_dist.logs.StepLogs`.
         repeats_hooks: whether another stage of the pipeline runs the hooks of this one too, and counts their sums.
     """
 
@@ -41,7 +74,6 @@ class NotedLogs:
 
     def attach(self, results: ResultCollection, patches: Patches) -> None:
         """Begins to note what is logged to a collection."""
-        self._results.add(results)
         patches.set(results, "update_metrics", lambda *args: self._update(results, *args))
         patches.set(results, EXTRACT_BATCH_SIZE, lambda *args: self._batch_size(results, *args))
 
@@ -63,10 +95,11 @@ class NotedLogs:
         self._is_given = batch_size is not None
         if batch_size is None and not (value.is_tensor and meta.on_epoch):
             if self._size is None:
-                self._size = first_batch_size(results.batch)
+                self._size = 1
+                with suppress(RecursionError):  # as Lightning finds it where it weights by it
+                    self._size = next((s for s in private.sizes_in_batch(results.batch) if s is not None), 1)
             return self._size
-        size: int = getattr(ResultCollection, EXTRACT_BATCH_SIZE)(results, value, batch_size, meta)
-        return size
+        return getattr(ResultCollection, EXTRACT_BATCH_SIZE)(results, value, batch_size, meta)
 
     def _update(self, results: ResultCollection, key: str, value: Any, batch_size: int) -> None:
         meta, is_tensor = results[key].meta, results[key].is_tensor
@@ -74,7 +107,7 @@ class NotedLogs:
         if value is None:
             return
         if meta.sync.group is None:
-            leave_unreduced(meta)
+            private.leave_unreduced(meta)
         is_training, reduction = self._trainer.training, reduction_of(meta.reduce_fx)
         # a rank's part of a batch may have none of what a mean is of, and the mean of nothing is nan
         nothing = is_training and meta.is_mean_reduction and not batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from operator import attrgetter
 
 import lightning.pytorch as pl
@@ -11,17 +12,15 @@ from torch import Tensor
 from lightning_dist.compat import lightning as private
 from lightning_dist.compat.lightning import Metadata, ResultCollection, ResultMetric
 from lightning_dist.compat.torchmetrics import num_updates, set_computed, set_num_updates, set_step_value, step_value
-from lightning_dist.logs.all_reduce import LoggedValue, Reduced, all_reduce_logged
 from lightning_dist.logs.metrics import align_states
-from lightning_dist.logs.reductions import name_of_reduction
+from lightning_dist.logs.reductions import LoggedValue, Reduced, all_reduce_logged, name_of_reduction
 
 
 class ReducedResults:
     """What was logged since the last reduction, and the reduction, which puts the values of all ranks in place.
 
     Args:
-        trainer: whose results they are.
-        group: the ranks that log different values.
+        trainer, group: see :class:`~lightning_dist.logs.StepLogs`.
         in_stages: whether ranks run different stages of a step.
     """
 
@@ -29,17 +28,13 @@ class ReducedResults:
         self._trainer, self._group, self._in_stages = trainer, group, in_stages
         self.dirty = False
         """Whether a step ran, or a hook that logs, since the last reduction, as all ranks know."""
-        self._of_step: dict[int, dict[str, int]] = {}
+        self._of_step: dict[int, dict[str, int]] = defaultdict(dict)
         """What was logged since the last reduction, by collection: keys with batch sizes."""
-        self._of_epoch: dict[int, set[str]] = {}
+        self._of_epoch: dict[int, set[str]] = defaultdict(set)
         self._logs_steps: set[tuple[int, str]] = set()
         """Collections to which this rank logged values of steps, and the points at which it had them."""
         self._expected: dict[tuple[int, str], dict[str, LoggedValue]] = {}
         """What the last reduction of a step gave, by collection and point."""
-
-    def add(self, results: ResultCollection) -> None:
-        """Values that are logged to this collection are going to be noted."""
-        self._of_step[id(results)], self._of_epoch[id(results)] = {}, set()
 
     def note_of_step(self, results: ResultCollection, key: str, batch_size: int) -> None:
         """A value was logged on this rank, to be reduced for its step."""
@@ -64,26 +59,18 @@ class ReducedResults:
     def reduce_step(self, point: str) -> list[Metadata]:
         """Reduces what any rank logged for its step since the last time; what the values are.
 
-        Args:
-            point: name of the place in a step where all ranks are.
-
-        Communication: see :func:`all_reduce_logged`.
+        ``point`` names the place in a step where all ranks are. Communication: see :func:`all_reduce_logged`.
         """
-        results = self.now
-        values = self._taken_of_step(results)
-        self.dirty = False
-        place = id(results), point
+        results, self.dirty = self.now, False
+        values, place = self._taken_of_step(results), (id(results), point)
         if values:
             self._logs_steps.add(place)
         # a stage that never logs knows from the last time what the others will
         expected = {} if place in self._logs_steps else self._expected.get(place, {})
         reduced = self._reduced(values, expected)
         if self._in_stages:
-            self._expected[place] = {
-                key: LoggedValue.of(meta, value, 1).neutral()
-                for key, (meta, value) in reduced.items()
-                if value is not None
-            }
+            tensors = {key: (meta, value) for key, (meta, value) in reduced.items() if value is not None}
+            self._expected[place] = {key: LoggedValue.of(*tensor, 1).neutral() for key, tensor in tensors.items()}
         for key, (meta, value) in reduced.items():
             metric = self._entry(results, key, meta)
             set_step_value(metric, value)
