@@ -67,9 +67,7 @@ hands_on(
 
 # --- what a module logs ---
 
-EXTRACT_BATCH_SIZE = name_of(
-    f"{_RESULT}._ResultCollection._extract_batch_size", "the method that finds by what a step's value is weighted"
-)
+EXTRACT_BATCH_SIZE = name_of(f"{_RESULT}._ResultCollection._extract_batch_size", "finds a step's value's weight")
 TO_TENSOR = name_of(f"{_PL}.LightningModule._LightningModule__to_tensor", "the method by which log takes a number")
 HOOK_CALLERS = frozenset(
     name_of(f"{_PL}.trainer.call.{name}", "the function below which a hook of the user's runs")
@@ -78,9 +76,7 @@ HOOK_CALLERS = frozenset(
 logger_connector = getter(f"{_PL}.Trainer._logger_connector", "what is told of batches, and reads values")
 running_hook = getter(f"{_PL}.LightningModule._current_fx_name", "the hook that Lightning runs now, or None")
 results_of = getter(f"{_PL}.Trainer._results", "what a loop, or the one that runs, has logged; or None")
-epoch_names = method(
-    f"{_RESULT}._ResultCollection._forked_name", "the names of a value: of an epoch's, with on_step=False"
-)
+epoch_names = method(f"{_RESULT}._ResultCollection._forked_name", "the names of a value; on_step=False")
 
 
 @uses(f"{_LOGGERS}._first_loop_iter")
@@ -175,9 +171,7 @@ trainer_of = getter(f"{_PL}.LightningModule._trainer", "the Trainer that a modul
 show_mesh = setter(f"{_PL}.LightningModule._device_mesh", "gives module.device_mesh to configure_model")
 compiled_steps = getter(f"{_PL}.LightningModule._compiler_ctx", "how its steps were compiled; or None", None)
 layer_sync = getter(f"{_PL}.strategies.ParallelStrategy._layer_sync", "the plugin of sync_batchnorm, or None", None)
-forget_optimizers = method(
-    f"{_PL}.strategies.Strategy._reset_optimizers_and_schedulers", "drops those of an earlier fit"
-)
+forget_optimizers = method(f"{_PL}.strategies.Strategy._reset_optimizers_and_schedulers", "drops an earlier fit's")
 detects_anomaly = getter(f"{_PL}.Trainer._detect_anomaly", "whether detect_anomaly was asked for", False)
 
 
@@ -238,11 +232,10 @@ def is_last(trainer: pl.Trainer) -> bool:
 
     Validations that come after a time (``val_check_interval="00:10:00"``) are none: each rank has its own.
     """
-    fit = trainer.fit_loop
+    fit: Any = trainer.fit_loop
     by_the_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
-    return fit.epoch_loop._is_training_done or (
-        not by_the_clock and fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
-    )
+    validates = not by_the_clock and fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
+    return fit.epoch_loop._is_training_done or validates
 
 
 @uses(f"{_EPOCH}._should_accumulate")
@@ -276,9 +269,7 @@ PREPARE_LOADER = name_of(
     f"{_CONNECTOR}._DataConnector._prepare_dataloader",
     "the method that makes a loader ready, and would give it a sampler of Lightning's",
 )
-LOAD_LOADER_STATES = name_of(
-    f"{_FIT}._load_combined_loader_states", "the method that is called when loaders are there, and not yet asked"
-)
+LOAD_LOADER_STATES = name_of(f"{_FIT}._load_combined_loader_states", "called when loaders are there, not yet asked")
 data_connector = getter(f"{_PL}.Trainer._data_connector", "what makes the Trainer's loaders ready")
 accelerator_connector = getter(f"{_PL}.Trainer._accelerator_connector", "what knows use_distributed_sampler")
 has_loader_states = getter(f"{_FIT}._combined_loader_states_to_load", "those that plain Lightning goes on by; or none")
@@ -325,9 +316,7 @@ def forget_loader_states(fit_loop: Any) -> None:
     fit_loop._combined_loader_states_to_load = []
 
 
-is_of_tuner = getter(
-    f"{_PL}.callbacks.LearningRateFinder._early_exit", "whether a Tuner made it, and it ends the run with its answer"
-)
+is_of_tuner = getter(f"{_PL}.callbacks.LearningRateFinder._early_exit", "whether a Tuner made it, which ends the run")
 hands_on({f"{_PL}.callbacks.BatchSizeFinder._early_exit": "whether a Tuner made the finder"})
 last_checkpoints = method(
     f"{_PL}.callbacks.ModelCheckpoint._find_last_checkpoints", "the files to choose from for ckpt_path='last'"

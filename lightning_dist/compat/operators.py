@@ -49,9 +49,7 @@ for _name in ("_foreach_copy_", _UNSCALE):
     hands_on({f"torch.{_name}": "is given divided tensors by torch's own optimizers and clipping"})
 for _path in ("_has_compatible_shallow_copy_type", "Tensor._is_view", "Tensor._typed_storage"):
     hands_on({f"torch.{_path}": "asks a tensor something, also a divided one"})
-READS_A_NUMBER = name_of(
-    "torch.ops.aten._local_scalar_dense", "the operator behind ``.item()``, ``bool()`` and the like"
-)
+READS_A_NUMBER = name_of("torch.ops.aten._local_scalar_dense", "the operator behind item(), bool() and the like")
 address_of = getter("torch.UntypedStorage._cdata", "which memory a storage is, also one without elements or on meta")
 all_overloads = getter("torch._ops.OpOverload._overloadpacket", "an operator's overloads; torch lists their cost by it")
 set_local_tensor = setter("torch.distributed.tensor.DTensor._local_tensor", "gives a divided tensor another local part")

@@ -58,8 +58,6 @@ for _name in ("tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_
     hands_on({f"torch.utils._pytree.{_name}": "walks nested values as torch itself does; there is no public name"})
 
 
-# --- modules ---
-
 FORWARD_PRE_HOOKS, FORWARD_PRE_HOOKS_WITH_KWARGS = "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"
 FORWARD_HOOKS, FORWARD_HOOKS_WITH_KWARGS = "_forward_hooks", "_forward_hooks_with_kwargs"
 BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = "_backward_pre_hooks", "_backward_hooks"
@@ -107,9 +105,6 @@ def is_plain_feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDeco
     """Whether a transformer layer of torch runs its two dense layers as torch wrote it, not as a subclass did."""
     plain = (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
     return type(layer)._ff_block in plain
-
-
-# --- tensors ---
 
 
 @uses("torch.Tensor._post_accumulate_grad_hooks")
@@ -174,8 +169,6 @@ def without_fake_tensor_errors() -> Iterator[None]:
     finally:
         log.disabled = before
 
-
-# --- checkpoints ---
 
 CLASSES_OF_A_DCP_INDEX = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),

@@ -148,8 +148,7 @@ class TrainingData:
 
     Args:
         loader: as Lightning prepared it.
-        num_data_ranks: that take from it.
-        data_rank: this one.
+        num_data_ranks, data_rank: the number of data ranks that take from it, and this one.
         kept: of the last batches of which a place may be asked for.
     """
 
@@ -161,6 +160,7 @@ class TrainingData:
         self.done = 0
         """Lightning's count of batches when the run began this epoch."""
         self._num_data_ranks, self._data_rank, self._start = num_data_ranks, data_rank, 0
+        self._step = self.batch_size * num_data_ranks
 
     def begin(self, epoch: int, taken: int = 0, states: list[Any] | None = None, same_ranks: bool = True) -> None:
         """The next iteration is that of an epoch, of which all ranks together took some already.
@@ -222,12 +222,7 @@ class TrainingData:
         return True
 
     def plain_state(self, done: int, ended: bool) -> Any:
-        """What plain Lightning saves of a loader that has ``state_dict``; None for one that has not.
-
-        Args:
-            done: Lightning's count of batches.
-            ended: the next batch is the first of another epoch.
-        """
+        """What plain Lightning saves of a loader that has ``state_dict``, see :meth:`state`; None of others."""
         if not isinstance(self._user_loader, Stateful):
             return None
         place = None if ended or self.order is not None else self.loader.state_after(done - self.done, False)["owner"]
@@ -241,10 +236,6 @@ class TrainingData:
     def next_epoch(self) -> None:
         """Another epoch has begun, from its start."""
         self._start = self.done = 0
-
-    @property
-    def _step(self) -> int:
-        return self.batch_size * self._num_data_ranks
 
     @property
     def _size(self) -> float:
@@ -272,11 +263,9 @@ class TrainingData:
         return each // self.batch_size if drops else math.ceil(each / self.batch_size)
 
     def taken(self, given: int, starts_over: bool) -> int:
-        """By all ranks of the epoch, after so many batches since it began here.
+        """By all ranks of the epoch, after so many batches of this rank since it began here.
 
-        Args:
-            given: to this rank.
-            starts_over: where there are none left, as Lightning lets shorter loaders do beside longer ones.
+        ``starts_over`` where there are none left, as Lightning lets shorter loaders do beside longer ones.
         """
         start = self._start
         if starts_over and given > self.left:

@@ -9,7 +9,7 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -26,8 +26,7 @@ class DistributedOrder(Sampler[Any]):
 
     Args:
         source: the user's, of samples or of whole batches.
-        num_replicas: number of data ranks.
-        rank: this data rank.
+        num_replicas, rank: the number of data ranks, and this one.
         seed: of the order; the same on all ranks.
     """
 
@@ -171,7 +170,32 @@ class DistributedSamples(DistributedOrder):
         return items // self.num_replicas if self._drop_last else super().of_each(items)
 
 
-class DistributedBatches(DistributedOrder):
+class SharedBatches:
+    """Batches of which each of ``num_replicas`` data ranks takes some: of samplers, or of a stream."""
+
+    num_replicas: int
+    rank: int
+    total: float = math.inf
+    """Batches of the last iteration, once they are known."""
+    _limit: float | None
+    """Of all ranks' batches; None until it is said."""
+
+    def of_each(self, items: int) -> int:
+        """How many of so many batches each data rank takes."""
+        raise NotImplementedError
+
+    def limit(self, batches: float) -> float:
+        """All ranks together take the first so many batches; returns how many this one takes at most."""
+        if self._limit is None:
+            self._limit = batches
+        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
+
+    def counts(self, batch_idx: int) -> bool:
+        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
+        return batch_idx * self.num_replicas + self.rank < self.total
+
+
+class DistributedBatches(DistributedOrder, SharedBatches):
     """The user's own batches, sharded whole over the data ranks; every rank yields the same number.
 
     Rank r takes the batches r, r + n, ... A rank that has none left repeats batch 0: in evaluation that step runs
@@ -185,24 +209,10 @@ class DistributedBatches(DistributedOrder):
 
     def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0, limited: bool = False) -> None:
         super().__init__(source, num_replicas, rank, seed)
-        self._limit: float | None = None if limited else math.inf
-        self.total = math.inf
-        """Batches of the last order."""
-
-    def limit(self, batches: float) -> float:
-        """All ranks together take the first so many batches; returns how many this one takes at most."""
-        if self._limit is None:
-            self._limit = batches
-        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
-
-    def counts(self, batch_idx: int) -> bool:
-        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
-        return batch_idx * self.num_replicas + self.rank < self.total
+        self._limit = None if limited else math.inf
 
     def __len__(self) -> int:
-        if self._limit is None:
-            return len(self.source)
-        return self.of_each(len(self.source))
+        return len(self.source) if self._limit is None else self.of_each(len(self.source))
 
     @property
     def sampler(self) -> DistributedBatches:
@@ -225,12 +235,9 @@ class DistributedBatches(DistributedOrder):
         return getattr(self.source, name)
 
 
-_DIGESTED = 1 << 16
-
-
 def _digest(order: list[Any]) -> tuple[int, int]:
     """The length of an order and a checksum of some of it."""
-    some = order[:: 1 + len(order) // _DIGESTED]
+    some = order[:: 1 + len(order) // (1 << 16)]
     try:
         data = array("q", some).tobytes()
     except TypeError:
@@ -242,20 +249,14 @@ def seed_loader(loader: DataLoader, data_rank: int) -> None:
     """Gives the loader's workers, and the seeds that it draws itself, the stream of the data rank.
 
     Lightning seeds workers by global rank: augmentation would then differ between ranks that must see the same
-    batch. What the user set stays.
-
-    Args:
-        loader: changed in place.
-        data_rank: ranks with the same one get the same stream.
+    batch. What the user set stays; the loader is changed in place.
     """
     if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
         loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)
     if loader.worker_init_fn is None and data_rank and "PL_GLOBAL_SEED" not in os.environ:
         loader.worker_init_fn = partial(_part_worker, data_rank)  # what they start from was drawn alike on all ranks
     if loader.generator is None and "PL_GLOBAL_SEED" in os.environ:
-        seed = loader_seed(data_rank)
-        assert seed is not None
-        loader.generator = torch.Generator().manual_seed(seed)
+        loader.generator = torch.Generator().manual_seed(cast(int, loader_seed(data_rank)))
 
 
 def _part_worker(data_rank: int, worker: int) -> None:

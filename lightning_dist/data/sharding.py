@@ -19,6 +19,7 @@ from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat.lightning import IndexBatchSamplerWrapper, with_sampler, without_index_wrapper
 from lightning_dist.compat.torch import forget_iterator
 from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples, SeededBatches
+from lightning_dist.data.streams import tensor_bytes
 from lightning_dist.pytree import tree_leaves
 
 
@@ -33,8 +34,7 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
 
     Args:
         loader: the user's.
-        num_replicas: number of data ranks.
-        rank: this data rank.
+        num_replicas, rank: the number of data ranks, and this one.
         stage: Lightning's stage that the loader is for.
 
     Raises:
@@ -42,8 +42,7 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
     """
     if isinstance(loader.sampler, DistributedSampler):
         _validate_ranks(loader.sampler, num_replicas, rank)
-        return loader
-    if has_iterable_dataset(loader):
+    if isinstance(loader.sampler, DistributedSampler) or has_iterable_dataset(loader):
         return loader
     loader = copy.copy(loader)  # the user may pass the same one again: it must not be sharded twice
     forget_iterator(loader)
@@ -145,8 +144,7 @@ def validate_same_batches(step: str, args: tuple[Any, ...], group: dist.ProcessG
     transform that draws from a generator of its own, would train each on its own ones without a word.
 
     Args:
-        step: its name, for the message.
-        args: of the step; its tensors are compared.
+        step, args: its name, for the message, and what it was given, whose tensors are compared.
         group: the ranks with the same data rank.
 
     Communication: two all-reduces of 8 bytes over the group; none for one rank.
@@ -159,7 +157,7 @@ def validate_same_batches(step: str, args: tuple[Any, ...], group: dist.ProcessG
     digest = hashlib.sha256()
     leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     for leaf in leaves:
-        digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(leaf))
     number = int.from_bytes(digest.digest()[:7], "little")
     least = torch.tensor(number, device=leaves[0].device if leaves else "cpu")
     most = least.clone()

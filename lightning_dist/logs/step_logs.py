@@ -19,8 +19,7 @@ from lightning_dist.data import DistributedBatches, DistributedStream
 from lightning_dist.logs import readers
 from lightning_dist.logs.code_scan import LOGS, READS
 from lightning_dist.logs.metrics import RepeatedBatch, give_rows_a_dim, metrics_in
-from lightning_dist.logs.noting import NotedLogs, to_tensor, whole
-from lightning_dist.logs.results import ReducedResults, collections_of
+from lightning_dist.logs.results import NotedLogs, ReducedResults, collections_of, to_tensor, whole
 from lightning_dist.patches import Patches
 
 
