@@ -29,6 +29,8 @@ hands_on(
     {
         "torch.distributed._functional_collectives": "collectives that return tensors, which torch.compile traces",
         "torch.distributed.distributed_c10d._get_default_store": "the store of the world, over which its ranks met",
+        "torch.distributed._composable_state._module_state_mapping": "finds what fully_shard keeps on a module",
+        "torch.distributed.tensor.debug._clear_sharding_prop_cache": "empties a cache of DTensor's",
         "torch.distributed._composable.contract.REGISTRY_KEY": "finds what fully_shard keeps on a module",
         "torch.distributed._composable.contract.STATE_KEY": "finds what fully_shard keeps on a module",
         _OFFSETS: "tells which part of a DTensor a rank holds, as torch's distributed checkpoints ask it",
@@ -61,10 +63,7 @@ def part_of_file(file: IO[bytes], offset: int, length: int) -> Any:
     return _create_file_view(cast(IOBase, file), offset, length)
 
 
-@uses(
-    "torch.distributed.tensor._redistribute._gen_transform_infos",
-    "torch.distributed.tensor.debug._clear_sharding_prop_cache",
-)
+@uses("torch.distributed.tensor._redistribute._gen_transform_infos")
 def forget_earlier_meshes() -> None:
     """Empties the caches in which DTensor keeps what it inferred of equal meshes.
 
@@ -156,12 +155,8 @@ def own_class(unit: nn.Module) -> type[nn.Module]:
     return next(base for base in bases if not issubclass(base, FSDPModule) and issubclass(base, nn.Module))
 
 
-@uses(
-    f"{_GROUP}._module_to_pre_save_state_dict_hook_handle",
-    f"{_GROUP}._module_to_pre_load_state_dict_hook_handle",
-    f"{_PARAMETER}._post_load_hook_handle",
-    "torch.distributed._composable_state._module_state_mapping",
-)
+@uses(f"{_GROUP}._module_to_pre_save_state_dict_hook_handle", f"{_PARAMETER}._post_load_hook_handle")
+@uses(f"{_GROUP}._module_to_pre_load_state_dict_hook_handle")
 def remove_fully_shard(unit: nn.Module) -> None:
     """Takes fully_shard off a module: class, hooks and state. Its parameters stay shards, for others to be put there.
 

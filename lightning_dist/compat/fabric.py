@@ -28,13 +28,9 @@ hands_on(
 )
 
 
-@uses(
-    f"{_STRATEGIES}.Strategy._configure_launcher",
-    f"{_STRATEGIES}.Strategy._launcher",
-    f"{_STRATEGIES}.Strategy._backward_sync_control",
-    f"{_STRATEGIES}.DDPStrategy._set_world_ranks",
-    f"{_STRATEGIES}.DDPStrategy._num_nodes",
-)
+@uses(f"{_STRATEGIES}.Strategy._configure_launcher", f"{_STRATEGIES}.Strategy._backward_sync_control")
+@uses(f"{_STRATEGIES}.DDPStrategy._set_world_ranks", f"{_STRATEGIES}.DDPStrategy._num_nodes")
+@uses(f"{_STRATEGIES}.Strategy._launcher")
 def fabric_hooks(strategy: S) -> S:
     """Lets Fabric find, under its private names, what a strategy class has under public ones.
 

@@ -223,10 +223,8 @@ running_loop = getter(f"{_PL}.Trainer._active_loop", "the loop of the trainer th
 goes_on = getter(f"{_FIT}._loaded_from_state_dict", "whether a fit's progress was restored from a checkpoint")
 
 
-@uses(
-    *(f"{_EPOCH}._is_training_done", f"{_EPOCH}._should_check_val_fx"),
-    *(f"{_PL}.trainer.setup._parse_time_interval_seconds", f"{_FIT}._data_fetcher"),
-)
+@uses(f"{_EPOCH}._is_training_done", f"{_EPOCH}._should_check_val_fx", f"{_FIT}._data_fetcher")
+@uses(f"{_PL}.trainer.setup._parse_time_interval_seconds")
 def is_last(trainer: pl.Trainer) -> bool:
     """Whether the batch that runs is the last of the training, or before a validation, as all ranks know.
 

@@ -231,7 +231,5 @@ class UnscalingGradScaler(GradScaler):
         """
         raise NotImplementedError
 
-    @staticmethod
-    def unscale_tensors(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-        """Unscales plain tensors of one device and dtype, and notes in ``found_inf`` whether they were finite."""
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
+    unscale_tensors = staticmethod(torch._amp_foreach_non_finite_check_and_unscale_)
+    """Unscales plain tensors of one device and dtype, and notes in ``found_inf`` whether they were finite."""

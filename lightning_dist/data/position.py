@@ -42,6 +42,8 @@ class Resumable(StandsForLoader):
         dataset = getattr(loader, "dataset", None)
         owners = [loader] if getattr(loader, "num_workers", 0) else [loader, dataset]
         self._owner: Any = next(filter(_has_state, owners), None)
+        self.keeps_its_place = self._owner is not None
+        """Whether it has a state, by which it goes on."""
         # a DataLoader makes an iterator for each epoch, so what lasts is in the data set
         inner = loader.loader if isinstance(loader, DistributedStream) else loader
         lasting = dataset if isinstance(inner, DataLoader) else loader
@@ -60,11 +62,6 @@ class Resumable(StandsForLoader):
             generator.manual_seed(generator.initial_seed())
             for _ in range(epoch):  # each iteration draws one
                 torch.empty((), dtype=torch.int64).random_(generator=generator)
-
-    @property
-    def keeps_its_place(self) -> bool:
-        """Whether it has a state, by which it goes on."""
-        return self._owner is not None
 
     def skip(self, batches: int, state: Any) -> None:
         """The next iteration goes on after so many batches, by the state if there is one.
@@ -144,10 +141,9 @@ def _drawn_from(random: dict[str, Any], batches: Iterator[Any]) -> Any:
 
 
 class TrainingData:
-    """A training loader: what was taken of it in this epoch, and where it begins.
+    """A training loader, as Lightning prepared it: what was taken of it in this epoch, and where it begins.
 
     Args:
-        loader: as Lightning prepared it.
         num_data_ranks, data_rank: the number of data ranks that take from it, and this one.
         kept: of the last batches of which a place may be asked for.
     """
@@ -200,11 +196,7 @@ class TrainingData:
         more than their number; False where their order can't be drawn again, and it begins with the first.
 
         It can where samples come one after the other, where their order hangs on the epoch (``set_epoch``), and for
-        iterable data, which is read once more.
-
-        Args:
-            batches: that were done.
-            in_place: plain Lightning has put loaders that have states where they were.
+        iterable data, which is read once more; ``in_place``, plain Lightning has put loaders with states there.
         """
         if in_place and isinstance(self._user_loader, Stateful):
             self._start = int(min(batches * self._step, self._size))
@@ -275,10 +267,7 @@ class TrainingData:
     def state(self, done: int, ended: bool, ahead: bool) -> Any:
         """The loader's own state at Lightning's count of batches; where the strategy shards it, that of its order.
 
-        Args:
-            done: batches.
-            ended: the next batch is the first of another epoch.
-            ahead: the next batch is fetched before it is asked for.
+        The next batch is the first of another epoch (``ended``), or fetched before it is asked for (``ahead``).
         """
         if self.order is not None:
             return self.order.state()

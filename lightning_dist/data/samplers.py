@@ -32,8 +32,7 @@ class DistributedOrder(Sampler[Any]):
 
     def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
         self.source, self.num_replicas, self.rank, self.seed = source, num_replicas, rank, seed
-        self.epoch = 0
-        self.taken = 0
+        self.epoch = self.taken = 0
         """What all ranks together took of the epoch before; the next iteration shards the rest."""
         self.told_by_lightning: Any = None
         """A sampler that Lightning finds by itself, and tells the epoch."""
@@ -277,8 +276,7 @@ class SeededBatches(Sampler[list[Any]]):
 
     Args:
         batches: of indices.
-        order: what shards them or their samples; gives the epoch and what was taken of it.
-        items: how many of what is sharded make a batch.
+        order, items: what shards them or their samples, and how many of those make a batch.
     """
 
     def __init__(self, batches: Any, order: DistributedOrder, items: int) -> None:

@@ -46,8 +46,7 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
         return loader
     loader = copy.copy(loader)  # the user may pass the same one again: it must not be sharded twice
     forget_iterator(loader)
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-    tracked = loader.batch_sampler
+    seed, tracked = int(os.environ.get("PL_GLOBAL_SEED", 0)), loader.batch_sampler
     if isinstance(tracked, IndexBatchSamplerWrapper):  # Lightning's, which notes the indices while predicting
         own = without_index_wrapper(tracked)
         wrapper = IndexBatchSamplerWrapper(DistributedBatches(own, num_replicas, rank, seed, limited=True))
@@ -95,12 +94,11 @@ def _shard_training(loader: DataLoader, num_replicas: int, rank: int, seed: int)
 
 
 def _validate_count(count: int | None, what: str, num_replicas: int) -> None:
-    if count is None or count >= num_replicas or not count:  # Lightning trains on nothing, with a warning
-        return
-    raise ValueError(
-        f"the training data has {count} {what} for {num_replicas} data ranks (dp_replicate x dp_shard), so some ranks "
-        f"would have none; use at most {count} data ranks or more data"
-    )
+    if count and count < num_replicas:  # Lightning trains on nothing, with a warning
+        raise ValueError(
+            f"the training data has {count} {what} for {num_replicas} data ranks (dp_replicate x dp_shard), so some "
+            f"ranks would have none; use at most {count} data ranks or more data"
+        )
 
 
 def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
@@ -123,10 +121,7 @@ def distributed_sampler(loader: object) -> DistributedOrder | None:
 
 
 def items_of_batch(loader: Any) -> int:
-    """How many items of the :func:`distributed_sampler` make a batch of a rank; samples, where there is none.
-
-    1 where nothing says how large batches are.
-    """
+    """How many items of the :func:`distributed_sampler`, or samples, make a batch of a rank; 1 where none says."""
     size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return 1 if isinstance(distributed_sampler(loader), DistributedBatches) or size is None else int(size)
 

@@ -100,17 +100,17 @@ class MetricSnapshot:
             private.set_num_updates(metric, max(state.num_updates, min(private.num_updates(metric), 1)))
             private.set_step_value(metric, state.step_value)
             for name, before in state.values.items():
-                rows = before
-                if isinstance(before, list):
-                    # no rows, but as many tensors as other ranks have, of the right dtype and rank
-                    new: Any = getattr(metric, name)
+                rows, new = before, getattr(metric, name)
+                if isinstance(
+                    before, list
+                ):  # no rows, but as many tensors as other ranks have, of the right dtype and rank
                     rows = [torch.atleast_1d(row) if isinstance(row, Tensor) else row for row in new[len(before) :]]
                     rows = before + [row[:0] for row in rows]
                 setattr(metric, name, rows)
 
 
 class RepeatedBatch:
-    """How metrics, modules and callbacks stood before an evaluation batch that this rank only repeats.
+    """How metrics, modules and callbacks of a trainer stood before an evaluation batch that this rank only repeats.
 
     [Note: a batch that only runs along]
     A rank that has no batch left runs a batch once more, with all hooks, since what runs inside may wait for every
@@ -119,9 +119,6 @@ class RepeatedBatch:
     objects of the user's own classes that they hold. Files and loggers that a step writes by itself can't be.
 
     A list that would be empty then, on a rank without any batch of its own, keeps what was appended, without its rows.
-
-    Args:
-        trainer: in an evaluation or a prediction.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -140,7 +137,7 @@ class RepeatedBatch:
 
 
 def _metrics_without_rows(module: nn.Module) -> Callable[[], None] | None:
-    """Also for metrics that are held outside of modules, in a list or by a callback."""
+    # metrics may be held outside of modules, in a list or by a callback
     return MetricSnapshot(module).restore_without_rows if any(True for _ in metrics_in(module)) else None
 
 

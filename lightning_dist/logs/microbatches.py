@@ -51,12 +51,9 @@ class RecordedLogs:
     def __init__(self, module: pl.LightningModule, sizes: list[float], is_constant: Callable[[str], bool]) -> None:
         self._module, self._sizes, self._is_constant = module, sizes, is_constant
         self._logged: dict[str, _Entry] = {}
-        self._index = 0
-        self._active = True
-        self.has_logged = False
-        """Whether the microbatch that runs has logged."""
-        self.takes_unknown = False
-        """Whether what it logs may be without memory, to be replaced: of gradients that are not there yet."""
+        self._index, self._active = 0, True
+        self.has_logged = self.takes_unknown = False
+        """Whether the microbatch that runs has logged; and may log what has no memory, to be replaced: of gradients."""
         self._metrics: MetricSnapshot | None = None
         """As it was when the microbatch began, where the step updates metrics before the entry."""
 
@@ -126,10 +123,9 @@ class RecordedLogs:
         return logged
 
     def _combined(self, name: str, entry: _Entry) -> Any:
-        first = entry.values[0]
-        is_number = not isinstance(first, (Tensor, tuple, dict))
-        alike = is_number and all(value == first for value in entry.values)
-        if len(entry.values) > 1 and alike and entry.reduction.adds_up and self._is_constant(name):
+        first, several = entry.values[0], len(entry.values) > 1
+        is_number = several and entry.reduction.adds_up and not isinstance(first, (Tensor, tuple, dict))
+        if is_number and all(value == first for value in entry.values) and self._is_constant(name):
             return first
         return _combined(entry)
 

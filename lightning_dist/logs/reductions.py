@@ -91,9 +91,8 @@ class LoggedValue(NamedTuple):
 
     def neutral(self) -> LoggedValue:
         """What a rank adds that has nothing of it."""
-        value = 0.0 if self.reduction is None else self.reduction.neutral
-        dtype = self.value.dtype if isinstance(self.value, Tensor) else torch.float64
-        return LoggedValue(self.meta, self.kind, torch.tensor(value, dtype=dtype), 0)
+        assert self.reduction is not None
+        return self._replace(value=torch.tensor(self.reduction.neutral, dtype=self.value.dtype), weight=0)
 
     @property
     def summands(self) -> list[Any]:
@@ -129,8 +128,7 @@ def all_reduce_logged(
 
     Args:
         values: what this rank adds, by key.
-        group: the ranks that hold different samples; all of them call it.
-        device: of the collectives.
+        group, device: the ranks that hold different samples, all of which call it, and the device of the collectives.
         expected: what other ranks are likely to have of which this one has none, as neutral values: with them the names
             are the same everywhere. They count for nothing.
 

@@ -35,21 +35,13 @@ class ReducedResults:
         self._trainer, self._group, self._in_stages = trainer, group, in_stages
         self.dirty = False
         """Whether a step ran, or a hook that logs, since the last reduction, as all ranks know."""
-        self._of_step: dict[int, dict[str, int]] = defaultdict(dict)
-        """What was logged since the last reduction, by collection: keys with batch sizes."""
-        self._of_epoch: dict[int, set[str]] = defaultdict(set)
+        self.of_step: dict[int, dict[str, int]] = defaultdict(dict)
+        """What was logged on this rank since the last reduction, by collection: keys with batch sizes."""
+        self.of_epoch: dict[int, set[str]] = defaultdict(set)
         self._logs_steps: set[tuple[int, str]] = set()
         """Collections to which this rank logged values of steps, and the points at which it had them."""
         self._expected: dict[tuple[int, str], dict[str, LoggedValue]] = {}
         """What the last reduction of a step gave, by collection and point."""
-
-    def note_of_step(self, results: ResultCollection, key: str, batch_size: int) -> None:
-        """A value was logged on this rank, to be reduced for its step."""
-        self._of_step[id(results)][key] = batch_size
-
-    def note_of_epoch(self, results: ResultCollection, key: str) -> None:
-        """A value was logged on this rank, to be reduced for its epoch."""
-        self._of_epoch[id(results)].add(key)
 
     @property
     def now(self) -> ResultCollection:
@@ -61,7 +53,7 @@ class ReducedResults:
     @property
     def metas_of_step(self) -> list[Metadata]:
         """How the values were logged that this rank has noted for its step."""
-        return [self.now[key].meta for key in self._of_step[id(self.now)]]
+        return [self.now[key].meta for key in self.of_step[id(self.now)]]
 
     def reduce_step(self, point: str) -> list[Metadata]:
         """Reduces what any rank logged for its step since the last time; what the values are.
@@ -88,11 +80,11 @@ class ReducedResults:
     def _taken_of_step(self, results: ResultCollection) -> dict[str, LoggedValue]:
         valid = {key for key, _ in results.valid_items()}
         values = {}
-        for key, batch_size in self._of_step[id(results)].items():
+        for key, batch_size in self.of_step[id(results)].items():
             value = step_value(results[key]) if key in valid else None
             if isinstance(value, Tensor) and value.numel() == 1:
                 values[key] = LoggedValue.of(results[key].meta, value.squeeze(), batch_size)
-        self._of_step[id(results)].clear()
+        self.of_step[id(results)].clear()
         return values
 
     def reduce_epoch(self) -> set[str]:
@@ -102,8 +94,8 @@ class ReducedResults:
         """
         results = self.now
         valid = {key for key, _ in results.valid_items()}
-        values = {key: _of_epoch(results[key]) for key in self._of_epoch[id(results)] & valid}
-        self._of_epoch[id(results)] -= valid
+        values = {key: _of_epoch(results[key]) for key in self.of_epoch[id(results)] & valid}
+        self.of_epoch[id(results)] -= valid
         gathers, names = [], set()
         for key, (meta, reduced) in self._reduced(values).items():
             metric = self._entry(results, key, meta)
@@ -195,10 +187,8 @@ class NotedLogs:
         self, trainer: pl.Trainer, results: ReducedResults, is_even: Callable[[], bool], repeats_hooks: bool
     ) -> None:
         self._trainer, self._results, self._is_even, self._repeats_hooks = trainer, results, is_even, repeats_hooks
-        self.in_step = False
-        """Whether a step logs now, not a hook."""
-        self.counts = True
-        """Whether the batch that runs is this rank's own."""
+        self.in_step, self.counts = False, True
+        """Whether a step logs now, not a hook; whether the batch that runs is this rank's own."""
         self._size: int | None = None
         """First size in the batch."""
         self._is_given = False
@@ -255,6 +245,6 @@ class NotedLogs:
         if meta.on_step and self.counts:
             # even parts of a batch count alike, whatever Lightning takes for their size
             alike = is_training and not self._is_given and self._is_even()
-            self._results.note_of_step(results, key, min(batch_size, 1) if alike else batch_size)
+            self._results.of_step[id(results)][key] = min(batch_size, 1) if alike else batch_size
         if meta.on_epoch:
-            self._results.note_of_epoch(results, key)
+            self._results.of_epoch[id(results)].add(key)
