@@ -21,7 +21,33 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from lightning_dist.random_states import seed_generators
 
 
-class DistributedOrder(Sampler[Any]):
+class Shares:
+    """Samples or batches of which each of ``num_replicas`` data ranks takes some: of a sampler, or of a stream."""
+
+    num_replicas: int
+    rank: int
+    total: float = math.inf
+    """Of the last iteration, once they are known."""
+    _drop_last = False
+    _limit: float | None = math.inf
+    """Of all ranks together; None until it is said."""
+
+    def of_each(self, items: int) -> int:
+        """How many of so many items each data rank takes."""
+        return items // self.num_replicas if self._drop_last else math.ceil(items / self.num_replicas)
+
+    def limit(self, items: float) -> float:
+        """All ranks together take the first so many items; returns how many this one takes at most."""
+        if self._limit is None:
+            self._limit = items
+        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
+
+    def counts(self, index: int) -> bool:
+        """Whether the rank's item of this index is one that no other rank counts."""
+        return index * self.num_replicas + self.rank < self.total
+
+
+class DistributedOrder(Shares, Sampler[Any]):
     """What the user's own sampler yields, sharded over the data ranks in its order.
 
     Args:
@@ -133,10 +159,6 @@ class DistributedOrder(Sampler[Any]):
     def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
         raise NotImplementedError
 
-    def of_each(self, items: int) -> int:
-        """How many of so many items each data rank takes."""
-        return math.ceil(items / self.num_replicas)
-
     def __len__(self) -> int:
         """This rank's items of a whole epoch."""
         return self.of_each(len(self.source))
@@ -164,37 +186,8 @@ class DistributedSamples(DistributedOrder):
             rest = rest + (order * math.ceil(total / len(order)))[: total - len(rest)]
         return rest[:total][self.rank :: self.num_replicas]
 
-    def of_each(self, items: int) -> int:
-        """How many of so many samples each data rank takes."""
-        return items // self.num_replicas if self._drop_last else super().of_each(items)
 
-
-class SharedBatches:
-    """Batches of which each of ``num_replicas`` data ranks takes some: of samplers, or of a stream."""
-
-    num_replicas: int
-    rank: int
-    total: float = math.inf
-    """Batches of the last iteration, once they are known."""
-    _limit: float | None
-    """Of all ranks' batches; None until it is said."""
-
-    def of_each(self, items: int) -> int:
-        """How many of so many batches each data rank takes."""
-        raise NotImplementedError
-
-    def limit(self, batches: float) -> float:
-        """All ranks together take the first so many batches; returns how many this one takes at most."""
-        if self._limit is None:
-            self._limit = batches
-        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
-
-    def counts(self, batch_idx: int) -> bool:
-        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
-        return batch_idx * self.num_replicas + self.rank < self.total
-
-
-class DistributedBatches(DistributedOrder, SharedBatches):
+class DistributedBatches(DistributedOrder):
     """The user's own batches, sharded whole over the data ranks; every rank yields the same number.
 
     Rank r takes the batches r, r + n, ... A rank that has none left repeats batch 0: in evaluation that step runs

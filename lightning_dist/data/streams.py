@@ -16,16 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dist.compat.torch import StandsForLoader
-from lightning_dist.data.samplers import SharedBatches
+from lightning_dist.data.samplers import Shares
 from lightning_dist.pytree import tree_leaves
 from lightning_dist.random_states import CPU, RandomStates, kept_random_states, seed_generators
 from lightning_dist.snapshot import Snapshot
 
-_PROBED = 2
-"""Samples by which it is seen whether the ranks read the same."""
 
-
-class DistributedStream(StandsForLoader, SharedBatches):
+class DistributedStream(StandsForLoader, Shares):
     """A loader of an iterable data set, or any iterable of batches, of which every data rank reads all and takes some.
 
     Rank r takes the batches r, r + n, ..., as :class:`~lightning_dist.data.DistributedBatches`: together they are the
@@ -55,10 +52,6 @@ class DistributedStream(StandsForLoader, SharedBatches):
         self._drop_last, self._limit = drop_last, None if limited else math.inf
         if sized_len(loader) is not None:
             self.__class__ = _SizedStream
-
-    def of_each(self, batches: int) -> int:
-        """How many of so many batches each data rank takes."""
-        return batches // self.num_replicas if self._drop_last else math.ceil(batches / self.num_replicas)
 
     def __iter__(self) -> Iterator[Any]:
         self.total = math.inf
@@ -123,7 +116,7 @@ def is_stream(loader: Any) -> bool:
 def shard_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessGroup, training: bool) -> Any:
     """The loader as it is, if its owner shards it; a :class:`DistributedStream`, if all data ranks read the same.
 
-    The first samples are read from an iterator that is thrown away, with generators that are alike on all ranks; the
+    Two samples are read from an iterator that is thrown away, with generators that are alike on all ranks; the
     data set's attributes are put back. What ranks read apart is left as it is, and so is an iterator, which can be read
     once only.
 
@@ -170,7 +163,7 @@ def _digest(source: Any) -> str | None:
             samples = iter(source)
             if samples is source:
                 return None
-            leaves = tree_leaves(list(itertools.islice(samples, _PROBED)))
+            leaves = tree_leaves(list(itertools.islice(samples, 2)))
     except Exception:  # it may want workers, or what only the training brings
         return None
     finally:

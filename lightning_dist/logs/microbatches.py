@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,12 +56,11 @@ class RecordedLogs:
         self._metrics: MetricSnapshot | None = None
         """As it was when the microbatch began, where the step updates metrics before the entry."""
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> Patches:
         """While it lasts, ``log`` notes."""
-        with Patches() as patches:
-            patches.set(self._module, "log", self._log)
-            yield
+        patches = Patches()
+        patches.set(self._module, "log", self._log)
+        return patches
 
     def begin(self, index: int, active: bool, sees_metrics: bool) -> None:
         """A microbatch begins; ``active`` at its stage's entry. A step may update metrics before (``sees_metrics``)."""
@@ -77,9 +75,8 @@ class RecordedLogs:
             self._metrics.restore()
             self._metrics = None
 
-    def end(self) -> None:
-        """The microbatch left its stage."""
-        self.enter()
+    end = enter
+    """The microbatch left its stage."""
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if not self._active:
