@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
-from lightning_dist.compat.modules import HOOKS_OF_MODULES
+from lightning_dist.compat.torch import HOOKS_OF_MODULES
 from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.layout import Layout

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_dist.checkpoint.module_state import load_model_state
-from lightning_dist.compat.torch import IncompatibleKeys, TorchDispatchMode, memory_of, written_arguments
+from lightning_dist.compat.operators import written_arguments
+from lightning_dist.compat.torch import IncompatibleKeys, TorchDispatchMode, memory_of
 from lightning_dist.patches import Patches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from lightning.fabric.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -14,23 +15,22 @@ from lightning_dist.compat.names import hands_on, uses
 
 S = TypeVar("S", bound=type)
 
-hands_on("lightning.fabric.strategies.strategy._apply_filter", "leaves out of a checkpoint what fabric.save says")
+_STRATEGIES = "lightning.fabric.strategies"
 hands_on(
-    "lightning.fabric.strategies.strategy._validate_keys_for_strict_loading", "refuses a checkpoint as Fabric does"
+    {
+        f"{_STRATEGIES}.launchers._MultiProcessingLauncher": "starts processes by multiprocessing",
+        f"{_STRATEGIES}.launchers._SubprocessScriptLauncher": "starts processes by running the script again",
+        f"{_STRATEGIES}.strategy._apply_filter": "leaves out of a checkpoint what fabric.save says",
+        f"{_STRATEGIES}.strategy._BackwardSyncControl": "serves fabric.no_backward_sync",
+        f"{_STRATEGIES}.strategy._validate_keys_for_strict_loading": "refuses a checkpoint as Fabric does",
+        "lightning.fabric.utilities.types._Stateful": "tells what has a state_dict, which is saved",
+    }
 )
-hands_on("lightning.fabric.strategies.strategy._BackwardSyncControl", "serves fabric.no_backward_sync")
-hands_on("lightning.fabric.utilities.types._Stateful", "knows what has a state_dict")
 
 
-@uses(
-    "lightning.fabric.strategies.launchers._SubprocessScriptLauncher",
-    "lightning.fabric.strategies.launchers._MultiProcessingLauncher",
-    "lightning.fabric.strategies.Strategy._configure_launcher",
-    "lightning.fabric.strategies.Strategy._launcher",
-    "lightning.fabric.strategies.Strategy._backward_sync_control",
-    "lightning.fabric.strategies.DDPStrategy._set_world_ranks",
-    "lightning.fabric.strategies.DDPStrategy._num_nodes",
-)
+@uses(f"{_STRATEGIES}.Strategy._configure_launcher", f"{_STRATEGIES}.Strategy._backward_sync_control")
+@uses(f"{_STRATEGIES}.DDPStrategy._set_world_ranks", f"{_STRATEGIES}.DDPStrategy._num_nodes")
+@uses(f"{_STRATEGIES}.Strategy._launcher")
 def fabric_hooks(strategy: S) -> S:
     """Lets Fabric find, under its private names, what a strategy class has under public ones.
 
@@ -43,12 +43,8 @@ def fabric_hooks(strategy: S) -> S:
 
     strategy._set_world_ranks = lambda self: self.set_world_ranks()  # type: ignore[attr-defined]
     strategy._configure_launcher = configure_launcher  # type: ignore[attr-defined]
-    strategy._num_nodes = property(  # type: ignore[attr-defined]
-        lambda self: self.num_nodes, lambda self, number: setattr(self, "num_nodes", number)
-    )
-    strategy._backward_sync_control = property(  # type: ignore[attr-defined]
-        lambda self: self.sync_control, lambda self, control: None
-    )
+    strategy._num_nodes = property(attrgetter("num_nodes"), lambda self, number: setattr(self, "num_nodes", number))  # type: ignore[attr-defined]
+    strategy._backward_sync_control = property(attrgetter("sync_control"), lambda *_: None)  # type: ignore[attr-defined]
     return strategy
 
 

@@ -37,7 +37,20 @@ class PrivateName:
 
     def is_there(self) -> bool:
         """Whether the installed release has it: as an attribute of its module or class, or set on instances of it."""
-        return _is_there(self.path)
+        names = self.path.split(".")
+        for length in range(len(names), 0, -1):
+            try:
+                found: Any = importlib.import_module(".".join(names[:length]))
+            except ImportError:
+                continue
+            break
+        else:
+            return False
+        for name in names[length:]:
+            if not hasattr(found, name):
+                return inspect.isclass(found) and any(is_set_by(kind, name) for kind in found.__mro__)
+            found = getattr(found, name)
+        return True
 
     def __str__(self) -> str:
         """The sentence that a failing test shows."""
@@ -58,32 +71,50 @@ def uses(*paths: str) -> Callable[[F], F]:
     return register
 
 
-def hands_on(path: str, purpose: str) -> None:
-    """Registers a private name that a file of ``compat`` imports for others under its own name."""
-    REGISTER.append(PrivateName(path, purpose, path.rpartition(".")[2]))
+def hands_on(purposes: dict[str, str]) -> None:
+    """Registers, by path, what private names are for that a file of ``compat`` imports for others, or names to them."""
+    REGISTER.extend(PrivateName(path, purpose, path.rpartition(".")[2]) for path, purpose in purposes.items())
 
 
 def name_of(path: str, purpose: str) -> str:
     """Registers a private name, and gives its last part: of a method that is patched, say."""
-    hands_on(path, purpose)
+    hands_on({path: purpose})
     return path.rpartition(".")[2]
 
 
-def _is_there(path: str) -> bool:
-    names = path.split(".")
-    for length in range(len(names), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(names[:length]))
-        except ImportError:
-            continue
-        break
-    else:
-        return False
-    for name in names[length:]:
-        if not hasattr(found, name):
-            return inspect.isclass(found) and any(is_set_by(kind, name) for kind in found.__mro__)
-        found = getattr(found, name)
-    return True
+def getter(path: str, purpose: str, *absent: Any) -> Callable[[Any], Any]:
+    """Registers a private attribute, and gives the function that reads it of an object.
+
+    Args:
+        path, purpose: as of :class:`PrivateName`.
+        absent: what is read of an object without it, if that is no error.
+    """
+    name = name_of(path, purpose)
+
+    def read(owner: Any) -> Any:
+        return getattr(owner, name, *absent)
+
+    return read
+
+
+def setter(path: str, purpose: str) -> Callable[..., None]:
+    """Registers a private attribute, and gives the function that sets it: of an object, to a value or to None."""
+    name = name_of(path, purpose)
+
+    def write(owner: Any, value: Any = None) -> None:
+        setattr(owner, name, value)
+
+    return write
+
+
+def method(path: str, purpose: str) -> Callable[..., Any]:
+    """Registers a private method, and gives the function that calls it: of an object, with arguments."""
+    name = name_of(path, purpose)
+
+    def call(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(owner, name)(*args, **kwargs)
+
+    return call
 
 
 def is_set_by(kind: type, name: str) -> bool:
@@ -94,8 +125,7 @@ def is_set_by(kind: type, name: str) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError):
         return False
-    stored = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
-    literal = (
-        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)
-    )  # super().__setattr__("_parameters", ...)
-    return any(attribute.attr == name for attribute in stored) or name in literal
+    nodes = list(ast.walk(tree))
+    stored = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    literal = {n.value for n in nodes if isinstance(n, ast.Constant)}  # super().__setattr__("_parameters", ...)
+    return name in stored | literal

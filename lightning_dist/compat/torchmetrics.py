@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchmetrics import Metric
 
-from lightning_dist.compat.names import uses
+from lightning_dist.compat.names import getter, setter, uses
+
+num_updates = getter("torchmetrics.Metric._update_count", "how often a metric was updated since it was reset")
+set_num_updates = setter("torchmetrics.Metric._update_count", "says how often; a metric warns where it never was")
+set_computed = setter("torchmetrics.Metric._computed", "puts a value; for None, a metric gathers and computes it")
+step_value = getter("torchmetrics.Metric._forward_cache", "the value of a metric's last batch alone")
+set_step_value = setter("torchmetrics.Metric._forward_cache", "puts another value in the place of the last batch's")
 
 
-@dataclass(frozen=True)
-class MetricState:
-    """What a metric has seen.
-
-    Args:
-        values: of its states, by name; lists are copies.
-        num_updates: since it was reset.
-        step_value: of its last batch alone.
-    """
+class MetricState(NamedTuple):
+    """What a metric has seen: its states by name (lists are copies), updates since a reset, last batch's value."""
 
     values: dict[str, Any]
     num_updates: int
     step_value: Any
 
 
-@uses("torchmetrics.Metric._copy_state_dict", "torchmetrics.Metric._update_count", "torchmetrics.Metric._forward_cache")
+@uses("torchmetrics.Metric._copy_state_dict")
 def metric_state(metric: Metric) -> MetricState:
     """What a metric has seen until now, to be put back."""
-    return MetricState(metric._copy_state_dict(), metric._update_count, metric._forward_cache)
-
-
-@uses("torchmetrics.Metric._update_count")
-def num_updates(metric: Metric) -> int:
-    """How often a metric was updated since it was reset."""
-    return metric._update_count
-
-
-@uses("torchmetrics.Metric._update_count")
-def set_num_updates(metric: Metric, count: int) -> None:
-    """Says how often a metric was updated: it warns where it never was."""
-    metric._update_count = count
-
-
-@uses("torchmetrics.Metric._forward_cache")
-def step_value(metric: Metric) -> Any:
-    """The value of a metric's last batch alone."""
-    return metric._forward_cache
-
-
-@uses("torchmetrics.Metric._forward_cache")
-def set_step_value(metric: Metric, value: Any) -> None:
-    """Puts another value in the place of that of a metric's last batch."""
-    metric._forward_cache = value
-
-
-@uses("torchmetrics.Metric._computed")
-def forget_computed(metric: Metric) -> None:
-    """Lets a metric compute again, and gather for it."""
-    metric._computed = None
+    return MetricState(metric._copy_state_dict(), num_updates(metric), step_value(metric))
 
 
 @uses("torchmetrics.Metric._defaults", "torchmetrics.Metric._reductions")

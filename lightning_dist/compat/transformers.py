@@ -9,8 +9,6 @@ from torch import nn
 
 from lightning_dist.compat.names import uses
 
-# --- plans ---
-
 
 @uses("transformers.PreTrainedModel._no_split_modules")
 def block_classes(module: nn.Module) -> tuple[str, ...]:

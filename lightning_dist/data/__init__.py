@@ -1,8 +1,7 @@
 """Which data rank reads what, and where in it a training is."""
 
 from lightning_dist.data.position import TrainingData
-from lightning_dist.data.samplers import DistributedBatches
-from lightning_dist.data.seeds import seed_loader
+from lightning_dist.data.samplers import DistributedBatches, seed_loader
 from lightning_dist.data.sharding import distributed_batches, shard_loader, share_generator, validate_same_batches
 from lightning_dist.data.streams import DistributedStream, is_stream, shard_stream
 

@@ -1,37 +1,64 @@
-"""Samplers of a data rank: its part of what the user's own sampler yields."""
+"""Samplers of a data rank, its part of what the user's own sampler yields; and what its loaders and workers draw."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 import zlib
 from array import array
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from lightning_dist.random_states import seed_generators
 
 
-class DistributedOrder(Sampler[Any]):
+class Shares:
+    """Samples or batches of which each of ``num_replicas`` data ranks takes some: of a sampler, or of a stream."""
+
+    num_replicas: int
+    rank: int
+    total: float = math.inf
+    """Of the last iteration, once they are known."""
+    _drop_last = False
+    _limit: float | None = math.inf
+    """Of all ranks together; None until it is said."""
+
+    def of_each(self, items: int) -> int:
+        """How many of so many items each data rank takes."""
+        return items // self.num_replicas if self._drop_last else math.ceil(items / self.num_replicas)
+
+    def limit(self, items: float) -> float:
+        """All ranks together take the first so many items; returns how many this one takes at most."""
+        if self._limit is None:
+            self._limit = items
+        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
+
+    def counts(self, index: int) -> bool:
+        """Whether the rank's item of this index is one that no other rank counts."""
+        return index * self.num_replicas + self.rank < self.total
+
+
+class DistributedOrder(Shares, Sampler[Any]):
     """What the user's own sampler yields, sharded over the data ranks in its order.
 
     Args:
         source: the user's, of samples or of whole batches.
-        num_replicas: number of data ranks.
-        rank: this data rank.
+        num_replicas, rank: the number of data ranks, and this one.
         seed: of the order; the same on all ranks.
     """
 
     def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0) -> None:
         self.source, self.num_replicas, self.rank, self.seed = source, num_replicas, rank, seed
-        self.epoch = 0
-        self.taken = 0
+        self.epoch = self.taken = 0
         """What all ranks together took of the epoch before; the next iteration shards the rest."""
         self.told_by_lightning: Any = None
         """A sampler that Lightning finds by itself, and tells the epoch."""
@@ -132,10 +159,6 @@ class DistributedOrder(Sampler[Any]):
     def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
         raise NotImplementedError
 
-    def of_each(self, items: int) -> int:
-        """How many of so many items each data rank takes."""
-        return math.ceil(items / self.num_replicas)
-
     def __len__(self) -> int:
         """This rank's items of a whole epoch."""
         return self.of_each(len(self.source))
@@ -163,10 +186,6 @@ class DistributedSamples(DistributedOrder):
             rest = rest + (order * math.ceil(total / len(order)))[: total - len(rest)]
         return rest[:total][self.rank :: self.num_replicas]
 
-    def of_each(self, items: int) -> int:
-        """How many of so many samples each data rank takes."""
-        return items // self.num_replicas if self._drop_last else super().of_each(items)
-
 
 class DistributedBatches(DistributedOrder):
     """The user's own batches, sharded whole over the data ranks; every rank yields the same number.
@@ -182,24 +201,10 @@ class DistributedBatches(DistributedOrder):
 
     def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0, limited: bool = False) -> None:
         super().__init__(source, num_replicas, rank, seed)
-        self._limit: float | None = None if limited else math.inf
-        self.total = math.inf
-        """Batches of the last order."""
-
-    def limit(self, batches: float) -> float:
-        """All ranks together take the first so many batches; returns how many this one takes at most."""
-        if self._limit is None:
-            self._limit = batches
-        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
-
-    def counts(self, batch_idx: int) -> bool:
-        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
-        return batch_idx * self.num_replicas + self.rank < self.total
+        self._limit = None if limited else math.inf
 
     def __len__(self) -> int:
-        if self._limit is None:
-            return len(self.source)
-        return self.of_each(len(self.source))
+        return len(self.source) if self._limit is None else self.of_each(len(self.source))
 
     @property
     def sampler(self) -> DistributedBatches:
@@ -222,14 +227,79 @@ class DistributedBatches(DistributedOrder):
         return getattr(self.source, name)
 
 
-_DIGESTED = 1 << 16
-
-
 def _digest(order: list[Any]) -> tuple[int, int]:
     """The length of an order and a checksum of some of it."""
-    some = order[:: 1 + len(order) // _DIGESTED]
+    some = order[:: 1 + len(order) // (1 << 16)]
     try:
         data = array("q", some).tobytes()
     except TypeError:
         data = repr(some).encode()
     return len(order), zlib.crc32(data)
+
+
+def seed_loader(loader: DataLoader, data_rank: int) -> None:
+    """Gives the loader's workers, and the seeds that it draws itself, the stream of the data rank.
+
+    Lightning seeds workers by global rank: augmentation would then differ between ranks that must see the same
+    batch. What the user set stays; the loader is changed in place.
+    """
+    if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
+        loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)
+    if loader.worker_init_fn is None and data_rank and "PL_GLOBAL_SEED" not in os.environ:
+        loader.worker_init_fn = partial(_part_worker, data_rank)  # what they start from was drawn alike on all ranks
+    if loader.generator is None and "PL_GLOBAL_SEED" in os.environ:
+        loader.generator = torch.Generator().manual_seed(cast(int, loader_seed(data_rank)))
+
+
+def _part_worker(data_rank: int, worker: int) -> None:
+    """Gives a worker process the stream of a data rank."""
+    seed_generators(torch.initial_seed() % 2**62 + 7919 * data_rank)
+
+
+def loader_seed(data_rank: int) -> int | None:
+    """The seed of what a loader of a data rank draws itself; None where the user seeded nothing."""
+    return int(os.environ["PL_GLOBAL_SEED"]) + 7919 * data_rank if "PL_GLOBAL_SEED" in os.environ else None
+
+
+class SeededBatches(Sampler[list[Any]]):
+    """Batches that bring the seed under which a loader's worker makes them.
+
+    A worker's generators otherwise depend on all that it made since it started, so that a run which is resumed within
+    an epoch would augment otherwise.
+
+    Args:
+        batches: of indices.
+        order, items: what shards them or their samples, and how many of those make a batch.
+    """
+
+    def __init__(self, batches: Any, order: DistributedOrder, items: int) -> None:
+        self.batches, self.order, self._items = batches, order, items
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        order = self.order
+        position = order.taken + order.rank
+        for batch in self.batches:
+            number = (order.seed * 1_000_003 + order.epoch) * 1_000_003 + position
+            yield SeededBatch(batch, number % 2**31)
+            position += self._items * order.num_replicas
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batches":
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+
+class SeededBatch(list[Any]):
+    """Indices of a batch; a worker that goes through them seeds its generators first."""
+
+    def __init__(self, indices: Any = (), seed: int | None = None) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.seed is not None and get_worker_info() is not None:
+            seed_generators(self.seed)
+        return super().__iter__()

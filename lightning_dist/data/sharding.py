@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_dist.collectives import broadcast_object
 from lightning_dist.compat.lightning import IndexBatchSamplerWrapper, with_sampler, without_index_wrapper
 from lightning_dist.compat.torch import forget_iterator
-from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples
-from lightning_dist.data.seeds import SeededBatches
+from lightning_dist.data.samplers import DistributedBatches, DistributedOrder, DistributedSamples, SeededBatches
+from lightning_dist.data.streams import tensor_bytes
 from lightning_dist.pytree import tree_leaves
 
 
@@ -34,8 +34,7 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
 
     Args:
         loader: the user's.
-        num_replicas: number of data ranks.
-        rank: this data rank.
+        num_replicas, rank: the number of data ranks, and this one.
         stage: Lightning's stage that the loader is for.
 
     Raises:
@@ -43,13 +42,11 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
     """
     if isinstance(loader.sampler, DistributedSampler):
         _validate_ranks(loader.sampler, num_replicas, rank)
-        return loader
-    if has_iterable_dataset(loader):
+    if isinstance(loader.sampler, DistributedSampler) or has_iterable_dataset(loader):
         return loader
     loader = copy.copy(loader)  # the user may pass the same one again: it must not be sharded twice
     forget_iterator(loader)
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-    tracked = loader.batch_sampler
+    seed, tracked = int(os.environ.get("PL_GLOBAL_SEED", 0)), loader.batch_sampler
     if isinstance(tracked, IndexBatchSamplerWrapper):  # Lightning's, which notes the indices while predicting
         own = without_index_wrapper(tracked)
         wrapper = IndexBatchSamplerWrapper(DistributedBatches(own, num_replicas, rank, seed, limited=True))
@@ -97,12 +94,11 @@ def _shard_training(loader: DataLoader, num_replicas: int, rank: int, seed: int)
 
 
 def _validate_count(count: int | None, what: str, num_replicas: int) -> None:
-    if count is None or count >= num_replicas or not count:  # Lightning trains on nothing, with a warning
-        return
-    raise ValueError(
-        f"the training data has {count} {what} for {num_replicas} data ranks (dp_replicate x dp_shard), so some ranks "
-        f"would have none; use at most {count} data ranks or more data"
-    )
+    if count and count < num_replicas:  # Lightning trains on nothing, with a warning
+        raise ValueError(
+            f"the training data has {count} {what} for {num_replicas} data ranks (dp_replicate x dp_shard), so some "
+            f"ranks would have none; use at most {count} data ranks or more data"
+        )
 
 
 def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
@@ -125,10 +121,7 @@ def distributed_sampler(loader: object) -> DistributedOrder | None:
 
 
 def items_of_batch(loader: Any) -> int:
-    """How many items of the :func:`distributed_sampler` make a batch of a rank; samples, where there is none.
-
-    1 where nothing says how large batches are.
-    """
+    """How many items of the :func:`distributed_sampler`, or samples, make a batch of a rank; 1 where none says."""
     size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return 1 if isinstance(distributed_sampler(loader), DistributedBatches) or size is None else int(size)
 
@@ -146,8 +139,7 @@ def validate_same_batches(step: str, args: tuple[Any, ...], group: dist.ProcessG
     transform that draws from a generator of its own, would train each on its own ones without a word.
 
     Args:
-        step: its name, for the message.
-        args: of the step; its tensors are compared.
+        step, args: its name, for the message, and what it was given, whose tensors are compared.
         group: the ranks with the same data rank.
 
     Communication: two all-reduces of 8 bytes over the group; none for one rank.
@@ -160,7 +152,7 @@ def validate_same_batches(step: str, args: tuple[Any, ...], group: dist.ProcessG
     digest = hashlib.sha256()
     leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     for leaf in leaves:
-        digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(leaf))
     number = int.from_bytes(digest.digest()[:7], "little")
     least = torch.tensor(number, device=leaves[0].device if leaves else "cpu")
     most = least.clone()

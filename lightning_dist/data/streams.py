@@ -16,15 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dist.compat.torch import StandsForLoader
+from lightning_dist.data.samplers import Shares
 from lightning_dist.pytree import tree_leaves
 from lightning_dist.random_states import CPU, RandomStates, kept_random_states, seed_generators
 from lightning_dist.snapshot import Snapshot
 
-_PROBED = 2
-"""Samples by which it is seen whether the ranks read the same."""
 
-
-class DistributedStream(StandsForLoader):
+class DistributedStream(StandsForLoader, Shares):
     """A loader of an iterable data set, or any iterable of batches, of which every data rank reads all and takes some.
 
     Rank r takes the batches r, r + n, ..., as :class:`~lightning_dist.data.DistributedBatches`: together they are the
@@ -34,8 +32,7 @@ class DistributedStream(StandsForLoader):
 
     Args:
         loader: the user's, which yields the same on every rank.
-        num_replicas: number of data ranks.
-        rank: this data rank.
+        num_replicas, rank: the number of data ranks, and this one.
         random: states of the generators that the first batch is read with; the same on all ranks.
         drop_last: leave out the batches at the end that are fewer than ranks.
         limited: as of :class:`~lightning_dist.data.DistributedBatches`.
@@ -52,26 +49,9 @@ class DistributedStream(StandsForLoader):
     ) -> None:
         super().__init__(loader)
         self.num_replicas, self.rank, self._random = num_replicas, rank, random
-        self._drop_last = drop_last
-        self._limit: float | None = None if limited else math.inf
-        self.total = math.inf
-        """Batches of the iteration, once they are known."""
+        self._drop_last, self._limit = drop_last, None if limited else math.inf
         if sized_len(loader) is not None:
             self.__class__ = _SizedStream
-
-    def limit(self, batches: float) -> float:
-        """All ranks together take the first so many batches; returns how many this one takes at most."""
-        if self._limit is None:
-            self._limit = batches
-        return self._limit if math.isinf(self._limit) else self.of_each(int(self._limit))
-
-    def counts(self, batch_idx: int) -> bool:
-        """Whether the rank's batch ``batch_idx`` is one that no other rank counts."""
-        return batch_idx * self.num_replicas + self.rank < self.total
-
-    def of_each(self, batches: int) -> int:
-        """How many of so many batches each data rank takes."""
-        return batches // self.num_replicas if self._drop_last else math.ceil(batches / self.num_replicas)
 
     def __iter__(self) -> Iterator[Any]:
         self.total = math.inf
@@ -136,15 +116,13 @@ def is_stream(loader: Any) -> bool:
 def shard_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessGroup, training: bool) -> Any:
     """The loader as it is, if its owner shards it; a :class:`DistributedStream`, if all data ranks read the same.
 
-    The first samples are read from an iterator that is thrown away, with generators that are alike on all ranks; the
+    Two samples are read from an iterator that is thrown away, with generators that are alike on all ranks; the
     data set's attributes are put back. What ranks read apart is left as it is, and so is an iterator, which can be read
     once only.
 
     Args:
         loader: see :func:`is_stream`.
-        num_replicas: number of data ranks.
-        rank: this data rank.
-        group: of the data ranks.
+        num_replicas, rank, group: the number of data ranks, this one, and all of them.
         training: as opposed to evaluation.
 
     Communication: one all-gather of a digest, and of generators' states of 8 kB, as objects over the group.
@@ -171,6 +149,11 @@ def shard_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessG
     return DistributedStream(loader, num_replicas, rank, random, drop_last, limited=not training)
 
 
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The memory of a tensor, to be compared."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
 def _digest(source: Any) -> str | None:
     """A digest of the first samples; None if there are none, or they can't be read here."""
     snapshot = Snapshot([source] if hasattr(source, "__dict__") else [], data=True)
@@ -180,17 +163,12 @@ def _digest(source: Any) -> str | None:
             samples = iter(source)
             if samples is source:
                 return None
-            leaves = tree_leaves(list(itertools.islice(samples, _PROBED)))
+            leaves = tree_leaves(list(itertools.islice(samples, 2)))
     except Exception:  # it may want workers, or what only the training brings
         return None
     finally:
         snapshot.restore()
     digest = hashlib.sha256()
     for leaf in leaves:
-        is_tensor = isinstance(leaf, Tensor)
-        digest.update(
-            leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            if is_tensor
-            else repr(leaf).encode()
-        )
+        digest.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
     return digest.hexdigest() if leaves else None

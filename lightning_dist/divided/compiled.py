@@ -15,8 +15,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.compat.modules import OptimizedModule, compiled_call
-from lightning_dist.compat.torch import COMPILED_CALL
+from lightning_dist.compat.torch import COMPILED_CALL, OptimizedModule, compiled_call
 from lightning_dist.divided.tensor import Divided
 from lightning_dist.patches import Patches
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_dist.compat.fsdp import STATE_KEYS, own_class
-from lightning_dist.compat.modules import HOOKS_OF_MODULES as HOOKS
+from lightning_dist.compat.distributed import STATE_KEYS, own_class
+from lightning_dist.compat.torch import HOOKS_OF_MODULES as HOOKS
 from lightning_dist.compat.torch import own_parameters
 from lightning_dist.divided.tensor import as_divided
 from lightning_dist.dtensors import as_dtensor, part_of

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.compat.fsdp import gathered_of, place_of, wrap_free_gathered, wrap_show_gathered
+from lightning_dist.compat.distributed import gathered_of, place_of, wrap_free_gathered, wrap_show_gathered
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, EnableTorchFunction, own_parameters, version_of
 from lightning_dist.divided.functions import Way, name_of, way_of
 from lightning_dist.divided.tensor import as_divided

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.compat.fsdp import param_groups_of
+from lightning_dist.compat.distributed import param_groups_of
 from lightning_dist.compat.torch import MODULE_REGISTRIES, own_buffers, own_parameters
 from lightning_dist.dtensors import local_part, place_like
 from lightning_dist.initialization.replay import ReplayPlan, replay

@@ -1,8 +1,6 @@
 """What a module logs, counted as one process counts it."""
 
-from lightning_dist.logs.attach import attach_logs
-from lightning_dist.logs.metrics import attach_metrics
-from lightning_dist.logs.repeated_batch import RepeatedBatch
-from lightning_dist.logs.step_logs import StepLogs
+from lightning_dist.logs.metrics import RepeatedBatch, attach_metrics
+from lightning_dist.logs.step_logs import StepLogs, attach_logs
 
 __all__ = ["RepeatedBatch", "StepLogs", "attach_logs", "attach_metrics"]

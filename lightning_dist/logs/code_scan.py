@@ -12,15 +12,10 @@ from typing import Any
 READS, LOGS, SYNCS, GRADIENTS = "reads", "logs", "syncs", "gradients"
 
 _WORDS = {
-    "callback_metrics": READS,
-    "logged_metrics": READS,
-    "progress_bar_metrics": READS,
-    "log": LOGS,
-    "log_dict": LOGS,
+    **dict.fromkeys(("callback_metrics", "logged_metrics", "progress_bar_metrics"), READS),
+    **dict.fromkeys(("log", "log_dict"), LOGS),
+    **dict.fromkeys(("grad", "grad_norm", "clip_grad_norm_"), GRADIENTS),
     "sync_dist": SYNCS,
-    "grad": GRADIENTS,
-    "grad_norm": GRADIENTS,
-    "clip_grad_norm_": GRADIENTS,
 }
 _LIBRARIES = {"lightning", "lightning_dist", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 _LIBRARIES |= {"torch", "torchmetrics", "torchvision", "transformers", "timm", "numpy", "builtins"}
@@ -42,12 +37,10 @@ def scan_hook(owner: Any, hook: str) -> frozenset[str]:
     there. Every rank that runs the same code finds the same.
 
     Args:
-        owner: a callback or a module.
-        hook: name of one of its methods.
+        owner: a callback or a module; ``hook`` names one of its methods.
 
     Returns:
-        some of ``READS`` (a metrics property of the trainer), ``LOGS`` (``log``, ``log_dict``), ``SYNCS``
-        (``sync_dist``) and ``GRADIENTS`` (``grad`` and functions that go through gradients).
+        some of ``READS`` (a metrics property of the trainer), ``LOGS``, ``SYNCS`` and ``GRADIENTS``.
     """
     start = vars(owner).get(hook) or inspect.getattr_static(type(owner), hook, None)
     waiting, owners = list(_functions(start)), [owner]

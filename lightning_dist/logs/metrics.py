@@ -1,27 +1,21 @@
-"""torchmetrics over ranks that hold different samples, also where some of them have none."""
+"""torchmetrics over ranks that hold different samples, also where some of them have none, or repeat a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from lightning_dist.compat.torchmetrics import (
-    forget_computed,
-    gathers_states,
-    list_states,
-    metric_state,
-    num_updates,
-    set_num_updates,
-    set_step_value,
-)
+from lightning_dist.compat import torchmetrics as private
 from lightning_dist.patches import Patches
+from lightning_dist.snapshot import Snapshot, is_users
 
 
 def attach_metrics(module: nn.Module, group: dist.ProcessGroup, patches: Patches) -> None:
@@ -43,19 +37,17 @@ def metrics_in(module: nn.Module) -> Iterator[Metric]:
 
 
 def align_states(metrics: Iterable[Metric], group: dist.ProcessGroup) -> None:
-    """Prepares metrics to gather their states, also where a rank neither logged nor updated them.
+    """Prepares metrics to gather their states, also where a rank of the group neither logged nor updated them.
 
     torchmetrics gathers as many tensors as a rank has in a list state, and of an empty list a vector of floats: ranks
-    without rows get as many empty tensors as the others have.
-
-    Args:
-        metrics: the same ones in the same order on every rank; may contain others.
-        group: the ranks that hold different samples.
+    without rows get as many empty tensors as the others have. The metrics are the same ones in the same order on every
+    rank, and may contain others.
 
     Communication: one all-gather of objects over the group if any has a list state.
     """
     within = [inner for metric in metrics for inner in metrics_in(metric)]
-    states = [(metric, name) for metric in within if gathers_states(metric) for name in list_states(metric)]
+    gathering = [metric for metric in within if private.gathers_states(metric)]
+    states = [(metric, name) for metric in gathering for name in private.list_states(metric)]
     if states:
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, [_rows(metric, name) for metric, name in states], group)
@@ -66,12 +58,12 @@ def align_states(metrics: Iterable[Metric], group: dist.ProcessGroup) -> None:
             state += [torch.zeros(0, *shape, dtype=dtype, device=device) for _ in range(count - len(state))]
     for metric in within:
         give_rows_a_dim(metric)
-        forget_computed(metric)  # a rank with a cached value would not gather
+        private.set_computed(metric, None)  # a rank with a cached value would not gather
 
 
 def give_rows_a_dim(metric: Metric) -> None:
     """Rows that are scalars become vectors of one, as when torchmetrics concatenates them: others may have none."""
-    for name, join in list_states(metric).items():
+    for name, join in private.list_states(metric).items():
         if join is dim_zero_cat:
             state: Any = getattr(metric, name)
             if isinstance(state, list):
@@ -83,7 +75,7 @@ def _rows(metric: Metric, name: str) -> tuple[int, Any, Any]:
     state: Any = getattr(metric, name)
     if not state:
         return 0, torch.float32, ()
-    count = 1 if list_states(metric)[name] is dim_zero_cat else len(state)
+    count = 1 if private.list_states(metric)[name] is dim_zero_cat else len(state)
     return count, state[0].dtype, tuple(torch.atleast_1d(state[0]).shape[1:])
 
 
@@ -91,30 +83,69 @@ class MetricSnapshot:
     """What a module's metrics have seen until now, to be put back."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._states = [(metric, metric_state(metric)) for metric in metrics_in(module)]
+        self._states = [(metric, private.metric_state(metric)) for metric in metrics_in(module)]
 
     def restore(self) -> None:
         """As if nothing had been seen since."""
         for metric, state in self._states:
             for name, before in state.values.items():
                 setattr(metric, name, before)
-            set_num_updates(metric, state.num_updates)
-            set_step_value(metric, state.step_value)
+            private.set_num_updates(metric, state.num_updates)
+            private.set_step_value(metric, state.step_value)
 
     def restore_without_rows(self) -> None:
         """As if what was seen since had had no rows: a metric has updated, with nothing."""
         for metric, state in self._states:
             # torchmetrics warns of metrics that never were updated
-            set_num_updates(metric, max(state.num_updates, min(num_updates(metric), 1)))
-            set_step_value(metric, state.step_value)
+            private.set_num_updates(metric, max(state.num_updates, min(private.num_updates(metric), 1)))
+            private.set_step_value(metric, state.step_value)
             for name, before in state.values.items():
-                rows = before
-                if isinstance(before, list):
-                    # no rows, but as many tensors as other ranks have, of the right dtype and rank
-                    new: Any = getattr(metric, name)
-                    rows = before + [_emptied(row) for row in new[len(before) :]]
+                rows, new = before, getattr(metric, name)
+                if isinstance(
+                    before, list
+                ):  # no rows, but as many tensors as other ranks have, of the right dtype and rank
+                    rows = [torch.atleast_1d(row) if isinstance(row, Tensor) else row for row in new[len(before) :]]
+                    rows = before + [row[:0] for row in rows]
                 setattr(metric, name, rows)
 
 
-def _emptied(row: Any) -> Any:
-    return torch.atleast_1d(row)[:0] if isinstance(row, Tensor) else row[:0]
+class RepeatedBatch:
+    """How metrics, modules and callbacks of a trainer stood before an evaluation batch that this rank only repeats.
+
+    [Note: a batch that only runs along]
+    A rank that has no batch left runs a batch once more, with all hooks, since what runs inside may wait for every
+    rank: gathers of shards, the user's own. Then all that it left in Python is taken back: what was appended to lists,
+    counted in numbers, tensors, buffers and dictionaries of the module, its networks, the user's own callbacks and the
+    objects of the user's own classes that they hold. Files and loggers that a step writes by itself can't be.
+
+    A list that would be empty then, on a rank without any batch of its own, keeps what was appended, without its rows.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        module = trainer.lightning_module
+        self._metrics = MetricSnapshot(module)
+        others: list[Any] = [*trainer.callbacks, getattr(trainer, "datamodule", None)]  # type: ignore[attr-defined]
+        parts = list(_modules(module))
+        owners = [*parts, *(owner for owner in others if is_users(type(owner)))]
+        self._snapshot = Snapshot(owners, of_module=_metrics_without_rows)
+        self._snapshot.add(*(buffer for part in parts for buffer in part.buffers(recurse=False)))
+
+    def undo(self) -> None:
+        """As if the batch had had no rows."""
+        self._snapshot.restore()
+        self._metrics.restore_without_rows()
+
+
+def _metrics_without_rows(module: nn.Module) -> Callable[[], None] | None:
+    # metrics may be held outside of modules, in a list or by a callback
+    return MetricSnapshot(module).restore_without_rows if any(True for _ in metrics_in(module)) else None
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that may hold what a user counts: not torch's own layers, and not metrics, which have states."""
+    within = {part for metric in metrics_in(module) for part in metric.modules()}
+    for part in module.modules():
+        # of a sharded module, fully_shard makes a class of torch's that derives from the user's
+        projects = {base.__module__.partition(".")[0] for base in type(part).__mro__}
+        if part not in within and not projects <= {"torch", "builtins"}:
+            yield part

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,6 @@ class _Entry:
 
     @property
     def reduction(self) -> Reduction:
-        """How the values of microbatches become one."""
         return reduction_of(self.kwargs.get("reduce_fx", "mean"))
 
 
@@ -52,30 +50,20 @@ class RecordedLogs:
     def __init__(self, module: pl.LightningModule, sizes: list[float], is_constant: Callable[[str], bool]) -> None:
         self._module, self._sizes, self._is_constant = module, sizes, is_constant
         self._logged: dict[str, _Entry] = {}
-        self._index = 0
-        self._active = True
-        self.has_logged = False
-        """Whether the microbatch that runs has logged."""
-        self.takes_unknown = False
-        """Whether what it logs may be without memory, to be replaced: of gradients that are not there yet."""
+        self._index, self._active = 0, True
+        self.has_logged = self.takes_unknown = False
+        """Whether the microbatch that runs has logged; and may log what has no memory, to be replaced: of gradients."""
         self._metrics: MetricSnapshot | None = None
         """As it was when the microbatch began, where the step updates metrics before the entry."""
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> Patches:
         """While it lasts, ``log`` notes."""
-        with Patches() as patches:
-            patches.set(self._module, "log", self._log)
-            yield
+        patches = Patches()
+        patches.set(self._module, "log", self._log)
+        return patches
 
     def begin(self, index: int, active: bool, sees_metrics: bool) -> None:
-        """A microbatch begins.
-
-        Args:
-            index: of the microbatch.
-            active: whether it begins at its stage's entry.
-            sees_metrics: whether the step updates metrics before the entry.
-        """
+        """A microbatch begins; ``active`` at its stage's entry. A step may update metrics before (``sees_metrics``)."""
         self._index, self._active, self.has_logged, self.takes_unknown = index, active, False, False
         if sees_metrics and not active:
             self._metrics = MetricSnapshot(self._module)
@@ -87,9 +75,8 @@ class RecordedLogs:
             self._metrics.restore()
             self._metrics = None
 
-    def end(self) -> None:
-        """The microbatch left its stage."""
-        self.enter()
+    end = enter
+    """The microbatch left its stage."""
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if not self._active:
@@ -133,10 +120,9 @@ class RecordedLogs:
         return logged
 
     def _combined(self, name: str, entry: _Entry) -> Any:
-        first = entry.values[0]
-        is_number = not isinstance(first, (Tensor, tuple, dict))
-        alike = is_number and all(value == first for value in entry.values)
-        if len(entry.values) > 1 and alike and entry.reduction.adds_up and self._is_constant(name):
+        first, several = entry.values[0], len(entry.values) > 1
+        is_number = several and entry.reduction.adds_up and not isinstance(first, (Tensor, tuple, dict))
+        if is_number and all(value == first for value in entry.values) and self._is_constant(name):
             return first
         return _combined(entry)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,17 +22,9 @@ SHOWS = "shows"
 """What a progress bar does with values, on rank 0 alone."""
 
 _HOOKS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "on_test_batch_start",
-    "on_test_batch_end",
-    "on_save_checkpoint",
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end"),
+    *("on_test_batch_start", "on_test_batch_end", "on_save_checkpoint"),
 )
 """Hooks of a step, or run in one by callbacks; modules have them too, and theirs come after those of callbacks."""
 _STEPS = ("training_step", "validation_step", "test_step")
@@ -45,13 +36,9 @@ PATIENCE = timedelta(seconds=60)
 
 
 class Readers:
-    """Which hooks of a step read or log values, alike on all ranks of a group.
+    """Which hooks of a step, of a trainer's callbacks and module, read or log values, alike on all ranks of a group.
 
-    Communication: one all-gather of a few bytes, when it is made.
-
-    Args:
-        trainer: whose callbacks and module they are.
-        group: ranks that run the same callbacks.
+    Communication: one all-gather of a few bytes over the group, when it is made.
     """
 
     def __init__(self, trainer: pl.Trainer, group: dist.ProcessGroup) -> None:
@@ -83,12 +70,9 @@ class Readers:
 
 
 class Rendezvous:
-    """Where ranks find out, without a collective, that all of them are at the same place.
+    """Where the ranks of a group find out, without a collective, that all of them are at the same place.
 
     Works over the store of the process group. All ranks make theirs in the same order.
-
-    Args:
-        group: the ranks.
     """
 
     _numbers = itertools.count()
@@ -104,8 +88,7 @@ class Rendezvous:
         Raises:
             RuntimeError: with ``refusal``, if one does not come.
         """
-        store = default_store()
-        key = f"{self._key}/{self._count}"
+        store, key = default_store(), f"{self._key}/{self._count}"
         self._count += 1
         if store.add(key, 1) == self._size:
             store.set(f"{key}/all", b"1")
@@ -115,29 +98,21 @@ class Rendezvous:
             raise RuntimeError(refusal) from error
 
 
+def _watched(name: str) -> Any:
+    def read(self: WatchedConnector) -> Any:
+        self.before_read()
+        return getattr(LoggerConnector, name).fget(self)
+
+    return property(read)
+
+
 class WatchedConnector(LoggerConnector):
-    """Says when somebody is about to read. Takes the place of a trainer's connector's class."""
+    """Calls its ``before_read`` when somebody is about to read. Takes the place of a trainer's connector's class."""
 
-    def before_read(self) -> None:
-        """Called before each read."""
-
-    @property
-    def callback_metrics(self) -> Any:
-        """As Lightning's."""
-        self.before_read()
-        return super().callback_metrics
-
-    @property
-    def logged_metrics(self) -> Any:
-        """As Lightning's."""
-        self.before_read()
-        return super().logged_metrics
-
-    @property
-    def progress_bar_metrics(self) -> Any:
-        """As Lightning's."""
-        self.before_read()
-        return super().progress_bar_metrics
+    before_read: Callable[[], None]
+    callback_metrics = _watched("callback_metrics")
+    logged_metrics = _watched("logged_metrics")
+    progress_bar_metrics = _watched("progress_bar_metrics")
 
 
 def user_reads() -> str | None:
@@ -147,7 +122,7 @@ def user_reads() -> str | None:
         RuntimeError: where only rank 0 reads, as is seen by ``rank_zero_only``.
     """
     reader, alone = None, False
-    for frame in _callers():
+    for frame, _ in walk_stack(sys._getframe()):
         name = str(frame.f_globals.get("__name__", ""))
         if isinstance(frame.f_locals.get("self"), ProgressBar):
             return None
@@ -182,18 +157,3 @@ def validate_finished(module: pl.LightningModule) -> None:
             "pp: the step reads logged values (trainer.callback_metrics or the like) after it has logged, and the "
             "values of its batch are there only after its last microbatch: read them in a hook after the step"
         )
-
-
-def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-@contextmanager
-def followed_by(around: Any, after: Any) -> Iterator[Any]:
-    """A context that says when it has ended."""
-    with around as value:
-        yield value
-    after()

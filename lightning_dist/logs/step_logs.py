@@ -5,29 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
+from torch.distributed.tensor import DTensor
 
 from lightning_dist.compat import lightning as private
+from lightning_dist.compat.lightning import TO_TENSOR, ResultCollection
 from lightning_dist.data import DistributedBatches, DistributedStream
+from lightning_dist.logs import readers
 from lightning_dist.logs.code_scan import LOGS, READS
-from lightning_dist.logs.metrics import give_rows_a_dim, metrics_in
-from lightning_dist.logs.noting import NotedLogs
-from lightning_dist.logs.readers import (
-    SHOWS,
-    Readers,
-    Rendezvous,
-    WatchedConnector,
-    followed_by,
-    refusal,
-    user_reads,
-    validate_finished,
-)
-from lightning_dist.logs.repeated_batch import RepeatedBatch
-from lightning_dist.logs.results import ReducedResults, collections_of
+from lightning_dist.logs.metrics import RepeatedBatch, give_rows_a_dim, metrics_in
+from lightning_dist.logs.results import NotedLogs, ReducedResults, collections_of, to_tensor, whole
 from lightning_dist.patches import Patches
 
 
@@ -59,7 +51,7 @@ class StepLogs:
     takes part; its step value, which torchmetrics computes of one rank's batch, becomes the mean over the ranks. Left
     to Lightning: ``rank_zero_only=True`` and ``sync_dist_group``.
 
-    Communication over the data ranks, at each point: see :func:`~lightning_dist.logs.all_reduce.all_reduce_logged` and,
+    Communication over the data ranks, at each point: see :func:`~lightning_dist.logs.reductions.all_reduce_logged` and,
     where a metric was logged, :func:`~lightning_dist.logs.metrics.align_states`.
 
     Args:
@@ -91,24 +83,19 @@ class StepLogs:
         """This rank's of the evaluation loader that runs."""
         self._repeated: RepeatedBatch | None = None
         """The batch that runs, while it is one that another rank counts."""
-        self._decides = False
-        """Whether a step's value is monitored, as all ranks know."""
-        self._early = False
-        """Whether values are read in places that no hook's begin announces, as all ranks know."""
-        self._syncs, self._hooks_sync = False, False
-        """Whether a training step, or its hooks, log with ``sync_dist``, as all ranks know."""
-        self._may_sync, self._hooks_may_sync = False, False
-        """Whether their code says so, until the first step shows it."""
+        # what all ranks know alike:
+        self._decides = self._early = False
+        """Whether a step's value is monitored; whether values are read in places that no hook's begin announces."""
+        self._syncs = self._hooks_sync = self._may_sync = self._hooks_may_sync = False
+        """Whether a training step, or its hooks, log with ``sync_dist``; or may, by their code, in the first step."""
+        self._unknown = monitored - {"None", "epoch", "step"}
+        """Monitored names that nobody logged yet."""
+        self._writes = True
+        """Whether evaluation steps log values of their own."""
         self._thread = threading.get_ident()
         self._hooks: dict[str, frozenset[str]] = {}
         """What hooks do, by the names under which Lightning profiles them."""
-        self._rendezvous = Rendezvous(group)
-        self._unknown = monitored - {"None", "epoch", "step"}
-        """Monitored names that nobody logged yet, as all ranks know."""
-        self._writes = True
-        """Whether evaluation steps log values of their own, as all ranks know."""
-
-    # ------------------------------------------------------------------ between Lightning and its results
+        self._rendezvous = readers.Rendezvous(group)
 
     def attach(self, patches: Patches) -> None:
         """Starts to note and to reduce, until an undo.
@@ -121,17 +108,15 @@ class StepLogs:
 
         Communication: see :class:`~lightning_dist.logs.readers.Readers`.
         """
-        readers = Readers(self.trainer, self._group)
-        self._hooks, self._early = readers.hooks, readers.within_steps
-        self._may_sync, self._hooks_may_sync = readers.may_sync, readers.hooks_may_sync
+        found = readers.Readers(self.trainer, self._group)
+        self._hooks, self._early = found.hooks, found.within_steps
+        self._may_sync, self._hooks_may_sync = found.may_sync, found.hooks_may_sync
         connector = private.logger_connector(self.trainer)
         patches.set(connector, "before_read", self._before_read)
         patches.also(lambda: setattr(connector, "__class__", private.LoggerConnector))
-        connector.__class__ = WatchedConnector
-        patches.wrap(connector, "on_batch_start", self._on_batch_start)
-        patches.wrap(connector, "on_batch_end", self._on_batch_end)
-        patches.wrap(connector, "epoch_end_reached", self._epoch_end_reached)
-        patches.wrap(connector, "on_epoch_end", self._on_epoch_end)
+        connector.__class__ = readers.WatchedConnector
+        for method in (self._on_batch_start, self._on_batch_end, self._epoch_end_reached, self._on_epoch_end):
+            patches.wrap(connector, method.__name__.removeprefix("_"), method)
         patches.wrap(self.trainer.profiler, "profile", self._hook)  # type: ignore[attr-defined]
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
@@ -186,7 +171,7 @@ class StepLogs:
         accumulates = private.accumulates(trainer) and trainer.lightning_module.automatic_optimization
         update = private.logger_connector(trainer).should_update_logs or bool(trainer.fast_dev_run)
         # after the last step, and the last before a validation, hooks and callbacks read its values
-        last = private.is_at_last_step(trainer) or trainer.should_stop
+        last = private.is_last(trainer) or trainer.should_stop
         return (
             (update and not accumulates)
             or (self._in_stages and self._results.dirty)
@@ -195,7 +180,6 @@ class StepLogs:
             or self._hooks_sync
             or self._hooks_may_sync
             or last
-            or (not private.validates_by_the_clock(trainer) and private.validates_next(trainer))
         )
 
     def _epoch_end_reached(self, own: Any) -> None:
@@ -212,8 +196,6 @@ class StepLogs:
     def _on_epoch_end(self, own: Any, *args: Any) -> None:
         self._unknown -= self._results.reduce_epoch()
         own(*args)
-
-    # ------------------------------------------------------------------ readers while steps run
 
     def _step_ended(self) -> None:
         """A step of the strategy ended, on all ranks; its hooks are still to come."""
@@ -236,12 +218,15 @@ class StepLogs:
         found = self._hooks.get(action)
         if found is None:
             return own(action)
-        reads = READS in found or (SHOWS in found and (self._hooks_sync or self._hooks_may_sync))
+        reads = READS in found or (readers.SHOWS in found and (self._hooks_sync or self._hooks_may_sync))
         if reads and self._results.dirty and (self.trainer.training or self._batches is not None):
             self._look(self._results.reduce_step(action))
-        return followed_by(own(action), self._hook_logged) if LOGS in found else own(action)
+        return self._logging(own(action)) if LOGS in found else own(action)
 
-    def _hook_logged(self) -> None:
+    @contextmanager
+    def _logging(self, around: Any) -> Iterator[Any]:
+        with around as value:
+            yield value
         self._results.dirty = True
 
     def _before_read(self) -> None:
@@ -251,14 +236,14 @@ class StepLogs:
         if threading.get_ident() != self._thread:
             return  # one that shows values now and then, while the ranks' own threads talk
         if self._noted.in_step and self._in_stages:
-            validate_finished(self.trainer.lightning_module)
+            readers.validate_finished(self.trainer.lightning_module)
             return
         is_whole = not (self._results.dirty or self._results.metas_of_step)
         if is_whole or not (self.trainer.training or self._batches is not None):
             return
-        reader = user_reads()
+        reader = readers.user_reads()
         if reader is not None:
-            self._meet(refusal(reader))
+            self._meet(readers.refusal(reader))
             self._early = True
 
     def _meet(self, refusal: str) -> None:
@@ -279,3 +264,40 @@ class StepLogs:
         for meta in metas:
             self._syncs |= meta.sync.should and meta.fx == "training_step"
             self._hooks_sync |= meta.sync.should and meta.fx != "training_step"
+
+
+def attach_logs(
+    trainer: pl.Trainer,
+    patches: Patches,
+    monitored: set[str],
+    group: dist.ProcessGroup | None,
+    batches: Callable[[int], DistributedBatches | DistributedStream | None],
+    stage: tuple[int, int] | None = None,
+    is_even: Callable[[], bool] = lambda: False,
+) -> StepLogs | None:
+    """Makes what a module logs one value of all ranks, until an undo.
+
+    Args:
+        trainer: about to run, with its module set up.
+        monitored, group, batches, stage, is_even: see :class:`StepLogs`; no group for one process.
+
+    Returns:
+        None where one rank logs, or all log the same: then only numbers that ranks hold parts of are made whole.
+
+    Communication: see :class:`StepLogs`.
+    """
+    module = trainer.lightning_module
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        patches.set(module, TO_TENSOR, partial(to_tensor, trainer.strategy.root_device))
+    if group is None or dist.get_world_size(group) == 1:
+        for results in collections_of(trainer):
+            patches.set(results, "update_metrics", partial(_update_with_whole, results))
+        return None
+    logs = StepLogs(trainer, monitored, group, batches, stage, is_even)
+    logs.attach(patches)
+    return logs
+
+
+def _update_with_whole(results: ResultCollection, key: str, value: Any, batch_size: int) -> None:
+    """Communication: see :func:`whole`."""
+    ResultCollection.update_metrics(results, key, whole(results, key, value), batch_size)

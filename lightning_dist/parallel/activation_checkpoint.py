@@ -155,7 +155,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     if not isinstance(operator, operators.OpOverload):
         return CheckpointPolicy.PREFER_RECOMPUTE
     is_costly = operator.namespace == "aten" and operator.overloadpacket.__name__ in operators.COSTLY_OPERATORS
-    keeps = (is_costly or operators.is_collective(operator)) and not operators.changes_arguments(operator)
+    keeps = (is_costly or operators.is_collective(operator)) and not operators.writes_in_place(operator)
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 

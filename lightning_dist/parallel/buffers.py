@@ -13,8 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lightning_dist.collectives import all_reduce_tensors, broadcast_parts, broadcast_tensors
-from lightning_dist.compat.modules import preserve_versions
-from lightning_dist.compat.torch import NormBase, own_buffers, version_of
+from lightning_dist.compat.torch import NormBase, own_buffers, preserve_versions, version_of
 from lightning_dist.dtensors import local_part
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_dist.compat.fsdp import gathered_of, param_groups_of, place_of, wrap_decide_dtypes
+from lightning_dist.compat.distributed import gathered_of, param_groups_of, place_of, wrap_decide_dtypes
 from lightning_dist.placeholder import is_placeholder
 
 Place = tuple[int, str]

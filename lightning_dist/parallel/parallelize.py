@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from lightning_dist.compat.modules import compiled_call
-from lightning_dist.compat.torch import COMPILED_CALL
+from lightning_dist.compat.torch import COMPILED_CALL, compiled_call
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpoint_activations
 from lightning_dist.parallel.ddp import DDPRunner

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.compat import fsdp as private
+from lightning_dist.compat import distributed as private
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided import as_divided
 from lightning_dist.divided.compiled import is_compiled

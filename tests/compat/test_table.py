@@ -29,7 +29,7 @@ def test_a_file_that_does_not_import_tells_all_that_it_lacks(tmp_path: Path, mon
     file = tmp_path / "torch.py"
     file.write_text(
         "from torch.nn import _lost\n"
-        f"hands_on('torch.nn._lost', 'is used')\n@uses('{THERE.path}', '{GONE.path}')\ndef f(): ...\n"
+        f"hands_on({{'torch.nn._lost': 'is used'}})\n@uses('{THERE.path}', '{GONE.path}')\ndef f(): ...\n"
     )
     monkeypatch.setattr(names, "REGISTER", [])
     monkeypatch.setattr(command, "FOLDER", tmp_path)

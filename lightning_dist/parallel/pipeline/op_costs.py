@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from lightning_dist.compat.torch import all_overloads, memory_of, writes_in_place
+from lightning_dist.compat.operators import all_overloads, writes_in_place
+from lightning_dist.compat.torch import memory_of
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import deep_leaves
 

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_dist.compat.operators import writes_in_place, written_arguments
 from lightning_dist.compat.torch import (
     COMPILED_CALL,
     TorchDispatchMode,
     call_uncompiled,
     disable_current_modes,
     memory_of,
-    writes_in_place,
-    written_arguments,
 )
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.op_costs import cost_of_op

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.compat.torch import DisableTorchFunctionSubclass, tensor_attributes, writes_in_place
+from lightning_dist.compat.operators import writes_in_place
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass, tensor_attributes
 from lightning_dist.parallel.tensor.vocab_parallel.operators import OF_AUTOGRAD, OVER_VOCABULARY
 from lightning_dist.parallel.tensor.vocab_parallel.sharding_rules import (
     BY_ANY_ARGUMENT,
