@@ -116,10 +116,9 @@ def rows_of_safetensors(path: Path, name: str, begin: int, end: int) -> Tensor:
 
 
 def write_file(weights: Mapping[str, LazyTensor], path: Path, advance: Advance) -> None:
-    """Writes one file, which appears under its name when it is complete and on the disk.
-
-    Of names that are one object the first is written, and the others go to the metadata, as by
-    ``safetensors.torch.save_model``. A ValueError for a type of values that the format does not have.
+    """Writes one file, which appears under its name when it is complete and on the disk. Of names that are one object
+    the first is written, and the others go to the metadata, as by ``safetensors.torch.save_model``. A ValueError for a
+    type of values that the format does not have.
     """
     header, order = _header(weights)
     with written_beside(path) as temporary, temporary.open("wb") as file:
@@ -179,8 +178,7 @@ def _parts(weights: Mapping[str, LazyTensor], largest: int) -> list[dict[str, La
     for name, lazy in weights.items():
         if id(lazy) not in part_of:
             if size and size + lazy.nbytes > largest:
-                parts.append({})
-                size = 0
+                parts, size = [*parts, {}], 0
             size += lazy.nbytes
         part_of.setdefault(id(lazy), parts[-1])[name] = lazy
     return parts

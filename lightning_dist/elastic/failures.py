@@ -40,9 +40,8 @@ class WorkerFailed(RuntimeError):
 
 def short_traceback(error: BaseException, *, skip: int = 0) -> str:
     """The traceback of a caught exception, without what the user can't act on, and without so many outermost frames."""
-    frames = traceback.extract_tb(error.__traceback__)[skip:]
     lines = ["Traceback (most recent call last):\n"]
-    for package, run in itertools.groupby(frames, key=_folded_package):
+    for package, run in itertools.groupby(traceback.extract_tb(error.__traceback__)[skip:], key=_folded_package):
         of_run = list(run)
         if package is None or len(of_run) <= 3:
             lines += traceback.format_list(of_run)

@@ -116,12 +116,10 @@ def _shorten(names: list[str], limit: int = 3) -> str:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage, which a rank of the pipeline runs; it begins after a module, the first after none (``""``). Its cost is
-    a share of the whole step's; it sends on so many bytes per microbatch.
-    """
+    """A stage: after which module it begins, its share of the costs, the bytes that it sends on per microbatch."""
 
     rank: int
-    begins: str
+    begins: str  # empty for the first
     cost: float
     num_parameters: int
     sent: int

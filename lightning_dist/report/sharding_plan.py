@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_dist.layout import Layout
 from lightning_dist.plans.tensor import ModulePlan, ShardingPlan, Split, parameter_splits
 
-MOST_ROWS = 12
-"""Rows for what stays whole; the smallest share the last one."""
+MOST_ROWS = 12  # for what stays whole; the smallest share the last one
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,13 @@ def test_large_tensors_become_several_parts(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
+def test_a_file_of_torchs_older_format_becomes_shards(tmp_path: Path) -> None:
+    state = {"matrix": torch.randn(5, 3), "vector": torch.randn(4)}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "file.ckpt", _use_new_zipfile_serialization=False)
+    checkpoint.convert(tmp_path / "file.ckpt", tmp_path / "directory.ckpt", to="sharded")
+    assert_same(checkpoint.load(tmp_path / "directory.ckpt")["state_dict"], state)
+
+
 def _save_divided(base: torch.Tensor, path: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     state = {"rows": distribute_tensor(base, mesh, [Shard(0)]), "columns": distribute_tensor(base, mesh, [Shard(1)])}
