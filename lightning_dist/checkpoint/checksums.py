@@ -8,7 +8,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,7 +133,9 @@ class ChecksumFileSystem(_AnyPath):
             with path.open(mode) as file:
                 yield file
             return
-        with path.open(mode) if is_remote(path) else io.FileIO(path, mode) as file, ChecksumStream(file) as stream:
+        with ExitStack() as stack:
+            raw = _LeftOpen(stack.enter_context(path.open(mode))) if is_remote(path) else io.FileIO(path, mode)
+            stream = stack.enter_context(ChecksumStream(raw))
             yield cast(io.IOBase, stream)
             self._sums[path.name] = stream.size, stream.sum
 
@@ -165,3 +167,19 @@ class ChecksumStream(io.BufferedWriter):
             os.posix_fadvise(self.fileno(), self._handed_over, self.size - self._handed_over, os.POSIX_FADV_DONTNEED)
             self._handed_over = self.size
         return written
+
+
+class _LeftOpen(io.RawIOBase):
+    """A file at a URL that another closes, once."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return int(self._file.write(data))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
