@@ -13,14 +13,12 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_dist.pytree import map_leaves
+from lightning_dist.checkpoint.lazy_tensors import leaves
 
 
 class HostMemory:
     """Host memory for copies of a state, kept from one to the next: to get it from the system takes several times as
-    long as to copy into it.
-
-    Where tensors come from an accelerator it is page-locked, and the copies run together.
+    long as to copy into it. For tensors of an accelerator it is page-locked, and the copies run together.
     """
 
     def __init__(self) -> None:
@@ -43,13 +41,9 @@ class HostMemory:
     def snapshot(self, tree: Any) -> Any:
         """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared."""
         copies: dict[int, Any] = {}
-
-        def note(_: Any, value: Any) -> Any:
+        for _, value in leaves(tree):
             if isinstance(value, Tensor) and id(value) not in copies:
                 copies[id(value)] = self.copy(value)
-            return value
-
-        map_leaves(tree, note)
         return copy.deepcopy(tree, copies)
 
     def synchronize(self) -> None:
@@ -77,24 +71,20 @@ class BackgroundSaves:
 
     def __init__(self) -> None:
         self.memory = HostMemory()
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
         self._error: BaseException | None = None
         self._afterwards: list[Callable[[], None]] = []
 
     def start(self, path: Path, save: Callable[[dist.ProcessGroup | None], None]) -> None:
-        """Begins a save; :meth:`wait` comes before.
-
-        Args:
-            path: of the checkpoint, for messages.
-            save: given the group to communicate over; touches nothing that the training changes.
+        """Begins a save, after :meth:`wait`. It is given the group to communicate over, and touches nothing that the
+        training changes; the path is for messages.
         """
         assert self._thread is None
         self.memory.synchronize()
         if self._group is None and dist.is_initialized():
-            group: Any = dist.new_group(backend="gloo")
-            self._group = group
+            self._group = dist.new_group(backend="gloo")
         self._path = path
         self._thread = threading.Thread(target=self._run, args=(save,), name="save checkpoint")
         self._thread.start()
@@ -106,10 +96,8 @@ class BackgroundSaves:
             self._error = error
 
     def afterwards(self, action: Callable[[], None]) -> None:
-        """Runs an action when the save in flight has ended well, or at once if there is none.
-
-        An earlier checkpoint is removed so: never before a later one is there, and not at all if that failed. What an
-        action meets is a warning.
+        """Runs an action when the save in flight has ended well, or at once if there is none: an earlier checkpoint is
+        removed when a later one is there, and not if that failed. What an action meets is a warning.
         """
         if self._thread is None:
             self._act(action)
@@ -123,11 +111,7 @@ class BackgroundSaves:
             rank_zero_warn(str(error))
 
     def wait(self) -> None:
-        """Returns when nothing is in flight.
-
-        Raises:
-            OSError, RuntimeError: on every rank, if the save failed on any.
-        """
+        """Returns when nothing is in flight; an OSError or RuntimeError on every rank if the save failed."""
         thread, self._thread = self._thread, None
         if thread is None:
             return

@@ -1,17 +1,24 @@
-"""Checksums of the files of a checkpoint, compared before any rank reads, so that a damaged one is named first."""
+"""Checksums of a checkpoint's files: taken while they are written, compared before any rank reads."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from lightning_dist.checkpoint.formats import CHECKSUMS, DamagedCheckpoint
-from lightning_dist.checkpoint.storage import flush
+from lightning_dist.checkpoint.locations import CHECKSUMS, DamagedCheckpoint, flush, is_remote
+
+_HANDED_OVER = 1 << 24
+"""Bytes after which the system is told to begin to write; else it begins when the file is flushed at its end."""
 
 _CHUNK = 1 << 22
 
@@ -36,17 +43,8 @@ def write_checksums(sums: Mapping[str, tuple[int, int]], folder: Path) -> None:
 
 
 def verify_directory(folder: Path, names: Iterable[str], rank: int, num_ranks: int) -> None:
-    """Compares this rank's share of a directory's files with their checksums; one without any, as Lightning's, is taken
-    as it is.
-
-    Args:
-        folder: of the checkpoint.
-        names: of the files that it needs.
-        rank: of those that share the work.
-        num_ranks: how many there are.
-
-    Raises:
-        DamagedCheckpoint: a file is not what was written.
+    """Compares this rank's share of the named files of a directory with their checksums; one without any, as
+    Lightning's, is taken as it is. Raises DamagedCheckpoint where a file is not what was written.
     """
     try:
         recorded = json.loads((folder / CHECKSUMS).read_text())
@@ -68,10 +66,8 @@ def verify_directory(folder: Path, names: Iterable[str], rank: int, num_ranks: i
 
 
 def verify_file(path: Path, rank: int, num_ranks: int) -> None:
-    """Compares this rank's share of a single file's records with the checksums that ``torch.save`` wrote into it.
-
-    Raises:
-        DamagedCheckpoint: a record is not what was written. Nothing for a file of torch's older format.
+    """Compares this rank's share of a single file's records with the checksums that ``torch.save`` wrote into it, and
+    raises DamagedCheckpoint where one differs; nothing for a file of torch's older format.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -91,10 +87,8 @@ def verify_file(path: Path, rank: int, num_ranks: int) -> None:
 
 
 def validate_uncompressed(path: Path) -> None:
-    """Compressed records ask for much more memory than the file has bytes; ``torch.save`` writes none.
-
-    Raises:
-        DamagedCheckpoint: there is one, or the file's list of records can't be read.
+    """Raises DamagedCheckpoint for compressed records, which ask for much more memory than the file has bytes and which
+    ``torch.save`` never writes, and for a list of records that can't be read.
     """
     with path.open("rb") as file:
         try:
@@ -106,3 +100,86 @@ def validate_uncompressed(path: Path) -> None:
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED:
             raise DamagedCheckpoint(f"{path} is refused: its record {record.filename!r} is compressed")
+
+
+class _AnyPath(FileSystem):
+    """Torch's files with paths as :func:`as_path` gives them: torch itself would take one at a URL for a local one."""
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def mkdir(self, path: Any) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+
+    def exists(self, path: Any) -> bool:
+        return bool(path.exists())
+
+    def rm_file(self, path: Any) -> None:
+        path.unlink()
+
+
+class ChecksumFileSystem(_AnyPath):
+    """Files that torch.distributed.checkpoint writes or reads, on the local disk or at a URL. The sums are filled with
+    size and CRC-32 of each file that is written, by name.
+    """
+
+    def __init__(self, sums: dict[str, tuple[int, int]] | None = None) -> None:
+        self._sums = {} if sums is None else sums
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
+        """A stream that adds up what is written to it, in order."""
+        if mode != "wb":
+            with path.open(mode) as file:
+                yield file
+            return
+        with ExitStack() as stack:
+            raw = _LeftOpen(stack.enter_context(path.open(mode))) if is_remote(path) else io.FileIO(path, mode)
+            stream = stack.enter_context(ChecksumStream(raw))
+            yield cast(io.IOBase, stream)
+            self._sums[path.name] = stream.size, stream.sum
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        """Renames the file, and what is known of its checksum."""
+        if is_remote(path):
+            path.fs.mv(path.path, new_path.path)
+        else:
+            path.rename(new_path)
+        if path.name in self._sums:
+            self._sums[new_path.name] = self._sums.pop(path.name)
+
+
+class ChecksumStream(io.BufferedWriter):
+    """A stream that adds up what is written to it: its ``size`` in bytes, and its ``sum``, a CRC-32."""
+
+    size = sum = 0
+    _handed_over = 0
+
+    def write(self, data: Any) -> int:
+        """Writes as a file does, and counts."""
+        self.sum = zlib.crc32(data, self.sum)
+        self.size += memoryview(data).nbytes
+        written = super().write(data)
+        on_disk = isinstance(self.raw, io.FileIO) and hasattr(os, "posix_fadvise")
+        if on_disk and self.size - self._handed_over >= _HANDED_OVER:
+            self.flush()
+            # Linux begins to write what it is told to forget
+            os.posix_fadvise(self.fileno(), self._handed_over, self.size - self._handed_over, os.POSIX_FADV_DONTNEED)
+            self._handed_over = self.size
+        return written
+
+
+class _LeftOpen(io.RawIOBase):
+    """A file at a URL that another closes, once."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return int(self._file.write(data))
+
+    def tell(self) -> int:
+        return int(self._file.tell())

@@ -21,6 +21,9 @@ from lightning_dist.compat.torch import wrapper_tensor
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import Path, map_leaves, tree_map_only
 
+Advance = Callable[[int], None]
+"""Is told how many bytes have been written, or read, since it was last told."""
+
 PIECE = 1 << 24
 """Bytes that are read at once of a tensor whose rows can be read alone."""
 
@@ -30,11 +33,8 @@ class LazyTensor:
     """A tensor that lies in a file. One object that is under two names is one tensor, tied.
 
     Args:
-        shape: of the tensor.
-        dtype: of the tensor.
         read: makes the plain tensor, in host memory.
-        read_rows: makes a part of it, from one index of its first dim to another; None where that costs as much as all
-            of it.
+        read_rows: makes a part of it, between two indices of its first dim; None where that costs as much as all of it.
     """
 
     shape: torch.Size
@@ -53,9 +53,7 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, largest: int) -> Iterator[tuple[int, int]]:
-        """Begin and end of rows that have at most so many bytes together, if one has no more; of all rows where they
-        can't be read alone, and of no dim one.
-        """
+        """Begin and end of rows with at most so many bytes (or one row); of all where they can't be read alone."""
         count = self.shape[0] if self.ndim else 1
         if self.read_rows is None or not self.nbytes:
             yield 0, count
@@ -76,41 +74,20 @@ class LazyTensor:
             yield bytes_of(self.read_some(begin, end))
 
 
-def give_back_freed_memory() -> None:
-    """Makes glibc give the system the pages that are free between what is in use: it keeps those of blocks of up to
-    32 MB, whose holes then fit no later tensor. Nothing of the process is set.
-    """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        return  # another C library
+def leaves(tree: Any) -> list[tuple[Path, Any]]:
+    """What :func:`~lightning_dist.pytree.map_leaves` meets, with its paths."""
+    found: list[tuple[Path, Any]] = []
 
+    def note(path: Path, value: Any) -> Any:
+        found.append((path, value))
+        return value
 
-def read_lazy(tree: Any, unless: Callable[[Path, LazyTensor], bool] = lambda path, lazy: False) -> Any:
-    """The tree with its lazy tensors read.
-
-    Args:
-        tree: nested containers.
-        unless: of a path and what is there: whether that one stays in its file.
-    """
-    read: dict[int, Tensor] = {}
-
-    def load(path: Path, value: Any) -> Any:
-        if not isinstance(value, LazyTensor) or unless(path, value):
-            return value
-        if id(value) not in read:
-            read[id(value)] = value.read()
-        return read[id(value)]
-
-    return map_leaves(tree, load)
+    map_leaves(tree, note)
+    return found
 
 
 def read_into(file: IO[bytes], memory: Tensor) -> None:
-    """Fills a contiguous tensor from where the file stands.
-
-    Raises:
-        EOFError: the file has less.
-    """
+    """Fills a contiguous tensor from where the file stands; an EOFError where that has less."""
     # not through numpy, which leaves the storage a fixed size that the planner of convert could not let go
     left = memoryview((ctypes.c_char * memory.nbytes).from_address(memory.data_ptr() or 1)).cast("B")
     while len(left):
@@ -146,14 +123,14 @@ class OnDisk(Tensor):
     Args:
         reader: of its checkpoint.
         key: of the tensor there.
-        shape: of the tensor.
-        dtype: of the tensor.
+
+    Attributes:
+        value: what was read, or what hooks made of it; None before.
     """
 
     reader: Reader
     key: str
     value: Tensor | None
-    """What was read, or what hooks made of it; None before."""
 
     @staticmethod
     def __new__(cls, reader: Reader, key: str, shape: torch.Size, dtype: torch.dtype) -> OnDisk:  # noqa: D102
@@ -162,15 +139,14 @@ class OnDisk(Tensor):
         _made.append(weakref.ref(made))
         return made
 
-    def plain(self) -> Tensor:
-        """The plain tensor, whose values are kept from now on."""
-        if self.value is None:
-            self.value = self.reader.whole(self.key)
-        return self.value
-
     def once(self) -> Tensor:
         """The plain tensor, whose values are not kept."""
         return self.reader.whole(self.key) if self.value is None else self.value
+
+    def plain(self) -> Tensor:
+        """The plain tensor, whose values are kept from now on."""
+        self.value = self.once()
+        return self.value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,9 +160,7 @@ class OnDisk(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(OnDisk, OnDisk.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -200,10 +174,7 @@ _OF_THE_SHAPE = {
 
 
 def read_kept_tensors() -> None:
-    """Reads what hooks have kept of a checkpoint that has been restored: the next may replace its files.
-
-    Communication: none.
-    """
+    """Reads what hooks kept of a restored checkpoint: the next may replace its files. Nothing is communicated."""
     kept = [tensor for made in _made if (tensor := made()) is not None]
     _made.clear()
     for tensor in kept:
@@ -217,25 +188,20 @@ def in_layout_of(tree: Any, like: Callable[[Path], Any]) -> Any:
     """The tree with what is :class:`OnDisk` in it as the ranks hold it.
 
     Args:
-        tree: nested containers.
-        like: the tensor that what is at a path is loaded into. For a DTensor of its shape, this rank's part is read;
-            for a placeholder of another stage's tensor, nothing. For any other it stays as it is, and is read when it
-            is copied.
+        like: the tensor that what is at a path is loaded into: for a DTensor of its shape, this rank's part is read;
+            for a placeholder, of another stage's, nothing. For any other it stays as it is, and is read when it is
+            copied.
 
     Communication: where the tree has any, the verdict on what was read: an all-gather of a short string over the world.
     """
     wanted: dict[Reader, dict[str, Tensor]] = {}
-
-    def note(path: Path, value: Any) -> Any:
+    for path, value in leaves(tree):
         if type(value) is OnDisk:
             of_reader = wanted.setdefault(value.reader, {})  # all ranks ask it, whatever they want
             target = like(path)
             is_part = isinstance(target, DTensor) and target.shape == value.shape
             if value.value is None and target is not None and (is_part or is_placeholder(target)):
                 of_reader.setdefault(value.key, target)
-        return value
-
-    map_leaves(tree, note)
     found = {reader: reader.in_layout(likes) for reader, likes in wanted.items()}
 
     def put(path: Path, value: Any) -> Any:

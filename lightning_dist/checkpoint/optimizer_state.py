@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_dist.checkpoint.lazy_tensors import in_layout_of
+from lightning_dist.checkpoint.lazy_tensors import in_layout_of, leaves
 from lightning_dist.checkpoint.module_state import origin
 from lightning_dist.dtensors import is_split, place_like, replicate_like
 from lightning_dist.placeholder import is_placeholder
@@ -31,8 +32,7 @@ def optimizer_state_by_name(optimizer: Optimizer | LightningOptimizer, names: Ma
 
     Raises:
         ValueError: an optimizer that keeps a plain tensor for a parameter of which the ranks hold different
-            parts: nothing tells what of the parameter it belongs to, so it could not be loaded under another
-                layout.
+            parts: nothing tells what of the parameter it belongs to, so it fits no other layout.
     """
     optimizer = _unwrap(optimizer)
     packed = optimizer.state_dict()
@@ -44,13 +44,7 @@ def optimizer_state_by_name(optimizer: Optimizer | LightningOptimizer, names: Ma
     name_of = dict(zip(saved_ids, (name for group in groups for name in group), strict=True))
     for index, parameter in zip(saved_ids, parameters, strict=True):
         _check_parts(name_of[index], parameter, packed["state"].get(index, {}), optimizer)
-    return {
-        **packed,
-        "state": {name_of.get(index, index): value for index, value in packed["state"].items()},
-        "param_groups": [
-            {**group, "params": named} for group, named in zip(packed["param_groups"], groups, strict=True)
-        ],
-    }
+    return _renamed(packed, name_of, groups)
 
 
 def load_optimizer_state(
@@ -59,9 +53,9 @@ def load_optimizer_state(
     names: Mapping[Tensor, str],
     source: object = None,
 ) -> None:
-    """Puts an optimizer's saved state onto parameters of any layout. Nothing is communicated.
+    """Puts an optimizer's saved state onto parameters of any layout. Nothing is communicated, but see
+    :func:`~lightning_dist.checkpoint.lazy_tensors.in_layout_of` for what is read now.
 
-    What is read now is communicated about, see :func:`~lightning_dist.checkpoint.lazy_tensors.in_layout_of`.
     ``optimizer.load_state_dict`` has the last word, so dtypes and devices are torch's: states of floating
     parameters get the parameter's, ``step`` stays on the CPU unless the optimizer is fused or capturable.
 
@@ -83,20 +77,14 @@ def load_optimizer_state(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {}
     likes = {saved: parameters[index] for saved, index in index_of.items()}
-    saved_states = in_layout_of(dict(state["state"]), lambda path: likes.get(path[0]))
-    for saved, value in saved_states.items():
-        index = index_of.get(saved)
-        if index is not None and is_placeholder(parameters[index]):
-            continue  # another stage's
-        if index is None:  # not of a parameter: an optimizer's own entry
+    for saved, value in in_layout_of(dict(state["state"]), lambda path: likes.get(path[0])).items():
+        if saved not in likes:  # not of a parameter: an optimizer's own entry
             states[saved] = map_leaves(value, _copy_of)
-        else:
-            states[index] = map_leaves(value, _onto(parameters[index]))
-    numbered = iter(range(len(parameters)))
-    groups = [{**group, "params": [next(numbered) for _ in group["params"]]} for group in state["param_groups"]]
-    groups = map_leaves(groups, _copy_of)
+        elif not is_placeholder(likes[saved]):  # one is another stage's
+            states[index_of[saved]] = map_leaves(value, _onto(likes[saved]))
+    packed = _renamed({**state, "state": states}, {}, _numbered(state["param_groups"]))
     try:
-        optimizer.load_state_dict({**state, "state": states, "param_groups": groups})
+        optimizer.load_state_dict({**packed, "param_groups": map_leaves(packed["param_groups"], _copy_of)})
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"the {type(optimizer).__name__} state of {origin(source)} can't be loaded: {error}"
@@ -107,28 +95,30 @@ def with_indices(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state by name as torch's ``optimizer.state_dict()`` writes it; one with indices, or without, as it is."""
     if "param_groups" not in state:
         return dict(state)
-    names = [name for group in state["param_groups"] for name in group["params"]]
+    names = (name for group in state["param_groups"] for name in group["params"])
     index_of = {name: index for index, name in enumerate(names)}
-    numbered = iter(range(len(names)))
-    return {
-        **state,
-        "state": {index_of.get(name, name): value for name, value in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [next(numbered) for _ in group["params"]]} for group in state["param_groups"]
-        ],
-    }
+    return _renamed(state, index_of, _numbered(state["param_groups"]))
+
+
+def _numbered(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Positions of the parameters of each group among all."""
+    positions = itertools.count()
+    return [[next(positions) for _ in group["params"]] for group in groups]
+
+
+def _renamed(state: Mapping[str, Any], new: Mapping[Any, Any], groups: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The state under new names of parameters, those of the groups too."""
+    states = {new.get(name, name): value for name, value in state["state"].items()}
+    renamed = [{**group, "params": named} for group, named in zip(state["param_groups"], groups, strict=True)]
+    return {**state, "state": states, "param_groups": renamed}
 
 
 def _names_of_groups(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
     """Names of the optimizer's parameters, group by group; one that has none goes by its position."""
-    groups: list[list[str]] = []
-    position = 0
-    for group in optimizer.param_groups:
-        groups.append([])
-        for parameter in group["params"]:
-            groups[-1].append(names.get(parameter, f"optimizer parameter {position}"))
-            position += 1
-    return groups
+    return [
+        [names.get(p, f"optimizer parameter {i}") for p, i in zip(group["params"], positions, strict=True)]
+        for group, positions in zip(optimizer.param_groups, _numbered(optimizer.param_groups), strict=True)
+    ]
 
 
 def _match(
@@ -166,11 +156,7 @@ def _match(
 
 
 def _onto(parameter: Tensor) -> Any:
-    """Lays one state of ``parameter`` out: as the parameter where it has its shape, whole on every rank
-    otherwise.
-
-    A scalar stays a plain tensor on the device it is on: torch's ``step``.
-    """
+    """Lays a state out as the parameter where it has its shape, else whole; a scalar (``step``) stays where it is."""
 
     def place(_: Path, value: Any) -> Any:
         if not isinstance(value, Tensor) or isinstance(value, DTensor):
@@ -189,10 +175,7 @@ def _copy_of(_: Path, value: Any) -> Any:
 
 
 def _check_parts(name: str, parameter: Tensor, state: Any, optimizer: Optimizer) -> None:
-    if not is_split(parameter):
-        return
-
-    def check(path: Path, value: Any) -> Any:
+    for path, value in leaves(state) if is_split(parameter) else ():
         if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() > 1:
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {path[-1] if path else 'a state'!r} of the sharded parameter "
@@ -200,9 +183,6 @@ def _check_parts(name: str, parameter: Tensor, state: Any, optimizer: Optimizer)
                 "could not be loaded under another layout; use an optimizer that keeps DTensors, or a layout with "
                 "dp_shard=1"
             )
-        return value
-
-    map_leaves(state, check)
 
 
 def _unwrap(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

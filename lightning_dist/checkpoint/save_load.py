@@ -1,4 +1,4 @@
-"""Save, load and remove: which format a checkpoint has, decided once for all ranks."""
+"""Save and load: which format a checkpoint has, decided once for all ranks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 
 from torch.nn import Module
 
+from lightning_dist.checkpoint import locations
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.formats import SAFETENSORS, format_of, weight_files
-from lightning_dist.checkpoint.locations import as_path, local_copy, remove_checkpoint, resolve_swap
-from lightning_dist.checkpoint.module_state import model_state, named_parameters
-from lightning_dist.checkpoint.safetensors import read_safetensors
+from lightning_dist.checkpoint.locations import SAFETENSORS
+from lightning_dist.checkpoint.module_state import model_state, parameter_names
 from lightning_dist.checkpoint.sharded_load import open_sharded, read_sharded
 from lightning_dist.checkpoint.sharded_save import Shards, save_sharded
-from lightning_dist.checkpoint.single_file import gather_state, read_single, save_single
-from lightning_dist.checkpoint.stages import StageRanks, with_other_stages
-from lightning_dist.checkpoint.weight_names import for_module
+from lightning_dist.checkpoint.single_file import StageRanks, gather_state, read_single, save_single, with_other_stages
+from lightning_dist.checkpoint.weights import for_module, read_safetensors
 from lightning_dist.collectives import broadcast_object, global_rank, raise_on_all_ranks
 
 
@@ -34,25 +32,24 @@ def save(
 ) -> None:
     """Writes Lightning's checkpoint dictionary. Every rank calls this; the path is rank 0's.
 
-    The checkpoint appears under its name when it is complete, in place of one that was there: a crash at any
-    moment leaves that one whole.
+    The checkpoint appears under its name when it is complete, in place of one that was there: a crash at any moment
+    leaves that one whole.
 
     Args:
-        checkpoint: Lightning's dictionary, its ``state_dict`` from :func:`model_state`, its
-            ``optimizer_states`` from :func:`optimizer_state_by_name`. DTensors may be anywhere in it, in what
-            callbacks add too.
+        checkpoint: Lightning's dictionary, its ``state_dict`` from :func:`model_state`, its ``optimizer_states`` from
+            :func:`optimizer_state_by_name`. DTensors may be anywhere in it, in what callbacks add too.
         path: local, or the URL of a filesystem that fsspec knows.
         sharded: a directory to which every rank writes its part, else the single file of plain Lightning.
         write: for the single file, what writes it on rank 0 (a ``CheckpointIO`` of the user's).
         stages: the ranks that hold the stages of the module; None without a pipeline.
-        background: writes while the training goes on, once the checkpoint has been copied to host memory. Default:
-            this returns when the checkpoint is written.
+        background: writes while the training goes on, once the checkpoint has been copied to host memory. Default: this
+            returns when the checkpoint is written.
 
     Raises:
         OSError, RuntimeError: on every rank, if any can't write, or could not write the last one in the background.
         ValueError: on every rank, if the path is a directory with other things than one checkpoint.
     """
-    path = as_path(broadcast_object(path))
+    path = locations.as_path(broadcast_object(path))
     if background is not None:
         background.wait()
     if stages is not None:
@@ -82,10 +79,9 @@ def load(
     """Reads a checkpoint of either format, of ours or of plain Lightning, or bare weights. Every rank calls this; the
     path is rank 0's.
 
-    Each rank reads what it holds of the tensors: a single file is mapped and read where it is used, of a
-    directory only the parts that overlap with the rank's shards. What is large stays so until
-    :func:`load_model_state` and :func:`load_optimizer_state` have used it; in between, hooks may rename or
-    change entries as in plain Lightning.
+    Each rank reads what it holds of the tensors: a single file is mapped and read where it is used, of a directory only
+    the parts that overlap with the rank's shards. What is large stays so until :func:`load_model_state` and
+    :func:`load_optimizer_state` have used it; in between, hooks may rename or change entries as in plain Lightning.
 
     Args:
         path: a file, or a directory of shards; or weights of transformers, timm, torchvision or safetensors.
@@ -101,19 +97,19 @@ def load(
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: on every rank: no checkpoint, a damaged or incomplete one, or one that needs
-            ``weights_only=False``.
+        ValueError: on every rank: no checkpoint, a damaged or incomplete one, or one that needs ``weights_only=False``.
     """
-    path = as_path(broadcast_object(path))
+    path = locations.as_path(broadcast_object(path))
     with raise_on_all_ranks(f"read checkpoint {path}"):
-        path = resolve_swap(path)
-        format = format_of(path)
+        path = locations.resolve_swap(path)
+        format = locations.format_of(path)
     if format == "sharded":
         if when_used:
             return open_sharded(path, optimizers, weights_only)
-        weights, parameters = ({}, {}) if module is None else (model_state(module), named_parameters(module))
+        weights = {} if module is None else model_state(module)
+        parameters = {} if module is None else {name: p for p, name in parameter_names(module).items()}
         return read_sharded(path, weights, parameters, optimizers, weights_only)
-    with raise_on_all_ranks(f"read checkpoint {path}"), local_copy(path) as local:
+    with raise_on_all_ranks(f"read checkpoint {path}"), locations.local_copy(path) as local:
         checkpoint = read_single(local, weights_only) if format == "single" else {"state_dict": _read_weights(local)}
         if module is not None and holds_no_run(checkpoint):
             checkpoint["state_dict"] = for_module(checkpoint["state_dict"], module, model_state(module))
@@ -125,7 +121,7 @@ def load(
 def _read_weights(path: Path) -> dict[str, Any]:
     """The tensors of a file of safetensors, or of a directory, mapped."""
     weights: dict[str, Any] = {}
-    for file in [path] if path.is_file() else weight_files(path):
+    for file in locations.weight_files(path):
         weights |= read_safetensors(file) if file.suffix == SAFETENSORS else read_single(file, True)["state_dict"]
     return weights
 
@@ -136,19 +132,7 @@ def holds_no_run(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
-    """Whether the checkpoint is a directory of shards.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a directory that is no checkpoint, or an incomplete one.
+    """Whether the checkpoint is a directory of shards; raises as :func:`~lightning_dist.checkpoint.locations.format_of`
+    does.
     """
-    return format_of(resolve_swap(as_path(path))) == "sharded"
-
-
-def remove(path: str | os.PathLike[str]) -> None:
-    """Removes a checkpoint of either format, if it is there. Rank 0 calls this.
-
-    Raises:
-        ValueError: a directory that is no checkpoint: it is left alone.
-    """
-    remove_checkpoint(as_path(path))
+    return locations.format_of(locations.resolve_swap(locations.as_path(path))) == "sharded"

@@ -31,25 +31,19 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.utils.serialization import config as serialization_config
 
+from lightning_dist.checkpoint import locations
 from lightning_dist.checkpoint.background import HostMemory
-from lightning_dist.checkpoint.checksums import checksum_of, write_checksums
-from lightning_dist.checkpoint.directory import FORMAT, MARKER, dcp_path
-from lightning_dist.checkpoint.formats import REST
+from lightning_dist.checkpoint.checksums import ChecksumFileSystem, checksum_of, write_checksums
 from lightning_dist.checkpoint.lazy_tensors import LazyTensor
-from lightning_dist.checkpoint.locations import (
-    is_remote,
-    new_directory,
-    put_in_place,
-    remove,
-    temporary_sibling,
-    validate_target,
-)
-from lightning_dist.checkpoint.storage import file_system, flush
+from lightning_dist.checkpoint.locations import REST, flush, is_remote
 from lightning_dist.collectives import broadcast_object, gather_objects, global_rank, raise_on_all_ranks
 from lightning_dist.dtensors import held_runs, local_part, on_tensor_axis
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import Path as TreePath
 from lightning_dist.pytree import map_leaves
+
+MARKER, FORMAT = "lightning_dist", 1
+"""The entry of ``meta.pt`` that says whose the directory is, and the version that it has."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +67,9 @@ class Shards:
         """The part of this rank; nothing is gathered or copied.
 
         Large are all tensors of the state dict, those of optimizer states that are no scalars, and every DTensor. A
-        part that several ranks hold is written by one of them. Plain tensors, as those of a module that every rank
-        has whole, are written by rank 0, whose buffers are the ones that count, as under Lightning's ddp, or by the
-        first rank of each stage (``writes_plain``). Of what another stage holds there is only the place.
+        part that several ranks hold is written by one of them. Plain tensors, whole on every rank, are written by rank
+        0, whose buffers are the ones that count, as under Lightning's ddp, or by the first rank of each stage
+        (``writes_plain``). Of what another stage holds there is only the place.
         """
         tensors: dict[str, Tensor] = {}
         places: list[tuple[str, TreePath]] = []
@@ -99,29 +93,23 @@ class Shards:
         copies = {key: memory.copy(local_part(tensor)) for key, tensor in self.tensors.items()}
         return Shards(memory.snapshot(self.rest), self.tensors, self.places, copies)
 
-    def checkpointables(self) -> dict[str, Tensor]:
-        """What DCP writes: tensors that tell it which part of the whole they are."""
-        written: dict[str, Tensor] = {}
-        for key, tensor in self.tensors.items():
-            copy = self.copies.get(key)
-            if isinstance(tensor, DTensor) and (copy is not None or on_tensor_axis(tensor)):
-                written[key] = checkpointable(tensor, copy)
-            else:
-                written[key] = tensor if copy is None else copy
-        return written
+    def _checkpointable(self, key: str) -> Tensor:
+        tensor, copy = self.tensors[key], self.copies.get(key)
+        if isinstance(tensor, DTensor) and (copy is not None or on_tensor_axis(tensor)):
+            return checkpointable(tensor, copy)
+        return tensor if copy is None else copy
 
     def nested(self) -> dict[str, Any]:
-        """As :meth:`checkpointables`, by the paths of DCP, which keeps them, so that its own tools and Lightning's read
-        the directory.
-        """
-        written, tree = self.checkpointables(), dict[str, Any]()
+        """What DCP writes, by the paths that it keeps, so that its own tools and Lightning's read the directory."""
+        written = {key: self._checkpointable(key) for key in self.tensors}
+        tree: dict[str, Any] = {}
         for key, path in self.places:
             if key in written:
-                _put(tree, dcp_path(path), written.pop(key))  # a tied one once
+                put_at(tree, dcp_path(path), written.pop(key))  # a tied one once
         if global_rank() == 0:
             for number, state in enumerate(self.rest.get("optimizer_states") or []):
                 for path, value in _small_parts(state):
-                    _put(tree, (f"optimizer_{number}", *path), value)
+                    put_at(tree, (f"optimizer_{number}", *path), value)
         return tree
 
     def aliases(self) -> dict[str, tuple[str, TreePath]]:
@@ -141,29 +129,28 @@ class Shards:
 def save_sharded(
     shards: Shards, path: Path, group: dist.ProcessGroup | None = None, planner: DefaultSavePlanner | None = None
 ) -> None:
-    """Writes a checkpoint as a directory, which appears under its name when all ranks have finished and what they
-    wrote is on the disk.
+    """Writes a checkpoint as a directory, which appears under its name when all ranks have finished and what they wrote
+    is on the disk.
 
     Args:
         shards: of this rank.
-        path: of the directory, local or at a URL.
         group: of all ranks, for a thread that communicates beside others. Default: the world.
         planner: brings the values, in place of those of the shards. Default: they have them.
 
-    Communication: the plan of torch.distributed.checkpoint (a gather and a scatter of pickled descriptions
-    over the world), the checksums of files (a gather of as many bytes as their names have) and three verdicts; for a
-    URL one broadcast of a name.
+    Communication: the plan of torch.distributed.checkpoint (a gather and a scatter of pickled descriptions over the
+    world), the checksums of files (a gather of as many bytes as their names have) and three verdicts; for a URL one
+    broadcast of a name.
 
     Raises:
         OSError, RuntimeError: on every rank, if a rank can't write; what had the name before is left whole.
         ValueError: on every rank, if the name is that of a directory with other things.
     """
-    place = temporary_sibling(path)
+    place = locations.temporary_sibling(path)
     sums: dict[str, tuple[int, int]] = {}
     with raise_on_all_ranks(f"write checkpoint {path}", group):
         if global_rank() == 0:
-            validate_target(path)
-            place = new_directory(path)
+            locations.validate_target(path)
+            place = locations.new_directory(path)
             shards.write_rest(place / REST)
             sums[REST] = checksum_of(place / REST)
     if is_remote(path):
@@ -175,13 +162,27 @@ def save_sharded(
             _write(shards.nested(), writer, planner or DefaultSavePlanner(), group)
     except (CheckpointException, Exception) as error:  # the first is no Exception
         if global_rank() == 0:
-            remove(place)
-        raise RuntimeError(f"could not write checkpoint {path}: {first_failure(error)}") from error
+            locations.remove(place)
+        raise RuntimeError(f"could not write checkpoint {path}: {_first_failure(error)}") from error
     every = gather_objects(sums, group)
     with raise_on_all_ranks(f"write checkpoint {path}", group):
         if global_rank() == 0:
             write_checksums({name: found for of_rank in every for name, found in of_rank.items()}, place)
-            put_in_place(place, path)
+            locations.put_in_place(place, path)
+
+
+def dcp_path(path: TreePath) -> TreePath:
+    """Under which path torch.distributed.checkpoint has what is at a path of Lightning's dictionary."""
+    if path[0] == "optimizer_states":
+        return (f"optimizer_{path[1]}", *path[2:])
+    return ("model", *path[1:]) if path[0] == "state_dict" else path
+
+
+def put_at(tree: dict[str, Any], path: TreePath, value: Any) -> None:
+    """Puts a value into nested dictionaries, and makes those that lack."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
 
 
 def is_large(path: TreePath, value: Tensor | LazyTensor) -> bool:
@@ -192,9 +193,7 @@ def is_large(path: TreePath, value: Tensor | LazyTensor) -> bool:
 
 
 def checkpointable(tensor: DTensor, copy: Tensor | None = None) -> Tensor:
-    """What this rank holds, or a copy of it, with the offsets at which its blocks lie in the plain tensor: DCP's
-    ``CheckpointableTensor`` protocol.
-    """
+    """What this rank holds, or a copy, with the offsets of its blocks: DCP's ``CheckpointableTensor`` protocol."""
     local = local_part(tensor) if copy is None else copy
     block: Any = local.view_as(local)  # an object of its own, which takes the attributes
     runs = list(itertools.product(*(held_runs(tensor))))
@@ -205,12 +204,12 @@ def checkpointable(tensor: DTensor, copy: Tensor | None = None) -> Tensor:
     return block
 
 
-def first_failure(error: BaseException) -> str:
+def _first_failure(error: BaseException) -> str:
     """One line for what went wrong; DCP's message is the tracebacks of all ranks."""
     if isinstance(error, CheckpointException) and error.failures:
         rank = min(error.failures)
-        failure = error.failures[rank]
-        cause = failure[0] if isinstance(failure, tuple) else failure
+        cause = error.failures[rank]
+        cause = cause[0] if isinstance(cause, tuple) else cause
         return f"rank {rank} met {type(cause).__name__}: {cause}"
     return f"{type(error).__name__}: {error}"
 
@@ -219,14 +218,10 @@ class _Writer(dcp.FileSystemWriter):
     """DCP's writer to the local disk or to a URL, whose index does not say where it was written."""
 
     def __init__(
-        self,
-        path: Path,
-        sums: dict[str, tuple[int, int]],
-        aliases: dict[str, tuple[str, TreePath]],
-        copy_ahead: int,
+        self, path: Path, sums: dict[str, tuple[int, int]], aliases: dict[str, tuple[str, TreePath]], copy_ahead: int
     ) -> None:
         super().__init__("", sync_files=not is_remote(path), per_thread_copy_ahead=copy_ahead)
-        self.fs, self.path, self._aliases = file_system(path, sums), path, aliases
+        self.fs, self.path, self._aliases = ChecksumFileSystem(sums), path, aliases
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes the index, in which other names of a tensor have its parts."""
@@ -254,12 +249,6 @@ def _write(tree: dict[str, Any], writer: _Writer, planner: DefaultSavePlanner, g
     plans, metadata = planner.create_global_plan([local_plan])
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
     writer.finish(metadata, [writer.write_data(plan, planner).wait()])
-
-
-def _put(tree: dict[str, Any], path: TreePath, value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def _small_parts(state: Mapping[str, Any]) -> Iterator[tuple[TreePath, Any]]:

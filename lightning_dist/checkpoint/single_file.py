@@ -1,4 +1,4 @@
-"""Lightning's single file: the plain model's whole tensors, written by rank 0, mapped by all."""
+"""Lightning's single file: the plain model's whole tensors, gathered and written by rank 0, mapped by all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,28 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_dist.checkpoint import locations
 from lightning_dist.checkpoint.checksums import UNRELATED, validate_uncompressed, verify_file
-from lightning_dist.checkpoint.formats import DamagedCheckpoint
-from lightning_dist.checkpoint.locations import is_remote, upload_on_exit, validate_target, written_beside
+from lightning_dist.checkpoint.lazy_tensors import leaves
+from lightning_dist.checkpoint.locations import DamagedCheckpoint, flush, is_remote
 from lightning_dist.checkpoint.optimizer_state import with_indices
-from lightning_dist.checkpoint.stages import StageRanks, from_stages
-from lightning_dist.checkpoint.storage import flush
-from lightning_dist.checkpoint.weight_names import bare
-from lightning_dist.collectives import global_rank, num_ranks, raise_on_all_ranks
+from lightning_dist.checkpoint.weights import bare
+from lightning_dist.collectives import gather_objects, global_rank, num_ranks, raise_on_all_ranks
 from lightning_dist.dtensors import full
+from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.pytree import Path as TreePath
 from lightning_dist.pytree import map_leaves
 
-_ZIP_MAGIC = b"PK\x03\x04"
-
-_SMALL = 1 << 24
+_ZIP_MAGIC, _SMALL = b"PK\x03\x04", 1 << 24
 
 
 def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None) -> dict[str, Any]:
-    """The checkpoint as plain Lightning in one process would hold it: full CPU tensors, optimizer states by
-    index.
+    """The checkpoint as plain Lightning in one process would hold it: full CPU tensors, optimizer states by index.
 
-    Every rank calls this. Each DTensor costs the all-gather of :func:`full`, one after the other, so that a
-    rank holds one full tensor at a time; rank 0 keeps them all, in host memory. Under ``pp`` one rank of each stage
-    keeps its own, and sends them: see :func:`~lightning_dist.checkpoint.stages.from_stages`.
+    Every rank calls this. Each DTensor costs the all-gather of :func:`full`, one after the other, so that a rank holds
+    one full tensor at a time; rank 0 keeps them all, in host memory. Under ``pp`` one rank of each stage keeps its own,
+    and sends them: one all-gather of flags over the pipeline, as an object, and a send of each tensor that the first
+    rank lacks, by the first that holds it.
 
     Args:
         checkpoint: Lightning's dictionary.
@@ -62,7 +61,7 @@ def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None
     if not keeps:
         return {}
     if stages is not None:
-        whole_checkpoint = from_stages(whole_checkpoint, stages)
+        whole_checkpoint = _from_stages(whole_checkpoint, stages)
         if global_rank() != 0:
             return {}
     if "optimizer_states" in whole_checkpoint:
@@ -77,13 +76,10 @@ def save_single(
     write: Callable[[dict[str, Any], Path], None] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Writes a checkpoint to one file, in which plain Lightning resumes.
-
-    The file appears under its name when it is complete.
+    """Writes a checkpoint to one file, in which plain Lightning resumes; it has its name when it is complete.
 
     Args:
         whole: the checkpoint on rank 0, as :func:`gather_state` gives it.
-        path: the file.
         write: writes the gathered checkpoint in place of ``torch.save``, on rank 0.
         group: of all ranks, for a thread that communicates beside others. Default: the world.
     """
@@ -91,23 +87,19 @@ def save_single(
         if global_rank() == 0 and write is not None:
             write(whole, path)
         elif global_rank() == 0:
-            validate_target(path)
-            write_atomically(whole, path)
-
-
-def write_atomically(checkpoint: dict[str, Any], path: Path) -> None:
-    """``torch.save`` under a temporary name, flushed to the disk, then renamed; or then sent to its URL."""
-    with upload_on_exit(path) as local, written_beside(local) as temporary, temporary.open("wb") as file:
-        torch.save(checkpoint, file)
-        flush(file)
+            locations.validate_target(path)
+            with (
+                locations.upload_on_exit(path) as local,
+                locations.written_beside(local) as temporary,
+                temporary.open("wb") as file,
+            ):
+                torch.save(whole, file)
+                flush(file)
 
 
 def read_single(path: Path, weights_only: bool | None) -> dict[str, Any]:
     """A checkpoint file of ours or of plain Lightning, or bare weights. Weights and optimizer states are mapped, not
-    read.
-
-    Raises:
-        ValueError: no checkpoint file, a damaged one, or one without weights.
+    read. A ValueError for no checkpoint file, a damaged one, or one without weights.
     """
     verify_file(path, global_rank(), num_ranks())
     stored = load_pickled(path, weights_only, mmap=True)
@@ -122,11 +114,7 @@ def read_single(path: Path, weights_only: bool | None) -> dict[str, Any]:
 
 
 def as_checkpoint(stored: Any, path: Path) -> dict[str, Any]:
-    """What a file holds as Lightning's dictionary: bare weights become one that has a ``state_dict`` only.
-
-    Raises:
-        ValueError: it holds no weights.
-    """
+    """What a file holds as Lightning's dictionary, bare weights as a ``state_dict``; a ValueError without either."""
     if isinstance(stored, dict) and "state_dict" in stored and isinstance(stored["state_dict"], Mapping):
         return stored
     weights = bare(stored)
@@ -138,40 +126,28 @@ def as_checkpoint(stored: Any, path: Path) -> dict[str, Any]:
 
 
 def check_sizes(stored: Any, path: Path) -> None:
-    """No tensor needs much more memory than the file has bytes, as one may that repeats a value.
-
-    Raises:
-        ValueError: one does.
-    """
+    """Raises DamagedCheckpoint for a tensor of much more memory than its file has bytes: one that repeats a value."""
     limit = max(path.stat().st_size, _SMALL)
-
-    def check(place: TreePath, value: Any) -> Any:
+    for place, value in leaves(stored):
         if isinstance(value, Tensor) and value.numel() * value.element_size() > limit:
             raise DamagedCheckpoint(
                 f"{path} is refused: {'.'.join(map(str, place))!r} has shape {tuple(value.shape)}, "
                 f"{value.numel() * value.element_size():,} bytes, in a file of {path.stat().st_size:,}"
             )
-        return value
-
-    map_leaves(stored, check)
 
 
 def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> Any:
-    """``torch.load`` on the CPU, with its semantics of ``weights_only``: ``None`` executes nothing from the
-    file.
-
-    Unlike ``torch.load``, ``None`` and ``True`` admit omegaconf's containers, in which Hydra's users keep
-    their hyper-parameters.
-
-    Raises:
-        ValueError: what can't be read, or holds what ``weights_only`` refuses.
+    """``torch.load`` on the CPU, with its semantics of ``weights_only``: ``None`` executes nothing from the file.
+    Unlike there, ``None`` and ``True`` admit omegaconf's containers, in which Hydra's users keep their
+    hyper-parameters. A ValueError for what can't be read, or holds what ``weights_only`` refuses.
     """
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     if is_zip:
         validate_uncompressed(path)
+    opened: Any = path.open("rb") if is_remote(path) else nullcontext(path)
     try:
-        with _safe_containers() if weights_only is not False else nullcontext(), _source(path) as source:
+        with _safe_containers() if weights_only is not False else nullcontext(), opened as source:
             return torch.load(source, map_location="cpu", mmap=mmap and is_zip, weights_only=weights_only)
     except UNRELATED:
         raise
@@ -182,11 +158,8 @@ def load_pickled(path: Path, weights_only: bool | None, mmap: bool = False) -> A
                 f"checkpoint {path} holds a {refused[1]}, and loading one executes code from the file; "
                 "if you trust the file, pass weights_only=False (to Trainer.fit, validate, test or predict)"
             ) from error
-        raise DamagedCheckpoint(f"{path} is no checkpoint, or a damaged one: {_first_line(error)}") from error
-
-
-def _source(path: Path) -> AbstractContextManager[Any]:
-    return path.open("rb") if is_remote(path) else nullcontext(path)
+        what = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DamagedCheckpoint(f"{path} is no checkpoint, or a damaged one: {what[:200]}") from error
 
 
 def _safe_containers() -> AbstractContextManager[Any]:
@@ -202,13 +175,84 @@ def _safe_containers() -> AbstractContextManager[Any]:
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def _summary(value: Any) -> str:
-    if isinstance(value, dict):
-        keys = ", ".join(repr(key) for key in list(value)[:4])
-        return f"a dictionary of {keys}{', ...' if len(value) > 4 else ''}" if value else "an empty dictionary"
-    return f"a {type(value).__name__}"
+    if not isinstance(value, dict):
+        return f"a {type(value).__name__}"
+    keys = ", ".join(repr(key) for key in list(value)[:4])
+    return f"a dictionary of {keys}{', ...' if len(value) > 4 else ''}" if value else "an empty dictionary"
+
+
+@dataclass(frozen=True)
+class StageRanks:
+    """Where this rank stands among those that hold the stages: in which pipeline's group, on the device of its backend,
+    and whether this rank, of all that hold the same stages, writes what each of them holds whole.
+    """
+
+    group: dist.ProcessGroup
+    writes: bool
+    device: torch.device
+
+
+def with_other_stages(checkpoint: Mapping[str, Any], ranks: StageRanks) -> dict[str, Any]:
+    """The checkpoint with the optimizer states of all stages, those of others as placeholders: an optimizer has a state
+    for what it stepped over, so each rank has others; then all have the same entries in the same order. Numbers and
+    scalars come with their values.
+
+    Communication over the pipeline: one all-gather of the states' names, shapes and scalars, as an object.
+    """
+    states = checkpoint.get("optimizer_states")
+    if not states:
+        return dict(checkpoint)
+    mine = [map_leaves(state.get("state", {}), _described) for state in states]
+    everyone = gather_objects(mine, ranks.group)
+    whole = [_completed(state, [part[number] for part in everyone]) for number, state in enumerate(states)]
+    return {**checkpoint, "optimizer_states": whole}
+
+
+def _completed(state: dict[str, Any], parts: list[dict[Any, Any]]) -> dict[str, Any]:
+    """One optimizer's state with the entries of all stages, in the order of its parameters."""
+    if "param_groups" not in state:
+        return state
+    merged: dict[Any, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            merged.setdefault(name, value)
+    own = state["state"]
+    in_order = [name for group in state["param_groups"] for name in group["params"]]
+    names = [*(name for name in in_order if name in merged), *(name for name in merged if name not in in_order)]
+    whole = {name: own[name] if name in own else map_leaves(merged[name], _as_placeholder) for name in names}
+    return {**state, "state": whole}
+
+
+def _from_stages(checkpoint: Mapping[str, Any], ranks: StageRanks) -> dict[str, Any]:
+    """The checkpoint with the tensors of all stages, on the first rank of the pipeline, in host memory."""
+    flags = [not is_placeholder(value) for _, value in leaves(dict(checkpoint)) if isinstance(value, Tensor)]
+    here = dist.get_rank(ranks.group)
+    everyone = gather_objects(flags, ranks.group)
+    sources = iter([next((rank for rank, held in enumerate(at) if held), 0) for at in zip(*everyone, strict=True)])
+    received: dict[int, Tensor] = {}
+
+    def bring(_: TreePath, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        source = next(sources)
+        if source == 0 or (here != 0 and here != source):
+            return value
+        if here == source:
+            dist.send(value.detach().to(ranks.device).contiguous(), group=ranks.group, group_dst=0)
+            return value
+        memory = torch.empty(value.shape, dtype=value.dtype, device=ranks.device)
+        dist.recv(memory, group=ranks.group, group_src=source)
+        return received.setdefault(id(value), memory.cpu())  # a tied parameter is one object
+
+    return map_leaves(dict(checkpoint), bring)
+
+
+def _described(_: TreePath, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.ndim:
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _as_placeholder(_: TreePath, value: Any) -> Any:
+    return placeholder(value, torch.device("cpu")) if isinstance(value, Tensor) and value.is_meta else value

@@ -10,21 +10,20 @@ import pickle
 import signal
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-FOLDED_PACKAGES = ("torch", "lightning", "pytorch_lightning", "hydra")
+_FOLDED = ("torch", "lightning", "pytorch_lightning", "hydra")
 """Packages of whose frames a short traceback shows the first and the last of a run only."""
 
 
 class WorkerFailed(RuntimeError):
-    """A rank raised or died, and the others were ended.
-
-    When several ranks failed, this is the first: the others usually only lost their connection to it. Its text is
-    the rank and that rank's own traceback, as :func:`short_traceback` writes it.
+    """A rank raised or died, and the others were ended. When several ranks failed, this is the first: the others
+    usually only lost their connection to it. Its text is the rank and that rank's own traceback, see
+    :func:`short_traceback`.
 
     Attributes:
         rank: the rank that failed.
@@ -33,36 +32,22 @@ class WorkerFailed(RuntimeError):
     """
 
     def __init__(
-        self,
-        rank: int,
-        summary: str,
-        short_traceback: str = "",
-        traceback: str = "",
-        exception: Exception | None = None,
+        self, rank: int, summary: str, short: str = "", traceback: str = "", exception: Exception | None = None
     ) -> None:
-        super().__init__(f"rank {rank} {summary}" + (f"\n\n{short_traceback}" if short_traceback else ""))
-        self.rank = rank
-        self.traceback = traceback
-        self.exception = exception
+        super().__init__(f"rank {rank} {summary}" + (f"\n\n{short}" if short else ""))
+        self.rank, self.traceback, self.exception = rank, traceback, exception
 
 
 def short_traceback(error: BaseException, *, skip: int = 0) -> str:
-    """The traceback of ``error`` as text, without what the user can't act on.
-
-    Args:
-        error: an exception that was caught.
-        skip: the number of outermost frames to leave out.
-    """
-    frames = traceback.extract_tb(error.__traceback__)[skip:]
+    """The traceback of a caught exception, without what the user can't act on, and without so many outermost frames."""
     lines = ["Traceback (most recent call last):\n"]
-    for package, run in itertools.groupby(frames, key=_folded_package):
+    for package, run in itertools.groupby(traceback.extract_tb(error.__traceback__)[skip:], key=_folded_package):
         of_run = list(run)
         if package is None or len(of_run) <= 3:
             lines += traceback.format_list(of_run)
         else:
-            lines += traceback.format_list(of_run[:1])
-            lines.append(f"  ... {len(of_run) - 2} frames of {package} ...\n")
-            lines += traceback.format_list(of_run[-1:])
+            first, last = traceback.format_list(of_run[:1]), traceback.format_list(of_run[-1:])
+            lines += [*first, f"  ... {len(of_run) - 2} frames of {package} ...\n", *last]
     lines += traceback.format_exception_only(error)
     return "".join(lines).rstrip()
 
@@ -70,7 +55,7 @@ def short_traceback(error: BaseException, *, skip: int = 0) -> str:
 def _folded_package(frame: traceback.FrameSummary) -> str | None:
     _, found, path = frame.filename.partition(f"{os.sep}site-packages{os.sep}")
     package = path.split(os.sep)[0]
-    return "libraries" if found and package in FOLDED_PACKAGES else None
+    return "libraries" if found and package in _FOLDED else None
 
 
 @dataclass(frozen=True)
@@ -87,18 +72,14 @@ class Failure:
     @staticmethod
     def record(directory: Path, rank: int, attempt: int, error: Exception) -> None:
         """Writes the failure of this rank."""
-        failure = {
-            "rank": rank,
-            "attempt": attempt,
-            "time": time.time(),
-            "summary": f"failed: {type(error).__name__}: {_first_line(error)}",
-            "short_traceback": short_traceback(error, skip=1),  # without the frame of _run_rank
-            "traceback": "".join(traceback.format_exception(error)),
-        }
+        first_line = str(error).partition("\n")[0]
+        summary, whole = f"failed: {type(error).__name__}: {first_line}", "".join(traceback.format_exception(error))
+        short = short_traceback(error, skip=1)  # without the frame of _run_rank
+        failure = Failure(rank, attempt, time.time(), summary, short, whole)
         # An exception that doesn't pickle is still told by its traceback.
         with contextlib.suppress(Exception):
             (directory / f"exception-{attempt}-{rank}.pickle").write_bytes(pickle.dumps(error))
-        (directory / f"failure-{attempt}-{rank}.json").write_text(json.dumps(failure))
+        (directory / f"failure-{attempt}-{rank}.json").write_text(json.dumps(asdict(failure)))
 
     @staticmethod
     def first(directory: Path, attempt: int) -> Failure | None:
@@ -124,10 +105,6 @@ def first_failure(directory: Path, attempt: int, error: ChildFailedError) -> Wor
     if told is None or (was_killed and told.rank != seen_rank):
         return WorkerFailed(seen_rank, _cause_of_death(seen))
     return WorkerFailed(told.rank, told.summary, told.short_traceback, told.traceback, told.exception(directory))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _cause_of_death(failure: ProcessFailure) -> str:

@@ -29,51 +29,42 @@ import torch.distributed as dist
 from lightning_dist.compat.distributed import default_store, num_collectives
 from lightning_dist.compat.lightning import started_processes
 
-GRACE = 5.0
-"""Seconds that the other processes of a script get to end by themselves, so that the first to fail can say why."""
-
-AT_ONCE = 2.0
-"""Seconds within which ranks that met an exception alike leave the run."""
-
-PATIENCE = 30.0
-"""Seconds that a rank which left a run by an exception, and lives on, waits for the others to leave it too."""
-
-LONGEST = 600.0
-"""Seconds that it waits for ranks that are leaving it too."""
-
+# In seconds
+GRACE = 5.0  # for the other processes of a script to end by themselves, so that the first to fail can say why
+AT_ONCE = 2.0  # within which ranks that met an exception alike leave the run
+PATIENCE = 30.0  # for others to leave a run too that a rank left by an exception, and lives on
+LONGEST = 600.0  # the same, for others that are leaving it
 _POLL = 0.05
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+"""Gloo's words (seen in torch 2.14)."""
 
 
 class _Runs:
     """The runs of this process. It is a state of the whole process, as its process group is: a run that follows, of
     another Trainer and another strategy, has to know how this process left the one before.
+
+    Attributes:
+        number: of the last run in the process group; the same on all ranks.
+        outer: numbers of runs within which this one runs: a validation in a hook of a fit, say.
+        left: the exception by which this process left the last run; None where it ended well.
+        children: processes of the other ranks that this one started.
     """
 
     number: ClassVar[int] = 0
-    """The number of the last run in the process group; the same on all ranks."""
     is_on: ClassVar[bool] = False
     outer: ClassVar[list[int]] = []
-    """Numbers of runs within which this one runs: a validation in a hook of a fit, say."""
     left: ClassVar[str | None] = None
-    """The exception by which this process left the last run; None where it ended well."""
     children: ClassVar[list[Any]] = []
-    """Processes of the other ranks that this one started."""
-
-
-# ------------------------------------------------------------------ runs
 
 
 def begin_run() -> None:
     """A run of a Trainer begins, on all ranks of a layout; nothing before there is a process group.
 
     Communication: none where the last run ended well here; else this rank waits at the store for the others to have
-    left it too.
-
-    Raises:
-        RuntimeError: other ranks are still in it, or left it at another place.
+    left it too: a RuntimeError where they are still in it, or left it at another place.
     """
-    store = _store()
-    if store is None:
+    if (store := _store()) is None:
         return
     left, _Runs.left = _Runs.left, None
     if _Runs.is_on:
@@ -100,8 +91,7 @@ def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, l
         groups: process groups of the run, by a name that all ranks of one have for it; what was done in them tells
             whether ranks left it at the same place.
         exception: by which it leaves, if it does.
-        launcher: of the strategy. Where it started processes and this run fails, this process ends them when it ends
-            itself.
+        launcher: of the strategy. Where it started processes and this run fails, they end with this process.
     """
     if started := started_processes(launcher):
         _Runs.children = started
@@ -121,8 +111,7 @@ def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, l
 
 
 def _say_how_it_left(groups: Mapping[str, Any], exception: BaseException | None) -> None:
-    store = _store()
-    if store is None:
+    if (store := _store()) is None:
         return
     counts = {name: num_collectives(group) for name, group in groups.items()}
     store.set(_key(dist.get_rank()), json.dumps({"by": _Runs.left, "collectives": counts}))
@@ -135,28 +124,23 @@ def say_it_leaves() -> None:
     :func:`end_run`: the others wait longer. Communication: none; it is said at the store.
     """
     with contextlib.suppress(RuntimeError):
-        store = _store()
-        if store is not None and _Runs.is_on:
+        if (store := _store()) is not None and _Runs.is_on:
             store.set(f"{_key(dist.get_rank())}/leaves", "1")
 
 
 def _meet_after(left: str) -> None:
-    """After a run that this rank left by an exception.
-
-    Raises:
-        RuntimeError: see :func:`begin_run`.
-    """
+    """After a run that this rank left by an exception."""
     began = time.monotonic()
     while absent := _absent(_store(), _Runs.number):
-        longest = PATIENCE if _are_in_it(_store(), _Runs.number, absent) else LONGEST
-        if time.monotonic() - began > longest:
+        if time.monotonic() - began > _longest(_store(), _Runs.number, absent):
             break
         time.sleep(_POLL)
     if absent:
         raise RuntimeError(_told_of(absent, left))
-    if any(len(of_group) > 1 for of_group in _counts(_store()).values()):
-        said = [json.loads(_store().get(_key(rank))) for rank in range(dist.get_world_size())]
-        ways = ", ".join(f"rank {rank} {_way(one['by'])}" for rank, one in enumerate(said))
+    said = _said(_store())
+    if not _at_one_place(said):
+        hows = [f"by {one['by']}" if one["by"] is not None else "at its end" for one in said]
+        ways = ", ".join(f"rank {rank} {how}" for rank, how in enumerate(hows))
         raise RuntimeError(
             f"the ranks left an earlier run at different places ({ways}), so what they send each other no longer fits "
             "together; start the processes anew, or raise what ends a run on all ranks at the same place "
@@ -167,9 +151,7 @@ def _meet_after(left: str) -> None:
 
 def left_together() -> bool:
     """Whether all ranks left the run by an exception within :data:`AT_ONCE`, at the same place of its collectives, so
-    that they can communicate once more. All are told the same.
-
-    Communication: none; ranks meet at the store.
+    that they can communicate once more. All are told the same. Communication: none; ranks meet at the store.
     """
     store = _store()
     if store is None or _Runs.outer or _Runs.left is None:
@@ -179,22 +161,20 @@ def left_together() -> bool:
         while (absent := _absent(store, _Runs.number)) and time.monotonic() - began < AT_ONCE:
             time.sleep(_POLL)
         if store.add(f"{key}/asked", 1) == 1:  # the first one decides
-            store.set(key, "" if absent or any(len(of) > 1 for of in _counts(store).values()) else "yes")
+            store.set(key, "yes" if not absent and _at_one_place(_said(store)) else "")
         return store.get(key) == b"yes"
     return False
 
 
-def _counts(store: Any) -> dict[str, set[int]]:
-    """How many collectives the ranks had begun in each group when they left the last run."""
-    counts: dict[str, set[int]] = {}
-    for rank in range(dist.get_world_size()):
-        for name, count in json.loads(store.get(_key(rank)))["collectives"].items():
-            counts.setdefault(name, set()).add(count)
-    return counts
+def _said(store: Any) -> list[dict[str, Any]]:
+    """How each rank left the last run."""
+    return [json.loads(store.get(_key(rank))) for rank in range(dist.get_world_size())]
 
 
-def _way(by: str | None) -> str:
-    return "at its end" if by is None else f"by {by}"
+def _at_one_place(said: list[dict[str, Any]]) -> bool:
+    """Whether all had begun as many collectives in each group."""
+    counts = {(name, count) for one in said for name, count in one["collectives"].items()}
+    return len(counts) == len({name for name, _ in counts})
 
 
 def _absent(store: Any, number: int) -> list[int]:
@@ -202,9 +182,9 @@ def _absent(store: Any, number: int) -> list[int]:
     return [rank for rank in range(dist.get_world_size()) if not store.check([_key(rank, number)])]
 
 
-def _are_in_it(store: Any, number: int, ranks: list[int]) -> bool:
-    """Whether any of the ranks, which have not left a run, is not leaving it either."""
-    return any(not store.check([f"{_key(rank, number)}/leaves"]) for rank in ranks)
+def _longest(store: Any, number: int, absent: list[int]) -> float:
+    """How long to wait for ranks that have not left a run: longer where all are leaving it."""
+    return LONGEST if all(store.check([f"{_key(rank, number)}/leaves"]) for rank in absent) else PATIENCE
 
 
 def _told_of(absent: list[int], left: str) -> str:
@@ -217,9 +197,8 @@ def _told_of(absent: list[int], left: str) -> str:
 
 
 def _watch(number: int, left: str) -> None:
-    """Ends this process, or those that it started, if it lives on after a run that others are still in.
-
-    It holds the store no longer than it asks: who lets go of it last ends it.
+    """Ends this process, or those that it started, if it lives on after a run that others are still in. It holds the
+    store no longer than it asks: who lets go of it last ends it.
     """
     began = time.monotonic()
     with contextlib.suppress(RuntimeError, ValueError):  # the store is gone; this process has left its process group
@@ -234,24 +213,17 @@ def _watch(number: int, left: str) -> None:
 
 
 def _still_in(number: int) -> tuple[list[int], float]:
-    """Ranks that have not left a run that this one left, none where that is past: in another run, or process group; and
-    how long to wait for them.
-    """
+    """Ranks still in a run that this one left, none where that is past here, and how long to wait for them."""
     store = _store()
     if store is None or number != _Runs.number or not store.check([_key(dist.get_rank(), number)]):
         return [], 0
     absent = _absent(store, number)
-    return absent, PATIENCE if _are_in_it(store, number, absent) else LONGEST
+    return absent, _longest(store, number, absent)
 
 
 def _end_children(grace: float = GRACE) -> None:
-    """Ends the processes that this one started, when it ends after it failed.
-
-    Where the backend notices a lost peer (gloo), they fail by themselves and show why; where it does not, they wait in
-    a collective for as long as its timeout lasts.
-
-    Args:
-        grace: seconds to wait for them.
+    """Ends the processes that this one started, when it ends after it failed, some seconds later: where the backend
+    notices a lost peer (gloo), they fail by themselves and show why; elsewhere they wait for a collective's timeout.
     """
     deadline = time.monotonic() + grace
     while any(process.poll() is None for process in _Runs.children) and time.monotonic() < deadline:
@@ -259,9 +231,6 @@ def _end_children(grace: float = GRACE) -> None:
     for process in _Runs.children:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-
-
-# ------------------------------------------------------------------ last words
 
 
 def say_why(store: Any, message: str) -> None:
@@ -272,8 +241,7 @@ def say_why(store: Any, message: str) -> None:
 def what_ended_another() -> str:
     """What another rank said that ended it; empty if none did. Communication: one question to the store."""
     with contextlib.suppress(RuntimeError):
-        store = _store()
-        if store is not None and store.check([_key()]):
+        if (store := _store()) is not None and store.check([_key()]):
             return store.get(_key()).decode()
     return ""
 
@@ -281,8 +249,7 @@ def what_ended_another() -> str:
 def _tell_why_it_ended(exception: BaseException) -> None:
     """Says to the other ranks what ends this one; or notes what another said, of which this one lost the connection."""
     with contextlib.suppress(RuntimeError):  # the store may be gone as well
-        store = _store()
-        if store is None:
+        if (store := _store()) is None:
             return
         if _is_of_lost_peer(exception):
             with contextlib.suppress(RuntimeError):
@@ -312,7 +279,3 @@ def _key(rank: int | None = None, number: int | None = None) -> str:
 
 def _is_of_lost_peer(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and any(words in str(exception) for words in _LOST)
-
-
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
-"""Gloo's words (seen in torch 2.14)."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable
+from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +28,19 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lightning_dist.elastic.failures import Failure, first_failure
-from lightning_dist.elastic.surroundings import (
-    end_with_launching_process,
-    launch_environment,
-    leave_fork_server,
-    no_process_left,
-    quiet_agent,
-    signal_handlers_restored,
-)
 
 log = logging.getLogger(__name__)
 
-MONITOR_INTERVAL = 0.05
-"""Seconds between two looks of the agent at its ranks."""
+_AGENT_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""What the agent tells a rank in its environment, beside all that begins with ``TORCHELASTIC_``."""
 
 
 def is_launched() -> bool:
-    """Whether torchrun, :func:`launch` or SLURM started this process as one of several ranks.
-
-    Such a process joins its group, it must not launch another one. An interactive SLURM shell is no rank.
+    """Whether torchrun, :func:`launch` or SLURM started this process as one of several ranks, which join their group
+    and must not launch another one. An interactive SLURM shell is no rank.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return True
@@ -90,10 +88,10 @@ def launch(
         raise ValueError(f"launch can't restart {max_restarts} times; pass max_restarts=0 to never restart")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_dist-launch-"))
-        stack.enter_context(launch_environment(num_processes))
-        stack.enter_context(quiet_agent())
-        stack.enter_context(signal_handlers_restored())
-        stack.enter_context(no_process_left())
+        _set_environment(num_processes, stack)
+        _silence_agent(stack)
+        _keep_signal_handlers(stack)
+        _end_processes(stack)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -104,7 +102,7 @@ def launch(
             # Without it the agent looks up this machine's full name, which containers often can't resolve.
             local_addr="localhost",
             max_restarts=max_restarts,
-            monitor_interval=MONITOR_INTERVAL,
+            monitor_interval=0.05,
             start_method=start_method,
             shutdown_timeout=shutdown_timeout,
             logs_specs=DefaultLogsSpecs(log_dir=directory),
@@ -123,8 +121,8 @@ def launch(
 
 def _run_rank(call: tuple[Callable[..., Any], tuple[Any, ...], str, dict[str, str]]) -> Any:
     worker, args, directory, environment = call
-    end_with_launching_process()
-    leave_fork_server(environment)
+    _end_with_launching_process()
+    _leave_fork_server(environment)
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if attempt and rank == 0:
         reason = Failure.first(Path(directory), attempt - 1)
@@ -145,3 +143,76 @@ def leave_process_group() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+# What agent and ranks change in a process; the stack puts it back
+
+
+def _leave_fork_server(environment: dict[str, str]) -> None:
+    """Gives a rank what a spawned one has of the launching process, in place of what the fork server had."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores Ctrl-C, and so would its children
+    of_agent = {name for name in environment if name in _AGENT_VARIABLES or name.startswith("TORCHELASTIC_")}
+    os.environ.update({name: value for name, value in environment.items() if name not in of_agent})
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # was read when torch was imported
+    if "numpy" in sys.modules:
+        # Python reseeds its own generator after a fork, NumPy does not: without a seed all jobs would draw the same.
+        sys.modules["numpy"].random.seed()
+
+
+def _end_with_launching_process() -> None:
+    """Ends this rank when the launching process is gone, even by SIGKILL: a fork server would outlive it."""
+    launching = parent_process()
+    if launching is None:
+        return
+
+    def wait() -> None:
+        launching.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="end with launching process", daemon=True).start()
+
+
+def _set_environment(num_processes: int, stack: contextlib.ExitStack) -> None:
+    """Sets what the agent and the ranks read from the environment."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    settings = {
+        # Ranks that start again would read the addresses of those before them from a store shared with the agent
+        # (seen in torch 2.14: five of six restarts failed).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_processes))),
+    }
+    changed = [*settings, "TORCHELASTIC_SIGNALS_TO_HANDLE"]  # the agent writes this one and leaves it behind
+    stack.callback(os.environ.update, {name: os.environ[name] for name in changed if name in os.environ})
+    for name in changed:
+        stack.callback(os.environ.pop, name, None)
+    os.environ.update(settings)
+
+
+def _silence_agent(stack: contextlib.ExitStack) -> None:
+    """The agent logs a failing rank's traceback twice and every step of its own; torch's own ``LOGLEVEL`` lets it."""
+    parts = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing.spawn")
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(parts) and "LOGLEVEL" not in os.environ:
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+
+
+def _keep_signal_handlers(stack: contextlib.ExitStack) -> None:
+    """Puts back the handlers of the caller: the agent installs its own and leaves them."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, name):
+            number = getattr(signal, name)
+            stack.callback(signal.signal, number, signal.getsignal(number))
+
+
+def _end_processes(stack: contextlib.ExitStack) -> None:
+    """Kills what the agent leaves running, for instance when a signal comes while it starts the ranks."""
+    before = set(multiprocessing.active_children())
+
+    def kill() -> None:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+            process.join()
+
+    stack.callback(kill)

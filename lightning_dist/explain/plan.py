@@ -1,4 +1,4 @@
-"""What a layout would do to a module, without other processes and without training."""
+"""What a layout would do to a module, without training, without other processes, and without memory for its values."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_dist.initialization import CannotDefer, record_initialization
 from lightning_dist.layout import Layout
 from lightning_dist.parallel import Checkpointing, validate_blocks
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages, plan_stages
@@ -16,6 +18,26 @@ from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_s
 from lightning_dist.ranks import choose_layout
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
 from lightning_dist.report.sharding_plan import rank_bytes
+
+
+def build_deferred(make: Callable[[], pl.LightningModule]) -> pl.LightningModule:
+    """Makes a module and its network: parameters on meta where that can be, buffers with their values."""
+
+    def build() -> pl.LightningModule:
+        module = make()
+        if is_overridden("configure_model", module):
+            module.configure_model()
+        return module
+
+    try:
+        with record_initialization() as recorded:
+            module = build()
+        if any(buffer.is_meta for buffer in module.buffers()):
+            recorded.bind(module)
+            recorded.materialize(module, parameters=False)  # a pipeline is cut by running it, with buffers for real
+        return module
+    except CannotDefer:
+        return build()
 
 
 def plan_report(
@@ -29,7 +51,8 @@ def plan_report(
     checkpointing: Checkpointing = "none",
     batch: Any = None,
 ) -> LayoutReport:
-    """The report of a module that stays as it is, for the rank that holds most of it.
+    """The report of a module that stays as it is, for the rank that holds most of it; a ValueError as a fit would
+    raise.
 
     Args:
         module: with its network, on any device or on meta.
@@ -40,11 +63,7 @@ def plan_report(
         pipeline: what the user asked of the pipeline.
         keep_whole: whether a layout leaves no block to be cut inside.
         checkpointing: how much of the activations is computed again in backward.
-        batch: for its training step; a pipeline is cut by running it. None to run its forward on
-            ``example_input_array``.
-
-    Raises:
-        ValueError: as a fit would.
+        batch: for its training step, which cuts a pipeline; None to run its forward on ``example_input_array``.
     """
     reason = ""
     if layout is None:

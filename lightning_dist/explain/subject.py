@@ -27,8 +27,7 @@ class Subject:
         make: makes the module.
         strategy: that would train it.
         num_ranks: of the whole run.
-        first_batch: gives a batch for its training step, by which a pipeline is cut; None to run its forward on its
-            ``example_input_array``.
+        first_batch: for its training step, which cuts a pipeline; None to run its forward on ``example_input_array``.
     """
 
     make: Callable[[], pl.LightningModule]
@@ -42,16 +41,14 @@ Recipes = Callable[[list[str]], Subject]
 
 
 def find_recipes(directory: Path) -> Recipes:
-    """The recipes that the nearest ``pyproject.toml`` names, in the directory or above; see :data:`KEY`.
-
-    Raises:
-        ValueError: none does, or what it names is not there.
+    """The recipes that the nearest ``pyproject.toml`` names, in the directory or above, see :data:`KEY`; a ValueError
+    where none does, or what it names is not there.
     """
     for project in (directory, *directory.parents):
         file = project / "pyproject.toml"
         if file.is_file() and (target := tomllib.loads(file.read_text()).get("tool", {}).get(TABLE, {}).get(KEY)):
             sys.path.insert(0, str(project))
-            return import_object(target, f"{KEY} of {file}")
+            return _import(target, f"{KEY} of {file}")
     raise ValueError(
         f"no pyproject.toml in {directory} or above has [tool.{TABLE}] {KEY}: run in a clone of the repository, or "
         "name a LightningModule as package.module:Class"
@@ -59,16 +56,10 @@ def find_recipes(directory: Path) -> Recipes:
 
 
 def module_maker(target: str, arguments: Mapping[str, Any]) -> Callable[[], pl.LightningModule]:
-    """Makes the LightningModule that a class or function on the import path gives.
-
-    Args:
-        target: ``"package.module:Class"``.
-        arguments: keyword arguments.
-
-    Raises:
-        ValueError: there is no such thing, or it wants other arguments.
+    """Makes the LightningModule that ``"package.module:Class"``, or a function, gives for keyword arguments; a
+    ValueError where there is no such thing, or it wants other arguments.
     """
-    found = import_object(target, target)
+    found = _import(target, target)
     try:
         inspect.signature(found).bind(**arguments)
     except TypeError as error:
@@ -83,16 +74,7 @@ def module_maker(target: str, arguments: Mapping[str, Any]) -> Callable[[], pl.L
     return make
 
 
-def import_object(target: str, what: str) -> Any:
-    """Imports ``"package.module:name"``.
-
-    Args:
-        target: the name.
-        what: for the error.
-
-    Raises:
-        ValueError: there is no such thing.
-    """
+def _import(target: str, what: str) -> Any:
     path, _, name = target.partition(":")
     try:
         found: Any = importlib.import_module(path)
@@ -104,14 +86,9 @@ def import_object(target: str, what: str) -> Any:
 
 
 def parse_arguments(arguments: list[str]) -> dict[str, Any]:
-    """Values of ``name=value``, as Hydra reads them.
-
-    Raises:
-        ValueError: one that is not of that form.
-    """
+    """Values of ``name=value``, as Hydra reads them; a ValueError for an argument of another form."""
     for argument in arguments:
         if "=" not in argument:
             raise ValueError(f"{argument!r} is no name=value")
-    values = OmegaConf.to_container(OmegaConf.from_dotlist(arguments))
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(arguments))
     return {str(name): value for name, value in values.items()}

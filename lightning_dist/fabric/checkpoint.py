@@ -19,9 +19,8 @@ from torch.optim import Optimizer
 from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers as settings
 from lightning_dist.checkpoint.checksums import verify_file
-from lightning_dist.checkpoint.formats import format_of
 from lightning_dist.checkpoint.lazy_tensors import LazyTensor
-from lightning_dist.checkpoint.locations import as_path, local_copy, resolve_swap
+from lightning_dist.checkpoint.locations import as_path, format_of, local_copy, resolve_swap
 from lightning_dist.checkpoint.optimizer_state import with_indices
 from lightning_dist.checkpoint.sharded_load import read_sharded
 from lightning_dist.checkpoint.single_file import check_sizes, load_pickled, save_single

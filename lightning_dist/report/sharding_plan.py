@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
 
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from lightning_dist.layout import Layout
 from lightning_dist.plans.tensor import ModulePlan, ShardingPlan, Split, parameter_splits
 
-MOST_ROWS = 12
-"""Rows for what stays whole; the smallest share the last one."""
+MOST_ROWS = 12  # for what stays whole; the smallest share the last one
 
 
 @dataclass(frozen=True)
 class Row:
-    """Modules that are divided alike.
-
-    Args:
-        name: of the modules, with ``*`` for their numbers.
-        count: how many there are.
-        split: in words.
-        num_parameters: of all of them.
-        rank_bytes: of all of them, on the rank that holds most.
-    """
+    """Modules that are divided alike, ``*`` for numbers in their name; sums of all, bytes on the rank with most."""
 
     name: str
     count: int
@@ -55,13 +47,7 @@ class ShardingPlanReport:
 
     @classmethod
     def of(cls, module: nn.Module, sharding_plan: ShardingPlan, layout: Layout) -> ShardingPlanReport:
-        """The report of a module, divided already or not.
-
-        Args:
-            module: with parameters of their whole shapes.
-            sharding_plan: of the module.
-            layout: resolved.
-        """
+        """The report of a module, divided already or not, whose parameters have their whole shapes."""
         parameters = dict(module.named_parameters())
         splits = parameter_splits(sharding_plan.tensor_plan)
         divided = [
@@ -78,28 +64,21 @@ class ShardingPlanReport:
             tp=layout.tp,
             divided=_merged(divided),
             whole=sorted(_merged(whole), key=lambda row: -row.rank_bytes),
-            sequence_blocks=list(
-                dict.fromkeys(_starred(name) for names in sharding_plan.sequence_blocks for name in names)
-            ),
+            sequence_blocks=list(dict.fromkeys(map(_starred, itertools.chain(*sharding_plan.sequence_blocks)))),
             loss_parallel=sharding_plan.loss_parallel,
         )
 
     def table(self) -> Table:
         """The report as a rich table."""
-        table = Table(title=f"tp={self.tp}", title_justify="left")
-        table.add_column("module", overflow="fold")
-        for column in ("count", "parameters", "on this rank"):
-            table.add_column(column, justify="right")
-        table.add_column("how")
+        numbers = [Column(name, justify="right") for name in ("count", "parameters", "on this rank")]
+        table = Table(Column("module", overflow="fold"), *numbers, "how", title=f"tp={self.tp}", title_justify="left")
         for row in self.divided:
             table.add_row(*_cells(row), row.split)
         table.add_section()
         for row in self.whole[:MOST_ROWS]:
             table.add_row(*_cells(row), "whole on every rank")
-        rest = self.whole[MOST_ROWS:]
-        if rest:
-            together = _row_of_all(f"{len(rest)} more", rest)
-            table.add_row(*_cells(together), "whole on every rank")
+        if rest := self.whole[MOST_ROWS:]:
+            table.add_row(*_cells(_row_of_all(f"{len(rest)} more", rest)), "whole on every rank")
         if self.sequence_blocks or self.loss_parallel:
             table.add_section()
         if self.sequence_blocks:
@@ -110,13 +89,7 @@ class ShardingPlanReport:
 
 
 def rank_bytes(parameter: Tensor, split: Split | None, layout: Layout) -> int:
-    """Bytes of a parameter on the rank that holds most of it.
-
-    Args:
-        parameter: of its whole shape.
-        split: over the tensor axis; None where it is whole.
-        layout: resolved.
-    """
+    """Bytes of a parameter of its whole shape on the rank that holds most, split over the tensor axis or not."""
     sizes = list(parameter.shape)
     if split is not None:
         sizes[split.dim] = math.ceil(sizes[split.dim] / split.packed / layout.tp) * split.packed

@@ -67,7 +67,5 @@ class Throughput(Callback):
 
 def _num_tokens(batch: Any) -> int:
     """Elements of the first tensor of integers with a batch and a sequence axis: token ids, where there are any."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim == 2 and leaf.dtype in (torch.int64, torch.int32):
-            return leaf.numel()
-    return 0
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim == 2)
+    return next((tensor.numel() for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)), 0)

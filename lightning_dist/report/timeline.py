@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from lightning_dist.collectives import gather_objects
 from lightning_dist.parallel.pipeline import PipelineRunner
 from lightning_dist.parallel.pipeline.timeline import Event
 
@@ -54,18 +54,16 @@ class PipelineTimeline(Callback):
         if pipelined is None or not pipelined.timeline.records:
             return
         events = pipelined.timeline.stop()
-        everyone: list[Any] = [None] * dist.get_world_size(pipelined.group)
-        dist.all_gather_object(everyone, events, pipelined.group)
+        everyone = gather_objects(events, pipelined.group)
         self.bubble = waiting(everyone)
         if trainer.is_global_zero:
             directory = Path(self.directory or trainer.log_dir or trainer.default_root_dir)
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / "timeline.json").write_text(json.dumps({"traceEvents": list(chrome_events(everyone))}))
-            expected = pipelined.stages.schedule.bubble(
-                1 + max(e.microbatch for e in events), pipelined.stages.num_ranks
-            )
+            (directory / "timeline.json").write_text(json.dumps({"traceEvents": list(_chrome_events(everyone))}))
+            schedule, num_microbatches = pipelined.stages.schedule, 1 + max(event.microbatch for event in events)
+            expected = schedule.bubble(num_microbatches, pipelined.stages.num_ranks)
             title = (
-                f"{pipelined.stages.schedule.name}: ranks wait for {self.bubble:.0%} of the step; "
+                f"{schedule.name}: ranks wait for {self.bubble:.0%} of the step; "
                 f"{expected:.0%} if stages were equal and sending took no time"
             )
             draw(everyone, title, directory / "timeline.png")
@@ -83,29 +81,19 @@ def waiting(by_rank: list[list[Event]]) -> float:
     return 1 - busy / ((end - begin) * len(by_rank))
 
 
-def chrome_events(by_rank: list[list[Event]]) -> Iterable[dict[str, Any]]:
+def _chrome_events(by_rank: list[list[Event]]) -> Iterable[dict[str, Any]]:
     """Complete events of the Chrome trace format, in microseconds."""
     for rank, events in enumerate(by_rank):
         yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"pipeline rank {rank}"}}
         for event in events:
-            yield {
-                "name": f"{event.kind} {event.microbatch}",
-                "cat": event.kind,
-                "ph": "X",
-                "pid": rank,
-                "tid": event.stage,
-                "ts": event.begin * 1e6,
-                "dur": (event.end - event.begin) * 1e6,
-                "args": {"stage": event.stage, "microbatch": event.microbatch},
-            }
+            what = {"name": f"{event.kind} {event.microbatch}", "cat": event.kind, "ph": "X"}
+            times = {"ts": event.begin * 1e6, "dur": (event.end - event.begin) * 1e6}
+            about = {"stage": event.stage, "microbatch": event.microbatch}
+            yield {**what, "pid": rank, "tid": event.stage, **times, "args": about}
 
 
 def draw(by_rank: list[list[Event]], title: str, path: Path) -> None:
-    """Draws a row a rank, time from left to right.
-
-    Raises:
-        ImportError: Pillow is not installed.
-    """
+    """Draws a row a rank, time from left to right; an ImportError where Pillow is not installed."""
     from PIL import Image, ImageDraw, ImageFont  # torchvision brings it; nothing else here needs it
 
     begin, end = _span(by_rank)
@@ -125,13 +113,12 @@ def draw(by_rank: list[list[Event]], title: str, path: Path) -> None:
             pen.rectangle((left, top, max(right, left + 1), top + LANE - 8), color, "white")
             if right - left > 12:
                 pen.text((left + 3, top + 11), str(event.microbatch), "white", font)
-    left = LEFT
+    left, bottom = LEFT, TOP + LANE * len(by_rank) + 10
     for name, color in {**COLORS, "wait": WAIT}.items():
-        bottom = TOP + LANE * len(by_rank) + 10
         pen.rectangle((left, bottom, left + 16, bottom + 16), color)
         pen.text((left + 22, bottom), name, INK, font)
         left += 110
-    pen.text((WIDTH - 220, TOP + LANE * len(by_rank) + 10), f"{(end - begin) * 1e3:.1f} ms in all", INK, font)
+    pen.text((WIDTH - 220, bottom), f"{(end - begin) * 1e3:.1f} ms in all", INK, font)
     image.save(path)
 
 

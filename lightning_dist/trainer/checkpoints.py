@@ -24,8 +24,8 @@ from lightning_dist import checkpoint as checkpoints
 from lightning_dist import optimizers
 from lightning_dist.checkpoint import StageRanks
 from lightning_dist.checkpoint.background import BackgroundSaves
-from lightning_dist.checkpoint.late_loads import LateLoads
 from lightning_dist.checkpoint.lazy_tensors import OnDisk
+from lightning_dist.checkpoint.module_state import LateLoads
 from lightning_dist.collectives import broadcast_object, raise_on_all_ranks
 from lightning_dist.compat import lightning as private
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions

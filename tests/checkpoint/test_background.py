@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, checkpoint
-from lightning_dist.checkpoint.storage import ChecksumFileSystem
+from lightning_dist.checkpoint.checksums import ChecksumFileSystem
 from tests.checkpoint.training import damage
 from tests.support import models
 from tests.support.models import samples

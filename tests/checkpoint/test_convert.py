@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_dist import checkpoint
-from lightning_dist.checkpoint.directory import Directory
 from lightning_dist.checkpoint.lazy_tensors import bytes_of
-from lightning_dist.checkpoint.reader import open_checkpoint
+from lightning_dist.checkpoint.sharded_load import Directory
+from lightning_dist.checkpoint.streaming import open_checkpoint
 from lightning_dist.cli import main
 from tests.checkpoint.training import Net, assert_same, build, damage, make_optimizer, restore, snapshot, train
 from tests.support.ranks import run_on_ranks
@@ -151,7 +151,7 @@ def test_rows_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_large_tensors_become_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("lightning_dist.checkpoint.writer"), "_PART", 4 * 30 * 7)
+    monkeypatch.setattr(import_module("lightning_dist.checkpoint.streaming"), "_PART", 4 * 30 * 7)
     base = torch.randn(40, 30)
     weights = {"matrix": base, "tied": base, "vector": torch.randn(1000), "scalar": torch.tensor(2.5)}
     checkpoint.save({"state_dict": weights}, tmp_path / "file.ckpt", sharded=False)
@@ -163,6 +163,13 @@ def test_large_tensors_become_several_parts(tmp_path: Path, monkeypatch: pytest.
     checkpoint.convert(tmp_path / "directory.ckpt", tmp_path / "again.ckpt")
     again = torch.load(tmp_path / "again.ckpt")["state_dict"]
     assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_a_file_of_torchs_older_format_becomes_shards(tmp_path: Path) -> None:
+    state = {"matrix": torch.randn(5, 3), "vector": torch.randn(4)}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "file.ckpt", _use_new_zipfile_serialization=False)
+    checkpoint.convert(tmp_path / "file.ckpt", tmp_path / "directory.ckpt", to="sharded")
+    assert_same(checkpoint.load(tmp_path / "directory.ckpt")["state_dict"], state)
 
 
 def _save_divided(base: torch.Tensor, path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lightning_dist import checkpoint
-from lightning_dist.checkpoint.directory import Directory
 from lightning_dist.checkpoint.optimizer_state import with_indices
+from lightning_dist.checkpoint.sharded_load import Directory
 from lightning_dist.pytree import map_leaves
 from tests.checkpoint.training import (
     OPTIMIZERS,

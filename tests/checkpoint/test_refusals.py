@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from lightning_dist import checkpoint
-from lightning_dist.checkpoint import directory, sharded_load
+from lightning_dist.checkpoint import sharded_load, sharded_save
 from tests.checkpoint.training import build, damage, make_optimizer, restore, snapshot
 from tests.support.ranks import run_on_ranks
 
@@ -114,7 +114,7 @@ def _damaged_checksums(path: Path) -> None:
 def _newer(path: Path) -> None:
     _directory(path)
     rest = torch.load(path / "meta.pt")
-    rest[directory.MARKER]["format"] = 99
+    rest[sharded_save.MARKER]["format"] = 99
     torch.save(rest, path / "meta.pt")
     (path / "checksums.json").unlink()
 
