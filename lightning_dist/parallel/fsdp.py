@@ -30,7 +30,7 @@ from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp_units import shard_roots, shard_units, unsharded_parameters
 from lightning_dist.parallel.mixed_dtypes import gather_as_kept, places
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
-from lightning_dist.parallel.tensor.axis import TensorAxis
+from lightning_dist.parallel.tensor.split import TensorAxis
 from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated, grad_or_zeros
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
