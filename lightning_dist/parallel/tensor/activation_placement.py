@@ -78,7 +78,6 @@ class ActivationPlacement:
         return self.dim < part.ndim and (self.is_positions or part.shape[self.dim] == self.packed * self._present(mesh))
 
     def _present(self, mesh: DeviceMesh) -> int:
-        """How much of a piece this rank has."""
         return present(mesh.get_local_rank(), self._width(mesh), self._piece)
 
     @property
@@ -94,10 +93,7 @@ def find_placements(
 ) -> list[ActivationPlacement | None]:
     """Where parts lie in their wholes; ``dim`` None for those that are whole, None for those that are nowhere in them.
 
-    Args:
-        pairs: whole and part, as many on every rank.
-        mesh: of the tensor axis.
-        in_positions: they may be divided by positions too.
+    There are as many pairs, of whole and part, on every rank; ``in_positions``, they may be divided by positions too.
 
     Communication: one all-reduce of some numbers over ``mesh``.
     """

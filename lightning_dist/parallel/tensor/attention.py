@@ -22,22 +22,21 @@ class LocalHeads(TorchFunctionMode):
     A mode also turns off torch's fast paths, which would not call it.
 
     Args:
-        mesh: of the tensor axis.
         region: of the module.
         position_dim: of the function's query and output.
 
-    Communication: forward one all-reduce of the output's bytes over ``mesh``; one of the attention weights (averaged),
+    Communication: forward one all-reduce of the output's bytes over the axis; one of the attention weights (averaged),
     or one all-gather of them (by head), where they are asked for.
     """
 
-    def __init__(self, mesh: DeviceMesh, region: Region, position_dim: int) -> None:
+    def __init__(self, region: Region, position_dim: int) -> None:
         super().__init__()
-        self.mesh, self.region, self.position_dim = mesh, region, position_dim
+        self.region, self.position_dim = region, position_dim
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.multi_head_attention_forward:
             return func(*args, **(kwargs or {}))
-        partial, attention, bias = _attend(self.mesh, *args, **(kwargs or {}))
+        partial, attention, bias = _attend(self.region.mesh, *args, **(kwargs or {}))
         shared_again()
         output = self.region.reduce_output(partial, self.position_dim)
         return output if bias is None else output + bias.to(output.dtype), attention

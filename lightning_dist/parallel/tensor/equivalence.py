@@ -37,9 +37,6 @@ COARSE_ROUNDING = 0.05
 class EquivalenceCheck:
     """Compares the modules of one plan with the whole ones; see [Note: parts are checked].
 
-    Args:
-        mesh: of the tensor axis.
-
     Communication: for each kind of module, once: the gathering of its parameters over ``mesh``, its own collectives
     once more, and one all-reduce of a number.
     """

@@ -53,11 +53,7 @@ _running: list[nn.Module] = []
 
 @dataclass
 class HooksInside:
-    """Shows the hooks below one module whole activations; see [Note: hooks inside of a part].
-
-    Args:
-        mesh: of the tensor axis.
-    """
+    """Shows the hooks below one module whole activations; see [Note: hooks inside of a part]."""
 
     mesh: DeviceMesh
     _calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -72,8 +68,7 @@ class HooksInside:
         """
         if _running or is_whole() or torch.compiler.is_compiling():
             return nullcontext()
-        hooked = _hooked(module)
-        if not hooked:
+        if not (hooked := _hooked(module)):
             return nullcontext()
         if any(name not in self._calls for name in hooked):
             self._find(module, region, list(hooked), args, kwargs)
@@ -102,7 +97,6 @@ class HooksInside:
             _running.pop()
 
     def _find(self, module: nn.Module, region: Region, names: list[str], args: Args, kwargs: Kwargs) -> None:
-        """Notes where the activations of modules lie in the whole ones."""
         of_whole, of_part = CallRecorder(module, names), CallRecorder(module, names)
         _running.append(module)
         try:

@@ -44,11 +44,7 @@ def reduce_from_tensor_region(partial: Tensor, mesh: DeviceMesh) -> Tensor:
 def gather(part: Tensor, mesh: DeviceMesh, dim: int, length: int | None = None) -> Tensor:
     """The ranks' parts beside each other along a dim; what follows runs alike on every rank.
 
-    Args:
-        part: of this rank, as large on every rank.
-        mesh: of the axis.
-        dim: along which.
-        length: of the result; by default all of it.
+    The parts are as large on every rank; ``length`` is that of the result, by default all of it.
 
     Communication: forward one all-gather over ``mesh``; none backward.
     """
@@ -103,7 +99,7 @@ def scaled_gradient(tensor: Tensor, factor: float) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over the axis, in a new tensor. One all-reduce; not differentiable."""
+    """The sum over the axis, in a new tensor, not differentiable. Communication: one all-reduce."""
     return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), "sum", mesh))
 
 

@@ -22,10 +22,8 @@ DIM = 1
 class Positions:
     """What the blocks of a stack and the regions inside know of the activation that runs through them.
 
-    Args:
-        mesh: of the tensor axis.
-
     Attributes:
+        mesh: of the tensor axis.
         length: number of positions of the whole activation.
         shape: of this rank's part.
         is_open: the first block of the stack ran, and the last did not yet.

@@ -161,11 +161,6 @@ class TensorAxis:
 
     Communication: one all-reduce of their gradients, flat, over ``mesh`` per backward pass that reduces; none while
     accumulating, none if there are no such parameters.
-
-    Args:
-        module: divided.
-        partial: names of those parameters.
-        mesh: of the tensor axis.
     """
 
     def __init__(self, module: nn.Module, partial: Iterable[str], mesh: DeviceMesh) -> None:
@@ -213,7 +208,7 @@ def _mode(part: ModulePlan, vocabulary: Vocabulary, module: Any) -> AbstractCont
     if part.multihead:
         region = Region.of(module)
         assert region is not None
-        return LocalHeads(mesh, region, 0 if module.batch_first else 1)  # which it turns around inside
+        return LocalHeads(region, 0 if module.batch_first else 1)  # which it turns around inside
     if part.vocabulary:
         return LocalRows(vocabulary, module.weight)
     local = part.width // mesh.size()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ def without_users_hooks(module: nn.Module) -> AbstractContextManager[None]:
         for kind in FORWARD if name else ():
             if users_hooks(child, (kind,)):
                 values[f"{name}.{kind}"] = _others(child, kind)
-    return overridden(module, values) if values else nullcontext()
+    return overridden(module, values)
 
 
 def _others(module: nn.Module, kind: str) -> OrderedDict[int, Any]:

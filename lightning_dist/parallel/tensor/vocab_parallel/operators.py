@@ -76,10 +76,7 @@ class _Largest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, columns: Tensor, vocabulary: Vocabulary, k: int) -> tuple[Tensor, Tensor]:
         own = min(k, vocabulary.width)
-        if own == 1:
-            values, at = columns.max(-1, keepdim=True)
-        else:
-            values, at = columns.topk(own)
+        values, at = columns.max(-1, keepdim=True) if own == 1 else columns.topk(own)
         # float64 holds every float32 and every column exactly
         found = torch.stack([values.double(), (at + vocabulary.start).double()])
         found = vocabulary.gather(found, [min(k, width) for width in vocabulary.widths])
@@ -87,8 +84,7 @@ class _Largest(torch.autograd.Function):
             order = found[0].argmax(-1, keepdim=True)  # the first of equals
         else:
             order = torch.sort(found[0], stable=True, descending=True)[1][..., :k]
-        values, at = (part.gather(-1, order) for part in found.unbind())
-        at = at.long()
+        values, at = found[0].gather(-1, order), found[1].gather(-1, order).long()
         ctx.vocabulary = vocabulary
         ctx.save_for_backward(at)
         ctx.mark_non_differentiable(at)
@@ -97,12 +93,10 @@ class _Largest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (at,) = ctx.saved_tensors
-        own = at - ctx.vocabulary.start
-        mine = (own >= 0) & (own < ctx.vocabulary.width)
-        grad = grad_values.new_zeros(*at.shape[:-1], ctx.vocabulary.width + 1)
-        grad = grad.scatter_add(
-            -1, own.where(mine, ctx.vocabulary.width), copy_to_tensor_region(grad_values, ctx.vocabulary.mesh)
-        )
+        own, width = at - ctx.vocabulary.start, ctx.vocabulary.width
+        own = own.where((own >= 0) & (own < width), width)  # what others hold goes to a column that is cut off
+        grad = grad_values.new_zeros(*at.shape[:-1], width + 1)
+        grad = grad.scatter_add(-1, own, copy_to_tensor_region(grad_values, ctx.vocabulary.mesh))
         return grad[..., :-1], None, None
 
 
@@ -158,18 +152,13 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tupl
     )
 
 
-OF_AUTOGRAD: dict[Any, Callable[..., Any]] = {
+OPERATORS: dict[Any, Callable[..., Any]] = {
     Tensor.grad.__get__: _grad,  # type: ignore[union-attr]
     Tensor.retain_grad: lambda logits: logits.to_local().retain_grad(),
     Tensor.register_hook: _register_hook,
     torch.autograd.grad: _autograd_grad,
-}
-OVER_VOCABULARY: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
-    torch.argmax: _argmax,
-    Tensor.argmax: _argmax,
-    torch.max: _max,
-    Tensor.max: _max,
-    torch.topk: _topk,
-    Tensor.topk: _topk,
+    **dict.fromkeys((torch.argmax, Tensor.argmax), _argmax),
+    **dict.fromkeys((torch.max, Tensor.max), _max),
+    **dict.fromkeys((torch.topk, Tensor.topk), _topk),
 }
