@@ -103,10 +103,10 @@ class _Classes:
         if not grad.shape[1]:
             return
         grad.scatter_add_(1, self.at, (-self.on_class).where(self.mine, 0)[:, None])
-        if self.everywhere is not None and self.column_weight is None:
-            grad.sub_(self.everywhere[:, None])
-        elif self.everywhere is not None:
+        if self.everywhere is not None and self.column_weight is not None:
             grad.addr_(self.everywhere, self.column_weight, alpha=-1)
+        elif self.everywhere is not None:
+            grad.sub_(self.everywhere[:, None])
 
 
 class _Probabilities:
