@@ -22,7 +22,7 @@ from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_fo
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
-from lightning_dist.parallel.tensor.axis import TensorAxis
+from lightning_dist.parallel.tensor.split import TensorAxis
 from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated, grad_or_zeros
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.tensor.axis import TensorAxis
+from lightning_dist.parallel.tensor.split import TensorAxis
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 

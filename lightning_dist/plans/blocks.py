@@ -26,8 +26,7 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
     single layers. Plain containers are looked through, so a stage of blocks gives its blocks. A network without
     repetition has none.
     """
-    named = _declared_blocks(module)
-    return named or dict(_repeated(module, ""))
+    return _declared_blocks(module) or dict(_repeated(module, ""))
 
 
 def select_blocks(
@@ -65,9 +64,7 @@ def select_blocks(
 
 
 def _declared_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    classes: set[str] = set()
-    for child in module.modules():
-        classes.update(block_classes(child))
+    classes = {name for child in module.modules() for name in block_classes(child)}
     found = {name: child for name, child in module.named_modules() if class_name(child) in classes}
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     # embeddings and heads are declared too; one alone is no repeated block
@@ -102,17 +99,19 @@ def _kind(module: nn.Module) -> type[Any]:
 def _matches(entry: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     if isinstance(entry, type):
         return isinstance(module, entry)
+    if fnmatchcase(name, entry) or class_name(module) == entry:
+        return True
     path, _, cls = entry.rpartition(".")
     named = getattr(sys.modules.get(path), cls, None)  # imported, or no module of the network is of it
-    return (
-        fnmatchcase(name, entry)
-        or class_name(module) == entry
-        or (isinstance(named, type) and isinstance(module, named))
-    )
+    return isinstance(named, type) and isinstance(module, named)
 
 
 def _nothing_matches(entry: object, modules: dict[str, nn.Module]) -> str:
     known = [*modules, *sorted({class_name(child) for child in modules.values()})]
-    close = difflib.get_close_matches(str(entry), known, n=3)
-    hint = f"; the closest are {', '.join(close)}" if close else ""
-    return f"shard_units names {entry!r}, which no module of the network matches{hint}"
+    return f"shard_units names {entry!r}, which no module of the network matches{closest(str(entry), known)}"
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that matches nothing: those that are most like it, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; the closest are {', '.join(close)}" if close else ""

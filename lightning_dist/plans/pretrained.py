@@ -22,10 +22,10 @@ def pretrained_models(module: Module) -> dict[str, Any]:
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return {}
-    kind: Any = transformers.PreTrainedModel
     found: dict[str, Any] = {}
     for name, part in module.named_modules():
-        if isinstance(part, kind) and not any(_is_inside(name, outer) for outer in found):
+        is_inside = any(outer == "" or f"{name}.".startswith(f"{outer}.") for outer in found)
+        if isinstance(part, transformers.PreTrainedModel) and not is_inside:
             found[name] = part
     return found
 
@@ -65,7 +65,9 @@ def in_module_names(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    transforms = get_model_conversion_mapping(_plain(model))
+    with torch.device("meta"):  # without parameters, its classes those of transformers: fully_shard makes others
+        plain = _class_of(model)(copy.deepcopy(model.config))
+    transforms = get_model_conversion_mapping(plain)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -110,18 +112,8 @@ def _targets(target: str, converter: Any, names: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(every) if name in names]
 
 
-def _plain(model: Any) -> Any:
-    """The model without parameters, its classes those of transformers: ``fully_shard`` makes others of them."""
-    with torch.device("meta"):
-        return _class_of(model)(copy.deepcopy(model.config))
-
-
 def _class_of(model: Any) -> Any:
     return next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return outer == "" or name == outer or name.startswith(f"{outer}.")
 
 
 def model_type(config: str) -> str | None:

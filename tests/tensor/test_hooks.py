@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_dist.parallel.tensor.axis import TensorAxis
+from lightning_dist.parallel.tensor.split import TensorAxis
 from tests.support.collectives import Collectives
 from tests.support.ranks import RankError, run_on_ranks
 from tests.tensor.families import FAMILIES

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
-from lightning_dist.parallel.tensor.axis import TensorAxis
-from lightning_dist.parallel.tensor.split import split
+from lightning_dist.parallel.tensor.split import TensorAxis, split
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters

@@ -15,8 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lightning_dist.parallel.replaced import give_back, whole_tensors
-from lightning_dist.parallel.tensor.axis import TensorAxis
-from lightning_dist.parallel.tensor.split import split
+from lightning_dist.parallel.tensor.split import TensorAxis, split
 from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters

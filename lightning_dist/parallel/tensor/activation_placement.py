@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather, scatter, scatter_to_sequence_region
+from lightning_dist.parallel.tensor.equivalence import rounding_of
+from lightning_dist.parallel.tensor.mappings import (
+    copy_to_tensor_region,
+    gather,
+    present,
+    scaled_gradient,
+    scatter,
+    scatter_to_sequence_region,
+)
 from lightning_dist.parallel.tensor.shards import shard_of, shard_placement
 
 PACKED = (1, 2, 3)
@@ -39,8 +47,8 @@ class ActivationPlacement:
 
         Communication: forward one all-gather, backward none; nothing for what was copied.
         """
-        if self.dim is None:
-            return _Shared.apply(part, mesh.size())
+        if self.dim is None:  # its gradients are summed over the ranks, and those of its use here are alike on all
+            return scaled_gradient(part, 1 / mesh.size())
         if self.is_positions:
             return gather(part, mesh, self.dim, num_positions)
         dim, piece, width = self.dim, self._piece, self._width(mesh)
@@ -70,9 +78,7 @@ class ActivationPlacement:
         return self.dim < part.ndim and (self.is_positions or part.shape[self.dim] == self.packed * self._present(mesh))
 
     def _present(self, mesh: DeviceMesh) -> int:
-        """How much of a piece this rank has."""
-        width = self._width(mesh)
-        return min(max(self._piece - mesh.get_local_rank() * width, 0), width)
+        return present(mesh.get_local_rank(), self._width(mesh), self._piece)
 
     @property
     def _piece(self) -> int:
@@ -83,48 +89,36 @@ class ActivationPlacement:
 
 
 def find_placements(
-    pairs: list[tuple[Tensor, Tensor]], mesh: DeviceMesh, in_positions: bool, rounding: Callable[[Tensor], float]
+    pairs: list[tuple[Tensor, Tensor]], mesh: DeviceMesh, in_positions: bool
 ) -> list[ActivationPlacement | None]:
     """Where parts lie in their wholes; ``dim`` None for those that are whole, None for those that are nowhere in them.
 
-    Args:
-        pairs: whole and part, as many on every rank.
-        mesh: of the tensor axis.
-        in_positions: they may be divided by positions too.
-        rounding: the relative difference that is taken for rounding.
+    There are as many pairs, of whole and part, on every rank; ``in_positions``, they may be divided by positions too.
 
     Communication: one all-reduce of some numbers over ``mesh``.
     """
     candidates = [list(_candidates(whole, mesh, in_positions)) for whole, _ in pairs]
-    fits = [
-        [int(_is_close(part, own, rounding)) for _, own in found]
-        for (_, part), found in zip(pairs, candidates, strict=True)
-    ]
     device = pairs[0][0].device if pairs else torch.device(mesh.device_type)
-    verdict = torch.tensor([fit for row in fits for fit in row], device=device)
+    fits = [_is_close(part, own) for (_, part), found in zip(pairs, candidates, strict=True) for _, own in found]
+    verdict = torch.tensor(fits, dtype=torch.int64, device=device)
     dist.all_reduce(verdict, dist.ReduceOp.MIN, mesh.get_group())
     agreed = iter(verdict.tolist())
-    placements: list[ActivationPlacement | None] = []
-    for found in candidates:
-        fitting = [placement for placement, _ in found if next(agreed)]
-        placements.append(fitting[0] if fitting else None)
-    return placements
+    fitting = [[placement for placement, _ in found if next(agreed)] for found in candidates]
+    return [placements[0] if placements else None for placements in fitting]
 
 
 def _candidates(whole: Tensor, mesh: DeviceMesh, in_positions: bool) -> Iterator[tuple[ActivationPlacement, Tensor]]:
     yield ActivationPlacement(), whole
     for dim, length in reversed(list(enumerate(whole.shape))):
         if in_positions and dim == 1:
-            yield (
-                ActivationPlacement(dim, length=length, is_positions=True),
-                scatter_to_sequence_region(whole, mesh, dim),
-            )
+            positions = scatter_to_sequence_region(whole, mesh, dim)
+            yield ActivationPlacement(dim, length=length, is_positions=True), positions
         for packed in PACKED:
             if length % packed == 0 and length // packed >= mesh.size():
                 yield ActivationPlacement(dim, packed, length), shard_of(whole, shard_placement(dim, packed), mesh)
 
 
-def _is_close(part: Tensor, own: Tensor, rounding: Callable[[Tensor], float]) -> bool:
+def _is_close(part: Tensor, own: Tensor) -> bool:
     if part.shape != own.shape or part.dtype != own.dtype:
         return False
     if not part.is_floating_point():
@@ -133,25 +127,8 @@ def _is_close(part: Tensor, own: Tensor, rounding: Callable[[Tensor], float]) ->
     if not torch.equal(finite, part.isfinite()):
         return False
     part, own = part.float().where(finite, 0), own.float().where(finite, 0)
-    return float((part - own).norm()) <= rounding(part) * max(float(own.norm()), 1e-12)
+    return float((part - own).norm()) <= rounding_of(part) * max(float(own.norm()), 1e-12)
 
 
 def _padded(tensor: Tensor, dim: int, length: int) -> Tensor:
-    missing = length - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = [missing if d == dim else size for d, size in enumerate(tensor.shape)]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
-
-
-class _Shared(torch.autograd.Function):
-    """What each rank uses for its part, so that gradients are summed over the ranks, used alike on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, num_ranks: int) -> Tensor:
-        ctx.num_ranks = num_ranks
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient / ctx.num_ranks, None
+    return F.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, length - tensor.shape[dim]])

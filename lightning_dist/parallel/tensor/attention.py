@@ -1,9 +1,11 @@
-"""``nn.MultiheadAttention`` on this rank's heads."""
+"""Attention modules on this rank's heads whose forward calls a function with all heads, or writes their width out."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,22 +22,21 @@ class LocalHeads(TorchFunctionMode):
     A mode also turns off torch's fast paths, which would not call it.
 
     Args:
-        mesh: of the tensor axis.
         region: of the module.
         position_dim: of the function's query and output.
 
-    Communication: forward one all-reduce of the output's bytes over ``mesh``; one of the attention weights (averaged),
+    Communication: forward one all-reduce of the output's bytes over the axis; one of the attention weights (averaged),
     or one all-gather of them (by head), where they are asked for.
     """
 
-    def __init__(self, mesh: DeviceMesh, region: Region, position_dim: int) -> None:
+    def __init__(self, region: Region, position_dim: int) -> None:
         super().__init__()
-        self.mesh, self.region, self.position_dim = mesh, region, position_dim
+        self.region, self.position_dim = region, position_dim
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.multi_head_attention_forward:
             return func(*args, **(kwargs or {}))
-        partial, attention, bias = _attend(self.mesh, *args, **(kwargs or {}))
+        partial, attention, bias = _attend(self.region.mesh, *args, **(kwargs or {}))
         shared_again()
         output = self.region.reduce_output(partial, self.position_dim)
         return output if bias is None else output + bias.to(output.dtype), attention
@@ -74,20 +75,14 @@ def _attend(
     With the signature of ``F.multi_head_attention_forward``; weights are this rank's, ``num_heads`` all ranks'.
     """
     is_batched = query.dim() == 3
-    if use_separate_proj_weight:
-        assert q_proj_weight is not None
-        assert k_proj_weight is not None
-        assert v_proj_weight is not None
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+    packed = None if use_separate_proj_weight else in_proj_weight
+    if packed is not None and query is key and key is value:
+        projected = list(F.linear(query, packed, in_proj_bias).chunk(3, -1))
     else:
-        assert in_proj_weight is not None
-        weights = in_proj_weight.chunk(3)  # type: ignore[assignment]
-    if query is key and key is value and not use_separate_proj_weight:
-        projected = list(F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1))  # type: ignore[arg-type]
-    else:
+        separate: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
+        weights = separate if packed is None else packed.chunk(3)
         biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        inputs = (query, key, value)
-        projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+        projected = list(map(F.linear, (query, key, value), weights, biases))
     if not is_batched:
         projected = [x.unsqueeze(1) for x in projected]
     heads = num_heads // mesh.size()
@@ -106,7 +101,10 @@ def _attend(
         mixed = F.scaled_dot_product_attention(q, k, v, None if is_causal else mask, dropout, is_causal)
     partial = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight)
     if attention is not None:
-        attention = _all_heads(mesh, attention, average_attn_weights)
+        if average_attn_weights:
+            attention = reduce_from_tensor_region(attention.sum(1), mesh) / num_heads
+        else:
+            attention = gather(attention, mesh, 1)
         attention = attention if is_batched else attention.squeeze(0)
     return partial if is_batched else partial.squeeze(1), attention, out_proj_bias
 
@@ -129,8 +127,62 @@ def _mask(
     return attn_mask
 
 
-def _all_heads(mesh: DeviceMesh, attention: Tensor, average: bool) -> Tensor:
-    """(batch, queries, keys) averaged over all heads, or (batch, heads, queries, keys) of all."""
-    if average:
-        return reduce_from_tensor_region(attention.sum(1), mesh) / (attention.shape[1] * mesh.size())
-    return gather(attention, mesh, 1)
+class LocalWidth(TorchFunctionMode):
+    """While it lasts, a reshape to the features of all heads is one to the features of this rank's.
+
+    For modules that write ``x.transpose(1, 2).reshape(batch, positions, width)`` with the width of their input.
+
+    Args:
+        width: features of all heads.
+        local: of this rank's.
+    """
+
+    def __init__(self, width: int, local: int) -> None:
+        super().__init__()
+        self.width, self.local = width, local
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.reshape, Tensor.view, torch.reshape) and not kwargs:
+            args = self._own_width(*args)
+        return func(*args, **(kwargs or {}))
+
+    def _own_width(self, tensor: Tensor, *shape: Any) -> tuple[Any, ...]:
+        sizes = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else list(shape)
+        if sizes and sizes[-1] == self.width and all(isinstance(size, int) and size >= 0 for size in sizes):
+            count = math.prod(sizes[:-1])
+            if count * self.width != tensor.numel() and count * self.local == tensor.numel():
+                return tensor, *sizes[:-1], self.local
+        return tensor, *shape
+
+
+class AppliedWindows(LocalWidth):
+    """The same for torchvision's shifted windows, whose forward is a function of weights and of the number of heads.
+
+    Args:
+        width, local: see :class:`LocalWidth`.
+        heads: of all ranks; the function also scales by the width of one of them, so it has to be told all.
+        weight: of the layer that writes back, as the forward sees it.
+        mesh: of the tensor axis, over which that layer's partial sum is all-reduced.
+    """
+
+    def __init__(self, width: int, local: int, heads: int, weight: Tensor, mesh: DeviceMesh) -> None:
+        super().__init__(width, local)
+        self.heads, self.weight, self.mesh = heads, weight, mesh
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and args[1] is self.weight:
+            partial = F.linear(args[0], self.weight)
+            shared_again()
+            output = reduce_from_tensor_region(partial, self.mesh)
+            return output if args[2] is None else output + args[2].to(output.dtype)
+        if func in (Tensor.reshape, Tensor.view):
+            args = self._own_heads(*args)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _own_heads(self, tensor: Tensor, *sizes: Any) -> tuple[Any, ...]:
+        mine = self.heads * self.local // self.width
+        if len(sizes) == 5 and sizes[2:4] == (3, self.heads):  # windows, positions, (q, k, v), heads, features
+            return tensor, *sizes[:3], mine, sizes[4]
+        if len(sizes) in (4, 5) and sizes[-3] == self.heads and sizes[-2] == sizes[-1] == tensor.shape[-1]:
+            return tensor, *sizes[:-3], mine, *sizes[-2:]  # scores: heads, positions, positions
+        return tensor, *sizes

@@ -10,6 +10,7 @@ gradients that reach its inputs. A module whose plain attributes change is one o
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,27 +20,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from lightning_dist.compat.torch import disable_current_modes
+from lightning_dist.compat.torch import MODULE_REGISTRIES, disable_current_modes
 from lightning_dist.parallel.rehearsal import FixedNumbers, undone
-from lightning_dist.parallel.tensor.both_ways import (
-    PartFailed,
-    both_ways,
-    rounding_of,
-    tensor_attributes,
-    tensors_in,
-    without_cache,
-)
-from lightning_dist.parallel.tensor.region import Region, whole
+from lightning_dist.parallel.tensor.region import Args, Kwargs, Region, tensors_in, whole
 from lightning_dist.parallel.tensor.shards import shard_of
 from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
-from lightning_dist.pytree import tree_leaves, tree_map
+from lightning_dist.pytree import tree_map
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference of outputs that is taken for rounding."""
+
+COARSE_ROUNDING = 0.05
+"""The same where something is computed in 16 bits, or in 19 (TF32)."""
 
 
 class EquivalenceCheck:
     """Compares the modules of one plan with the whole ones; see [Note: parts are checked].
-
-    Args:
-        mesh: of the tensor axis.
 
     Communication: for each kind of module, once: the gathering of its parameters over ``mesh``, its own collectives
     once more, and one all-reduce of a number.
@@ -56,7 +52,7 @@ class EquivalenceCheck:
         return not torch.compiler.is_compiling() and _kind(module) not in self._seen
 
     @torch.no_grad()
-    def run(self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> None:
         """Compares.
 
         Raises:
@@ -67,10 +63,9 @@ class EquivalenceCheck:
         self._seen.add(kind)
         if region.is_given_own(args, kwargs):
             return  # made by another part: the whole module could not use it
-        before = tensor_attributes(module)
         with without_users_hooks(module), undone(module):
             try:
-                expected, part, kept = both_ways(module, region, args, kwargs, watched=before)
+                expected, part, kept = both_ways(module, region, args, kwargs)
             except PartFailed as error:
                 raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
             gradients = self._gradient_difference(module, region, args, kwargs)
@@ -92,19 +87,14 @@ class EquivalenceCheck:
         return float(largest)
 
     @torch.enable_grad()
-    def _gradient_difference(
-        self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
+    def _gradient_difference(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> float:
         """Between the part and the whole, of the gradients that reach the inputs; 0 where none is asked for."""
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        leaves = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         if not (region.copies_inputs and region.positions is None and leaves):
             return 0.0
         inputs = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
 
-        def fresh(leaf: Any) -> Any:
-            return inputs.get(id(leaf), leaf)
-
-        given, named = tree_map(without_cache, (tree_map(fresh, args), tree_map(fresh, kwargs)))
+        given, named = tree_map(lambda leaf: _without_cache(inputs.get(id(leaf), leaf)), (args, kwargs))
         # checkpointing of activations keeps nothing of what this saves, in the first run or in the second
         with disable_current_modes(), saved_tensors_hooks(_as_it_is, _as_it_is), FixedNumbers():
             with whole(module):
@@ -122,13 +112,8 @@ class EquivalenceCheck:
 
 def _refuse_differences(module: nn.Module, outputs: float, kept: list[str], gradients: float, rounding: float) -> None:
     if not outputs <= rounding:
-        raise ValueError(
-            _told(
-                module,
-                f"that gives another result than the whole module (relative difference {outputs:.1e}): its "
-                "forward does something with its sizes that tp does not know",
-            )
-        )
+        what = f"gives another result than the whole module (relative difference {outputs:.1e}): its forward"
+        raise ValueError(_told(module, f"that {what} does something with its sizes that tp does not know"))
     if kept:
         raise ValueError(_told(module, f"its forward keeps {', '.join(kept)}, of which it would keep this rank's part"))
     if not gradients <= 10 * rounding:
@@ -171,3 +156,91 @@ def _kind(module: nn.Module) -> Any:
         if isinstance(value, (bool, str, type(None))) or (isinstance(value, (int, float)) and value == value)
     )
     return type(module), shapes, plain
+
+
+class PartFailed(Exception):
+    """A part raised where the whole module did not; its cause says what."""
+
+
+@torch.no_grad()
+def both_ways(
+    module: nn.Module,
+    region: Region,
+    args: Args,
+    kwargs: Kwargs,
+    around_whole: AbstractContextManager[Any] | None = None,
+    around_part: AbstractContextManager[Any] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """The outputs of a region's module that runs whole, and on this rank's part, without randomness.
+
+    Args:
+        module, region, args, kwargs: what runs, and on what.
+        around_whole, around_part: what is entered while each runs.
+
+    Returns:
+        The tensors that it returns, whole and in part, and names of attributes that it set to tensors that differ.
+
+    Raises:
+        PartFailed: the part raised.
+
+    Communication: gathers the module's parameters over the axis, and the module's own collectives.
+    """
+    args, kwargs = tree_map(_without_cache, (args, kwargs))
+    before = _tensor_attributes(module)
+    with disable_current_modes(), FixedNumbers():  # selective checkpointing would keep what this computes
+        with whole(module), around_whole or nullcontext():
+            whole_args, whole_kwargs = region.whole_arguments(args, kwargs)
+            expected = tensors_in(type(module).forward(module, *whole_args, **whole_kwargs))
+        kept = _tensor_attributes(module)
+        with around_part or nullcontext():
+            try:
+                first, *others = tensors_in(region.run(module, args, kwargs))
+            except Exception as error:
+                if isinstance(error, ValueError) and str(error).startswith("tp "):
+                    raise  # a part inside of it
+                raise PartFailed from error
+            part = [region.whole_output(first), *others]
+    return expected, part, _differing(before, kept, _tensor_attributes(module))
+
+
+def _tensor_attributes(module: nn.Module) -> dict[str, Any]:
+    """Tensors that modules in it have as attributes, and those in lists and dictionaries there, by name."""
+    found: dict[str, Any] = {}
+    for name, child in module.named_modules():
+        for key, value in vars(child).items():
+            if key not in MODULE_REGISTRIES and (tensors := tensors_in(value)):
+                found[f"{name}.{key}".strip(".")] = tensors
+    return found
+
+
+def _differing(before: dict[str, Any], of_whole: dict[str, Any], of_part: dict[str, Any]) -> list[str]:
+    """Attributes that both ways set, to other values."""
+    found = []
+    for name, mine in of_part.items():
+        theirs, were = of_whole.get(name, []), [*map(id, before.get(name, []))]
+        if [*map(id, mine)] == were and [*map(id, theirs)] == were:
+            continue
+        mine = mine[max(len(mine) - len(theirs), 0) :]
+        if len(mine) != len(theirs) or not all(map(_is_close, mine, theirs)):
+            found.append(name)
+    return found
+
+
+def _is_close(mine: Tensor, theirs: Tensor) -> bool:
+    if mine.shape != theirs.shape:
+        return False
+    difference = float((mine.double() - theirs.double()).norm())
+    return difference <= rounding_of(mine) * max(float(theirs.double().norm()), 1e-6)
+
+
+def rounding_of(output: Tensor) -> float:
+    """The relative difference from this output that is taken for rounding."""
+    reduced = output.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    if reduced or torch.is_autocast_enabled(output.device.type):
+        return COARSE_ROUNDING
+    return ROUNDING.get(output.dtype, COARSE_ROUNDING)
+
+
+def _without_cache(value: Any) -> Any:
+    """None for a cache of keys and values (transformers), which a run would write to."""
+    return None if hasattr(value, "get_seq_length") else value

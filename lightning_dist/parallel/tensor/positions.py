@@ -12,12 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.compat.torch import version_of
-from lightning_dist.parallel.tensor.mappings import (
-    gather,
-    gather_from_sequence_region,
-    reduce_scatter_to_sequence_region,
-    scatter_to_sequence_region,
-)
+from lightning_dist.parallel.tensor.mappings import gather, gather_from_sequence_region, scatter_to_sequence_region
 
 DIM = 1
 """The dim of positions in (batch, positions, features)."""
@@ -27,10 +22,8 @@ DIM = 1
 class Positions:
     """What the blocks of a stack and the regions inside know of the activation that runs through them.
 
-    Args:
-        mesh: of the tensor axis.
-
     Attributes:
+        mesh: of the tensor axis.
         length: number of positions of the whole activation.
         shape: of this rank's part.
         is_open: the first block of the stack ran, and the last did not yet.
@@ -114,13 +107,6 @@ class Positions:
             )
         return value
 
-    def reduce_scatter(self, partial: Tensor, dim: int = DIM) -> Tensor:
-        """This rank's positions of the sum that a region inside a block makes.
-
-        Communication: forward one reduce-scatter, backward one all-gather.
-        """
-        return reduce_scatter_to_sequence_region(partial, self.mesh, dim)
-
     def state(self) -> PositionsState:
         """Where the activation is, for :meth:`restore`."""
         return self.length, self.shape, self._last, self.is_open
@@ -129,20 +115,17 @@ class Positions:
         """Goes back to where the activation was."""
         self.length, self.shape, self._last, self.is_open = state
 
-    def snapshot(self) -> AbstractContextManager[None]:
-        """While what is returned is entered, the activation is where it is now. It may be entered more than once."""
-        return _Snapshot(self)
-
 
 PositionsState = tuple[int, tuple[int, ...], tuple[Tensor, int] | None, bool]
 """Length, shape, the tensor that the last block returned with its version, and whether the stack is open."""
 
 
-class _Snapshot(AbstractContextManager[None]):
+class Snapshot(AbstractContextManager[None]):
+    """While it is entered, once or more, the activation is where it was when this was made."""
+
     def __init__(self, positions: Positions) -> None:
         self._positions = positions
-        length, shape, _, is_open = positions.state()
-        self._then: PositionsState = length, shape, None, is_open
+        self._then: PositionsState = positions.length, positions.shape, None, positions.is_open
 
     def __enter__(self) -> None:
         self._now = self._positions.state()

@@ -10,6 +10,7 @@ when it ends, also by an exception.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,44 +23,43 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from lightning_dist.compat.torch import own_parameters
-from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather, reduce_from_tensor_region
-from lightning_dist.parallel.tensor.opaque_part import made_opaque, without_opaque
-from lightning_dist.parallel.tensor.overrides import overridden
-from lightning_dist.parallel.tensor.partial import seen_in_part
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass, own_parameters
+from lightning_dist.divided.functions import Way, way_of
+from lightning_dist.parallel.tensor.mappings import (
+    copy_to_tensor_region,
+    gather,
+    reduce_from_tensor_region,
+    reduce_scatter_to_sequence_region,
+    seen_in_part,
+)
 from lightning_dist.parallel.tensor.positions import Positions
 from lightning_dist.parallel.tensor.shards import on_axis, shard_of
 from lightning_dist.patches import Patches
-from lightning_dist.pytree import tree_map
+from lightning_dist.pytree import tree_leaves, tree_map
 from lightning_dist.random_states import own_stream, shared_again
 
 _ATTRIBUTE = "lightning_dist_tensor_region"
+_MISSING = object()
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class FirstRunCheck(Protocol):
-    """Compares the first run of each kind of module with the whole one; see
-    :class:`~lightning_dist.parallel.tensor.equivalence.EquivalenceCheck`.
-
-    Attributes:
-        own_outputs: which of the tensors that a kind of module returns are this rank's part.
-    """
+    """What a region asks of :class:`~lightning_dist.parallel.tensor.equivalence.EquivalenceCheck`."""
 
     own_outputs: dict[type, frozenset[int]]
 
-    def is_due(self, module: nn.Module) -> bool:
-        """Whether no module of this kind ran yet."""
+    def is_due(self, module: nn.Module) -> bool: ...
 
-    def run(self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compares; raises a ValueError on every rank where they differ."""
+    def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> None: ...
 
 
 class HooksAround(Protocol):
-    """Shows users' hooks whole activations; see :class:`~lightning_dist.parallel.tensor.hooks.HooksInside`."""
+    """What a region asks of :class:`~lightning_dist.parallel.tensor.hooks.HooksInside`."""
 
     def seen_whole(
-        self, module: nn.Module, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AbstractContextManager[None]:
-        """While the module's forward runs on these arguments, hooks inside see whole activations."""
+        self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs
+    ) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -86,8 +86,7 @@ class Region:
         positions: of the stack of blocks that it lies in, under sequence parallel.
         names: of the forward's arguments that may be given by place; ``attach`` notes them.
 
-    Communication: see :func:`~lightning_dist.parallel.tensor.mappings.copy_to_tensor_region` and
-    ``reduce_from_tensor_region``.
+    Communication: see ``copy_to_tensor_region`` and ``reduce_from_tensor_region``.
     """
 
     mesh: DeviceMesh
@@ -127,21 +126,22 @@ class Region:
         """The region that a module is, if it is one."""
         return vars(module).get(_ATTRIBUTE)
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """The module's own forward, on this rank's part."""
         if self.width is not None and args and args[0].shape[-1] == self.width:
             return type(module).forward(module, *args, **kwargs)  # with a weight that answers as the whole
-        own = frozenset() if self.check is None else self.check.own_outputs.get(type(module), frozenset())
-        if self.stays and any(self.check.own_outputs.values() if self.check is not None else ()):
-            args, kwargs = without_opaque((args, kwargs))
-        if self.check is not None and self.check.is_due(module):
-            self.check.run(module, self, args, kwargs)
-            own = self.check.own_outputs.get(type(module), frozenset())
+        own: frozenset[int] = frozenset()
+        if self.check is not None:
+            if self.stays and any(self.check.own_outputs.values()):
+                args, kwargs = tree_map(_without_opaque, (args, kwargs))
+            if self.check.is_due(module):
+                self.check.run(module, self, args, kwargs)
+            own = self.check.own_outputs.get(type(module), own)
         with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
             output = self._run(module, args, kwargs)
-        return made_opaque(output, own) if own else output
+        return _made_opaque(output, own) if own else output
 
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         if self.copies_inputs:
             args, kwargs = self._copy_inputs(args, kwargs)
         draws = own_stream(self.mesh) if self.draws and module.training else nullcontext()
@@ -153,49 +153,36 @@ class Region:
             shared_again()
             output = self.reduce_output(output)
             bias = None if self.after is None else getattr(module, self.after)
-            if bias is not None:
-                output = output + bias.to(output.dtype)
+            output = output if bias is None else output + bias.to(output.dtype)
         return output
 
     def reduce_output(self, partial: Tensor, dim: int = 1) -> Tensor:
-        """The sum over the axis of what the ranks' parts made; under sequence parallel this rank's positions of it.
-
-        Args:
-            partial: this rank's part.
-            dim: of positions.
-        """
+        """The sum of the ranks' parts; under sequence parallel this rank's positions (along ``dim``) of it."""
         if self.positions is not None and self.positions.is_inside:
-            return self.positions.reduce_scatter(partial, dim)
+            return reduce_scatter_to_sequence_region(partial, self.mesh, dim)
         return reduce_from_tensor_region(partial, self.mesh)
 
-    def _copy_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        copies: dict[int, tuple[Any, Any]] = {}
+    def _copy_inputs(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         positions = self.positions if self.positions is not None and self.positions.is_inside else None
+        copied = once_each(self.copied if positions is None else positions.gather_input)
+        return self.rewrite(args, kwargs, lambda name, value: value if name in self.stays else tree_map(copied, value))
 
-        def once(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not (value.requires_grad or positions is not None):
-                return value
-            if id(value) not in copies:  # the same object stays the same: modules ask whether query is key
-                inner = copy_to_tensor_region(value, self.mesh) if positions is None else positions.gather_input(value)
-                copies[id(value)] = (inner, value)
-            return copies[id(value)][0]
+    def copied(self, value: Tensor) -> Tensor:
+        """What is whole on every rank, about to be used by each rank's part."""
+        return copy_to_tensor_region(value, self.mesh) if value.requires_grad else value
 
-        return self.rewrite(args, kwargs, lambda name, value: value if name in self.stays else tree_map(once, value))
-
-    def rewrite(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[str, Any], Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def rewrite(self, args: Args, kwargs: Kwargs, change: Callable[[str, Any], Any]) -> tuple[Args, Kwargs]:
         """The arguments of a call, each changed by its name in the forward's signature and its value."""
         names = (*self.names, *("*" for _ in args[len(self.names) :]))
         changed = tuple(change(name, value) for name, value in zip(names, args, strict=False))
         return changed, {name: change(name, value) for name, value in kwargs.items()}
 
-    def is_given_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def is_given_own(self, args: Args, kwargs: Kwargs) -> bool:
         """Whether an argument is this rank's own, made by another part."""
         named = (*zip(self.names, args, strict=False), *kwargs.items())
         return any(name in self.stays and value is not None for name, value in named)
 
-    def whole_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def whole_arguments(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The arguments as the whole module takes them; what another part made is (batch, heads, queries, keys).
 
         Communication: one all-gather of each of those.
@@ -214,13 +201,6 @@ class Region:
         """To be made in a forward, and entered, more than once too, while it is computed again in backward."""
         return nullcontext()
 
-    def _partial_views(self, module: nn.Module) -> dict[str, Tensor]:
-        """By name. A parameter that is tied, or that the module lacks by now, is seen once, or not at all."""
-        if not torch.is_grad_enabled():
-            return {}
-        parameters = {name: _parameter(module, name) for name in self.partial}
-        return {name: seen_in_part(p, self.mesh) for name, p in parameters.items() if p is not None and p.requires_grad}
-
     def _local_view(self, module: nn.Module) -> AbstractContextManager[None]:
         """While it lasts, the module finds this rank's part under its names."""
         values: dict[str, Any] = {}
@@ -228,12 +208,16 @@ class Region:
             parameter = _divided_parameter(module, name)
             if parameter is not None:
                 values[name] = on_axis(parameter, "tp")  # of a copy of a module that dp_shard divides too, it gathers
-        if self.after is not None and own_parameters(module)[self.after] is not None:
-            values[self.after] = _no_bias(module, self.after)
-        values |= self._partial_views(module)
+        bias = None if self.after is None else own_parameters(module)[self.after]
+        if self.after is not None and bias is not None:
+            # nn.Linear takes None; others, such as transformers' Conv1D, add what they find
+            values[self.after] = None if isinstance(module, nn.Linear) else torch.zeros_like(bias)
+        for name in self.partial if torch.is_grad_enabled() else ():
+            replicated = _parameter(module, name)  # None where it is tied, or the module lacks it by now
+            if replicated is not None and replicated.requires_grad:
+                values[name] = seen_in_part(replicated, self.mesh)
         values |= self.attributes
-        for name, placement in self.buffers.items():
-            values[name] = shard_of(module.get_buffer(name), placement, self.mesh)
+        values |= {name: shard_of(module.get_buffer(name), how, self.mesh) for name, how in self.buffers.items()}
         return overridden(module, values)
 
 
@@ -285,8 +269,71 @@ def _divided_parameter(module: nn.Module, name: str) -> DTensor | None:
     return parameter
 
 
-def _no_bias(module: nn.Module, name: str) -> Tensor | None:
-    """nn.Linear takes None; others, such as transformers' Conv1D, add what they find."""
-    bias = own_parameters(module)[name]
-    assert bias is not None
-    return None if isinstance(module, nn.Linear) else torch.zeros_like(bias)
+def once_each(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """Changes each tensor once: the same object stays the same, since modules ask whether query is key."""
+    changed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def once(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in changed:
+            changed[id(value)] = (change(value), value)
+        return changed[id(value)][0]
+
+    return once
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among what a forward is given or returns."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class OpaquePart(Tensor):
+    """A tensor that a part returns beside its output (the attention weights of its heads): passed on, but not used."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if way_of(func) is not Way.ASK:
+            raise RuntimeError(
+                "tp: a tensor that an attention or feed-forward module returns beside its output is this rank's part "
+                "of it (of its heads, or columns): leave the module whole with tensor_plan=, or use another axis"
+            )
+        with DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _made_opaque(output: Any, own: frozenset[int]) -> Any:
+    """What a part returned, with those of its tensors made opaque that are its own, by their number."""
+    numbers = itertools.count()
+
+    def opaque(leaf: Any) -> Any:
+        return leaf.as_subclass(OpaquePart) if isinstance(leaf, Tensor) and next(numbers) in own else leaf
+
+    return tree_map(opaque, output)
+
+
+def _without_opaque(leaf: Any) -> Any:
+    """As a plain tensor, for parts, which know what they are."""
+    if not isinstance(leaf, OpaquePart):
+        return leaf
+    with DisableTorchFunctionSubclass():
+        return leaf.as_subclass(Tensor)
+
+
+@contextmanager
+def overridden(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """While it lasts, the module (or one below it) finds these values under these dotted names."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, value in values.items():
+            owner, _, leaf = name.rpartition(".")
+            own = vars(module.get_submodule(owner))
+            before.append((own, leaf, own.get(leaf, _MISSING)))
+            own[leaf] = value
+        yield
+    finally:
+        for own, leaf, value in reversed(before):
+            if value is _MISSING:
+                del own[leaf]
+            else:
+                own[leaf] = value

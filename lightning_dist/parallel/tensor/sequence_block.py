@@ -7,7 +7,7 @@ block gathers all positions where it would have taken a replicated activation, a
 have left it replicated: the same bytes. See also [Note: positions that are divided].
 
 A weight of a block that is not divided sees this rank's positions, so its gradient is a part of the sum, as are those
-of norms of heads; :class:`~lightning_dist.parallel.tensor.axis.TensorAxis` adds all of them in one all-reduce. The same
+of norms of heads; :class:`~lightning_dist.parallel.tensor.split.TensorAxis` adds all in one all-reduce. The same
 holds for other activations that a block is given (what an encoder made, a condition): they stay whole and are copied to
 the region once.
 
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
-from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region, gather
-from lightning_dist.parallel.tensor.positions import DIM
-from lightning_dist.parallel.tensor.region import Region
+from lightning_dist.parallel.tensor.mappings import gather
+from lightning_dist.parallel.tensor.positions import DIM, Snapshot
+from lightning_dist.parallel.tensor.region import Args, Kwargs, Region, once_each, tensors_in
 from lightning_dist.parallel.tensor.users_hooks import refuse_hooks
-from lightning_dist.pytree import tree_leaves, tree_map
+from lightning_dist.pytree import tree_map
 from lightning_dist.random_states import own_stream
 
 
@@ -49,7 +49,7 @@ class SequenceBlock(Region):
     is_first: bool = False
     is_last: bool = False
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """The block's own forward, on this rank's positions."""
         assert self.positions is not None
         before = self.positions.state()
@@ -61,53 +61,51 @@ class SequenceBlock(Region):
             self.positions.restore(before)
             return self._run(module, args, kwargs)
 
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         assert self.positions is not None
         begin = self.positions.begin if self.is_first else self.positions.go_on
         args, kwargs, others = self._prepare(args, kwargs, begin)
         dropout = OwnDropout(self.mesh) if self.draws and module.training else nullcontext()
         with self.positions.inside(others), self._local_view(module), dropout:
             output = type(module).forward(module, *args, **kwargs)
-        return _with_first(output, self.positions.end(_first(output), self.is_last))
+        first = tensors_in(output)[0]
+        ended = self.positions.end(first, self.is_last)
+        return tree_map(lambda leaf: ended if leaf is first else leaf, output)
 
     def _prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[Tensor, str], Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+        self, args: Args, kwargs: Kwargs, begin: Callable[[Tensor, str], Tensor]
+    ) -> tuple[Args, Kwargs, list[Tensor]]:
         """The arguments as the forward gets them, and those of them that stay whole."""
         others: list[Tensor] = []
-        copies: dict[int, tuple[Tensor, Tensor]] = {}
         first = iter((True,))
 
-        def whole(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if id(value) not in copies:
-                copies[id(value)] = (copy_to_tensor_region(value, self.mesh) if value.requires_grad else value, value)
-                others.append(copies[id(value)][0])
-            return copies[id(value)][0]
+        def whole(value: Tensor) -> Tensor:
+            others.append(self.copied(value))
+            return others[-1]
+
+        other = once_each(whole)
 
         def prepared(name: str, value: Any) -> Any:
             if next(first, False):
                 return begin(value, self.name)
-            return value if name in self.stays else tree_map(whole, value)
+            return value if name in self.stays else tree_map(other, value)
 
         return *self.rewrite(args, kwargs, prepared), others
 
     def again(self) -> AbstractContextManager[Any]:
         """While the forward is computed again in backward, the activation is where it is now."""
         assert self.positions is not None
-        return self.positions.snapshot()
+        return Snapshot(self.positions)
 
-    def whole_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def whole_arguments(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """As the whole block takes them. Communication: an all-gather, but for the first block."""
         assert self.positions is not None
-        if self.is_first:
-            return args, kwargs
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        hidden = gather(hidden, self.mesh, DIM, self.positions.length)
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): hidden}
+        length, is_part = self.positions.length, iter((not self.is_first,))
+
+        def whole(_: str, value: Any) -> Any:
+            return gather(value, self.mesh, DIM, length) if next(is_part, False) else value
+
+        return self.rewrite(args, kwargs, whole)
 
     def whole_output(self, output: Tensor) -> Tensor:
         """As the whole block returns it. Communication: an all-gather, but for the last block."""
@@ -131,15 +129,3 @@ class OwnDropout(TorchFunctionMode):
 
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
-
-
-def _first(output: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
-def _with_first(output: Any, first: Tensor) -> Any:
-    """The output with its first tensor replaced."""
-    if isinstance(output, Tensor):
-        return first
-    old = _first(output)
-    return tree_map(lambda leaf: first if leaf is old else leaf, output)

@@ -22,17 +22,10 @@ def shard_placement(dim: int, packed: int = 1) -> Placement:
 
 
 def shard_of(tensor: Tensor, placement: Placement, mesh: DeviceMesh) -> Tensor:
-    """This rank's part of a whole tensor, a copy. Communication: none.
-
-    Args:
-        tensor: the same on every rank.
-        placement: from :func:`shard_placement`.
-        mesh: of one axis.
-    """
+    """This rank's part of a tensor that is whole on each rank of a one-axis mesh, a copy. Communication: none."""
     assert isinstance(placement, (Shard, StridedShard))
     pieces = tensor.chunk(getattr(placement, "split_factor", 1), placement.dim)
-    mine = [_chunk(piece, placement.dim, mesh) for piece in pieces]
-    return torch.cat(mine, placement.dim).clone()
+    return torch.cat([_chunk(piece, placement.dim, mesh) for piece in pieces], placement.dim).clone()
 
 
 def on_axis(tensor: DTensor, axis: str) -> Tensor:
@@ -57,14 +50,12 @@ def _chunk(piece: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
 
 
 def split_parameter(root: nn.Module, owner: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:
-    """Replaces a parameter, wherever it is tied, by a DTensor with its global shape. Communication: none.
+    """Replaces a parameter of ``owner`` by a DTensor with its global shape, also where ``root`` ties it to other names.
 
-    Args:
-        root: in which other names of the parameter are looked for.
-        owner: the module that has it.
-        name: of the parameter in its owner; nothing happens if that is None or split already.
-        placement: from :func:`shard_placement`.
-        mesh: of one axis.
+    Nothing happens if it is None or split already. Communication: none.
+
+    Raises:
+        ValueError: it is no plain parameter of its owner.
     """
     if name not in own_parameters(owner):
         raise ValueError(

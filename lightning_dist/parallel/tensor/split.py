@@ -1,30 +1,32 @@
-"""Applies a sharding plan to a module, in place, until it is undone."""
+"""Applies a sharding plan to a module, in place, until it is undone; and sums its partial gradients in a step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.compat.torch import FORWARD_PRE_HOOKS, DropoutNd
-from lightning_dist.parallel.tensor.attention import LocalHeads
+from lightning_dist.dtensors import local_part
+from lightning_dist.parallel.tensor.attention import AppliedWindows, LocalHeads, LocalWidth
 from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
-from lightning_dist.parallel.tensor.functional import AppliedWindows, LocalWidth
 from lightning_dist.parallel.tensor.hooks import HooksInside
-from lightning_dist.parallel.tensor.mappings import reduce_from_tensor_region
 from lightning_dist.parallel.tensor.positions import Positions
 from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.parallel.tensor.sequence_block import SequenceBlock
 from lightning_dist.parallel.tensor.shards import shard_placement, split_parameter
-from lightning_dist.parallel.tensor.vocab_parallel.embedding import LocalRows
 from lightning_dist.parallel.tensor.vocab_parallel.logits import VocabLogits
-from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
+from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import LocalRows, Vocabulary
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import OWN_ARGUMENTS, ModulePlan, ShardingPlan, TensorPlan
 from lightning_dist.plans.tensor.layers import inputs
-from lightning_dist.random_states import shared_again
 
 
 def split(module: nn.Module, plan: ShardingPlan, mesh: DeviceMesh, *, patches: Patches) -> None:
@@ -92,18 +94,19 @@ class _Splitting:
             self.patches.also(module.register_forward_pre_hook(_no_fast_path).remove)
 
     def _region(self, module: nn.Module, part: ModulePlan) -> Region:
-        mesh = self.mesh
-        logits = partial(_logits, Vocabulary(mesh, part.vocabulary), self.plan.loss_parallel)
+        mesh, vocabulary = self.mesh, Vocabulary(self.mesh, part.vocabulary)
+        is_embedding, is_head = (bool(part.vocabulary) and part.copies_inputs == copies for copies in (False, True))
+        has_mode = part.multihead or is_embedding or part.applied_row or part.width
         return Region(
             mesh,
             local=list(part.parameters),
-            attributes={name: _divided(module, name, mesh.size()) for name in part.attributes},
+            attributes={name: attrgetter(name)(module) // mesh.size() for name in part.attributes},
             buffers={name: shard_placement(*how) for name, how in part.buffers.items()},
             copies_inputs=part.copies_inputs,
             stays=part.stays,
-            mode=_mode(part, mesh),
+            mode=partial(_mode, part, vocabulary) if has_mode else None,
             draws=_draws(module),
-            finish=logits if _is_head(part) else None,
+            finish=partial(_logits, vocabulary, self.plan.loss_parallel) if is_head else None,
             hooks=HooksInside(mesh) if part.rows else None,
             check=None if part.vocabulary else self.check,
         )
@@ -152,6 +155,45 @@ class _Splitting:
             ).attach(block, self.patches)
 
 
+class TensorAxis:
+    """Sums the gradients of replicated parameters that each rank used on its part only: norms of heads, and under
+    sequence parallel all that is not divided in the blocks. See [Note: gradients of a part].
+
+    Communication: one all-reduce of their gradients, flat, over ``mesh`` per backward pass that reduces; none while
+    accumulating, none if there are no such parameters.
+    """
+
+    def __init__(self, module: nn.Module, partial: Iterable[str], mesh: DeviceMesh) -> None:
+        self.module, self.partial, self.mesh = module, list(partial), mesh
+        blocks = [region for m in module.modules() if isinstance(region := Region.of(m), SequenceBlock)]
+        self._positions = {id(block.positions): block.positions for block in blocks if block.positions is not None}
+        for name in self.partial:
+            _see_in_part(module, name)
+
+    def after_step(self) -> None:
+        """Called after the network ran. ValueError where a sequence-parallel stack did not run to its last block."""
+        for positions in self._positions.values():
+            positions.refuse_open()
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Sums; called after backward passes that reduce."""
+        parameters = dict.fromkeys(self.module.get_parameter(name) for name in self.partial)  # tied ones once
+        gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+        all_reduce_tensors(gradients, self.mesh.get_group(), mean=True)
+
+
+def _see_in_part(module: nn.Module, name: str) -> None:
+    """Tells the outermost region around a parameter that it uses it in part."""
+    *owners, _ = name.split(".")
+    around = [".".join(owners[:depth]) for depth in range(len(owners) + 1)]
+    regions = [(outer, region) for outer in around if (region := Region.of(module.get_submodule(outer))) is not None]
+    outer, region = next((found for found in regions if isinstance(found[1], SequenceBlock)), regions[-1])
+    below = name.removeprefix(f"{outer}.")
+    if below not in region.partial:
+        region.partial.append(below)
+
+
 def _refuse_replaced_forward(layer: nn.Module) -> None:
     if "forward" in vars(layer) and Region.of(layer) is None:
         raise ValueError(
@@ -160,53 +202,25 @@ def _refuse_replaced_forward(layer: nn.Module) -> None:
         )
 
 
-def _divided(module: nn.Module, name: str, tp: int) -> int:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf) // tp
-
-
-def _mode(part: ModulePlan, mesh: DeviceMesh) -> Any:
+def _mode(part: ModulePlan, vocabulary: Vocabulary, module: Any) -> AbstractContextManager[Any]:
+    """What the module's forward runs in, where functions that it calls have to be told of this rank's part."""
+    mesh = vocabulary.mesh
     if part.multihead:
-        return partial(_local_heads, mesh)
-    if part.vocabulary and not part.copies_inputs:
-        return partial(_local_rows, Vocabulary(mesh, part.vocabulary))
+        region = Region.of(module)
+        assert region is not None
+        return LocalHeads(region, 0 if module.batch_first else 1)  # which it turns around inside
+    if part.vocabulary:
+        return LocalRows(vocabulary, module.weight)
+    local = part.width // mesh.size()
     if part.applied_row:
-        return partial(_applied_windows, part, mesh)
-    return partial(_local_width, part.width, part.width // mesh.size()) if part.width else None
-
-
-def _local_heads(mesh: DeviceMesh, module: nn.Module) -> LocalHeads:
-    region = Region.of(module)
-    assert region is not None
-    return LocalHeads(mesh, region, 0 if getattr(module, "batch_first", False) else 1)  # which it turns around inside
-
-
-def _is_head(part: ModulePlan) -> bool:
-    return bool(part.vocabulary) and part.copies_inputs
+        weight: Any = module.get_submodule(part.applied_row).weight
+        return AppliedWindows(part.width, local, part.divides["heads"], weight, mesh)
+    return LocalWidth(part.width, local)
 
 
 def _logits(vocabulary: Vocabulary, stay_divided: bool, columns: Tensor) -> Tensor:
     logits = VocabLogits.from_local(columns, vocabulary.mesh, vocabulary.size)
     return logits if stay_divided else logits.full_tensor()
-
-
-def _local_rows(vocabulary: Vocabulary, module: nn.Module) -> LocalRows:
-    weight: Any = module.weight
-    return LocalRows(vocabulary, weight)
-
-
-def _applied_windows(part: ModulePlan, mesh: DeviceMesh, module: nn.Module) -> AppliedWindows:
-    weight: Any = module.get_submodule(part.applied_row).weight
-
-    def reduce(partial_sum: Tensor) -> Tensor:
-        shared_again()
-        return reduce_from_tensor_region(partial_sum, mesh)
-
-    return AppliedWindows(part.width, part.width // mesh.size(), part.divides["heads"], weight, reduce)
-
-
-def _local_width(width: int, local: int, module: nn.Module) -> LocalWidth:
-    return LocalWidth(width, local)
 
 
 def _draws(module: nn.Module) -> bool:

@@ -22,29 +22,22 @@ from lightning_dist.plans.tensor import layers
 ELEMENTWISE = (nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Mish)
 """Layers that work on one element at a time, and have no parameters."""
 
-_FUNCTIONS: frozenset[Any] = frozenset(
-    {
-        *(F.silu, F.gelu, F.relu, F.sigmoid, F.tanh, F.leaky_relu, F.elu, F.mish, F.softplus, F.hardswish, F.dropout),
-        *(torch.relu, torch.sigmoid, torch.tanh, torch.square),
-    }
-)
-_PRODUCTS: frozenset[Any] = frozenset({operator.mul, torch.mul})
-_METHODS = frozenset({"relu", "sigmoid", "tanh", "square"})
+_FUNCTIONS: set[Any] = {
+    *(F.silu, F.gelu, F.relu, F.sigmoid, F.tanh, F.leaky_relu, F.elu, F.mish, F.softplus, F.hardswish, F.dropout),
+    *(torch.relu, torch.sigmoid, torch.tanh, torch.square),
+}
+_METHODS = {"relu", "sigmoid", "tanh", "square"}
+_PRODUCTS: set[Any] = {operator.mul, torch.mul}
 
 
 def gated_layers(module: nn.Module) -> tuple[tuple[str, str], str] | None:
-    """The names of the two layers that read a gated module's input and of the one that writes back; None if it is none.
-
-    Args:
-        module: whose parameters are those of three dense layers, or not.
-    """
+    """The names of the two layers that read a gated module's input and of the one that writes back; None for others."""
     dense = {name: child for name, child in module.named_modules() if name and layers.is_dense(child)}
     owned = {id(p) for child in dense.values() for p in child.parameters()}
     if len(dense) != 3 or isinstance(module, pl.LightningModule) or next(module.buffers(), None) is not None:
         return None
-    if any(id(p) not in owned for p in module.parameters()) or len(owned) != sum(
-        len(list(child.parameters())) for child in dense.values()
-    ):
+    num_parameters = sum(len(list(child.parameters())) for child in dense.values())
+    if any(id(p) not in owned for p in module.parameters()) or len(owned) != num_parameters:
         return None  # holds more than the layers, or layers that share parameters
     try:
         graph = _Tracer().trace(copy.copy(module))  # which a forward may set attributes of
@@ -93,30 +86,22 @@ def _read(graph: fx.Graph, module: nn.Module, dense: set[str]) -> tuple[tuple[st
                 behind.add(node)
             else:
                 return None
-        elif _is_product(node) and all(i in where for i in inputs):
+        elif _calls(node, _PRODUCTS, {"mul"}) and all(i in where for i in inputs):
             where[node] = frozenset().union(*(where[i] for i in inputs))
         else:
             return None
-    if row is None or not _fit(module, columns, row):
-        return None
+    hidden = None if row is None else layers.inputs(module.get_submodule(row))
+    if row is None or any(layers.outputs(module.get_submodule(name)) != hidden for name in columns):
+        return None  # nothing writes back, or a layer gives one feature that is broadcast over the other's
     return (columns[0], columns[1]), row
 
 
 def _is_of_one_element(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         return isinstance(module.get_submodule(str(node.target)), ELEMENTWISE)
-    return (node.op == "call_function" and node.target in _FUNCTIONS) or (
-        node.op == "call_method" and node.target in _METHODS
-    )
+    return _calls(node, _FUNCTIONS, _METHODS)
 
 
-def _is_product(node: fx.Node) -> bool:
-    return (node.op == "call_function" and node.target in _PRODUCTS) or (
-        node.op == "call_method" and node.target == "mul"
-    )
-
-
-def _fit(module: nn.Module, columns: list[str], row: str) -> bool:
-    """Whether all three have the same hidden width: none is one feature that is broadcast over the other's."""
-    hidden = layers.inputs(module.get_submodule(row))
-    return all(layers.outputs(module.get_submodule(name)) == hidden for name in columns)
+def _calls(node: fx.Node, functions: set[Any], methods: set[str]) -> bool:
+    known: set[Any] = {"call_function": functions, "call_method": methods}.get(node.op, set())
+    return node.target in known

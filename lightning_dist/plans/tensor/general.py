@@ -1,4 +1,4 @@
-"""The general rule: attention and feed-forward pairs, recognised by what they are made of.
+"""The general rule: attention, feed-forward pairs and vocabularies, recognised by what they are made of.
 
 A pair is one or more dense layers that read the same activation, something that works element by element or head by
 head, and one dense layer that writes back. The first are divided by outputs, the last by inputs. A module is taken as a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -62,9 +63,7 @@ def general_plan(module: nn.Module) -> TensorPlan:
     """The parts of a network, by name."""
     plan: TensorPlan = {}
     for name, child in module.named_modules():
-        if name and any(
-            name.startswith(f"{other}.") for other, part in plan.items() if part.copies_inputs and part.rows
-        ):
+        if name.startswith(tuple(f"{other}." for other, part in plan.items() if part.copies_inputs and part.rows)):
             continue
         for below, part in _module_plans(child):
             plan[f"{name}.{below}".strip(".")] = part
@@ -74,18 +73,15 @@ def general_plan(module: nn.Module) -> TensorPlan:
 def _module_plans(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
     """The plans of one module, or of layers of it, by name below it."""
     if isinstance(module, nn.MultiheadAttention):
-        if part := _multihead(module):
-            yield "", part
-        return
-    if class_name(module) == "ShiftedWindowAttention":
-        if part := _shifted_windows(module):
-            yield "", part
-        return
-    part = _attention(module) or _feed_forward(module) or _sequential(module) or _gated(module)
+        part = _multihead(module)
+    elif class_name(module) == "ShiftedWindowAttention":
+        part = _shifted_windows(module)
+    else:
+        part = _attention(module) or _feed_forward(module) or _sequential(module) or _gated(module)
     if part is not None:
         yield "", part
-        return
-    yield from _apart(module)
+    else:
+        yield from _apart(module)
 
 
 def _multihead(module: nn.MultiheadAttention) -> ModulePlan | None:
@@ -149,16 +145,9 @@ def attention_plan(module: nn.Module, columns: tuple[str, ...], row: str | None,
     partial = tuple(f"{norm}.{n}" for norm in NORMS if norm in children for n, _ in children[norm].named_parameters())
     if not all(own[name].numel() == features // heads for name in partial):
         return None  # norms over all heads at once
+    rows = {row: layers.row(children[row])} if row else {}
     part = ModulePlan(
-        parameters,
-        {row: layers.row(children[row])} if row else {},
-        partial,
-        buffers,
-        attributes=attributes,
-        divides=divides,
-        stays=OWN_ARGUMENTS,
-        width=features,
-        split="by heads",
+        parameters, rows, partial, buffers, attributes, divides, stays=OWN_ARGUMENTS, width=features, split="by heads"
     )
     return part if _accounts_for(module, part) else None
 
@@ -194,7 +183,6 @@ def feed_forward_plan(module: nn.Module, columns: tuple[str, ...], row: str) -> 
 
 
 def _gated(module: nn.Module) -> ModulePlan | None:
-    """A gated feed-forward module of any names, see :mod:`~lightning_dist.plans.tensor.gated`."""
     found = gated_layers(module)
     return None if found is None else feed_forward_plan(module, *found)
 
@@ -209,8 +197,7 @@ def _sequential(module: nn.Module) -> ModulePlan | None:
         return None
     names = [name for name, _ in module.named_children()]
     if names[0] != dense[0] or names[1] == dense[1]:
-        # something before the first would see activations that were copied to the region; nothing between is no pair
-        return None
+        return None  # what is before the first would see activations copied to the region; nothing between is no pair
     return feed_forward_plan(module, (dense[0],), dense[1])
 
 
@@ -226,28 +213,23 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
     dense = dict(children["output"].named_children()).get("dense") if "output" in children else None
     if dense is None or not layers.is_dense(dense):
         return
-    inner = children.get("self") or children.get("attention")
-    middle = dict(children["intermediate"].named_children()).get("dense") if "intermediate" in children else None
+    name = "self" if "self" in children else "attention"
+    inner = children.get(name)
+    middle: Any = dict(children["intermediate"].named_children()).get("dense") if "intermediate" in children else None
     if inner is not None and {"query", "key", "value"} <= dict(inner.named_children()).keys():
-        name = "self" if "self" in children else "attention"
         part = attention_plan(inner, ("query", "key", "value"), None, 1)
         if part is not None:
             yield name, part
             yield "output.dense", row_alone(dense)
-    elif (
-        middle is not None
-        and layers.is_dense(middle)
-        and len(list(children["intermediate"].parameters())) == len(list(middle.parameters()))
-    ):
+    elif layers.is_dense(middle) and set(children["intermediate"].parameters()) == set(middle.parameters()):
         yield "intermediate.dense", column_alone(middle)
         yield "output.dense", row_alone(dense)
 
 
 def column_alone(layer: nn.Module) -> ModulePlan:
     """A layer that is a part by itself, whose outputs go on divided."""
-    parameters = {name.removeprefix("."): split for name, split in layers.column("", layer).items()}
-    attributes = tuple(name.removeprefix(".") for name in layers.column_attributes("", layer))
-    return ModulePlan(parameters, attributes=attributes, split="by columns")
+    attributes = layers.column_attributes("", layer)
+    return ModulePlan(layers.column("", layer), attributes=attributes, split="by columns")
 
 
 def row_alone(layer: nn.Module) -> ModulePlan:
@@ -259,3 +241,33 @@ def _accounts_for(module: nn.Module, part: ModulePlan) -> bool:
     """Whether every parameter of the module is divided, written back, or said to be used in part."""
     known = {*part.parameters, *part.partial, *(f"{row}.{leaf}" for row in part.rows for leaf in ("weight", "bias"))}
     return all(name in known for name, _ in module.named_parameters())
+
+
+def vocabulary_plan(module: nn.Module, plan: TensorPlan) -> TensorPlan:
+    """Embeddings and heads of one vocabulary: a dense layer with as many outputs as an embedding has rows, as wide.
+
+    They may be tied. An embedding without such a head is no vocabulary (positions, segments) and stays whole, and what
+    the ``plan`` of blocks divides is left alone.
+    """
+    taken = {f"{name}.{row}".strip(".") for name, part in plan.items() for row in ("", *part.rows)}
+    taken |= {f"{name}.{below}".rpartition(".")[0] for name, part in plan.items() for below in part.parameters}
+    embeddings = {name: m for name, m in module.named_modules(remove_duplicate=False) if _is_plain_embedding(m)}
+    found: TensorPlan = {}
+    for name, head in module.named_modules():
+        if name in taken or not layers.is_dense(head):
+            continue
+        sizes = (layers.outputs(head), layers.inputs(head))
+        own = {n: e for n, e in embeddings.items() if (e.num_embeddings, e.embedding_dim) == sizes}
+        tied = {n: e for n, e in own.items() if e.weight is head.weight}
+        if not own or not isinstance(head, nn.Linear):
+            continue
+        parameters = {leaf: Split(0) for leaf in ("weight", "bias") if getattr(head, leaf) is not None}
+        divided = ModulePlan(parameters, vocabulary=sizes[0], split="by vocabulary")
+        found |= dict.fromkeys(tied or own, replace(divided, parameters={"weight": Split(0)}, copies_inputs=False))
+        found[name] = divided
+    return found
+
+
+def _is_plain_embedding(module: nn.Module) -> bool:
+    is_plain = isinstance(module, nn.Embedding) and module.max_norm is None
+    return is_plain and not (module.sparse or module.scale_grad_by_freq)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_dist.compat.torch import own_parameters
-from lightning_dist.plans.tensor.plan import Split
+from lightning_dist.plans.tensor.plan import Split, join_names
 
 
 def is_dense(module: object) -> bool:
@@ -37,15 +37,13 @@ def inputs(layer: Any) -> int:
 
 def column(name: str, layer: Any, packed: int = 1) -> dict[str, Split]:
     """The parameters of a layer whose outputs are divided, by dotted name."""
-    found = {f"{name}.weight": Split(1 if _is_transposed(layer) else 0, packed)}
-    if layer.bias is not None:
-        found[f"{name}.bias"] = Split(0, packed)
-    return found
+    bias = {} if layer.bias is None else {join_names(name, "bias"): Split(0, packed)}
+    return {join_names(name, "weight"): Split(1 if _is_transposed(layer) else 0, packed), **bias}
 
 
 def column_attributes(name: str, layer: Any) -> tuple[str, ...]:
     """The integers that a divided layer's forward reads."""
-    return (f"{name}.nf",) if _is_transposed(layer) else ()
+    return (join_names(name, "nf"),) if _is_transposed(layer) else ()
 
 
 def row(layer: Any) -> Split:
@@ -55,26 +53,12 @@ def row(layer: Any) -> Split:
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 _HEAD_WIDTHS = ("head_dim", "head_width", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head")
-_DIVIDED = (
-    *_HEADS,
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_kv_heads",
-    "attn_dim",
-    "all_head_size",
-    "inner_dim",
-    "split_size",
-)
+_SIZES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "attn_dim", "all_head_size", "inner_dim", "split_size")
 
 
 def count_heads(attention: nn.Module) -> int | None:
     """Number of query heads of an attention module, from its own attributes or its config; None if it does not tell."""
-    config = getattr(attention, "config", None)
-    for owner in (attention, config):
-        for name in _HEADS:
-            if isinstance(count := getattr(owner, name, None), int):
-                return count
-    return None
+    return _first_integer(_HEADS, attention, getattr(attention, "config", None))
 
 
 def counts_heads_itself(attention: nn.Module) -> bool:
@@ -84,12 +68,14 @@ def counts_heads_itself(attention: nn.Module) -> bool:
 
 def head_width(attention: nn.Module) -> int | None:
     """Features of a head; None if it does not tell."""
-    for name in _HEAD_WIDTHS:
-        if isinstance(width := getattr(attention, name, None), int):
-            return width
-    return None
+    return _first_integer(_HEAD_WIDTHS, attention)
+
+
+def _first_integer(names: tuple[str, ...], *owners: Any) -> int | None:
+    found = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 def head_attributes(attention: nn.Module) -> tuple[str, ...]:
     """The integers of an attention module that count its heads, or features of all heads together."""
-    return tuple(name for name in _DIVIDED if type(vars(attention).get(name)) is int)
+    return tuple(name for name in (*_HEADS, *_SIZES) if type(vars(attention).get(name)) is int)

@@ -1,4 +1,4 @@
-"""From what a user asks of the tensor axis to the sharding plan of a module."""
+"""From what a user asks of the tensor axis to the sharding plan of a module, sequence-parallel blocks included."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_dist.plans.tensor.general import general_plan
-from lightning_dist.plans.tensor.plan import TensorPlan
-from lightning_dist.plans.tensor.sequence import find_sequence_blocks
-from lightning_dist.plans.tensor.sharding_plan import ShardingPlan, partial_parameters
+from lightning_dist.compat.torch import NormBase
+from lightning_dist.plans.blocks import CONTAINERS, class_name
+from lightning_dist.plans.tensor import layers
+from lightning_dist.plans.tensor.general import general_plan, vocabulary_plan
+from lightning_dist.plans.tensor.plan import SequenceBlocks, ShardingPlan, TensorPlan, join_names, partial_parameters
 from lightning_dist.plans.tensor.styles import Styles, declared_plan, styled_plan
-from lightning_dist.plans.tensor.vocabulary import vocabulary_plan
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,7 @@ class TensorOptions:
     loss_parallel: bool = False
 
     def sharding_plan(self, module: nn.Module, tp: int, blocks: dict[str, nn.Module]) -> ShardingPlan | None:
-        """The plan of a module over ``tp`` ranks; None for one.
-
-        Args:
-            module: the whole module.
-            tp: degree of the axis.
-            blocks: its repeated parts, by name.
+        """The plan of a whole module, with these repeated parts by name, over ``tp`` ranks; None for one.
 
         Raises:
             ValueError: see :func:`find_tensor_plan`, :func:`check` and :func:`find_sequence_blocks`.
@@ -47,10 +42,6 @@ class TensorOptions:
 def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorPlan:
     """The plan of a network: the user's; else what the general rule recognises, and what a model declares beside it.
 
-    Args:
-        module: the whole module.
-        styles: the user's, see :func:`~lightning_dist.plans.tensor.styles.styled_plan`.
-
     Raises:
         ValueError: nothing in it can be divided, or the user's plan does not fit it.
     """
@@ -62,9 +53,7 @@ def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorP
             plan[name] = part
     plan |= vocabulary_plan(module, plan)
     if not plan:
-        kinds = sorted(
-            {type(child).__name__ for child in module.modules() if next(child.parameters(False), None) is not None}
-        )
+        kinds = sorted({type(child).__name__ for child in module.modules() if [*child.parameters(recurse=False)]})
         raise ValueError(
             "tp finds nothing to divide: no attention and no feed-forward pair of dense layers among "
             f"{', '.join(kinds[:8]) or 'its layers'}. Convolutional networks have no tensor plan: use dp_shard, which "
@@ -74,11 +63,7 @@ def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorP
 
 
 def check(plan: TensorPlan, tp: int) -> None:
-    """Raises if the axis does not divide what it has to.
-
-    Raises:
-        ValueError: with the degrees that would do.
-    """
+    """Raises a ValueError if the axis does not divide what it has to, with the degrees that would do."""
     for name, part in plan.items():
         for what, number in part.divides.items():
             if number % tp:
@@ -101,3 +86,54 @@ def _validate_not_shared(module: nn.Module, plan: ShardingPlan) -> None:
                 f"tp: {' and '.join(same)} are one parameter, which is used on each rank's part of an activation in "
                 "one place and on the whole in another; untie them, or leave sequence_parallel off"
             )
+
+
+def find_sequence_blocks(module: nn.Module, plan: TensorPlan, blocks: dict[str, nn.Module]) -> SequenceBlocks:
+    """The stacks among a network's blocks: neighbours in one container, each with layers that the plan divides.
+
+    Raises:
+        ValueError: there is none, or one that works across positions, as far as its layers tell.
+    """
+    by_container: dict[str, list[str]] = {}
+    for name in blocks:
+        by_container.setdefault(name.rpartition(".")[0], []).append(name)
+    stacks: SequenceBlocks = []
+    for container, names in by_container.items():
+        held = [join_names(container, leaf) for leaf, _ in module.get_submodule(container).named_children()]
+        is_stack = isinstance(module.get_submodule(container), CONTAINERS) and held == names
+        if is_stack and all(_has_parts(name, plan) for name in names):
+            stacks.append(names)
+    for name in (name for names in stacks for name in names):
+        _validate_dims(module, name, plan)
+    if not stacks:
+        raise ValueError(
+            "sequence_parallel divides positions between blocks that follow each other in one list, each with layers "
+            f"that tp divides; {type(module).__name__} has none. Leave it off, or name the blocks in shard_units="
+        )
+    return stacks
+
+
+def _has_parts(block: str, plan: TensorPlan) -> bool:
+    return block not in plan and any(name.startswith(f"{block}.") and part.copies_inputs for name, part in plan.items())
+
+
+def _validate_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
+    """Divided layers that read something else than the features of a position, and norms over positions."""
+    norm = next((n for n, child in module.get_submodule(block).named_modules() if isinstance(child, NormBase)), None)
+    if norm is not None:
+        _refuse(f"{block}.{norm}", "takes statistics over the positions that would be divided")
+    widths = set()
+    for name, part in plan.items():
+        if not name.startswith(f"{block}."):
+            continue
+        if part.applied_row or "Window" in class_name(module.get_submodule(name)):
+            _refuse(name, "attends within windows of an image, across what would be divided")
+        if part.copies_inputs and not part.multihead:
+            first = next(iter(part.parameters)).rpartition(".")[0]
+            widths.add(layers.inputs(module.get_submodule(f"{name}.{first}".strip("."))))
+    if len(widths) > 1:
+        _refuse(block, f"has layers over inputs of {' and '.join(map(str, sorted(widths)))}: not all are features")
+
+
+def _refuse(name: str, why: str) -> None:
+    raise ValueError(f"sequence_parallel: {name} {why}; leave it off for this network")

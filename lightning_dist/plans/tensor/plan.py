@@ -1,9 +1,11 @@
-"""The words of a tensor plan: what is divided among the ranks of the tensor axis, and what they see of the rest."""
+"""The words of a plan: what the tensor axis divides in a module, what ranks see of the rest, and what follows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from torch import nn
 
 
 class Split(NamedTuple):
@@ -60,3 +62,38 @@ OWN_ARGUMENTS = frozenset({"position_bias", "encoder_decoder_position_bias"})
 
 TensorPlan = dict[str, ModulePlan]
 """By name of the module, in the order of the model."""
+
+SequenceBlocks = list[list[str]]
+"""Names of sequence-parallel blocks, in the order in which they run, stack by stack: an encoder's and a decoder's."""
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """What the tensor axis does to a module.
+
+    Args:
+        tensor_plan: the modules that it divides.
+        sequence_blocks: blocks between which positions stay divided: sequence parallel.
+        loss_parallel: logits stay divided by vocabulary.
+    """
+
+    tensor_plan: TensorPlan
+    sequence_blocks: SequenceBlocks = field(default_factory=list)
+    loss_parallel: bool = False
+
+
+def parameter_splits(plan: TensorPlan) -> dict[str, Split]:
+    """How each divided parameter is split, by its name (or names, where it is tied)."""
+    splits = {join_names(name, below): how for name, part in plan.items() for below, how in part.parameters.items()}
+    rows = {join_names(name, row, "weight"): how for name, part in plan.items() for row, how in part.rows.items()}
+    return splits | rows
+
+
+def partial_parameters(module: nn.Module, plan: ShardingPlan) -> list[str]:
+    """Names of the replicated parameters whose gradient each rank has only its part of: those used on its heads, and
+    those of sequence-parallel blocks, used on its positions."""
+    of_heads = [join_names(name, below) for name, part in plan.tensor_plan.items() for below in part.partial]
+    blocks = tuple(f"{name}." for names in plan.sequence_blocks for name in names)
+    names = (name for name, _ in module.named_parameters(remove_duplicate=False) if name.startswith(blocks))
+    divided = parameter_splits(plan.tensor_plan)
+    return list(dict.fromkeys([*of_heads, *(name for name in names if name not in divided)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from lightning_dist.compat.torch import own_parameters
 from lightning_dist.compat.transformers import declared_tensor_plan
+from lightning_dist.plans.blocks import closest
 from lightning_dist.plans.tensor import layers
 from lightning_dist.plans.tensor.general import attention_plan, column_alone, feed_forward_plan, row_alone
 from lightning_dist.plans.tensor.plan import ModulePlan, TensorPlan
@@ -22,12 +22,10 @@ Styles = Mapping[str, str] | Callable[[str, nn.Module], str | None]
 
 
 def styled_plan(module: nn.Module, styles: Styles) -> TensorPlan:
-    """The plan that a user wrote.
+    """The plan of a whole module that a user wrote.
 
-    Args:
-        module: the whole module.
-        styles: a style of :data:`STYLES` by name of layer, in which ``*`` matches anything; or a function of name and
-            module that returns one, or None.
+    ``styles`` gives a style of :data:`STYLES` by name of layer, in which ``*`` matches anything; or is a function of
+    name and module that returns one, or None.
 
     Raises:
         ValueError: a style that is none, a pattern that matches nothing, a layer that is not dense, an attention
@@ -41,8 +39,7 @@ def styled_plan(module: nn.Module, styles: Styles) -> TensorPlan:
         for pattern, style in styles.items():
             found = [name for name in modules if fnmatchcase(name, pattern)]
             if not found:
-                close = difflib.get_close_matches(pattern, modules, n=3)
-                hint = f"; the closest are {', '.join(close)}" if close else ""
+                hint = closest(pattern, modules)
                 raise ValueError(f"tensor_plan names {pattern!r}, and no module has such a name{hint}")
             chosen |= dict.fromkeys(found, style)
     for name, style in chosen.items():
@@ -73,9 +70,7 @@ def declared_plan(module: nn.Module) -> TensorPlan:
         declared = declared_tensor_plan(child)
         if not declared:
             continue
-        names = {
-            f"{prefix}.{name}".strip("."): below for name, below in child.named_modules() if layers.is_dense(below)
-        }
+        names = [f"{prefix}.{name}".strip(".") for name, below in child.named_modules() if layers.is_dense(below)]
         start = f"{prefix}." if prefix else ""
         chosen = {
             name: style
@@ -101,7 +96,7 @@ def _assemble(module: nn.Module, chosen: Mapping[str, str]) -> dict[str, ModuleP
         owner = module.get_submodule(parent)
         if len(columns) in (1, 3) and len(rows) < 2 and (layers.count_heads(owner) or layers.head_width(owner)):
             parts[parent] = attention_plan(owner, columns, rows[0] if rows else None, 3 if len(columns) == 1 else 1)
-        elif columns and len(rows) == 1 and all(layers.is_dense(c) for c in owner.children() if _has_parameters(c)):
+        elif columns and len(rows) == 1 and all(layers.is_dense(c) for c in owner.children() if [*c.parameters()]):
             parts[parent] = feed_forward_plan(owner, columns, rows[0])
         else:
             for leaf in styled:
@@ -109,7 +104,3 @@ def _assemble(module: nn.Module, chosen: Mapping[str, str]) -> dict[str, ModuleP
                 alone = column_alone(layer) if styled[leaf] == COLWISE else row_alone(layer)
                 parts[f"{parent}.{leaf}".strip(".")] = alone
     return parts
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())

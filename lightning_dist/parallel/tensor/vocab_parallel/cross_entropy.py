@@ -55,9 +55,9 @@ def vocab_cross_entropy(
         else:
             targets = _Classes(target, vocabulary, weight, ignore_index, label_smoothing, dtype)
         losses = _Losses.apply(columns, targets, vocabulary)
-        if reduction == "none":
-            return losses
-        return losses.sum() / targets.count if reduction == "mean" else losses.sum()
+        if reduction == "mean":
+            return losses.sum() / targets.count
+        return losses if reduction == "none" else losses.sum()
 
 
 class _Classes:
@@ -78,12 +78,9 @@ class _Classes:
         at = classes - vocabulary.start
         self.mine = kept & (at >= 0) & (at < vocabulary.width)
         self.at = at.where(self.mine, 0)[:, None]
-        counted = kept.to(dtype)
-        if weight is not None:
-            counted = counted * weight[classes]
+        counted = kept.to(dtype) if weight is None else kept.to(dtype) * weight[classes]
         self.count = counted.sum()
-        self.on_class = (1 - smoothing) * counted
-        self.mass = self.on_class
+        self.on_class = self.mass = (1 - smoothing) * counted
         self.everywhere: Tensor | None = None
         self.column_weight = None if weight is None else vocabulary.own(weight)
         if smoothing:
@@ -106,15 +103,14 @@ class _Classes:
         if not grad.shape[1]:
             return
         grad.scatter_add_(1, self.at, (-self.on_class).where(self.mine, 0)[:, None])
-        if self.everywhere is not None:
-            if self.column_weight is None:
-                grad.sub_(self.everywhere[:, None])
-            else:
-                grad.addr_(self.everywhere, self.column_weight, alpha=-1)
+        if self.everywhere is not None and self.column_weight is not None:
+            grad.addr_(self.everywhere, self.column_weight, alpha=-1)
+        elif self.everywhere is not None:
+            grad.sub_(self.everywhere[:, None])
 
 
 class _Probabilities:
-    """Each row's distribution q over the columns, from probabilities: ((1 - s) p + s / V) w."""
+    """The same from probabilities: ((1 - s) p + s / V) w."""
 
     kept = None
 
@@ -130,11 +126,9 @@ class _Probabilities:
             self.distribution *= vocabulary.own(weight)
 
     def overlap(self, columns: Tensor) -> Tensor:
-        """(N,): the sum of q x over this rank's columns."""
         return (self.distribution * columns).sum(1)
 
     def subtract_from(self, grad: Tensor) -> None:
-        """Takes q from (N, own width), in place."""
         grad.sub_(self.distribution)
 
 
@@ -153,15 +147,12 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, columns: Tensor, targets: _Classes | _Probabilities, vocabulary: Vocabulary) -> Tensor:
         dtype = targets.mass.dtype
-        if vocabulary.width:
-            top = columns.amax(1).to(dtype)
-        else:
-            top = columns.new_full((len(columns),), -math.inf, dtype=dtype)
+        own = columns if vocabulary.width else columns.new_full((len(columns), 1), -math.inf)
+        top = own.amax(1).to(dtype)
         vocabulary.all_reduce(top, dist.ReduceOp.MAX)
         shifted = columns - top[:, None]
         overlap = targets.overlap(shifted)
-        sums = torch.stack([shifted.exp_().sum(1), overlap])
-        exponentials, overlap = vocabulary.all_reduce(sums)
+        exponentials, overlap = vocabulary.all_reduce(torch.stack([shifted.exp_().sum(1), overlap]))
         normalizer = exponentials.log()
         ctx.save_for_backward(columns, top + normalizer)
         ctx.targets, ctx.vocabulary = targets, vocabulary

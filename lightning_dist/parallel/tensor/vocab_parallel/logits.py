@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.compat.operators import writes_in_place
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, tensor_attributes
-from lightning_dist.parallel.tensor.vocab_parallel.operators import OF_AUTOGRAD, OVER_VOCABULARY
+from lightning_dist.parallel.tensor.vocab_parallel.operators import OPERATORS
 from lightning_dist.parallel.tensor.vocab_parallel.sharding_rules import (
     BY_ANY_ARGUMENT,
     BY_FIRST_ARGUMENT,
@@ -19,7 +19,7 @@ from lightning_dist.parallel.tensor.vocab_parallel.sharding_rules import (
 )
 from lightning_dist.parallel.tensor.vocab_parallel.split_tensor import VocabTensor
 from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
-from lightning_dist.pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from lightning_dist.pytree import tree_leaves, tree_map_only
 
 
 class VocabLogits(VocabTensor):
@@ -40,21 +40,16 @@ class VocabLogits(VocabTensor):
 
     @staticmethod
     def from_local(columns: Tensor, mesh: DeviceMesh, vocab_size: int) -> VocabLogits:
-        """Logits (..., vocab_size) from this rank's columns.
-
-        Args:
-            columns: (..., own width), this rank's by torch's chunk rule.
-            mesh: 1-D, over which the vocabulary is split.
-            vocab_size: of all ranks.
+        """Logits (..., vocab_size) from this rank's columns (..., own width), by torch's chunk rule over a 1-D mesh.
 
         Raises:
             ValueError: another number of columns than the rule gives this rank, or a mesh of more axes.
         """
         vocabulary = Vocabulary(mesh, vocab_size)
         if columns.shape[-1] != vocabulary.width:
+            shape = tuple(columns.shape)
             raise ValueError(
-                f"this rank holds {vocabulary.width} of {vocab_size} columns; the tensor's shape is "
-                f"{tuple(columns.shape)}"
+                f"this rank holds {vocabulary.width} of {vocab_size} columns; the tensor's shape is {shape}"
             )
         return VocabLogits.from_columns(columns, vocabulary, columns.ndim - 1)
 
@@ -106,10 +101,8 @@ class VocabLogits(VocabTensor):
 def _without_gather(func: Any, logits: VocabLogits, args: Any, kwargs: Any) -> Any:
     """The result from this rank's columns and small messages, or NotImplemented."""
     try:
-        if func in OF_AUTOGRAD:
-            return OF_AUTOGRAD[func](*args, **kwargs)
-        if func in OVER_VOCABULARY:
-            return OVER_VOCABULARY[func](*args, **kwargs)
+        if func in OPERATORS:
+            return OPERATORS[func](*args, **kwargs)
         if func in _SHAPE_ONLY:
             shaped = logits.local_values().new_empty(1).expand(logits.shape)
             return func(*tree_map_only(VocabLogits, lambda _: shaped, args), **kwargs)
@@ -144,14 +137,11 @@ def _plain(func: Any, logits: VocabLogits, full: Tensor, args: Any, kwargs: Any)
 
 def _with_gather(func: Any, args: Any, kwargs: Any) -> Any:
     """The result from the whole logits."""
-    leaves, spec = tree_flatten((args, kwargs))
-    split = [leaf for leaf in leaves if isinstance(leaf, VocabLogits)]
-    args, kwargs = tree_unflatten(
-        [leaf.full_tensor() if isinstance(leaf, VocabLogits) else leaf for leaf in leaves], spec
-    )
-    result = func(*args, **kwargs)
-    for logits in split:
-        logits.write_back()
+    args_, kwargs_ = tree_map_only(VocabLogits, VocabLogits.full_tensor, (args, kwargs))
+    result = func(*args_, **kwargs_)
+    for logits in tree_leaves((args, kwargs)):
+        if isinstance(logits, VocabLogits):
+            logits.write_back()
     return result
 
 

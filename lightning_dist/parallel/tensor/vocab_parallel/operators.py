@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dist.compat.torch import legacy_reduction
+from lightning_dist.parallel.tensor.mappings import copy_to_tensor_region
 from lightning_dist.parallel.tensor.vocab_parallel.cross_entropy import vocab_cross_entropy
-from lightning_dist.parallel.tensor.vocab_parallel.largest import Largest
 from lightning_dist.parallel.tensor.vocab_parallel.split_tensor import VocabTensor
+from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 from lightning_dist.pytree import tree_map_only
 
 
@@ -63,10 +64,46 @@ def _cross_entropy(
     return loss.reshape(rows) if reduction == "none" else loss
 
 
+class _Largest(torch.autograd.Function):
+    """The ``k`` largest of each row (..., own width): values and columns, (..., k) each, the largest first.
+
+    For ``k`` = 1 it is the lowest column of equals, as torch's max. Backward gives the values' gradient to the ranks
+    that hold them.
+
+    Communication: forward one all-gather over the mesh, of at most 2 k numbers a row and rank; backward none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, vocabulary: Vocabulary, k: int) -> tuple[Tensor, Tensor]:
+        own = min(k, vocabulary.width)
+        values, at = columns.max(-1, keepdim=True) if own == 1 else columns.topk(own)
+        # float64 holds every float32 and every column exactly
+        found = torch.stack([values.double(), (at + vocabulary.start).double()])
+        found = vocabulary.gather(found, [min(k, width) for width in vocabulary.widths])
+        if k == 1:
+            order = found[0].argmax(-1, keepdim=True)  # the first of equals
+        else:
+            order = torch.sort(found[0], stable=True, descending=True)[1][..., :k]
+        values, at = found[0].gather(-1, order), found[1].gather(-1, order).long()
+        ctx.vocabulary = vocabulary
+        ctx.save_for_backward(at)
+        ctx.mark_non_differentiable(at)
+        return values.to(columns.dtype), at
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (at,) = ctx.saved_tensors
+        own, width = at - ctx.vocabulary.start, ctx.vocabulary.width
+        own = own.where((own >= 0) & (own < width), width)  # what others hold goes to a column that is cut off
+        grad = grad_values.new_zeros(*at.shape[:-1], width + 1)
+        grad = grad.scatter_add(-1, own, copy_to_tensor_region(grad_values, ctx.vocabulary.mesh))
+        return grad[..., :-1], None, None
+
+
 def _largest(logits: VocabTensor, dim: int, k: int, columns: Tensor) -> tuple[Tensor, Tensor] | None:
     if not isinstance(dim, int) or dim % logits.ndim != logits.vocab_dim:
         return None
-    values, at = Largest.apply(columns.movedim(logits.vocab_dim, -1), logits.vocabulary, k)
+    values, at = _Largest.apply(columns.movedim(logits.vocab_dim, -1), logits.vocabulary, k)
     return values.movedim(-1, logits.vocab_dim), at.movedim(-1, logits.vocab_dim)
 
 
@@ -115,18 +152,13 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tupl
     )
 
 
-OF_AUTOGRAD: dict[Any, Callable[..., Any]] = {
+OPERATORS: dict[Any, Callable[..., Any]] = {
     Tensor.grad.__get__: _grad,  # type: ignore[union-attr]
     Tensor.retain_grad: lambda logits: logits.to_local().retain_grad(),
     Tensor.register_hook: _register_hook,
     torch.autograd.grad: _autograd_grad,
-}
-OVER_VOCABULARY: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
-    torch.argmax: _argmax,
-    Tensor.argmax: _argmax,
-    torch.max: _max,
-    Tensor.max: _max,
-    torch.topk: _topk,
-    Tensor.topk: _topk,
+    **dict.fromkeys((torch.argmax, Tensor.argmax), _argmax),
+    **dict.fromkeys((torch.max, Tensor.max), _max),
+    **dict.fromkeys((torch.topk, Tensor.topk), _topk),
 }

@@ -76,11 +76,9 @@ class VocabTensor(Tensor):
         with DisableTorchFunctionSubclass():
             columns = self.to_local()
             wants_graph = columns.requires_grad and torch.is_grad_enabled()
-            values = None
-            if self._whole is not None and self._whole[2] == self._writes[0]:
-                values = self._whole[0]
-                if values.requires_grad == wants_graph:
-                    return values
+            values = self._whole[0] if self._whole is not None and self._whole[2] == self._writes[0] else None
+            if values is not None and values.requires_grad == wants_graph:
+                return values
             full = self._from_source(wants_graph) if values is None else None
             if full is None:
                 full = _Gather.apply(columns, self.vocabulary, self.vocab_dim, values)
@@ -88,11 +86,9 @@ class VocabTensor(Tensor):
             return full
 
     def local_values(self) -> Tensor:
-        """This rank's columns outside of any graph."""
         return self._columns.detach()
 
     def detached(self: T) -> T:
-        """The same tensor outside of the graph."""
         return self.wrap(self.local_values(), self.vocabulary, self.vocab_dim)
 
     def derive(self: T, columns: Tensor, dim: int, function: Callable[[Tensor], Tensor]) -> T:
@@ -111,7 +107,6 @@ class VocabTensor(Tensor):
         return result
 
     def count_write(self) -> None:
-        """Notes that this rank's columns were written in place."""
         self._writes[0] += 1
 
     def write_back(self) -> None:
