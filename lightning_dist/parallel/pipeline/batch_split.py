@@ -60,7 +60,6 @@ class Splitter:
         return [_part(batch, dims, end - size, end) for size, end in zip(sizes, ends, strict=True)], sizes
 
     def first(self, batch: Any, count: int) -> Any:
-        """The first samples of a batch."""
         if callable(self._how):
             return self.split(batch, max(1, self.size(batch) // count))[0][0]
         return _part(batch, places(batch) if self._how is None else self._how, 0, count)

@@ -17,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_dist.compat.lightning import set_trainer, trainer_of
 from lightning_dist.compat.torch import COMPILED_CALL, children_of, own_buffers, own_parameters, registries
 from lightning_dist.parallel.pipeline.guards import AddGuard, GuardedInt, GuardedTrainer
-from lightning_dist.parallel.pipeline.manual_optimization import idle, refuse_toggling
+from lightning_dist.parallel.pipeline.manual_optimization import IDLE, idle, show_gradients
 from lightning_dist.parallel.rehearsal import is_users_object
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.precision import cast_by_autocast
@@ -58,17 +58,12 @@ class FakeModule:
             self.names[id(standin)] = names[original]
         self._rebind()
 
-    def follow(
-        self,
-        module: pl.LightningModule,
-        add_guard: AddGuard = lambda *_: None,
-        in_step: bool = False,
-    ) -> None:
+    def follow(self, module: pl.LightningModule, add_guard: AddGuard = lambda *_: None, in_step: bool = False) -> None:
         """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set.
 
         Args:
             module: that it is a copy of.
-            add_guard: is told of what the step asks of integers and the Trainer; see ``guards.py``.
+            add_guard: is told of what the step asks of integers and the Trainer; see [Note: a path that changes].
             in_step: whether a step is what comes, and not a hook.
         """
         self.logged, self.backwards = {}, 0
@@ -83,15 +78,14 @@ class FakeModule:
             child.training = training.get(name, child.training)
         for original in module.modules():
             copied = self._modules.get(id(original))
-            if copied is not None:
-                for key, value in vars(original).items():
-                    if _is_users(key, value):
-                        vars(copied)[key] = self._renamed(_loose(value))
-                    if type(value) is int and original is module and _is_users(key, value):
-                        vars(copied)[key] = GuardedInt(partial(vars(module).__getitem__, key), add_guard)
+            for key, value in vars(original).items() if copied is not None else ():
+                if not _is_users(key, value):
+                    continue
+                is_guarded = type(value) is int and original is module
+                answer = GuardedInt(partial(vars(module).__getitem__, key), add_guard) if is_guarded else value
+                vars(copied)[key] = answer if is_guarded else self._renamed(_loose(value))
 
     def forget_trainer(self) -> None:
-        """The step has been traced."""
         self._trainer = None
         set_trainer(self.module, None)
 
@@ -146,21 +140,19 @@ class FakeModule:
 
     def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Those of the Trainer; before it has any, those that the copy configures."""
-        trainer = self._trainer
-        there: Any = [] if trainer is None else trainer.strategy.optimizers
+        there: Any = [] if self._trainer is None else self._trainer.strategy.optimizers
         if not there:
             there = self._configured = self._configured or optimizers_in(self.module.configure_optimizers())  # type: ignore[operator]
         return idle(there[0] if len(there) == 1 else there)
 
     def _schedulers(self) -> Any:
-        trainer = self._trainer
-        there = [] if trainer is None else [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+        configs = [] if self._trainer is None else self._trainer.strategy.lr_scheduler_configs
+        there = [config.scheduler for config in configs]
         return idle(there[0] if len(there) == 1 else there or None)
 
     def _backward(self, *_: Any, **__: Any) -> None:
         self.backwards += 1
-        for parameter in self.module.parameters():
-            parameter.grad = placeholder(parameter) if parameter.requires_grad else None
+        show_gradients(self.module)
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value
@@ -180,9 +172,8 @@ class FakeModule:
         if isinstance(module, (Metric, MetricCollection)):
             _silence(new, module, self)
         if isinstance(module, pl.LightningModule):
-            vars(new).update(log=self._log, print=_nothing, optimizers=self._optimizers, lr_schedulers=self._schedulers)
-            vars(new).update(manual_backward=self._backward, clip_gradients=_nothing)
-            vars(new).update(toggle_optimizer=refuse_toggling, untoggle_optimizer=refuse_toggling)
+            vars(new).update(IDLE, log=self._log, print=lambda *_, **__: None, manual_backward=self._backward)
+            vars(new).update(optimizers=self._optimizers, lr_schedulers=self._schedulers)
         return new
 
     def _standin(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -190,8 +181,8 @@ class FakeModule:
             return None
         if id(parameter) not in self._parameters:
             fake = placeholder(parameter.detach(), self._device, self._dtype if id(parameter) in self._cast else None)
-            self._parameters[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-            self._parameters[id(parameter)].__dict__.update(vars(parameter))
+            self._parameters[id(parameter)] = standin = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            vars(standin).update(vars(parameter))
         return self._parameters[id(parameter)]
 
     def _buffer(self, buffer: Tensor) -> Tensor:
@@ -205,22 +196,20 @@ class FakeModule:
             for key, value in list(vars(original).items()):
                 if isinstance(value, MethodType) and id(value.__self__) in self._modules:
                     vars(original)[key] = MethodType(value.__func__, self._modules[id(value.__self__)])
-                elif isinstance(value, nn.Module) and id(value) in self._modules:
-                    vars(original)[key] = self._modules[id(value)]
-                elif type(value) in (list, tuple, dict) or is_users_object(value):
+                else:
                     vars(original)[key] = self._renamed(value)
 
     def _renamed(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
-            return self._modules.get(id(value), value)
+            return self.copy_of(value)
         if type(value) in (list, tuple):
-            return type(value)(self._renamed(item) for item in value)
+            return type(value)(map(self._renamed, value))
         if type(value) is dict:
             return {key: self._renamed(item) for key, item in value.items()}
         if is_users_object(value):
             shell = _loose(value)  # its modules are the copies
             inside = [(key, item) for key, item in vars(shell).items() if isinstance(item, nn.Module)]
-            vars(shell).update({key: self._modules.get(id(item), item) for key, item in inside})
+            vars(shell).update({key: self.copy_of(item) for key, item in inside})
             return shell
         return value
 
@@ -267,9 +256,4 @@ def _silence(metric: Any, original: Metric | MetricCollection, fake_module: Fake
     def updated(*args: Any, **kwargs: Any) -> None:
         fake_module.on_metric()
 
-    silent: dict[str, Callable[..., Any]] = {"forward": number, "compute": number, "update": updated}
-    vars(metric).update(silent)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+    vars(metric).update(forward=number, compute=number, update=updated)

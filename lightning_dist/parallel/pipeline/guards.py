@@ -74,43 +74,30 @@ class GuardedInt(int):
         return self._get()
 
 
-def _compared(name: str) -> Callable[[GuardedInt, Any], Any]:
-    function = getattr(operator, name)
-
-    def method(self: GuardedInt, other: Any) -> Any:
-        return (
-            self._ask(lambda value: function(value, _plain(other)))
-            if isinstance(other, (int, float))
-            else NotImplemented
-        )
-
-    return method
+def _plain(value: Any) -> Any:
+    return value._get() if isinstance(value, GuardedInt) else value
 
 
-def _calculated(name: str, is_reflected: bool) -> Callable[[GuardedInt, Any], Any]:
+def _method(name: str, is_reflected: bool) -> Callable[[GuardedInt, Any], Any]:
     function = getattr(operator, name)
 
     def method(self: GuardedInt, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        return self._computed(
-            (lambda value: function(_plain(other), value))
-            if is_reflected
-            else (lambda value: function(value, _plain(other)))
-        )
+
+        def result(value: int) -> Any:
+            return function(_plain(other), value) if is_reflected else function(value, _plain(other))
+
+        return self._computed(result)
 
     return method
 
 
-def _plain(value: Any) -> Any:
-    return value._get() if isinstance(value, GuardedInt) else value
-
-
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(GuardedInt, f"__{_name}__", _compared(f"__{_name}__"))
-for _name in ("add", "sub", "mul", "mod", "floordiv", "truediv", "pow", "and", "or", "xor", "lshift", "rshift"):
-    setattr(GuardedInt, f"__{_name}__", _calculated(f"__{_name}__", False))
-    setattr(GuardedInt, f"__r{_name}__", _calculated(f"__{_name}__", True))
+_ARITHMETIC = ("add", "sub", "mul", "mod", "floordiv", "truediv", "pow", "and", "or", "xor", "lshift", "rshift")
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", *_ARITHMETIC):
+    setattr(GuardedInt, f"__{_name}__", _method(f"__{_name}__", False))
+for _name in _ARITHMETIC:
+    setattr(GuardedInt, f"__r{_name}__", _method(f"__{_name}__", True))
 
 
 class GuardedTrainer:
@@ -127,13 +114,11 @@ class GuardedTrainer:
 
     @property
     def logger(self) -> Any:
-        """None where the Trainer has none."""
         logger = getattr(self._trainer, "logger", None)
         return logger if logger is None else _Logger(logger, self._in_step)
 
     @property
     def loggers(self) -> list[Any]:
-        """All of them."""
         return [_Logger(logger, self._in_step) for logger in getattr(self._trainer, "loggers", [])]
 
     @property  # type: ignore[misc]
@@ -174,12 +159,8 @@ class _Logger(DummyLogger):
 
 def flags_of(module: Any) -> tuple[Any, ...]:
     """Flags and names among the attributes of all parts of a module, which hooks may set and a step look at."""
-    kinds = (bool, str, type(None))
-    return tuple(
-        [
-            value
-            for child in module.modules()
-            for key, value in vars(child).items()
-            if type(value) in kinds and key[0] != "_"
-        ]
-    )
+    attributes = (item for child in module.modules() for item in vars(child).items())
+    return tuple(value for key, value in attributes if type(value) in _FLAGS and key[0] != "_")
+
+
+_FLAGS = (bool, str, type(None))

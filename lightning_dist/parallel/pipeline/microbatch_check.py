@@ -12,16 +12,24 @@ parameters) is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from lightning_dist.parallel.pipeline.failures import Failure, raise_failure
-from lightning_dist.parallel.pipeline.outcome import Outcome, batch_norm, compare
-from lightning_dist.parallel.pipeline.stages import Stages
-from lightning_dist.parallel.pipeline.step_state import SplitBatch, StepInFlight
+from lightning_dist.compat.torch import BatchNormBase, NormBase
+from lightning_dist.logs.metrics import metrics_in
+from lightning_dist.parallel.pipeline.stages import Pipeline
+from lightning_dist.parallel.pipeline.step_effects import Effects
+from lightning_dist.parallel.pipeline.step_state import Failure, SplitBatch, StepInFlight, raise_failure
+from lightning_dist.parallel.pipeline.trace import number_kind
+from lightning_dist.parallel.rehearsal import FixedNumbers
+from lightning_dist.placeholder import is_placeholder
 from lightning_dist.random_states import kept_random_states
 
 
@@ -29,27 +37,22 @@ class MicrobatchCheck:
     """Compares steps over microbatches with the same over the whole batch; see [Note: microbatches are compared].
 
     Args:
-        stages: of the module.
         begin: makes a step of its name and a batch.
         rehearse: runs such a step without gradients or random numbers, and leaves nothing of it.
-        group: the ranks of the pipeline.
-        device: of this rank.
         divides: whether ranks may have parts only of the parameters of their stages.
         enabled: whether anything is compared.
     """
 
     def __init__(
         self,
-        stages: Stages,
+        pipeline: Pipeline,
         begin: Callable[[str, SplitBatch], StepInFlight],
         rehearse: Callable[[StepInFlight], Outcome],
-        group: dist.ProcessGroup,
-        device: torch.device,
         divides: bool,
         enabled: bool,
     ) -> None:
-        self._stages, self._begin, self._rehearse, self._divides = stages, begin, rehearse, divides
-        self._group, self._device, self._enabled = group, device, enabled
+        self._begin, self._rehearse, self._divides, self._enabled = begin, rehearse, divides, enabled
+        self._stages, self._group, self._device = pipeline.stages, pipeline.group, pipeline.device
         self._paths: dict[Any, set[frozenset[Any]]] = {}
         """The paths of steps that gave the same over microbatches as over the whole batch, by kind of step."""
         self._written_alike: set[str] = set()
@@ -63,11 +66,7 @@ class MicrobatchCheck:
         Raises:
             Exception: it differs; or what one of its microbatches raised, on any rank.
         """
-        if not self._enabled or step.kind in self._paths:
-            return
-        has_several = len(step.batch.parts) > 1
-        failure = self._compared(step) if has_several else None
-        if raise_where_any_failed(failure, has_several, self._device):
+        if self._enabled and step.kind not in self._paths and self._agreed(step, None):
             self._paths[step.kind] = {step.path}
 
     def is_new(self, step: StepInFlight) -> bool:
@@ -83,16 +82,26 @@ class MicrobatchCheck:
         Communication over the pipeline: one all-reduce of 16 bytes.
         """
         step.effects.put_back()
-        failure = self._compared(step) if len(step.batch.parts) > 1 else None
-        raise_where_any_failed(failure, True, self._device, self._group)
+        self._agreed(step, self._group)
         self._paths.setdefault(step.kind, set()).add(step.path)
+
+    def _agreed(self, step: StepInFlight, group: dist.ProcessGroup | None) -> bool:
+        """Whether all ranks of a group (None: of the world) had several microbatches; raises what one of them found."""
+        has_several = len(step.batch.parts) > 1
+        failure = self._compared(step) if has_several else None
+        verdict = torch.tensor([int(failure is None), int(has_several)], device=self._device)
+        dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)
+        nothing_failed, all_compared = verdict.tolist()
+        if not nothing_failed:
+            raise_failure(failure, group, self._device)
+        return bool(all_compared)
 
     def _compared(self, step: StepInFlight) -> Failure | None:
         """What differs between a step over several microbatches and over the whole batch, or fails in one of them."""
         if norm := batch_norm(step.module, {name for plan in step.plans for name in plan.called}):
             return Failure(ValueError(norm), 0)
         if written := sorted(name for name in step.written if not self._runs_alone(name)):
-            return Failure(RuntimeError(written_parameter(step.name, written[0])), 0)
+            return Failure(RuntimeError(_written_parameter(step.name, written[0])), 0)
         with kept_random_states(self._device):
             over_parts = self._begin(step.name, step.batch)
             of_parts = self._rehearse(over_parts)
@@ -105,17 +114,14 @@ class MicrobatchCheck:
         return failure
 
     def refuse_writes(self, step: StepInFlight, seen: set[str]) -> None:
-        """Raises where the step itself writes to parameters.
+        """Raises a RuntimeError where the step writes to parameters, and was not compared.
 
         Args:
             step: that has run.
             seen: names of those that this rank holds and that were written to.
-
-        Raises:
-            RuntimeError: there are some that were not compared.
         """
         if written := sorted((seen | step.written) - self._written_alike):
-            raise RuntimeError(written_parameter(step.name, written[0]))
+            raise RuntimeError(_written_parameter(step.name, written[0]))
 
     def _runs_alone(self, name: str) -> bool:
         """Whether a parameter's stage runs the backward of a microbatch before the next one's forward: else a write to
@@ -129,36 +135,148 @@ _MOST_PATHS = 16
 """How many paths of a kind of step are compared."""
 
 
-def written_parameter(step: str, name: str) -> str:
-    """The sentence for a step that writes to a parameter."""
+def _written_parameter(step: str, name: str) -> str:
     return (
         f"pp: {step} changes the parameter {name} in place, which each of its microbatches would do, and for "
         "parameters of this rank's stages only; do so in on_train_batch_end, where all of them are there"
     )
 
 
-def raise_where_any_failed(
-    failure: Failure | None, compared: bool, device: torch.device, group: dist.ProcessGroup | None = None
-) -> bool:
-    """Raises on every rank of a group where one has found something.
+ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Relative difference that is taken for rounding; where something is computed in 16 bits, ``COARSE_ROUNDING``."""
 
-    Communication over the group: one all-reduce of 8 bytes.
+COARSE_ROUNDING = 0.05
+
+
+@dataclass
+class Outcome:
+    """What came of a step that was tried.
 
     Args:
-        failure: what this rank found, or met.
-        compared: whether this rank's batch had several microbatches to compare.
-        device: of this rank.
-        group: of the ranks; None for the world.
-
-    Returns:
-        Whether all ranks have compared.
-
-    Raises:
-        Exception: the first failure; of a comparison, a ValueError.
+        output: that it returned; None on ranks that have not the last stage.
+        loss: that it gave to ``manual_backward``.
+        logged: by name.
+        effects: what it leaves in attributes of the LightningModule and its parts.
+        left: buffers, and the numbers and lengths of lists of its parts, by what to call them.
+        written: parameters of this rank that it writes to.
     """
-    verdict = torch.tensor([int(failure is None), int(compared)], device=device)
-    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)
-    nothing_failed, all_compared = verdict.tolist()
-    if not nothing_failed:
-        raise_failure(failure, group, device)
-    return bool(all_compared)
+
+    output: Any = None
+    loss: Tensor | None = None
+    logged: dict[str, Any] = field(default_factory=dict)
+    effects: Effects = field(default_factory=Effects)
+    left: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
+
+
+def compare(step: str, whole: Outcome, parts: Outcome, num_parts: int) -> str:
+    """What differs, in a sentence; empty if nothing does.
+
+    Args:
+        step: its name.
+        whole: of the whole batch.
+        parts: the same of the microbatches, put together.
+        num_parts: how many those are.
+    """
+    found = _first_difference(_pairs(whole, parts))
+    if not found:
+        return ""
+    return (
+        f"pp: {step} over {num_parts} microbatches gives other numbers than over the whole batch at once: {found}. "
+        "It is no mean over samples, or its batch is not split along its samples. Say with batch_split= how a batch is "
+        "split, or with microbatch_weight= what a microbatch counts; or use num_microbatches=1, or another axis. "
+        "pipeline_check=False trains on the mean of microbatches all the same"
+    )
+
+
+def _pairs(whole: Outcome, parts: Outcome) -> Iterator[tuple[str, Any, Any]]:
+    """What is compared: what to call it, of the whole batch, and of the microbatches."""
+    yield "what it returns", whole.output, parts.output
+    yield "the loss", whole.loss, parts.loss
+    for name, value in whole.logged.items():
+        yield f"the logged {name!r}", value, parts.logged.get(name)
+    for (name, key), value in whole.effects.attributes.items():
+        what = f"the attribute {name!r}" if key is None else f"the attribute {name!r}, {key!r},"
+        yield what, value, parts.effects.attributes.get((name, key))
+    for (name, key), value in whole.effects.numbers.items():
+        yield f"the attribute {key!r} of {name!r}", value, parts.effects.numbers.get((name, key))
+    for what, value in whole.left.items():
+        yield what, value, parts.left.get(what)
+    for name, value in whole.written.items():
+        yield f"the parameter {name}, to which it writes,", value, parts.written.get(name)
+
+
+def _first_difference(pairs: Iterable[tuple[str, Any, Any]]) -> str:
+    return next((found for pair in pairs if (found := _difference(*pair))), "")
+
+
+def left_in_parts(module: nn.Module) -> dict[str, Any]:
+    """What a step leaves in the parts of a module: buffers, numbers and lists. What metrics have is counted by them."""
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not is_placeholder(buffer)}
+    found: dict[str, Any] = {f"the buffer {name}": buffer.detach().clone() for name, buffer in buffers.items()}
+    inside = {id(child) for metric in metrics_in(module) for child in metric.modules()}
+    for name, child in module.named_modules():
+        for key, value in vars(child).items() if name and id(child) not in inside else ():
+            if not key.startswith("_") and (number_kind(value) or type(value) is list):
+                found[f"the attribute {key!r} of {name!r}"] = len(value) if type(value) is list else value
+    return found
+
+
+def batch_norm(module: nn.Module, called: set[str]) -> str:
+    """The sentence where a step runs a BatchNorm that normalises what it is given; empty where none does."""
+    norms = ((name, norm) for name, norm in module.named_modules() if name in called and isinstance(norm, NormBase))
+    for name, norm in norms:
+        if norm.training and (isinstance(norm, BatchNormBase) or norm.track_running_stats):
+            return (
+                f"pp: {name} ({type(norm).__name__}) takes statistics of each microbatch, where one process takes "
+                "those of the whole batch; use num_microbatches=1, a norm of each sample (GroupNorm, LayerNorm), "
+                "eval() on it, or another axis. pipeline_check=False trains on the statistics of microbatches"
+            )
+    return ""
+
+
+def _difference(what: str, whole: Any, parts: Any) -> str:
+    if isinstance(whole, Tensor) and isinstance(parts, Tensor):
+        if is_placeholder(whole) or is_placeholder(parts):
+            return ""
+        if whole.shape != parts.shape:
+            return f"{what} is of shape {list(parts.shape)} / {list(whole.shape)}"
+        return "" if _is_close(parts, whole) else f"{what} is {_shown(parts, whole)} / {_shown(whole, parts)}"
+    if isinstance(whole, (bool, int, float, Tensor)) and isinstance(parts, (bool, int, float, Tensor)):
+        return _difference(what, torch.as_tensor(whole), torch.as_tensor(parts).to(torch.as_tensor(whole).dtype))
+    if isinstance(whole, dict) and isinstance(parts, dict):
+        pairs = [(f"{what}, {key!r},", value, parts.get(key)) for key, value in whole.items()]
+    elif isinstance(whole, (list, tuple)) and isinstance(parts, (list, tuple)):
+        if len(whole) != len(parts):
+            return f"{what} has {len(parts)} / {len(whole)} items"
+        pairs = [(f"{what}, [{i}],", *both) for i, both in enumerate(zip(whole, parts, strict=True))]
+    else:
+        return "" if type(whole) is type(parts) else f"{what} is a {type(parts).__name__} / {type(whole).__name__}"
+    return _first_difference(pairs)
+
+
+def _is_close(parts: Tensor, whole: Tensor) -> bool:
+    if not whole.is_floating_point():
+        return bool(torch.isclose(parts.double(), whole.double(), rtol=1e-6).all())
+    rounding = ROUNDING.get(whole.dtype, COARSE_ROUNDING)
+    if torch.is_autocast_enabled(whole.device.type) or torch.get_float32_matmul_precision() != "highest":
+        rounding = COARSE_ROUNDING
+    one, other = parts.detach().double().flatten(), whole.detach().double().flatten()
+    if not bool((one.isnan() == other.isnan()).all()):
+        return False
+    one, other = one.nan_to_num(), other.nan_to_num()
+    return float((one - other).norm()) <= rounding * max(float(other.norm()), 1e-3 * math.sqrt(max(1, one.numel())))
+
+
+def _shown(value: Tensor, other: Tensor) -> str:
+    if value.numel() == 1:
+        return f"{float(value):.8g}"
+    place = int((value.double() - other.double()).abs().nan_to_num(torch.inf).argmax())
+    return f"{float(value.flatten()[place]):.8g} in place {place}"
+
+
+@contextmanager
+def fixed_numbers() -> Iterator[None]:
+    """While it lasts, random operations give fixed numbers, and nothing is compiled."""
+    with torch.compiler.set_stance("force_eager"), FixedNumbers():
+        yield

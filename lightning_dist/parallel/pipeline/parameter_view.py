@@ -1,4 +1,4 @@
-"""What the user's code sees of parameters and gradients between steps; see [Note: what a stage holds]."""
+"""What the user's code sees of parameters, gradients and optimizers between steps; see [Note: what a stage holds]."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from torch import nn
 
 from lightning_dist.compat.torch import version_of
 from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
-from lightning_dist.parallel.pipeline.stage_owner import StageOwner, forget_stage, origin, plain_parameters, staged
-from lightning_dist.parallel.pipeline.staged_states import StagedStates
+from lightning_dist.parallel.pipeline.stage_owner import (
+    StageOwner,
+    forget_stages,
+    origin,
+    plain_parameters,
+    show_states,
+    staged,
+)
 from lightning_dist.parallel.pipeline.staged_tensors import callable_parts, refuse_outside
-from lightning_dist.parallel.pipeline.stages import Stages
+from lightning_dist.parallel.pipeline.stages import Pipeline
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder, placeholder
 
@@ -27,36 +33,22 @@ from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder, placehold
 class ParameterView:
     """Shows the parameters of all stages to the user's code, on every rank.
 
-    Args:
-        module: this rank's stages of it.
-        stages: of the module.
-        group: the ranks of the pipeline.
-        device: of this rank.
-        divides: whether ranks may have parts only of the parameters of their stages.
-        patches: takes off what is put onto the module.
+    Where it ``divides``, ranks may have parts only of the parameters of their stages.
     """
 
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        stages: Stages,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        divides: bool,
-        patches: Patches,
-    ) -> None:
-        self._module, self._stages, self._group, self._device = module, stages, group, device
-        self._divides, self._patches = divides, patches
+    def __init__(self, module: pl.LightningModule, pipeline: Pipeline, divides: bool, patches: Patches) -> None:
+        self._module, self._divides, self._patches = module, divides, patches
+        self._stages, self._group, self._device = pipeline.stages, pipeline.group, pipeline.device
         self._sees_gradients: bool | None = None
         """Whether the user's code looks at gradients; found out when there are some."""
         self._hidden: list[tuple[Any, Any]] = []
         """Gradients of other stages, while an optimizer steps."""
         self._own: list[tuple[str, nn.Parameter]] = []
         """Parameters of this rank's stages, as the user's code sees them."""
-        patches.also(partial(_forget, module))
+        patches.also(partial(forget_stages, module))
         for name, parameter in module.named_parameters():
             if not is_placeholder(parameter):
-                setattr(parameter, PIPELINE_SHARE, stages.num_ranks / len(stages.holders(name)))
+                setattr(parameter, PIPELINE_SHARE, pipeline.stages.num_ranks / len(pipeline.stages.holders(name)))
 
     def show(self) -> None:
         """Called when parameters are in place. Communication: none."""
@@ -76,8 +68,7 @@ class ParameterView:
     @contextmanager
     def stepping(self, optimizer: Any) -> Iterator[None]:
         """While an optimizer steps, parameters are what they are without stages."""
-        if StagedStates.show(optimizer):
-            self._patches.also(partial(StagedStates.hide, optimizer))
+        show_states(optimizer, self._patches)
         with plain_parameters(self._module.parameters()):
             yield
         if not self.is_scaled:  # hooks after the step find them as in one process
@@ -114,13 +105,6 @@ class ParameterView:
                 parameter.grad = placeholder(parameter) if flag else None
 
 
-def _forget(module: nn.Module) -> None:
-    """Parameters of this rank's stages are the user's own again, without our marks."""
-    for parameter in module.parameters():
-        forget_stage(parameter)
-        vars(parameter).pop(PIPELINE_SHARE, None)
-
-
 _GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
 _LATER_HOOKS = ("on_train_batch_end", "on_before_zero_grad")
 """In which gradients are still there, and few look."""
@@ -128,12 +112,11 @@ _LATER_HOOKS = ("on_train_batch_end", "on_before_zero_grad")
 
 def _gradients_are_seen(module: pl.LightningModule) -> bool:
     """Whether code of the user's looks at gradients between a backward and the next one's zeros."""
-    if not module.automatic_optimization:
-        return True
     callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
     own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
-    if any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS):
-        return True
-    if any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own):
-        return True
-    return any(GRADIENTS in scan_hook(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
+    return (
+        not module.automatic_optimization
+        or any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS)
+        or any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own)
+        or any(GRADIENTS in scan_hook(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
+    )

@@ -16,21 +16,21 @@ from torch import nn
 from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.first_batch import first_batch
-from lightning_dist.parallel.pipeline.options import PipelineOptions
-from lightning_dist.parallel.pipeline.other_stages import hide_parameters
+from lightning_dist.parallel.pipeline.schedule import PipelineOptions
 from lightning_dist.parallel.pipeline.stage_search import find_stages
-from lightning_dist.parallel.pipeline.stages import PartitionedModule, Stages
+from lightning_dist.parallel.pipeline.stages import PartitionedModule, Stages, hide_parameters
 from lightning_dist.parallel.pipeline.trace import Trace
 from lightning_dist.parallel.pipeline.tracing import refuse_manual, trace_step
 from lightning_dist.patches import Patches
 from lightning_dist.random_states import kept_random_states
 
-_STEP_OF = {
-    TrainerFn.FITTING: "training_step",
-    TrainerFn.VALIDATING: "validation_step",
-    TrainerFn.TESTING: "test_step",
-    TrainerFn.PREDICTING: "predict_step",
+_STEPS = {
+    TrainerFn.FITTING: ("training_step", "train_step_context"),
+    TrainerFn.VALIDATING: ("validation_step", "val_step_context"),
+    TrainerFn.TESTING: ("test_step", "test_step_context"),
+    TrainerFn.PREDICTING: ("predict_step", "predict_step_context"),
 }
+"""The step of a run, and the precision plugin's context around it."""
 
 
 _PARTITION = "lightning_dist_partition"
@@ -62,14 +62,10 @@ def partition_module(
     Args:
         module: whole and equal on every rank, or on meta but for its buffers.
         trainer: about to run.
-        options: the user's.
-        group: the ranks of the pipeline.
         blocks: names of the repeated parts.
         undivided: names of the parts of which a rank holds all or nothing, since the tensor axis divides them.
         keep_whole: never cut inside of a block.
-        device: of this rank.
         dtype: in which parameters are computed that autocast would cast, where it is not their own.
-        patches: takes off what is put onto the module.
 
     Raises:
         ValueError: it can't be cut so, or was cut for another layout.
@@ -114,21 +110,15 @@ def _trace_first_step(
 ) -> Trace:
     """The trace of the first step of the run, as Lightning will run it, on a microbatch of its first batch."""
     assert trainer.state.fn is not None
-    step = _STEP_OF[trainer.state.fn]
-    context = {
-        "training_step": trainer.precision_plugin.train_step_context,
-        "validation_step": trainer.precision_plugin.val_step_context,
-        "test_step": trainer.precision_plugin.test_step_context,
-        "predict_step": trainer.precision_plugin.predict_step_context,
-    }[step]
+    step, context = _STEPS[trainer.state.fn]
     with kept_random_states(device):
         batch = first_batch(trainer)
         part = _first_part(batch, options, num_ranks)
         was_training = module.training
         module.train(step == "training_step")
         try:
-            with context():
-                trace = _traced_early(fake_module, module, step, part, batch, _index_of(module, step))
+            with getattr(trainer.precision_plugin, context)():
+                trace = _traced_early(fake_module, module, step, part, batch)
         finally:
             module.train(was_training)
     if step == "training_step":
@@ -148,7 +138,6 @@ def plan_stages(
 
     Args:
         module: whole; on any device, or on meta but for its buffers.
-        options: the user's.
         num_ranks: of the pipeline.
         blocks: names of the repeated parts.
         keep_whole: never cut inside of a block.
@@ -177,14 +166,13 @@ def plan_stages(
     return find_stages(module, trace, options, num_ranks, blocks, keep_whole)
 
 
-def _traced(
-    fake_module: FakeModule, module: pl.LightningModule, step: str, part: Any, batch: Any, rest: tuple[Any, ...]
-) -> Trace:
+def _traced(fake_module: FakeModule, module: pl.LightningModule, step: str, part: Any, batch: Any) -> Trace:
     """The trace of a microbatch.
 
     Raises:
         ValueError: the step runs on a whole batch, and not on a microbatch of it.
     """
+    rest = _index_of(module, step)
     try:
         return trace_step(fake_module, module, step, part, rest)
     except Exception as error:
@@ -199,16 +187,14 @@ def _traced(
         ) from error
 
 
-def _traced_early(
-    fake_module: FakeModule, module: pl.LightningModule, step: str, part: Any, batch: Any, rest: tuple[Any, ...]
-) -> Trace:
+def _traced_early(fake_module: FakeModule, module: pl.LightningModule, step: str, part: Any, batch: Any) -> Trace:
     """The trace of a step before any hook of the fit has run; hooks that make what it needs run on the fake module.
 
     Raises:
         ValueError: the step needs what only other code makes.
     """
     try:
-        return _traced(fake_module, module, step, part, batch, rest)
+        return _traced(fake_module, module, step, part, batch)
     except AttributeError:
         fake_module.follow(module)
     try:
@@ -216,7 +202,7 @@ def _traced_early(
             getattr(fake_module.module, hook)()
         with contextlib.suppress(TypeError):  # of a hook without the batch's index
             fake_module.module.on_train_batch_start(part, 0)  # type: ignore[operator]
-        return _traced(fake_module, module, step, part, batch, rest)
+        return _traced(fake_module, module, step, part, batch)
     except AttributeError as error:
         raise ValueError(
             f"pp runs a step once to see where it can be cut, before hooks such as on_fit_start: {error}; make what "
