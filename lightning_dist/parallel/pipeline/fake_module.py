@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -38,8 +38,6 @@ class FakeModule:
     """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.names: dict[int, str] = {}
-        """The parameter's first name, by the id of its placeholder."""
         self.on_metric: Callable[[], None] = lambda: None
         """Called when the step uses a metric."""
         self.logged: dict[str, Any] = {}
@@ -54,15 +52,14 @@ class FakeModule:
         self._modules: dict[int, nn.Module] = {}
         names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
         self.module = self._copied(module)
-        for original, standin in self._parameters.items():
-            self.names[id(standin)] = names[original]
+        self.names = {id(standin): names[original] for original, standin in self._parameters.items()}
+        """The parameter's first name, by the id of its placeholder."""
         self._rebind()
 
     def follow(self, module: pl.LightningModule, add_guard: AddGuard = lambda *_: None, in_step: bool = False) -> None:
         """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set.
 
         Args:
-            module: that it is a copy of.
             add_guard: is told of what the step asks of integers and the Trainer; see [Note: a path that changes].
             in_step: whether a step is what comes, and not a hook.
         """
@@ -95,36 +92,31 @@ class FakeModule:
         for original, copied in there:
             for name in children_of(copied).keys() - children_of(original).keys():
                 del children_of(copied)[name]
-        if not any(self._is_new(*pair) for pair in there):
+        new = [part for pair in there for part in self._new_parts(*pair)]
+        if not new:
             return
         # those that were copied first may be gone, and others have their ids
         standins = dict(self.module.named_parameters(remove_duplicate=False))
         named = module.named_parameters(remove_duplicate=False)
         self._parameters = {id(p): standins[name] for name, p in named if name in standins}
-        for original, copied in there:
-            for name, child in children_of(original).items():
-                if child is not None and children_of(copied).get(name) is not self._modules.get(id(child), self):
-                    children_of(copied)[name] = self._copied(child)
-            for name in own_parameters(original).keys() - own_parameters(copied).keys():
-                own_parameters(copied)[name] = self._standin(own_parameters(original)[name])
-            for name in own_buffers(original).keys() - own_buffers(copied).keys():
-                buffer = own_buffers(original)[name]
-                own_buffers(copied)[name] = None if buffer is None else self._buffer(buffer)
+        for registry, name, copy_of_it in new:
+            registry[name] = copy_of_it()
         self._rebind()
         for name, standin in self.module.named_parameters():
             self.names.setdefault(id(standin), name)
 
+    def _new_parts(self, original: nn.Module, copied: nn.Module) -> Iterator[tuple[Any, str, Callable[[], Any]]]:
+        for name, child in children_of(original).items():
+            if child is not None and children_of(copied).get(name) is not self._modules.get(id(child), self):
+                yield children_of(copied), name, partial(self._copied, child)
+        for name in own_parameters(original).keys() - own_parameters(copied).keys():
+            yield own_parameters(copied), name, partial(self._standin, own_parameters(original)[name])
+        for name in own_buffers(original).keys() - own_buffers(copied).keys():
+            yield own_buffers(copied), name, partial(self._buffer, own_buffers(original)[name])
+
     def copy_of(self, module: nn.Module) -> nn.Module:
         """The copy's module for one of the user's; any other as it is."""
         return self._modules.get(id(module), module)
-
-    def _is_new(self, original: nn.Module, copied: nn.Module) -> bool:
-        children = [(children_of(copied).get(name), child) for name, child in children_of(original).items()]
-        return (
-            any(child is not None and mine is not self._modules.get(id(child), self) for mine, child in children)
-            or bool(own_parameters(original).keys() - own_parameters(copied).keys())
-            or bool(own_buffers(original).keys() - own_buffers(copied).keys())
-        )
 
     def is_trained(self, name: str) -> bool:
         """Whether an optimizer will have a parameter; also where that can't be found out."""
@@ -165,7 +157,7 @@ class FakeModule:
         state = {key: _loose(value) for key, value in vars(module).items() if key != COMPILED_CALL}
         state |= registries(
             {name: self._standin(p) for name, p in own_parameters(module).items()},
-            {name: None if b is None else self._buffer(b) for name, b in own_buffers(module).items()},
+            {name: self._buffer(b) for name, b in own_buffers(module).items()},
             {name: None if child is None else self._copied(child) for name, child in children_of(module).items()},
         )
         vars(new).update(state)
@@ -185,7 +177,9 @@ class FakeModule:
             vars(standin).update(vars(parameter))
         return self._parameters[id(parameter)]
 
-    def _buffer(self, buffer: Tensor) -> Tensor:
+    def _buffer(self, buffer: Tensor | None) -> Tensor | None:
+        if buffer is None:
+            return None
         if buffer.is_meta or is_placeholder(buffer):
             raise ValueError("a buffer has no values yet; buffers are materialised before a module is traced")
         return buffer.detach().clone().to(self._device)
@@ -253,7 +247,4 @@ def _silence(metric: Any, original: Metric | MetricCollection, fake_module: Fake
         value = placeholder(torch.zeros(()))
         return value if keys is None else dict.fromkeys(keys, value)
 
-    def updated(*args: Any, **kwargs: Any) -> None:
-        fake_module.on_metric()
-
-    vars(metric).update(forward=number, compute=number, update=updated)
+    vars(metric).update(forward=number, compute=number, update=number)

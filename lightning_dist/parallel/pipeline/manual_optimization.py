@@ -40,11 +40,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 class IdleOptimizer:
-    """Stands for an optimizer, or a scheduler, in a step that only computes.
-
-    Args:
-        real: whose values may be read; None before there is one.
-    """
+    """Stands for an optimizer, or a scheduler, in a step that only computes; ``real`` is None before there is one."""
 
     toggle_model = refuse_toggling
     zero_grad = _nothing
@@ -112,11 +108,9 @@ def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Abs
 def stepping(
     module: pl.LightningModule, loss: Tensor, logged: Callable[[str, Any], None]
 ) -> AbstractContextManager[None]:
-    """While it lasts, a step does all but compute.
+    """While it lasts, a step does all but compute, and its ``manual_backward`` takes this loss.
 
-    Args:
-        loss: that its ``manual_backward`` takes.
-        logged: is given what it logs after that, if it does not come of activations: rates, norms of gradients.
+    What it logs after that is given to ``logged``, if it does not come of activations: rates, norms of gradients.
     """
     backward, is_over = type(module).manual_backward, False
 
@@ -133,9 +127,8 @@ def stepping(
 
 
 class HiddenGradients:
-    """While a microbatch runs, parameters have no gradients: those of others are not the step's to clip or read.
-
-    After its ``manual_backward`` there are gradients without memory.
+    """While a microbatch runs, parameters have no gradients: those of others are not the step's to clip or read. After
+    its ``manual_backward`` there are gradients without memory.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:

@@ -13,9 +13,7 @@ parameters) is put back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ from lightning_dist.parallel.pipeline.stages import Pipeline
 from lightning_dist.parallel.pipeline.step_effects import Effects
 from lightning_dist.parallel.pipeline.step_state import Failure, SplitBatch, StepInFlight, raise_failure
 from lightning_dist.parallel.pipeline.trace import number_kind
-from lightning_dist.parallel.rehearsal import FixedNumbers
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.random_states import kept_random_states
 
@@ -38,7 +35,7 @@ class MicrobatchCheck:
 
     Args:
         begin: makes a step of its name and a batch.
-        rehearse: runs such a step without gradients or random numbers, and leaves nothing of it.
+        rehearse: gives what came of such a step without gradients or random numbers, by what to call it.
         divides: whether ranks may have parts only of the parameters of their stages.
         enabled: whether anything is compared.
     """
@@ -47,7 +44,7 @@ class MicrobatchCheck:
         self,
         pipeline: Pipeline,
         begin: Callable[[str, SplitBatch], StepInFlight],
-        rehearse: Callable[[StepInFlight], Outcome],
+        rehearse: Callable[[StepInFlight], dict[str, Any]],
         divides: bool,
         enabled: bool,
     ) -> None:
@@ -59,27 +56,20 @@ class MicrobatchCheck:
         """Parameters that a step writes to, as often as it has microbatches, with the result of once."""
 
     def before_step(self, step: StepInFlight) -> None:
-        """Compares a step of a kind that was not compared yet.
-
-        Communication over the world: one all-reduce of 16 bytes, for the first steps of a kind.
-
-        Raises:
-            Exception: it differs; or what one of its microbatches raised, on any rank.
+        """Compares a step of a kind that was not compared yet; raises what differs, or what failed on any rank. One
+        all-reduce of 16 bytes over the world, for the first steps of a kind.
         """
         if self._enabled and step.kind not in self._paths and self._agreed(step, None):
             self._paths[step.kind] = {step.path}
 
     def is_new(self, step: StepInFlight) -> bool:
         """Whether a step that has run took another path than those of its kind that were compared."""
-        paths = self._paths.get(step.kind)
-        if paths is None or len(step.batch.parts) == 1 or len(paths) >= _MOST_PATHS:
-            return False
-        return step.path not in paths
+        paths = self._paths.get(step.kind, {step.path})
+        return len(step.batch.parts) > 1 and len(paths) < _MOST_PATHS and step.path not in paths
 
     def after_step(self, step: StepInFlight) -> None:
-        """Compares a step whose path is new to a rank of the pipeline: on all, before its gradients are put in place.
-
-        Communication over the pipeline: one all-reduce of 16 bytes.
+        """Compares a step whose path is new to a rank of the pipeline, on all, before its gradients are put in place:
+        one all-reduce of 16 bytes over the pipeline.
         """
         step.effects.put_back()
         self._agreed(step, self._group)
@@ -98,7 +88,7 @@ class MicrobatchCheck:
 
     def _compared(self, step: StepInFlight) -> Failure | None:
         """What differs between a step over several microbatches and over the whole batch, or fails in one of them."""
-        if norm := batch_norm(step.module, {name for plan in step.plans for name in plan.called}):
+        if norm := _batch_norm(step.module, {name for plan in step.plans for name in plan.called}):
             return Failure(ValueError(norm), 0)
         if written := sorted(name for name in step.written if not self._runs_alone(name)):
             return Failure(RuntimeError(_written_parameter(step.name, written[0])), 0)
@@ -108,18 +98,13 @@ class MicrobatchCheck:
             over_whole = self._begin(step.name, step.batch.unsplit())
             of_whole = self._rehearse(over_whole)
         failure = over_parts.failure or over_whole.failure
-        if failure is None and (difference := compare(step.name, of_whole, of_parts, len(step.batch.parts))):
+        if failure is None and (difference := _compare(step.name, of_whole, of_parts, len(step.batch.parts))):
             failure = Failure(ValueError(difference), self._stages.num_stages)
-        self._written_alike |= of_parts.written.keys()
+        self._written_alike |= {n for n in step.written if not is_placeholder(step.module.get_parameter(n))}
         return failure
 
     def refuse_writes(self, step: StepInFlight, seen: set[str]) -> None:
-        """Raises a RuntimeError where the step writes to parameters, and was not compared.
-
-        Args:
-            step: that has run.
-            seen: names of those that this rank holds and that were written to.
-        """
+        """Raises a RuntimeError where a step that has run wrote to parameters (on this rank: ``seen``), uncompared."""
         if written := sorted((seen | step.written) - self._written_alike):
             raise RuntimeError(_written_parameter(step.name, written[0]))
 
@@ -148,37 +133,9 @@ ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
 COARSE_ROUNDING = 0.05
 
 
-@dataclass
-class Outcome:
-    """What came of a step that was tried.
-
-    Args:
-        output: that it returned; None on ranks that have not the last stage.
-        loss: that it gave to ``manual_backward``.
-        logged: by name.
-        effects: what it leaves in attributes of the LightningModule and its parts.
-        left: buffers, and the numbers and lengths of lists of its parts, by what to call them.
-        written: parameters of this rank that it writes to.
-    """
-
-    output: Any = None
-    loss: Tensor | None = None
-    logged: dict[str, Any] = field(default_factory=dict)
-    effects: Effects = field(default_factory=Effects)
-    left: dict[str, Any] = field(default_factory=dict)
-    written: dict[str, Tensor] = field(default_factory=dict)
-
-
-def compare(step: str, whole: Outcome, parts: Outcome, num_parts: int) -> str:
-    """What differs, in a sentence; empty if nothing does.
-
-    Args:
-        step: its name.
-        whole: of the whole batch.
-        parts: the same of the microbatches, put together.
-        num_parts: how many those are.
-    """
-    found = _first_difference(_pairs(whole, parts))
+def _compare(step: str, whole: dict[str, Any], parts: dict[str, Any], num_parts: int) -> str:
+    """What differs between the whole batch and its microbatches put together, in a sentence; empty if nothing does."""
+    found = _first_difference((what, value, parts.get(what)) for what, value in whole.items())
     if not found:
         return ""
     return (
@@ -189,25 +146,23 @@ def compare(step: str, whole: Outcome, parts: Outcome, num_parts: int) -> str:
     )
 
 
-def _pairs(whole: Outcome, parts: Outcome) -> Iterator[tuple[str, Any, Any]]:
-    """What is compared: what to call it, of the whole batch, and of the microbatches."""
-    yield "what it returns", whole.output, parts.output
-    yield "the loss", whole.loss, parts.loss
-    for name, value in whole.logged.items():
-        yield f"the logged {name!r}", value, parts.logged.get(name)
-    for (name, key), value in whole.effects.attributes.items():
-        what = f"the attribute {name!r}" if key is None else f"the attribute {name!r}, {key!r},"
-        yield what, value, parts.effects.attributes.get((name, key))
-    for (name, key), value in whole.effects.numbers.items():
-        yield f"the attribute {key!r} of {name!r}", value, parts.effects.numbers.get((name, key))
-    for what, value in whole.left.items():
-        yield what, value, parts.left.get(what)
-    for name, value in whole.written.items():
-        yield f"the parameter {name}, to which it writes,", value, parts.written.get(name)
-
-
 def _first_difference(pairs: Iterable[tuple[str, Any, Any]]) -> str:
     return next((found for pair in pairs if (found := _difference(*pair))), "")
+
+
+def outcome(step: StepInFlight, has_last: bool) -> dict[str, Any]:
+    """What came of a step that was tried, by what to call it; on ranks without the last stage, what it logged."""
+    found: dict[str, Any] = {}
+    effects = Effects()
+    if has_last:
+        found = {"what it returns": step.joined(), "the loss": step.manual_loss}
+        effects = step.effects.joined(step.batch.sizes, step.weights)
+    found.update({f"the logged {name!r}": value for name, value in step.logs.values().items()})
+    for (name, key), value in effects.attributes.items():
+        found[f"the attribute {name!r}" if key is None else f"the attribute {name!r}, {key!r},"] = value
+    for (name, key), value in effects.numbers.items():
+        found[f"the attribute {key!r} of {name!r}"] = value
+    return found
 
 
 def left_in_parts(module: nn.Module) -> dict[str, Any]:
@@ -222,7 +177,7 @@ def left_in_parts(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def batch_norm(module: nn.Module, called: set[str]) -> str:
+def _batch_norm(module: nn.Module, called: set[str]) -> str:
     """The sentence where a step runs a BatchNorm that normalises what it is given; empty where none does."""
     norms = ((name, norm) for name, norm in module.named_modules() if name in called and isinstance(norm, NormBase))
     for name, norm in norms:
@@ -273,10 +228,3 @@ def _shown(value: Tensor, other: Tensor) -> str:
         return f"{float(value):.8g}"
     place = int((value.double() - other.double()).abs().nan_to_num(torch.inf).argmax())
     return f"{float(value.flatten()[place]):.8g} in place {place}"
-
-
-@contextmanager
-def fixed_numbers() -> Iterator[None]:
-    """While it lasts, random operations give fixed numbers, and nothing is compiled."""
-    with torch.compiler.set_stance("force_eager"), FixedNumbers():
-        yield

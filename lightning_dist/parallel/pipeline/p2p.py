@@ -28,13 +28,8 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class NumberSlot:
-    """A number that is sent.
-
-    Args:
-        name: of the module.
-        key: which of its calls returned it, from 0; or the attribute that it is.
-        place: among the leaves of what the call returned; -1 for an attribute.
-        kind: its type.
+    """A number that is sent: what a module's call of number ``key`` returned, at a place among its leaves; or, at place
+    -1, the module's attribute of that name.
     """
 
     name: str
@@ -59,11 +54,7 @@ def with_numbers(trace: Trace, point: SplitPoint) -> SplitPoint:
 
 
 def encoded(slots: Sequence[NumberSlot], values: dict[NumberSlot, Any], device: torch.device) -> Tensor:
-    """What is sent.
-
-    Raises:
-        RuntimeError: something else is there now than when the step was traced.
-    """
+    """What is sent; raises a RuntimeError where something else is there now than when the step was traced."""
     bits = []
     for slot in slots:
         value = values.get(slot)
@@ -89,15 +80,11 @@ def decoded(slots: Sequence[NumberSlot], received: Tensor) -> dict[NumberSlot, A
 
 @dataclass(frozen=True)
 class P2PTensors:
-    """The tensors that cross a cut, as they are sent.
+    """The tensors that cross a cut, as they are sent: the elements and the dtype of each.
 
     torch's stages receive every microbatch into buffers of one shape, and ask for gradients of all of them. So each
     tensor travels flat, filled up with zeros to the largest microbatch's (a copy only where it is smaller), and what
     is not floating point travels as the bits of float32.
-
-    Args:
-        sizes: elements of each flat tensor.
-        dtypes: of each flat tensor.
     """
 
     sizes: tuple[int, ...]
@@ -107,7 +94,8 @@ class P2PTensors:
     def of(cls, points: Sequence[SplitPoint]) -> P2PTensors:
         """Those of a cut, as it was traced for each shape of microbatch."""
         sizes = zip(*([_flat_size(item.tensor) for item in point.boundary] for point in points), strict=True)
-        return cls(tuple(map(max, sizes)), tuple(_flat_dtype(item.tensor) for item in points[0].boundary))
+        first = [item.tensor for item in points[0].boundary]
+        return cls(tuple(map(max, sizes)), tuple(t.dtype if t.is_floating_point() else torch.float32 for t in first))
 
     def examples(self, device: torch.device, requires_grad: bool) -> Tensors:
         """Tensors like those that travel, as torch's stages want to know them."""
@@ -129,11 +117,6 @@ class P2PTensors:
 def first_link(device: torch.device) -> Tensor:
     """The link of a stage that receives nothing: what it sends asks for gradients also where its part is frozen."""
     return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
-
-
-def ended(link: Tensor, loss: Tensor) -> Tensor:
-    """The loss of a microbatch, of one element, tied to what its stage received."""
-    return _Ended.apply(link, loss)
 
 
 class _Received(torch.autograd.Function):
@@ -178,8 +161,10 @@ class _Sent(torch.autograd.Function):
         return None, torch.zeros((), dtype=dtype, device=device), *gradients
 
 
-class _Ended(torch.autograd.Function):
-    """The loss of a microbatch, which asks for gradients of what was received also where it does not depend on it."""
+class Ended(torch.autograd.Function):
+    """The loss of a microbatch, of one element, which asks for gradients of what its stage received (by the link) also
+    where it does not depend on it.
+    """
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, loss: Tensor) -> Tensor:
@@ -188,10 +173,6 @@ class _Ended(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return torch.zeros((), dtype=torch.float32, device=gradient.device), gradient.reshape(())
-
-
-def _flat_dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.is_floating_point() else torch.float32
 
 
 def _flat_size(tensor: Tensor) -> int:
@@ -207,12 +188,10 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _flattened(tensor: Tensor, size: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
-    return _unviewed(flat) if flat.numel() == size else functional.pad(flat, (0, size - flat.numel()))
-
-
-def _unviewed(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that autograd does not take for a view: schedules detach those in place."""
-    return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    if flat.numel() != size:
+        return functional.pad(flat, (0, size - flat.numel()))
+    # the same memory, but no view for autograd: schedules detach in place what they send
+    return flat.new_empty(0).set_(flat.untyped_storage(), flat.storage_offset(), flat.size(), flat.stride())
 
 
 def _unflattened(flat: Tensor, like: Tensor) -> Tensor:

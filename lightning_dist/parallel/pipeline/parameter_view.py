@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,28 +19,22 @@ from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
 from lightning_dist.parallel.pipeline.stage_owner import (
     StageOwner,
     forget_stages,
-    origin,
     plain_parameters,
     show_states,
     staged,
 )
-from lightning_dist.parallel.pipeline.staged_tensors import callable_parts, refuse_outside
+from lightning_dist.parallel.pipeline.staged_tensors import refuse_calls_outside
 from lightning_dist.parallel.pipeline.stages import Pipeline
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder, placeholder
 
 
 class ParameterView:
-    """Shows the parameters of all stages to the user's code, on every rank.
-
-    Where it ``divides``, ranks may have parts only of the parameters of their stages.
-    """
+    """Shows the user's code the parameters of all stages; a rank that ``divides`` may have parts only of its own."""
 
     def __init__(self, module: pl.LightningModule, pipeline: Pipeline, divides: bool, patches: Patches) -> None:
         self._module, self._divides, self._patches = module, divides, patches
         self._stages, self._group, self._device = pipeline.stages, pipeline.group, pipeline.device
-        self._sees_gradients: bool | None = None
-        """Whether the user's code looks at gradients; found out when there are some."""
         self._hidden: list[tuple[Any, Any]] = []
         """Gradients of other stages, while an optimizer steps."""
         self._own: list[tuple[str, nn.Parameter]] = []
@@ -53,10 +47,7 @@ class ParameterView:
     def show(self) -> None:
         """Called when parameters are in place. Communication: none."""
         if self._divides:
-            for child in callable_parts(self._module):
-                if any(origin(parameter) for parameter in child.parameters()):
-                    continue  # since an earlier run
-                self._patches.also(child.register_forward_pre_hook(refuse_outside, prepend=True).remove)
+            refuse_calls_outside(self._module, self._patches)
         self._own = [(n, p) for n, p in self._module.named_parameters() if not is_placeholder(p)]
         for name, parameter in self._module.named_parameters():
             staged(parameter, StageOwner(name, self._stages.holders(name)[0], self._group, self._divides))
@@ -92,8 +83,6 @@ class ParameterView:
 
         Communication over the axis: one all-reduce of a byte per parameter, where such a hook is.
         """
-        if self._sees_gradients is None:
-            self._sees_gradients = _gradients_are_seen(self._module)
         if not self._sees_gradients:
             return
         parameters = [p for p in self._module.parameters() if p.requires_grad]
@@ -104,19 +93,19 @@ class ParameterView:
             if is_placeholder(parameter):
                 parameter.grad = placeholder(parameter) if flag else None
 
+    @cached_property
+    def _sees_gradients(self) -> bool:
+        """Whether code of the user's looks at gradients between a backward and the next one's zeros."""
+        callbacks: list[Any] = self._module.trainer.callbacks  # type: ignore[attr-defined]
+        own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
+        return (
+            not self._module.automatic_optimization
+            or any(is_overridden(hook, self._module) for hook in _GRADIENT_HOOKS)
+            or any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own)
+            or any(GRADIENTS in scan_hook(owner, hook) for owner in (self._module, *own) for hook in _LATER_HOOKS)
+        )
+
 
 _GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
 _LATER_HOOKS = ("on_train_batch_end", "on_before_zero_grad")
 """In which gradients are still there, and few look."""
-
-
-def _gradients_are_seen(module: pl.LightningModule) -> bool:
-    """Whether code of the user's looks at gradients between a backward and the next one's zeros."""
-    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
-    own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
-    return (
-        not module.automatic_optimization
-        or any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS)
-        or any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own)
-        or any(GRADIENTS in scan_hook(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)
-    )

@@ -16,11 +16,11 @@ from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.pipeline import manual_optimization
-from lightning_dist.parallel.pipeline.microbatch_check import MicrobatchCheck, Outcome, fixed_numbers, left_in_parts
-from lightning_dist.parallel.pipeline.p2p import Tensors, ended, first_link
+from lightning_dist.parallel.pipeline.microbatch_check import MicrobatchCheck, left_in_parts, outcome
+from lightning_dist.parallel.pipeline.p2p import Ended, Tensors, first_link
 from lightning_dist.parallel.pipeline.parameter_view import ParameterView
 from lightning_dist.parallel.pipeline.schedule import PipelineOptions
-from lightning_dist.parallel.pipeline.schedule_runs import InOrder, Timeline, run_torch_schedule, torch_schedule
+from lightning_dist.parallel.pipeline.schedule_runs import InOrder, Timeline, torch_schedule
 from lightning_dist.parallel.pipeline.stage_gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.stage_owner import plain_parameters, staged_parameters
 from lightning_dist.parallel.pipeline.stage_plans import StagePlans
@@ -28,7 +28,7 @@ from lightning_dist.parallel.pipeline.stages import PartitionedModule, Pipeline,
 from lightning_dist.parallel.pipeline.step_effects import Effects, StepEffects, detached, marked, pack, share
 from lightning_dist.parallel.pipeline.step_state import SplitBatch, StepInFlight, raise_failure
 from lightning_dist.parallel.pipeline.trace import loss_of
-from lightning_dist.parallel.rehearsal import undone
+from lightning_dist.parallel.rehearsal import FixedNumbers, undone
 from lightning_dist.parallel.single_process import SingleProcessRunner
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held, is_placeholder
@@ -40,10 +40,10 @@ class PipelineRunner(SingleProcessRunner):
 
     [Note: the way of a batch under pp]
     :meth:`run` splits the batch, and gives the microbatches to a schedule. The schedule calls a
-    :class:`~.schedule.StageModule` of each stage with the step and a microbatch's index, and that :meth:`_microbatch`;
-    :meth:`_run_stage` takes what was received, and has the data axis' runner call the user's step, around which
-    :class:`~.stage_forward.StageForward` leaves the modules of other stages out. At the end :meth:`_on_all_ranks` gives
-    every rank what the step returned, with a loss whose backward hands the schedule's gradients over.
+    :class:`~.schedule_runs.StageModule` of each stage with the step and a microbatch's index, and that
+    :meth:`_microbatch`; :meth:`_run_stage` takes what was received, and has the data axis' runner call the user's step,
+    around which :class:`~.stage_forward.StageForward` leaves the modules of other stages out. At the end
+    :meth:`_on_all_ranks` gives every rank what the step returned, and a loss whose backward hands over gradients.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
     training, one back with their gradients; one all-reduce of 32 bytes with the loss, and one broadcast of what else
@@ -93,30 +93,23 @@ class PipelineRunner(SingleProcessRunner):
         """The rank in the pipeline, and that of the last stage."""
         return dist.get_rank(self.group), self.stages.last_rank
 
-    # ------------------------------------------------------------------ the way of a batch
-
     def run(self, step: str, *args: Any, **kwargs: Any) -> Any:
         with plain_parameters(self.module.parameters()):
-            batch, in_order = self._split(args[0], args[1:])
-            running = self._begin(step, batch)
+            running = self._begin(step, self._split(args[0], args[1:]))
             self._check.before_step(running)
-            result, loss = self._run(running, in_order)
+            result, loss = self._run(running)
         if running.is_manual and loss is not None:
             self._optimize_manually(running, loss)
         return result
 
-    def _run(self, step: StepInFlight, in_order: bool) -> tuple[Any, Tensor | None]:
-        """Runs the microbatches of a step.
-
-        Returns:
-            What the step returned, and the loss whose backward hands gradients over; None where nothing is trained.
-        """
+    def _run(self, step: StepInFlight) -> tuple[Any, Tensor | None]:
+        """What a step returned, and the loss whose backward hands gradients over; None where nothing is trained."""
         trains = step.name == "training_step" and torch.is_grad_enabled()
         versions = self._view.versions()
         with step.logs.recording(), self._own_random_streams(step, trains), step.computing():
             if trains:
                 step.loss_scale = self._scale()
-                self._train(step, in_order)
+                self._train(step)
             else:
                 self._evaluate(step)
             self.inner.reshard()  # what hooks see before the backward is this rank's part
@@ -125,31 +118,22 @@ class PipelineRunner(SingleProcessRunner):
             self._check.refuse_writes(step, {name for (name, now), (_, then) in pairs if now != then})
         return self._on_all_ranks(step, trains)
 
-    def _train(self, step: StepInFlight, in_order: bool) -> None:
+    def _train(self, step: StepInFlight) -> None:
         """Every microbatch forward and backward; gradients are set aside until the loss's backward."""
-        num_parts = len(step.batch.parts)
         self._trained = {}  # what is gathered stays the same while a step lasts
         with self._gradients.aside(self._plain_parameters()), self._holding():
-            if in_order:
-                self._in_order(step).forward_and_backward(num_parts)
-            else:
-                run_torch_schedule(self._schedule(step), step, num_parts, self._pipeline.has_last)
+            if step.batch.in_order:
+                InOrder(self._microbatch, step, self._pipeline).forward_and_backward()
+                return
+            key = len(step.batch.parts), tuple(step.p2p)
+            if key not in self._schedules:
+                made = torch_schedule(self._pipeline, self._microbatch, self._trained_by, step, self.timeline)
+                self._schedules[key] = made
+            self._schedules[key](step)
 
     def _evaluate(self, step: StepInFlight) -> None:
         with self._holding():
-            self._in_order(step).forward(len(step.batch.parts))
-
-    def _schedule(self, step: StepInFlight) -> Any:
-        num_parts = len(step.batch.parts)
-        key = num_parts, tuple(step.p2p)
-        if key not in self._schedules:
-            self._schedules[key] = torch_schedule(
-                self._pipeline, self._microbatch, self._trained_by, step.p2p, num_parts, self.timeline
-            )
-        return self._schedules[key]
-
-    def _in_order(self, step: StepInFlight) -> InOrder:
-        return InOrder(self._microbatch, step, self._pipeline)
+            InOrder(self._microbatch, step, self._pipeline).forward()
 
     def _microbatch(self, step: StepInFlight, stage: int, index: int, received: Tensors) -> Tensors:
         """Runs it in a stage; after a failure, zeros: see [Note: a step that fails on one stage]."""
@@ -187,7 +171,7 @@ class PipelineRunner(SingleProcessRunner):
     def _zeros(self, step: StepInFlight, stage: int, index: int, received: Tensors) -> Tensors:
         link = self._unpacked(step, stage, index, received)[1]
         if stage == self._last:
-            return (ended(link, torch.zeros((), device=self._device)),)
+            return (Ended.apply(link, torch.zeros((), device=self._device)),)
         boundary = step.plans[index].points[stage].boundary
         zeros = [torch.zeros(t.tensor.shape, dtype=t.tensor.dtype, device=self._device) for t in boundary]
         return step.p2p[stage].pack(link, zeros)
@@ -209,9 +193,9 @@ class PipelineRunner(SingleProcessRunner):
                 f"asked for there. Cuts: {', '.join(self.stages.cuts)}; name pipeline_cuts before that part"
             )
         if not step.weights[index]:  # its loss may be a mean over nothing
-            return ended(link, torch.zeros((), device=self._device))
+            return Ended.apply(link, torch.zeros((), device=self._device))
         share = step.weights[index] / sum(step.weights) * step.loss_scale
-        return ended(link, loss.reshape(()) * share)
+        return Ended.apply(link, loss.reshape(()) * share)
 
     def _on_all_ranks(self, step: StepInFlight, trains: bool) -> tuple[Any, Tensor | None]:
         """What the step returned, on every rank; its loss with a backward that hands the gradients over."""
@@ -229,10 +213,7 @@ class PipelineRunner(SingleProcessRunner):
 
         Communication over the axis: one all-reduce of 32 bytes with the loss, a size, and the numbers of ranks that
         failed, and that took another path than before; and one broadcast of what else there is to share, see
-        [Note: what the last stage made].
-
-        Raises:
-            Exception: what a stage met; see [Note: a step that fails on one stage].
+        [Note: what the last stage made]. Raises what a stage met, see [Note: a step that fails on one stage].
         """
         loss, output, effects, payload = torch.zeros((), device=self._device), None, Effects(), b""
         has_last = self._pipeline.has_last
@@ -258,25 +239,18 @@ class PipelineRunner(SingleProcessRunner):
         value = header[0].to(loss.dtype if has_last else torch.get_default_dtype())
         return (value.float() if value.dtype.itemsize < 4 else value), output
 
-    # ------------------------------------------------------------------ before the microbatches run
-
-    def _split(self, whole: Any, others: tuple[Any, ...]) -> tuple[SplitBatch, bool]:
-        """The batch in microbatches, and whether it runs in plain order, as too small for the schedule."""
-        splitter = self._options.splitter
-        num_parts, in_order = self._num_microbatches(splitter.size(whole))
+    def _split(self, whole: Any, others: tuple[Any, ...]) -> SplitBatch:
+        splitter, options = self._options.splitter, self._options
+        size = splitter.size(whole)
+        number = options.microbatches(size, self.stages.num_ranks)
+        num_parts, in_order = number or min(size, options.num_microbatches or size), number is None
+        if isinstance(self.inner, FSDPRunner) and options.reshard:
+            # each microbatch gathers the shards anew, so the data ranks have to have as many
+            agreed = torch.tensor([num_parts, int(not in_order)], device=self._device)
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.inner.group)
+            num_parts, in_order = int(agreed[0]), not int(agreed[1])
         parts, sizes = splitter.split(whole, num_parts)
-        return SplitBatch(whole, others, parts, sizes), in_order or len(parts) < num_parts
-
-    def _num_microbatches(self, size: int) -> tuple[int, bool]:
-        """The microbatches of a batch of so many samples, and whether those are too few for the schedule."""
-        number = self._options.microbatches(size, self.stages.num_ranks)
-        num_parts = number or min(size, self._options.num_microbatches or size)
-        if not isinstance(self.inner, FSDPRunner) or not self._options.reshard:
-            return num_parts, number is None
-        # each microbatch gathers the shards anew, so the data ranks have to have as many
-        agreed = torch.tensor([num_parts, int(number is not None)], device=self._device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.inner.group)
-        return int(agreed[0]), not int(agreed[1])
+        return SplitBatch(whole, others, parts, sizes, in_order or len(parts) < num_parts)
 
     def _begin(self, name: str, batch: SplitBatch, alike: bool = False) -> StepInFlight:
         plans = self._plans.of(name, batch.parts, batch.others)
@@ -287,9 +261,8 @@ class PipelineRunner(SingleProcessRunner):
 
     @contextmanager
     def _own_random_streams(self, step: StepInFlight, trains: bool) -> Iterator[None]:
-        """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike.
-
-        Steps that evaluate leave the stream where it was, as they would in one process without random numbers.
+        """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike. Steps that
+        evaluate leave the stream where it was, as they would in one process without random numbers.
         """
         if trains:
             step.seed = int(torch.randint(2**31, ()))
@@ -324,32 +297,29 @@ class PipelineRunner(SingleProcessRunner):
             self._trained[stage] = [p for name, p in named if stage in self.stages.owners[name] and p.requires_grad]
         return self._trained[stage]
 
-    def _rehearsed(self, step: StepInFlight) -> Outcome:
+    def _rehearsed(self, step: StepInFlight) -> dict[str, Any]:
         """What came of a step over microbatches, without gradients or random numbers; nothing is left of it."""
         named = self.module.named_parameters()
         parameters = {name: p for name, p in named if name in step.written and not is_placeholder(p)}
-        with undone(self.module, parameters.values()), fixed_numbers(), step.logs.recording(), step.computing():
+        with (
+            undone(self.module, parameters.values()),
+            torch.compiler.set_stance("force_eager"),
+            FixedNumbers(),
+            step.logs.recording(),
+            step.computing(),
+        ):
             self._evaluate(step)
             self.inner.reshard()
-            outcome = Outcome()
+            found: dict[str, Any] = {}
             with step.failing(self.stages.num_stages):
-                if self._pipeline.has_last:
-                    outcome.output, outcome.loss = step.joined(), step.manual_loss
-                    outcome.effects = step.effects.joined(step.batch.sizes, step.weights)
-                outcome.logged = step.logs.values()
-            outcome.left = left_in_parts(self.module)
-            outcome.written = {name: p.detach().clone() for name, p in parameters.items()}
-            return outcome
-
-    # ------------------------------------------------------------------ the backward
+                found = outcome(step, self._pipeline.has_last)
+            written = {f"the parameter {n}, to which it writes,": p.detach().clone() for n, p in parameters.items()}
+            return found | left_in_parts(self.module) | written
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         with super().accumulating(), self.inner.accumulating():
             yield
-
-    def before_backward(self, loss: Tensor) -> Tensor:
-        return loss
 
     def _hand_over(self, applied: float, scale: Tensor) -> None:
         """Puts the gradients of the last schedule in place; called by the loss's backward."""
@@ -386,8 +356,6 @@ class PipelineRunner(SingleProcessRunner):
         for buffer, value in buffers:
             buffer.detach().copy_(value)
         step.logs.replay()
-
-    # ------------------------------------------------------------------ between steps
 
     def show(self) -> None:
         self._view.show()

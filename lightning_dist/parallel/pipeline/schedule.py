@@ -34,9 +34,6 @@ class Schedule:
         turn, place = divmod(stage, num_ranks)
         return num_ranks - 1 - place if self.style == "v" and turn % 2 else place
 
-    def stages_of(self, rank: int, num_ranks: int) -> list[int]:
-        return [s for s in range(self.num_stages(num_ranks)) if self.rank_of(s, num_ranks) == rank]
-
     def takes(self, num_microbatches: int, num_ranks: int) -> bool:
         """Whether it can run so many microbatches."""
         rounds = max(1, num_microbatches // num_ranks) if "Interleaved" in self.name else 1
@@ -50,24 +47,22 @@ class Schedule:
         return (num_ranks - 1) / (self.stages_per_rank * num_microbatches + num_ranks - 1)
 
 
-_SCHEDULES = (
-    Schedule("GPipe", 1, "loop", 0),
-    Schedule("1F1B", 1, "loop", 1),
-    Schedule("LoopedBFS", 2, "loop", 0),
-    Schedule("Interleaved1F1B", 2, "loop", 1),
-    Schedule("InterleavedZeroBubble", 2, "loop", 1),
-    Schedule("ZBVZeroBubble", 2, "v", 1),
-    Schedule("DualPipeV", 2, "v", 2),
-)
-SCHEDULES = {schedule.name: schedule for schedule in _SCHEDULES}
+SCHEDULES = {
+    schedule.name: schedule
+    for schedule in (
+        Schedule("GPipe", 1, "loop", 0),
+        Schedule("1F1B", 1, "loop", 1),
+        Schedule("LoopedBFS", 2, "loop", 0),
+        Schedule("Interleaved1F1B", 2, "loop", 1),
+        Schedule("InterleavedZeroBubble", 2, "loop", 1),
+        Schedule("ZBVZeroBubble", 2, "v", 1),
+        Schedule("DualPipeV", 2, "v", 2),
+    )
+}
 
 
 def schedule_named(name: str) -> Schedule:
-    """The schedule of a name, in any case.
-
-    Raises:
-        ValueError: there is none, with the closest names.
-    """
+    """The schedule of a name, in any case; raises a ValueError with the closest names where there is none."""
     known, lower = {other.lower(): schedule for other, schedule in SCHEDULES.items()}, str(name).lower()
     if lower in known:
         return known[lower]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,26 +16,20 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from lightning_dist.parallel.pipeline.p2p import P2PTensors, Tensors
 from lightning_dist.parallel.pipeline.stages import Pipeline
 
-
-class RunsMicrobatches(Protocol):
-    """What a schedule calls: a stage's forward of one microbatch of a step."""
-
-    def __call__(self, step: Any, stage: int, index: int, received: Tensors) -> Tensors:
-        """From what the stage before sent to what goes to the next; of the last stage, its loss."""
+RunsMicrobatches = Callable[[Any, int, int, Tensors], Tensors]
+"""A stage's forward of a microbatch, given the step, the stage, the microbatch's index, and what the stage before sent:
+what goes to the next; of the last stage, its loss."""
 
 
 class StageModule(nn.Module):
     """A stage as torch's schedules call it; the batch stays where it is: the step travels as an object.
 
-    Args:
-        run: runs a microbatch.
-        stage: number of the stage.
-        trained: gives the parameters that the stage trains, whose gradients some schedules compute apart.
+    ``trained_by`` gives the parameters that a stage trains, whose gradients some schedules compute apart.
     """
 
-    def __init__(self, run: RunsMicrobatches, stage: int, trained: Callable[[], list[nn.Parameter]]) -> None:
+    def __init__(self, run: RunsMicrobatches, stage: int, trained_by: Callable[[int], list[nn.Parameter]]) -> None:
         super().__init__()
-        self._run, self.stage, self._trained = run, stage, trained
+        self._run, self.stage, self._trained_by = run, stage, trained_by
 
     def forward(self, *received: Tensor, step: Any, index: int) -> Any:
         sent = self._run(step, self.stage, index, received)
@@ -43,7 +37,7 @@ class StageModule(nn.Module):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Those of the stage; they are not registered, so the module does not hold them twice."""
-        return iter(self._trained())
+        return iter(self._trained_by(self.stage))
 
 
 _PARTS = {"forward": "forward_one_chunk", "backward": "backward_one_chunk", "weights": "backward_weight_one_chunk"}
@@ -51,29 +45,26 @@ _PARTS = {"forward": "forward_one_chunk", "backward": "backward_one_chunk", "wei
 
 
 def torch_schedule(
-    pipeline: Pipeline,
-    run: RunsMicrobatches,
-    trained_by: Callable[[int], list[nn.Parameter]],
-    p2p: list[P2PTensors],
-    num_microbatches: int,
-    timeline: Timeline,
-) -> Any:
-    """A schedule of torch for batches of one shape; :func:`run_torch_schedule` runs it.
+    pipeline: Pipeline, run: RunsMicrobatches, trained_by: Callable[[int], Any], first: Any, timeline: Timeline
+) -> Callable[[Any], None]:
+    """Runs every microbatch of steps of one shape forward and backward, by a schedule of torch; made for the first.
 
-    Args:
-        run: runs a microbatch.
-        trained_by: gives the parameters that a stage trains.
-        p2p: what is sent over each cut of the pipeline.
-        timeline: notes when its parts run.
+    ``trained_by`` gives the parameters that a stage trains; the timeline notes when the parts of the schedule run.
     """
-    made = [_torch_stage(pipeline, StageModule(run, stage, partial(trained_by, stage)), p2p) for stage in pipeline.own]
+    made = [_torch_stage(pipeline, StageModule(run, stage, trained_by), first.p2p) for stage in pipeline.own]
     for stage in made:
         for part, name in _PARTS.items():
             setattr(stage, name, timeline.timed(part, stage.stage_index, getattr(stage, name)))
     kind: Any = get_schedule_class(pipeline.stages.schedule.name)
+    of_rank, numbers = made if len(made) > 1 else made[0], range(len(first.batch.parts))
     # a microbatch's weight is in its loss
-    stages = made if len(made) > 1 else made[0]
-    return kind(stages, num_microbatches, loss_fn=lambda output, _: output.sum(), scale_grads=False)
+    schedule = kind(of_rank, len(numbers), loss_fn=lambda output, _: output.sum(), scale_grads=False)
+
+    def run_step(step: Any) -> None:
+        targets = {"target_mbs": list(numbers), "losses": []} if pipeline.has_last else {}
+        schedule.step(kwarg_mbs=[{"step": step, "index": i} for i in numbers], return_outputs=False, **targets)
+
+    return run_step
 
 
 def _torch_stage(pipeline: Pipeline, module: StageModule, p2p: list[P2PTensors]) -> PipelineStage:
@@ -84,61 +75,44 @@ def _torch_stage(pipeline: Pipeline, module: StageModule, p2p: list[P2PTensors])
     return PipelineStage(module, stage, len(p2p) + 1, device, input_args=args, output_args=sent, group=pipeline.group)
 
 
-def run_torch_schedule(made: Any, step: Any, num_microbatches: int, has_last: bool) -> None:
-    """Runs every microbatch of a step forward and backward."""
-    made.step(
-        kwarg_mbs=[{"step": step, "index": index} for index in range(num_microbatches)],
-        return_outputs=False,
-        **({"target_mbs": list(range(num_microbatches)), "losses": []} if has_last else {}),
-    )
-
-
 class InOrder:
     """Stage by stage, all microbatches forward, then all backward: for evaluation, and batches too small for others.
 
-    Communication over ``group``, for each cut and microbatch: one send of its tensors, and with a backward one back.
-
-    Args:
-        run: runs a microbatch.
-        step: of whose batch they are; its ``p2p`` is what is sent over each cut of the pipeline.
+    Communication over the pipeline, for each cut and microbatch: one send of its tensors, and with a backward one back.
     """
 
     def __init__(self, run: RunsMicrobatches, step: Any, pipeline: Pipeline) -> None:
         self._run, self._p2p, self._pipeline = partial(run, step), step.p2p, pipeline
+        self._numbers = range(len(step.batch.parts))
         self._local: dict[tuple[int, int], Tensors] = {}
         self._sends: list[tuple[dist.Work | None, Tensor]] = []
 
-    def forward(self, num_microbatches: int) -> None:
+    def forward(self) -> None:
         with torch.no_grad():
             for stage in self._pipeline.own:
-                for index in range(num_microbatches):
-                    self._pass_on(stage, index, self._run(stage, index, self._received(stage, index)))
+                for index in self._numbers:
+                    self._to(stage + 1, index, self._run(stage, index, self._received(stage, index)))
         self._finish()
 
-    def forward_and_backward(self, num_microbatches: int) -> None:
+    def forward_and_backward(self) -> None:
         kept = {}
         for stage in self._pipeline.own:
-            for index in range(num_microbatches):
+            for index in self._numbers:
                 received = tuple(t.detach().requires_grad_() for t in self._received(stage, index))
                 sent = self._run(stage, index, received)
                 kept[stage, index] = received, sent
-                self._pass_on(stage, index, tuple(t.detach() for t in sent))
+                self._to(stage + 1, index, tuple(t.detach() for t in sent))
         for stage in reversed(self._pipeline.own):
-            for index in range(num_microbatches):
+            for index in self._numbers:
                 received, sent = kept.pop((stage, index))
                 torch.autograd.backward(sent, None if stage == len(self._p2p) else self._from(stage + 1, stage, index))
                 if stage:
-                    self._to(
-                        stage - 1, index, tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in received)
-                    )
+                    gradients = (torch.zeros_like(t) if t.grad is None else t.grad for t in received)
+                    self._to(stage - 1, index, tuple(gradients))
         self._finish()
 
     def _received(self, stage: int, index: int) -> Tensors:
         return self._from(stage - 1, stage, index) if stage else ()
-
-    def _pass_on(self, stage: int, index: int, sent: Tensors) -> None:
-        if stage < len(self._p2p):
-            self._to(stage + 1, index, sent)
 
     def _from(self, source: int, stage: int, index: int) -> Tensors:
         if source in self._pipeline.own:
@@ -151,10 +125,10 @@ class InOrder:
     def _to(self, target: int, index: int, sent: Tensors) -> None:
         if target in self._pipeline.own:
             self._local[target, index] = sent
-            return
-        rank = self._pipeline.stages.rank_of(target)
-        for tensor in map(Tensor.contiguous, sent):
-            self._sends.append((dist.isend(tensor, group=self._pipeline.group, group_dst=rank), tensor))
+        elif target <= len(self._p2p):  # what the last stage gives stays there
+            rank = self._pipeline.stages.rank_of(target)
+            for tensor in map(Tensor.contiguous, sent):
+                self._sends.append((dist.isend(tensor, group=self._pipeline.group, group_dst=rank), tensor))
 
     def _finish(self) -> None:
         for work, _ in self._sends:
@@ -164,9 +138,8 @@ class InOrder:
 
 
 class Event(NamedTuple):
-    """A part of a step; times in seconds since its start on this rank.
-
-    ``kind`` is ``"forward"``, ``"backward"`` or, of schedules that compute them apart, ``"weights"``.
+    """A part of a step, ``"forward"``, ``"backward"`` or, of schedules that compute them apart, ``"weights"``; times in
+    seconds since the step's start on this rank.
     """
 
     kind: str

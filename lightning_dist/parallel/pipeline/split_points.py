@@ -138,10 +138,8 @@ def skipped_indices(trace: Trace, entered: int) -> set[int]:
 
 
 def named_split_points(points: list[SplitPoint], names: list[str], trace: Trace) -> list[SplitPoint]:
-    """The cut points of these names, in the order of the names.
-
-    Raises:
-        ValueError: a name that is no module of the step, or after which it can't be cut: with what stands in the way.
+    """The cut points of these names, in their order; raises a ValueError for one that is no module of the step, or
+    after which it can't be cut, with the reason.
     """
     called = {label(call): call for call in trace.calls}
     return [_named(points, name, called, trace) for name in names]

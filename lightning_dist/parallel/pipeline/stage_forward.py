@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Any
@@ -68,10 +68,9 @@ class StageForward:
     def run(
         self, module: nn.Module, step: Callable[[], Any], received: list[Tensor], on_enter: Callable[[], None]
     ) -> tuple[list[Tensor], Any]:
-        """Runs the step from the entry to the exit.
+        """Runs the step, with a batch of the traced shape, from the entry to the exit.
 
         Args:
-            step: the user's, with a batch of the traced shape.
             received: the tensors of the entry's cut, in its order.
             on_enter: called when everything before the entry has run.
 
@@ -82,7 +81,7 @@ class StageForward:
             RuntimeError: the step did not pass the entry or the exit as it did when it was traced.
         """
         run = _MicrobatchInStage(self, module, received, on_enter)
-        with run.watching():
+        with _wrapped_calls(module, self.watched, run.call):
             try:
                 output = step()
             except StageExit:
@@ -149,10 +148,7 @@ class _MicrobatchInStage:
         self._known: dict[int, Tensor] = {id(item.tensor): t for item, t in zip(boundary, received, strict=True)}
         self._numbers: dict[NumberSlot, Any] = decoded(slots, received[-1]) if slots else {}
 
-    def watching(self) -> AbstractContextManager[None]:
-        return _wrapped_calls(self._module, self._forward.watched, self._call)
-
-    def _call(self, name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         forward, ordinal = self._forward, self._counts[name]
         self._counts[name] += 1
         if not self.entered:

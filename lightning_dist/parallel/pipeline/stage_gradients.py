@@ -68,11 +68,8 @@ class StageGradients:
 
     @torch.no_grad()
     def reduce(self, data_group: dist.ProcessGroup | None, buffers: WrittenBuffers | None) -> None:
-        """Sums what is tied over a cut, and averages over the data ranks.
-
-        Args:
-            data_group: the ranks with other samples; None where they are averaged already.
-            buffers: of this rank's stages, for which the data ranks agree on what training wrote.
+        """Sums what is tied over a cut, and averages over the data ranks (None where they are averaged already), which
+        agree on what training wrote of the ``buffers`` of this rank's stages.
         """
         self._sum_tied()
         if data_group is not None:

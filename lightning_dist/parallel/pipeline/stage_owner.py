@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType, MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,6 @@ from lightning_dist.divided.tensor import as_divided
 from lightning_dist.divided.whole import whole as gathered
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder, placeholder
-
-T = TypeVar("T", bound=type)
 
 _STAGE = "lightning_dist_stage"
 """Attribute of a staged tensor: its :class:`StageOwner`."""
@@ -58,14 +56,10 @@ _STAGED_AS: dict[type, type] = {}
 _PLAIN_AS: dict[type, type] = {}
 
 
-def stands_for(plain: type) -> Callable[[T], T]:
-    """Makes a class that of the staged tensors of a plain class."""
-
-    def register(kind: T) -> T:
-        _STAGED_AS[plain], _PLAIN_AS[kind] = kind, plain
-        return kind
-
-    return register
+def stand_for(kinds: dict[type, type]) -> None:
+    """Registers the classes of staged tensors, by those of plain ones."""
+    _STAGED_AS.update(kinds)
+    _PLAIN_AS.update({staged_kind: plain for plain, staged_kind in kinds.items()})
 
 
 def staged(tensor: Any, owner: StageOwner) -> Any:
@@ -100,13 +94,13 @@ def are_plain() -> bool:
 @contextmanager
 def plain_parameters(parameters: Iterable[Any]) -> Iterator[None]:
     """While it lasts, these parameters are what they are without stages, and those of others tensors without memory."""
-    found = _set_plain(parameters)
+    found = _recast(parameters, _PLAIN_AS)
     _plain.append(None)
     try:
         yield
     finally:
         _plain.pop()
-        _set_staged(found)
+        _recast(found, _STAGED_AS)
 
 
 @contextmanager
@@ -114,26 +108,19 @@ def staged_parameters(parameters: Iterable[Any]) -> Iterator[None]:
     """Inside of :func:`plain_parameters`: staged tensors stand for the whole again."""
     before = _plain[:]
     _plain.clear()
-    found = _set_staged(parameters)
+    found = _recast(parameters, _STAGED_AS)
     try:
         yield
     finally:
-        _set_plain(found)
+        _recast(found, _PLAIN_AS)
         _plain[:] = before
 
 
-def _set_plain(parameters: Iterable[Any]) -> list[Any]:
-    """Gives parameters of this rank's stages the classes that they had; returns those that had ours."""
-    found = [p for p in parameters if type(p) in _PLAIN_AS and not is_placeholder(p)]
+def _recast(parameters: Iterable[Any], kinds: dict[type, type]) -> list[Any]:
+    """Gives parameters of this rank's stages other classes; returns those that it concerned."""
+    found = [p for p in parameters if type(p) in kinds and _STAGE in vars(p) and not is_placeholder(p)]
     for parameter in found:
-        parameter.__class__ = _PLAIN_AS[type(parameter)]
-    return found
-
-
-def _set_staged(parameters: Iterable[Any]) -> list[Any]:
-    found = [p for p in parameters if type(p) in _STAGED_AS and _STAGE in vars(p) and not is_placeholder(p)]
-    for parameter in found:
-        parameter.__class__ = _STAGED_AS[type(parameter)]
+        parameter.__class__ = kinds[type(parameter)]
     return found
 
 
@@ -162,10 +149,8 @@ def whole_of(leaf: Any, what: str, line: FrameType) -> Any:
 
 
 def sent(tensor: Tensor, owner: StageOwner, what: str, line: FrameType) -> Tensor:
-    """A tensor that the owner's rank has. Communication: one broadcast over the pipeline.
-
-    Raises:
-        RuntimeError: it can't be sent, or not all ranks ask.
+    """A tensor that the owner's rank has, by a broadcast over the pipeline; raises a RuntimeError where it can't be
+    sent, or not all ranks ask.
     """
     if owner.group is None or not dist.is_initialized():
         raise RuntimeError(

@@ -65,11 +65,7 @@ class StagePlans:
         """The arguments of the step that runs, beside the batch."""
 
     def of(self, step: str, parts: list[Any], others: tuple[Any, ...]) -> list[StagePlan]:
-        """The plan of each microbatch.
-
-        Raises:
-            ValueError: the step can't be cut as the module is.
-        """
+        """The plan of each microbatch; raises a ValueError where the step can't be cut as the module is."""
         self._others = others
         flags = flags_of(self._module)
         return [self._one(step, part, flags) for part in parts]
@@ -114,11 +110,7 @@ class StagePlans:
         return (GuardedInt(lambda: self._others[0], guard), *self._others[1:])
 
     def _own_new(self) -> None:
-        """Parameters that hooks gave the module: a copy is where the one is that it was made of.
-
-        Raises:
-            ValueError: one is new, and is to be trained.
-        """
+        """Parameters that hooks gave the module: a copy is where its original is, and others must not train."""
         owners = self._stages.owners
         for name, parameter in self._module.named_parameters():
             if name in owners:

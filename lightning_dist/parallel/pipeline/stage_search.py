@@ -12,7 +12,7 @@ from torch import nn
 from lightning_dist.compat.torch import has_backward_hooks
 from lightning_dist.parallel.pipeline.schedule import PipelineOptions, Schedule, schedule_named
 from lightning_dist.parallel.pipeline.split_points import SplitPoint, named_split_points, obstacles, split_points
-from lightning_dist.parallel.pipeline.stages import Stages
+from lightning_dist.parallel.pipeline.stages import Owners, Stages
 from lightning_dist.parallel.pipeline.trace import Trace
 
 
@@ -66,12 +66,9 @@ def find_stages(
     undivided: Iterable[str] = (),
     is_trained: Callable[[str], bool] = lambda _: True,
 ) -> Stages:
-    """Cuts a module into the stages of a schedule.
+    """Cuts a whole module into the stages of a schedule.
 
     Args:
-        module: whole.
-        trace: of its step.
-        num_ranks: of the pipeline.
         blocks: names of its repeated parts; cuts lie between them if that balances.
         keep_whole: never cut inside of a block, since it is sharded, divided, recomputed or compiled.
         undivided: names of modules whose parameters are held together, since they are divided together.
@@ -117,18 +114,14 @@ def _balanced(
     return balanced(anywhere, costs, num_stages)
 
 
-def _stages_of_use(ops: dict[str, set[int]], bounds: list[int]) -> dict[str, tuple[int, ...]]:
+def _stages_of_use(ops: dict[str, set[int]], bounds: list[int]) -> Owners:
     """The stages in which ops lie, by what they use."""
     return {name: tuple(sorted({bisect_left(bounds, op) for op in used})) for name, used in ops.items()}
 
 
 def _owners_of_parameters(
-    module: nn.Module,
-    used: dict[str, tuple[int, ...]],
-    num_stages: int,
-    undivided: Iterable[str],
-    is_trained: Callable[[str], bool],
-) -> dict[str, tuple[int, ...]]:
+    module: nn.Module, used: Owners, num_stages: int, undivided: Iterable[str], is_trained: Callable[[str], bool]
+) -> Owners:
     shapes, order = _shapes(module), [name for name, _ in module.named_parameters()]
     owners = {
         name: used.get(name) or _like_its_twin(name, used, shapes, is_trained) or _near(name, used, order, num_stages)
@@ -140,7 +133,7 @@ def _owners_of_parameters(
     return owners
 
 
-def _owners_of_buffers(module: nn.Module, used: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _owners_of_buffers(module: nn.Module, used: Owners) -> Owners:
     """The stages of each buffer that one uses, or that belongs to a copy of such."""
     shapes, unused = _shapes(module), [name for name, _ in module.named_buffers() if name not in used]
     return used | {name: twin for name in unused if (twin := _like_its_twin(name, used, shapes)) is not None}
@@ -151,10 +144,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _like_its_twin(
-    name: str,
-    used: dict[str, tuple[int, ...]],
-    shapes: dict[str, torch.Size],
-    is_trained: Callable[[str], bool] = lambda _: False,
+    name: str, used: Owners, shapes: dict[str, torch.Size], is_trained: Callable[[str], bool] = lambda _: False
 ) -> tuple[int, ...] | None:
     """The stages, for what the step does not use, of what has its shape and ends with the same names, as in a copy of a
     network, so that pairs of both lie on one stage. Blocks of one list are no copies of each other.
@@ -170,7 +160,7 @@ def _like_its_twin(
     return None
 
 
-def _near(name: str, used: dict[str, tuple[int, ...]], order: list[str], num_stages: int) -> tuple[int, ...]:
+def _near(name: str, used: Owners, order: list[str], num_stages: int) -> tuple[int, ...]:
     """The stage of a parameter that the step does not use: that of the one before it among its nearest relatives, in
     the order in which they were made; else the last.
     """

@@ -33,13 +33,15 @@ from lightning_dist.parallel.pipeline.stage_owner import (
     are_plain,
     beside,
     line_of_user,
+    origin,
     owner_of,
     sent,
     staged,
-    stands_for,
+    stand_for,
     where,
     whole_of,
 )
+from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder, placeholder, placeholder_parameter
 from lightning_dist.pytree import tree_leaves, tree_map
 
@@ -85,8 +87,7 @@ def _create(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
 
 
 def _gradient(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
-    gradient = on_this_rank(func, args, kwargs)
-    return gradient if gradient is None else staged(gradient, owner_of(args[0]))
+    return staged(on_this_rank(func, args, kwargs), owner_of(args[0]))
 
 
 def _set_gradient(func: Any, args: Any, kwargs: Any, line: FrameType) -> Any:
@@ -269,8 +270,10 @@ _WAYS: dict[Way, Callable[[Any, Any, Any, FrameType], Any]] = {
 }
 
 
-class _Functions(Staged):
-    """Runs torch functions by what they do."""
+class _InUsersHands(Staged):
+    """Runs torch functions by what they do. The user's code pickles the whole (``torch.save`` of weights, on all ranks
+    alike); ours, what is here.
+    """
 
     __slots__ = ()
 
@@ -285,12 +288,6 @@ class _Functions(Staged):
                 return on_this_rank(func, args, kwargs)
             run = _equal if name_of(func) == "equal" else _WAYS.get(way, _on_whole)
             return run(func, args, kwargs, line)
-
-
-class _Pickled:
-    """The user's code pickles the whole (``torch.save`` of weights, on all ranks alike); ours, what is here."""
-
-    __slots__ = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         tensor: Any = self
@@ -309,41 +306,42 @@ class _Pickled:
         return super().__reduce_ex__(protocol)
 
 
-@stands_for(FakeTensor)
-class RemoteTensor(_Pickled, _Functions, FakeTensor):
+class RemoteTensor(_InUsersHands, FakeTensor):
     """A parameter of another stage, or what is computed of it; see [Note: what a stage holds]."""
 
 
-@stands_for(nn.Parameter)
-class OwnParameter(_Pickled, _Functions, nn.Parameter):
+class OwnParameter(_InUsersHands, nn.Parameter):
     """A parameter of this rank's stages."""
 
 
-@stands_for(Tensor)
-class OwnTensor(_Pickled, _Functions, Tensor):
+class OwnTensor(_InUsersHands, Tensor):
     """A gradient of one, or what is computed of it."""
 
 
-@stands_for(Divided)
-class OwnDivided(_Pickled, _Functions, Divided):
+class OwnDivided(_InUsersHands, Divided):
     """A parameter of this rank's stages of which it holds a part, its gradient, or what is computed of them."""
 
 
-def callable_parts(module: nn.Module) -> Iterator[nn.Module]:
+stand_for({FakeTensor: RemoteTensor, nn.Parameter: OwnParameter, Tensor: OwnTensor, Divided: OwnDivided})
+
+
+def refuse_calls_outside(module: nn.Module, patches: Patches) -> None:
+    """Refuses calls of the parts of a module outside of a step, in which the stages take turns."""
+    for child in _callable_parts(module):
+        if not any(map(origin, child.parameters())):  # else since an earlier run
+            patches.also(child.register_forward_pre_hook(_refuse_outside, prepend=True).remove)
+
+
+def _callable_parts(module: nn.Module) -> Iterator[nn.Module]:
     """The parts of a module with parameters that have a forward: its children, or those of lists and dictionaries."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from callable_parts(child)
+            yield from _callable_parts(child)
         elif any(True for _ in child.parameters()):
             yield child
 
 
-def refuse_outside(module: nn.Module, args: Any) -> None:
-    """A hook before the forward of a part of which ranks hold parts.
-
-    Raises:
-        RuntimeError: no step is running, in which the stages take turns.
-    """
+def _refuse_outside(module: nn.Module, args: Any) -> None:
     if not are_plain() and (line := line_of_user()) is not None:
         raise RuntimeError(
             f"pp beside tp or dp_shard: {where(line)} calls a {type(module).__name__} outside of a step, and each "

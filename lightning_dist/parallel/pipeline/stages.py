@@ -18,6 +18,9 @@ from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.schedule import PipelineOptions, Schedule, schedule_named
 from lightning_dist.placeholder import is_placeholder, placeholder_parameter
 
+Owners = dict[str, tuple[int, ...]]
+"""The stages that use something, by its name."""
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -25,7 +28,6 @@ class Stages:
 
     Args:
         schedule: which runs them.
-        num_ranks: of the pipeline.
         cuts: labels of the cut points between them.
         owners: stages that use a parameter, by its name; more than one where it is tied over a cut.
         buffers: stages that use a buffer, by its name.
@@ -37,8 +39,8 @@ class Stages:
     schedule: Schedule
     num_ranks: int
     cuts: tuple[str, ...]
-    owners: dict[str, tuple[int, ...]]
-    buffers: dict[str, tuple[int, ...]]
+    owners: Owners
+    buffers: Owners
     costs: tuple[float, ...] = field(compare=False, default=())
     equal_costs: tuple[float, ...] = field(compare=False, default=())
     sent: tuple[int, ...] = field(compare=False, default=())
@@ -51,7 +53,7 @@ class Stages:
         return self.schedule.rank_of(stage, self.num_ranks)
 
     def of_rank(self, rank: int) -> list[int]:
-        return self.schedule.stages_of(rank, self.num_ranks)
+        return [stage for stage in range(self.num_stages) if self.rank_of(stage) == rank]
 
     def holders(self, name: str) -> tuple[int, ...]:
         """The ranks of the pipeline that hold a parameter."""
@@ -68,13 +70,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages of a module, seen from one of the ranks that run them.
-
-    Args:
-        stages: of all ranks.
-        group: the ranks of the pipeline.
-        device: of this rank.
-    """
+    """The stages of all ranks, seen from one of those that run them."""
 
     stages: Stages
     group: dist.ProcessGroup
@@ -87,19 +83,12 @@ class Pipeline:
 
     @property
     def has_last(self) -> bool:
-        """Whether this rank has the last stage."""
         return self.own[-1] == self.stages.num_stages - 1
 
 
 @dataclass(frozen=True)
 class PartitionedModule:
-    """A module that has been cut: what later runs of it need.
-
-    Args:
-        fake_module: of the whole module.
-        stages: which it was cut into.
-        rank: of the pipeline, whose stages the module holds.
-    """
+    """What later runs of a module need that has been cut; it holds the stages of a rank of the pipeline."""
 
     fake_module: FakeModule
     stages: Stages
@@ -115,11 +104,7 @@ class PartitionedModule:
             )
 
     def run_by(self, options: PipelineOptions) -> PartitionedModule:
-        """The same cut, run by another schedule.
-
-        Raises:
-            ValueError: the schedule has other stages, or the user names other cuts.
-        """
+        """The same cut, run by another schedule; raises a ValueError where that, or the user, has other cuts."""
         wanted, there = schedule_named(options.schedule), self.stages.schedule
         other_cuts = options.cuts is not None and set(options.cuts) != set(self.stages.cuts)
         if (wanted.stages_per_rank, wanted.style) != (there.stages_per_rank, there.style) or other_cuts:
@@ -171,9 +156,8 @@ def whole_of_all_stages(
 
 
 def share_buffers(module: nn.Module, stages: Stages, group: dist.ProcessGroup) -> None:
-    """Gives every rank the buffers of the stage that uses them, and changes them (BatchNorm's statistics).
-
-    Communication over the pipeline: one broadcast of a rank's buffers, flat.
+    """Gives every rank the buffers of the stage that uses them, and changes them (BatchNorm's statistics): one
+    broadcast of a rank's buffers, flat, over the pipeline.
     """
     buffers = dict(module.named_buffers())
     by_rank = defaultdict(list)

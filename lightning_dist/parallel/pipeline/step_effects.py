@@ -45,12 +45,7 @@ class Effects:
 
 
 class StepEffects:
-    """What a step over microbatches leaves in its module.
-
-    Args:
-        module: whose step is about to run.
-        numbers: names of the parts that keep numbers, and of their attributes.
-    """
+    """What a step that is about to run leaves in its module, and in its parts: ``numbers``, by names of both."""
 
     def __init__(self, module: pl.LightningModule, numbers: Iterable[Place] = ()) -> None:
         self._lists, self._attributes = _AppendedLists(module), _KeptAttributes(module)
@@ -74,11 +69,7 @@ class StepEffects:
         self._lists.forget()
 
     def joined(self, sizes: list[int], weights: list[float]) -> Effects:
-        """What one step over the whole batch would have left, on the rank of the last stage.
-
-        Raises:
-            RuntimeError: the microbatches leave different things.
-        """
+        """What one step over the whole batch would leave, on the last stage's rank; uneven microbatches are refused."""
         lists = self._lists.joined(sizes, weights)
         return Effects(lists, self._attributes.joined(sizes, weights), self._numbers.changed())
 
@@ -92,14 +83,7 @@ class _AppendedLists:
     """What a step appends to lists that are attributes of its module, or in dictionaries and objects that are."""
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self._lists: dict[Place, list[Any]] = {}
-        for name, value in vars(module).items():
-            if name.startswith("_"):
-                continue
-            if type(value) is list:
-                self._lists[name, None] = value
-            elif (items := _held_items(value)) is not None:
-                self._lists.update({(name, key): item for key, item in items.items() if type(item) is list})
+        self._lists: dict[Place, list[Any]] = {at: value for at, value in _places(module) if type(value) is list}
         self._begin = self._at = self._lengths()
         self._added: dict[Place, list[list[Any]]] = {place: [] for place in self._lists}
 
@@ -137,29 +121,20 @@ class _AppendedLists:
 
 
 class _KeptAttributes:
-    """What a step puts into attributes of its module, or into dictionaries and objects of the user's there.
-
-    Each microbatch finds them as they were before the step; afterwards they are what one step over the whole batch
-    would have left: joined as what a step returns is.
+    """What a step puts into attributes of its module, or into dictionaries and objects of the user's there. Each
+    microbatch finds them as they were before the step; afterwards they are what one step over the whole batch would
+    have left: joined as what a step returns is.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self._own = vars(module)
-        self._before = dict(self._places())
+        self._module, self._own = module, vars(module)
+        self._before = dict(_places(module))
         self._added: list[dict[Place, Any]] = []
-
-    def _places(self) -> Iterator[tuple[Place, Any]]:
-        for name, value in list(self._own.items()):
-            if name.startswith("_") or name == "training":
-                continue
-            yield (name, None), value
-            if (items := _held_items(value)) is not None:
-                yield from (((name, key), item) for key, item in items.items())
 
     def _changed(self) -> dict[Place, Any]:
         return {
             place: value
-            for place, value in self._places()
+            for place, value in _places(self._module)
             if value is not self._before.get(place, _NOTHING)
             and (place[1] is None or (place[0], None) in self._before)  # else of a dictionary that is new
             and _is_plain(value)
@@ -227,6 +202,16 @@ class _KeptNumbers:
 _NOTHING = object()
 
 
+def _places(module: nn.Module) -> Iterator[tuple[Place, Any]]:
+    """The user's attributes of a module, and what is in dictionaries and objects among them."""
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") or name == "training":
+            continue
+        yield (name, None), value
+        if (items := _held_items(value)) is not None:
+            yield from (((name, key), item) for key, item in items.items())
+
+
 def _held_items(value: Any) -> dict[Any, Any] | None:
     """The dictionary that has the items of a dictionary, or of an object of the user's; None for anything else."""
     if type(value) is dict:
@@ -246,9 +231,6 @@ def _uneven(does: str, place: Place, unknown: str) -> RuntimeError:
     )
 
 
-# ---------------------------------------------------------------- joining microbatches
-
-
 def detached(value: Any) -> Any:
     """Without a graph."""
     return deep_map(value, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
@@ -260,13 +242,9 @@ def _joined(values: list[Any], sizes: list[int], weights: list[float]) -> Any:
     if isinstance(first, (bool, int, float, str)) and all(value == first for value in values):
         return first
     are_tensors = all(isinstance(v, Tensor) and not is_placeholder(v) for v in values)
-    if are_tensors and not _by_sample(values, sizes) and all(_is_same(v, first) for v in values[1:]):
+    if are_tensors and not _by_sample(values, sizes) and all(torch.equal(value, first) for value in values[1:]):
         return first
     return joined(values, sizes, weights)
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _by_sample(values: list[Tensor], sizes: list[int]) -> bool:
@@ -309,9 +287,6 @@ def weighted_mean(values: list[Tensor], weights: list[float] | list[int]) -> Ten
     mean = sum(v * (w / total) for v, w in zip(wide, weights, strict=True) if w)
     assert isinstance(mean, Tensor)
     return mean.to(values[0].dtype) if values[0].is_floating_point() else mean.float()
-
-
-# ---------------------------------------------------------------- sending
 
 
 class _Elsewhere:

@@ -43,36 +43,31 @@ def raise_failure(failure: Failure | None, group: dist.ProcessGroup | None, devi
 
     Communication: one all-gather of short objects over the group. See [Note: a step that fails on one stage].
     """
-    mine = None if failure is None else (failure.stage, isinstance(failure.error, ValueError), _words(failure.error))
-    there = [other for other in gather_objects(mine, group) if other is not None]
-    stage, is_value, words = min(there)
+    mine = None
+    if failure is not None:
+        error, is_value = failure.error, isinstance(failure.error, ValueError)
+        own = isinstance(error, (ValueError, RuntimeError)) and type(error).__module__ == "builtins"
+        mine = failure.stage, is_value, str(error) if own else f"{type(error).__name__}: {error}"
+    stage, is_value, words = min(other for other in gather_objects(mine, group) if other is not None)
     if failure is not None and failure.stage == stage:
         raise failure.error
     raise (ValueError if is_value else RuntimeError)(words)
 
 
-def _words(error: Exception) -> str:
-    own = isinstance(error, (ValueError, RuntimeError)) and type(error).__module__ == "builtins"
-    return str(error) if own else f"{type(error).__name__}: {error}"
-
-
 @dataclass(frozen=True)
 class SplitBatch:
-    """A batch in microbatches.
-
-    Args:
-        others: the step's other arguments, the batch's index first where it takes one.
-        parts: the microbatches.
-        sizes: how many samples each has.
+    """A batch in microbatches, and how many samples each has; ``others`` are the step's other arguments, the batch's
+    index first where it takes one. It runs ``in_order`` where it is too small for the schedule.
     """
 
     whole: Any
     others: tuple[Any, ...]
     parts: list[Any]
     sizes: list[int]
+    in_order: bool
 
     def unsplit(self) -> SplitBatch:
-        return SplitBatch(self.whole, self.others, [self.whole], [sum(self.sizes)])
+        return SplitBatch(self.whole, self.others, [self.whole], [sum(self.sizes)], True)
 
 
 @dataclass(eq=False)
@@ -80,9 +75,7 @@ class StepInFlight:
     """A step over the microbatches of a batch, from its begin until all ranks have what it returned.
 
     Args:
-        name: of the step.
         weights: what each microbatch counts in means.
-        plans: of each microbatch.
         logs: takes what microbatches log.
         alike: all microbatches begin with the same random numbers.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,6 @@ class TraceRecorder(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self._fake, module = fake_module, fake_module.module
-        fake_module.on_metric = lambda: self.trace.metrics.append(self.trace.num_ops)
         self._stack, self._count = [-1], Counter[str]()
         self._written: set[int] = set()
         self._values_by_memory: dict[int, list[Value]] = defaultdict(list)
@@ -56,15 +56,12 @@ class TraceRecorder(TorchDispatchMode):
         for name, parameter in module.named_parameters():
             self._parameters_by_memory[memory_of(parameter)].append(name)
         self._names = {id(child): name for name, child in module.named_modules() if name}
-        self._patches = Patches()
+        self.patches = Patches()
+        self.patches.set(fake_module, "on_metric", lambda: self.trace.metrics.append(self.trace.num_ops))
         self._alive: list[Any] = []
         for name, child in module.named_modules():
             if name:
-                self._patches.set(child, COMPILED_CALL, partial(self._call, name, child))
-
-    def put_back(self) -> None:
-        self._patches.undo()
-        self._fake.on_metric = lambda: None
+                self.patches.set(child, COMPILED_CALL, partial(self._call, name, child))
 
     def add_guard(self, question: Callable[[], Any], answer: Any) -> None:
         self.trace.guards.append((question, answer))
@@ -72,9 +69,8 @@ class TraceRecorder(TorchDispatchMode):
     @contextmanager
     def seeing_attributes(self) -> Iterator[None]:
         """While it lasts, numbers are noted that are put into attributes of modules, while a module is called; and what
-        is put into attributes of the user's modules goes to the fake ones.
-
-        ``nn.Module.__setattr__`` sees them all; Python has no other place that does.
+        is put into attributes of the user's modules goes to the fake ones. Python has no other place that sees them
+        all.
         """
         plain = nn.Module.__setattr__
         names = {**self._names, id(self._fake.module): ""}
@@ -91,8 +87,6 @@ class TraceRecorder(TorchDispatchMode):
             yield
         finally:
             nn.Module.__setattr__ = plain  # type: ignore[method-assign]
-
-    # ------------------------------------------------------------------ modules
 
     def _call(self, name: str, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         trace = self.trace
@@ -125,8 +119,6 @@ class TraceRecorder(TorchDispatchMode):
         used = [*deep_tensors((args, kwargs)), *module.parameters()]
         self._note(used, deep_tensors(output), 3.0 * sum(p.numel() for p in module.parameters()))
         return output
-
-    # ------------------------------------------------------------------ ops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -201,12 +193,8 @@ class TraceRecorder(TorchDispatchMode):
 
 
 def _is_recomputed() -> bool:
-    frame: Any = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    frames = traceback.walk_stack(inspect.currentframe())
+    return any(frame.f_code is CheckpointFunction.forward.__code__ for frame, _ in frames)
 
 
 def _random(tensor: Tensor) -> Tensor:
@@ -225,28 +213,28 @@ def trace_step(
     part: Any,
     rest: tuple[Any, ...] | Callable[[AddGuard], tuple[Any, ...]] = (),
 ) -> Trace:
-    """Runs a step of the fake module once, without computing what depends on a parameter.
+    """Runs a step of the fake module once, on a microbatch, without computing what depends on a parameter.
 
     Args:
         module: whose state the step may ask for.
-        name: of the step.
-        part: a microbatch.
         rest: the step's other arguments; or what makes them, from what is told of the questions that are asked of them.
     """
     recorder = TraceRecorder(fake_module)
     fake_module.follow(module, recorder.add_guard, in_step=True)
     try:
-        with torch.no_grad(), without_fake_tensor_errors(), recorder.seeing_attributes(), recorder:
+        with recorder.patches, torch.no_grad(), without_fake_tensor_errors(), recorder.seeing_attributes(), recorder:
             others = rest(recorder.add_guard) if callable(rest) else rest
             recorder.trace.output = getattr(fake_module.module, name)(part, *others)
     except (*_NEEDS_VALUES, RuntimeError) as error:
         recorder.trace.open_end = _value_asked_for(error, name)
     finally:
-        recorder.put_back()
         recorder.trace.kept = _kept(fake_module.module)
         fake_module.forget_trainer()
-    _mark_loss_used(recorder.trace)
-    return recorder.trace
+    trace = recorder.trace
+    for tensor in deep_tensors(loss_of(trace.output)):
+        if id(tensor) in trace.values:
+            trace.values[id(tensor)].used = trace.num_ops  # at the end, as the loss
+    return trace
 
 
 def _value_asked_for(error: Exception, step: str) -> str:
@@ -275,13 +263,6 @@ def _kept(module: nn.Module) -> list[tuple[str, str, Any, Tensor]]:
             elif type(value) is dict:
                 found += [(name, key, inner, item) for inner, item in value.items() if is_placeholder(item)]
     return found
-
-
-def _mark_loss_used(trace: Trace) -> None:
-    """What is returned as the loss is used at the end."""
-    for tensor in deep_tensors(loss_of(trace.output)):
-        if id(tensor) in trace.values:
-            trace.values[id(tensor)].used = trace.num_ops
 
 
 def refuse_manual(module: pl.LightningModule, fake_module: FakeModule, trace: Trace) -> None:
