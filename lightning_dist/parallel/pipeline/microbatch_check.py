@@ -64,8 +64,10 @@ class MicrobatchCheck:
 
     def is_new(self, step: StepInFlight) -> bool:
         """Whether a step that has run took another path than those of its kind that were compared."""
-        paths = self._paths.get(step.kind, {step.path})
-        return len(step.batch.parts) > 1 and len(paths) < _MOST_PATHS and step.path not in paths
+        paths = self._paths.get(step.kind)
+        if paths is None or len(step.batch.parts) == 1 or len(paths) >= _MOST_PATHS:
+            return False
+        return step.path not in paths
 
     def after_step(self, step: StepInFlight) -> None:
         """Compares a step whose path is new to a rank of the pipeline, on all, before its gradients are put in place:
@@ -100,7 +102,7 @@ class MicrobatchCheck:
         failure = over_parts.failure or over_whole.failure
         if failure is None and (difference := _compare(step.name, of_whole, of_parts, len(step.batch.parts))):
             failure = Failure(ValueError(difference), self._stages.num_stages)
-        self._written_alike |= {n for n in step.written if not is_placeholder(step.module.get_parameter(n))}
+        self._written_alike |= {n for n in over_parts.written if not is_placeholder(step.module.get_parameter(n))}
         return failure
 
     def refuse_writes(self, step: StepInFlight, seen: set[str]) -> None:
