@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_dist.collectives import gather_objects
 from lightning_dist.parallel.pipeline import PipelineRunner
-from lightning_dist.parallel.pipeline.timeline import Event
+from lightning_dist.parallel.pipeline.schedule_runs import Event
 
 COLORS = {"forward": (86, 137, 196), "backward": (222, 148, 76), "weights": (98, 163, 104)}
 WAIT, INK = (232, 232, 232), (40, 40, 40)

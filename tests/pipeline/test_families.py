@@ -12,14 +12,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_dist.parallel.pipeline.balance import balanced
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
-from lightning_dist.parallel.pipeline.options import PipelineOptions
-from lightning_dist.parallel.pipeline.other_stages import hide_parameters
 from lightning_dist.parallel.pipeline.p2p import P2PTensors, first_link
+from lightning_dist.parallel.pipeline.schedule import PipelineOptions
 from lightning_dist.parallel.pipeline.split_points import split_points
 from lightning_dist.parallel.pipeline.stage_forward import StageForward
-from lightning_dist.parallel.pipeline.stage_search import find_stages
+from lightning_dist.parallel.pipeline.stage_search import balanced, find_stages
+from lightning_dist.parallel.pipeline.stages import hide_parameters
 from lightning_dist.parallel.pipeline.tracing import trace_step
 from lightning_dist.placeholder import is_placeholder
 from tests.pipeline.families import FAMILIES

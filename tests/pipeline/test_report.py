@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy, PipelineTimeline
 from lightning_dist.cli import main
 from lightning_dist.explain import build_deferred
-from lightning_dist.parallel.pipeline.timeline import Event
+from lightning_dist.parallel.pipeline.schedule_runs import Event
 from lightning_dist.report import LayoutReport
 from lightning_dist.report.timeline import draw, waiting
 from tests.recipes.runs import Blocks, uneven_decoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -12,9 +12,6 @@ import numpy as np
 from torch import Tensor
 
 from lightning_dist.pytree import deep_leaves, deep_map, rebuilt
-
-VALUES = (str, bytes, int, float)
-"""What a list of one for each sample may hold."""
 
 EACH = "each"
 """Says in ``batch_split``: a list with one item for each sample."""
@@ -29,18 +26,15 @@ class Splitter:
     Args:
         how: a function of a batch and a number of parts that returns so many parts, or fewer. Or a tree like the batch
             (or like the upper part of it): the dim of its samples for tensors and arrays, :data:`EACH` for a list of
-            one item a sample, None for what every microbatch gets as it is. By default, see :func:`places`.
+            one item a sample, None for what every microbatch gets as it is. By default, tensors and arrays whose first
+            dim is the batch are split along it, and lists of as many items.
     """
 
     def __init__(self, how: BatchSplit | None = None) -> None:
         self._how = how
 
     def size(self, batch: Any) -> int:
-        """Number of samples.
-
-        Raises:
-            ValueError: there is nothing to split.
-        """
+        """Number of samples; raises a ValueError where there is nothing to split."""
         if self._how is None or callable(self._how):
             return batch_size(batch)
         return _size(batch, self._how)
@@ -52,37 +46,35 @@ class Splitter:
             if not 0 < len(parts) <= num_parts:
                 raise ValueError(f"batch_split was asked for {num_parts} parts of a batch, and gave {len(parts)}")
             return parts, [batch_size(part) for part in parts]
-        total = self.size(batch)
-        small, larger = divmod(total, num_parts)
+        small, larger = divmod(self.size(batch), num_parts)
         sizes = [small + (part < larger) for part in range(num_parts)]
-        ends = list(accumulate(sizes))
-        dims = places(batch) if self._how is None else self._how
-        return [_part(batch, dims, end - size, end) for size, end in zip(sizes, ends, strict=True)], sizes
+        dims = self._dims(batch)
+        return [_part(batch, dims, end - n, end) for n, end in zip(sizes, accumulate(sizes), strict=True)], sizes
 
     def first(self, batch: Any, count: int) -> Any:
         """The first samples of a batch."""
         if callable(self._how):
             return self.split(batch, max(1, self.size(batch) // count))[0][0]
-        return _part(batch, places(batch) if self._how is None else self._how, 0, count)
+        return _part(batch, self._dims(batch), 0, count)
+
+    def _dims(self, batch: Any) -> Any:
+        return _places(batch, batch_size(batch), True) if self._how is None else self._how
 
 
 def batch_size(batch: Any) -> int:
     """Number of samples: the size that most tensors of the batch, or the first of them, have in their first dim.
 
     Tensors in lists inside of the batch count where there are no others. Lists of as many items, of which some are
-    dictionaries, or whose tensors are of several sizes, have a sample an item.
-
-    Raises:
-        ValueError: there is no tensor to split.
+    dictionaries, or whose tensors are of several sizes, have a sample an item. Raises a ValueError without any tensor.
     """
     direct, nested = _arrays(batch)
-    sizes = Counter(array.shape[0] for array in direct)
-    if sizes:
-        return sizes.most_common(1)[0][0]
-    lists = [item for item in _children(batch) if type(item) in (list, tuple)]
-    if lists and len({len(item) for item in lists}) == 1 and any(map(_is_by_sample, lists)):
-        return len(lists[0])
-    sizes = Counter(array.shape[0] for array in nested)
+    if not direct:
+        is_sequence = type(batch) in (list, tuple)
+        items = batch if is_sequence else batch.values() if isinstance(batch, Mapping) else ()
+        lists = [item for item in items if type(item) in (list, tuple)]
+        if lists and len({len(item) for item in lists}) == 1 and any(map(_is_by_sample, lists)):
+            return len(lists[0])
+    sizes = Counter(array.shape[0] for array in direct or nested)
     if not sizes:
         raise ValueError(
             f"pp splits a batch along the first dim of its tensors, and this one ({type(batch).__name__}) has none; "
@@ -91,59 +83,40 @@ def batch_size(batch: Any) -> int:
     return sizes.most_common(1)[0][0]
 
 
-def places(batch: Any) -> Any:
-    """Where a batch has its samples, as a tree for :class:`Splitter`.
-
-    Tensors and arrays whose first dim is the batch are split along it, and lists of as many items; everything else goes
-    to every part as it is.
-    """
-    return _places(batch, batch_size(batch), True)
-
-
 def _places(value: Any, total: int, is_top: bool) -> Any:
+    """Where a batch of so many samples has them, as a tree for :class:`Splitter`."""
     if isinstance(value, (Tensor, np.ndarray)):
         return 0 if value.ndim and value.shape[0] == total else None
     if type(value) in (list, tuple):
-        if len(value) == total and (
-            all(isinstance(v, VALUES) for v in value) or (not is_top and _is_each(value, total))
-        ):
+        is_plain = all(isinstance(item, (str, bytes, int, float)) for item in value)
+        if len(value) == total and (is_plain or (not is_top and _is_each(value, total))):
             return EACH
         return [_places(item, total, False) for item in value]
     if isinstance(value, Mapping):
         return {key: _places(item, total, False) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return _Fields(total)
-    return _Fields(total) if deep_leaves(value) != [value] else None
+    is_data = is_dataclass(value) and not isinstance(value, type)
+    return _Fields(total) if is_data or deep_leaves(value) != [value] else None
 
 
+@dataclass(frozen=True)
 class _Fields:
     """The tensors of an object, at any depth, whose first dim is the batch."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    total: int
 
 
 def _is_each(value: Any, total: int) -> bool:
     """Whether a list of as many items as samples has one for each, and not a few batches."""
-    arrays = [array for item in value for array in _all_arrays(item)]
-    return _is_by_sample(value) or not all(array.shape[0] == total for array in arrays)
+    return _is_by_sample(value) or any(array.shape[0] != total for array in _all_arrays(value))
 
 
 def _is_by_sample(value: Any) -> bool:
-    if any(isinstance(item, Mapping) for item in value):
-        return True
-    arrays = [array for item in value for array in _all_arrays(item)]
-    return len({array.shape[0] for array in arrays}) > 1
+    sizes = {array.shape[0] for array in _all_arrays(value)}
+    return len(sizes) > 1 or any(isinstance(item, Mapping) for item in value)
 
 
 def _all_arrays(value: Any) -> list[Any]:
     return [leaf for leaf in deep_leaves(value) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim]
-
-
-def _children(value: Any) -> list[Any]:
-    if type(value) in (list, tuple):
-        return list(value)
-    return list(value.values()) if isinstance(value, Mapping) else []
 
 
 def _arrays(batch: Any) -> tuple[list[Any], list[Any]]:
@@ -172,9 +145,8 @@ def _size(value: Any, dims: Any) -> int:
     """Number of samples, of the first leaf of which ``dims`` says where they are."""
     found = _sizes(value, dims)
     if not found:
-        raise ValueError(
-            f"batch_split={dims!r} says of no part of a batch ({type(value).__name__}) where its samples are"
-        )
+        kind = type(value).__name__
+        raise ValueError(f"batch_split={dims!r} says of no part of a batch ({kind}) where its samples are")
     if len({*found}) > 1:
         raise ValueError(f"batch_split={dims!r} finds different numbers of samples in a batch: {sorted({*found})}")
     return found[0]
@@ -204,7 +176,7 @@ def _part(value: Any, dims: Any, begin: int, end: int) -> Any:
     if dims is None:
         return value
     if isinstance(dims, _Fields):
-        return deep_map(value, lambda leaf: _cut(leaf, 0, begin, end) if _first_dim(leaf) == dims.total else leaf)
+        return deep_map(value, lambda leaf: _part(leaf, _places(leaf, dims.total, False), begin, end))
     if dims == EACH:
         return value[begin:end]
     if isinstance(dims, int):
@@ -216,13 +188,9 @@ def _part(value: Any, dims: Any, begin: int, end: int) -> Any:
     return type(value)(_part(item, dims[index], begin, end) for index, item in enumerate(value))
 
 
-def _first_dim(leaf: Any) -> int | None:
-    return leaf.shape[0] if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim else None
-
-
 def _cut(leaf: Any, dim: int, begin: int, end: int) -> Any:
+    if not isinstance(leaf, (Tensor, np.ndarray)) or leaf.ndim <= dim:
+        return leaf
     if isinstance(leaf, Tensor):
-        return leaf.narrow(dim, begin, end - begin) if leaf.ndim > dim else leaf
-    if isinstance(leaf, np.ndarray):
-        return leaf[(slice(None),) * dim + (slice(begin, end),)] if leaf.ndim > dim else leaf
-    return leaf
+        return leaf.narrow(dim, begin, end - begin)
+    return leaf[(slice(None),) * dim + (slice(begin, end),)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -17,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_dist.compat.lightning import set_trainer, trainer_of
 from lightning_dist.compat.torch import COMPILED_CALL, children_of, own_buffers, own_parameters, registries
 from lightning_dist.parallel.pipeline.guards import AddGuard, GuardedInt, GuardedTrainer
-from lightning_dist.parallel.pipeline.manual_optimization import idle, refuse_toggling
+from lightning_dist.parallel.pipeline.manual_optimization import IDLE, idle, show_gradients
 from lightning_dist.parallel.rehearsal import is_users_object
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.precision import cast_by_autocast
@@ -38,8 +38,6 @@ class FakeModule:
     """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.names: dict[int, str] = {}
-        """The parameter's first name, by the id of its placeholder."""
         self.on_metric: Callable[[], None] = lambda: None
         """Called when the step uses a metric."""
         self.logged: dict[str, Any] = {}
@@ -54,21 +52,15 @@ class FakeModule:
         self._modules: dict[int, nn.Module] = {}
         names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
         self.module = self._copied(module)
-        for original, standin in self._parameters.items():
-            self.names[id(standin)] = names[original]
+        self.names = {id(standin): names[original] for original, standin in self._parameters.items()}
+        """The parameter's first name, by the id of its placeholder."""
         self._rebind()
 
-    def follow(
-        self,
-        module: pl.LightningModule,
-        add_guard: AddGuard = lambda *_: None,
-        in_step: bool = False,
-    ) -> None:
+    def follow(self, module: pl.LightningModule, add_guard: AddGuard = lambda *_: None, in_step: bool = False) -> None:
         """Takes over what the module's steps may ask for: its Trainer, which parts train, and what hooks have set.
 
         Args:
-            module: that it is a copy of.
-            add_guard: is told of what the step asks of integers and the Trainer; see ``guards.py``.
+            add_guard: is told of what the step asks of integers and the Trainer; see [Note: a path that changes].
             in_step: whether a step is what comes, and not a hook.
         """
         self.logged, self.backwards = {}, 0
@@ -83,15 +75,14 @@ class FakeModule:
             child.training = training.get(name, child.training)
         for original in module.modules():
             copied = self._modules.get(id(original))
-            if copied is not None:
-                for key, value in vars(original).items():
-                    if _is_users(key, value):
-                        vars(copied)[key] = self._renamed(_loose(value))
-                    if type(value) is int and original is module and _is_users(key, value):
-                        vars(copied)[key] = GuardedInt(partial(vars(module).__getitem__, key), add_guard)
+            for key, value in vars(original).items() if copied is not None else ():
+                if not _is_users(key, value):
+                    continue
+                is_guarded = type(value) is int and original is module
+                answer = GuardedInt(partial(vars(module).__getitem__, key), add_guard) if is_guarded else value
+                vars(copied)[key] = answer if is_guarded else self._renamed(_loose(value))
 
     def forget_trainer(self) -> None:
-        """The step has been traced."""
         self._trainer = None
         set_trainer(self.module, None)
 
@@ -101,36 +92,31 @@ class FakeModule:
         for original, copied in there:
             for name in children_of(copied).keys() - children_of(original).keys():
                 del children_of(copied)[name]
-        if not any(self._is_new(*pair) for pair in there):
+        new = [part for pair in there for part in self._new_parts(*pair)]
+        if not new:
             return
         # those that were copied first may be gone, and others have their ids
         standins = dict(self.module.named_parameters(remove_duplicate=False))
         named = module.named_parameters(remove_duplicate=False)
         self._parameters = {id(p): standins[name] for name, p in named if name in standins}
-        for original, copied in there:
-            for name, child in children_of(original).items():
-                if child is not None and children_of(copied).get(name) is not self._modules.get(id(child), self):
-                    children_of(copied)[name] = self._copied(child)
-            for name in own_parameters(original).keys() - own_parameters(copied).keys():
-                own_parameters(copied)[name] = self._standin(own_parameters(original)[name])
-            for name in own_buffers(original).keys() - own_buffers(copied).keys():
-                buffer = own_buffers(original)[name]
-                own_buffers(copied)[name] = None if buffer is None else self._buffer(buffer)
+        for registry, name, copy_of_it in new:
+            registry[name] = copy_of_it()
         self._rebind()
         for name, standin in self.module.named_parameters():
             self.names.setdefault(id(standin), name)
 
+    def _new_parts(self, original: nn.Module, copied: nn.Module) -> Iterator[tuple[Any, str, Callable[[], Any]]]:
+        for name, child in children_of(original).items():
+            if child is not None and children_of(copied).get(name) is not self._modules.get(id(child), self):
+                yield children_of(copied), name, partial(self._copied, child)
+        for name in own_parameters(original).keys() - own_parameters(copied).keys():
+            yield own_parameters(copied), name, partial(self._standin, own_parameters(original)[name])
+        for name in own_buffers(original).keys() - own_buffers(copied).keys():
+            yield own_buffers(copied), name, partial(self._buffer, own_buffers(original)[name])
+
     def copy_of(self, module: nn.Module) -> nn.Module:
         """The copy's module for one of the user's; any other as it is."""
         return self._modules.get(id(module), module)
-
-    def _is_new(self, original: nn.Module, copied: nn.Module) -> bool:
-        children = [(children_of(copied).get(name), child) for name, child in children_of(original).items()]
-        return (
-            any(child is not None and mine is not self._modules.get(id(child), self) for mine, child in children)
-            or bool(own_parameters(original).keys() - own_parameters(copied).keys())
-            or bool(own_buffers(original).keys() - own_buffers(copied).keys())
-        )
 
     def is_trained(self, name: str) -> bool:
         """Whether an optimizer will have a parameter; also where that can't be found out."""
@@ -146,21 +132,19 @@ class FakeModule:
 
     def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Those of the Trainer; before it has any, those that the copy configures."""
-        trainer = self._trainer
-        there: Any = [] if trainer is None else trainer.strategy.optimizers
+        there: Any = [] if self._trainer is None else self._trainer.strategy.optimizers
         if not there:
             there = self._configured = self._configured or optimizers_in(self.module.configure_optimizers())  # type: ignore[operator]
         return idle(there[0] if len(there) == 1 else there)
 
     def _schedulers(self) -> Any:
-        trainer = self._trainer
-        there = [] if trainer is None else [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+        configs = [] if self._trainer is None else self._trainer.strategy.lr_scheduler_configs
+        there = [config.scheduler for config in configs]
         return idle(there[0] if len(there) == 1 else there or None)
 
     def _backward(self, *_: Any, **__: Any) -> None:
         self.backwards += 1
-        for parameter in self.module.parameters():
-            parameter.grad = placeholder(parameter) if parameter.requires_grad else None
+        show_gradients(self.module)
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value
@@ -173,16 +157,15 @@ class FakeModule:
         state = {key: _loose(value) for key, value in vars(module).items() if key != COMPILED_CALL}
         state |= registries(
             {name: self._standin(p) for name, p in own_parameters(module).items()},
-            {name: None if b is None else self._buffer(b) for name, b in own_buffers(module).items()},
+            {name: self._buffer(b) for name, b in own_buffers(module).items()},
             {name: None if child is None else self._copied(child) for name, child in children_of(module).items()},
         )
         vars(new).update(state)
         if isinstance(module, (Metric, MetricCollection)):
             _silence(new, module, self)
         if isinstance(module, pl.LightningModule):
-            vars(new).update(log=self._log, print=_nothing, optimizers=self._optimizers, lr_schedulers=self._schedulers)
-            vars(new).update(manual_backward=self._backward, clip_gradients=_nothing)
-            vars(new).update(toggle_optimizer=refuse_toggling, untoggle_optimizer=refuse_toggling)
+            vars(new).update(IDLE, log=self._log, print=lambda *_, **__: None, manual_backward=self._backward)
+            vars(new).update(optimizers=self._optimizers, lr_schedulers=self._schedulers)
         return new
 
     def _standin(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -190,11 +173,13 @@ class FakeModule:
             return None
         if id(parameter) not in self._parameters:
             fake = placeholder(parameter.detach(), self._device, self._dtype if id(parameter) in self._cast else None)
-            self._parameters[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-            self._parameters[id(parameter)].__dict__.update(vars(parameter))
+            self._parameters[id(parameter)] = standin = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            vars(standin).update(vars(parameter))
         return self._parameters[id(parameter)]
 
-    def _buffer(self, buffer: Tensor) -> Tensor:
+    def _buffer(self, buffer: Tensor | None) -> Tensor | None:
+        if buffer is None:
+            return None
         if buffer.is_meta or is_placeholder(buffer):
             raise ValueError("a buffer has no values yet; buffers are materialised before a module is traced")
         return buffer.detach().clone().to(self._device)
@@ -205,22 +190,20 @@ class FakeModule:
             for key, value in list(vars(original).items()):
                 if isinstance(value, MethodType) and id(value.__self__) in self._modules:
                     vars(original)[key] = MethodType(value.__func__, self._modules[id(value.__self__)])
-                elif isinstance(value, nn.Module) and id(value) in self._modules:
-                    vars(original)[key] = self._modules[id(value)]
-                elif type(value) in (list, tuple, dict) or is_users_object(value):
+                else:
                     vars(original)[key] = self._renamed(value)
 
     def _renamed(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
-            return self._modules.get(id(value), value)
+            return self.copy_of(value)
         if type(value) in (list, tuple):
-            return type(value)(self._renamed(item) for item in value)
+            return type(value)(map(self._renamed, value))
         if type(value) is dict:
             return {key: self._renamed(item) for key, item in value.items()}
         if is_users_object(value):
             shell = _loose(value)  # its modules are the copies
             inside = [(key, item) for key, item in vars(shell).items() if isinstance(item, nn.Module)]
-            vars(shell).update({key: self._modules.get(id(item), item) for key, item in inside})
+            vars(shell).update({key: self.copy_of(item) for key, item in inside})
             return shell
         return value
 
@@ -264,12 +247,4 @@ def _silence(metric: Any, original: Metric | MetricCollection, fake_module: Fake
         value = placeholder(torch.zeros(()))
         return value if keys is None else dict.fromkeys(keys, value)
 
-    def updated(*args: Any, **kwargs: Any) -> None:
-        fake_module.on_metric()
-
-    silent: dict[str, Callable[..., Any]] = {"forward": number, "compute": number, "update": updated}
-    vars(metric).update(silent)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+    vars(metric).update(forward=number, compute=number, update=number)

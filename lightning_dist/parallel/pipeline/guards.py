@@ -20,12 +20,7 @@ AddGuard = Callable[[Callable[[], Any], Any], None]
 
 
 class GuardedInt(int):
-    """An integer that notes what is asked of it, and of what is computed of it.
-
-    Args:
-        get: gives the present value.
-        add_guard: is told of each question.
-    """
+    """An integer that notes what is asked of it, and of what is computed of it; ``get`` gives the present value."""
 
     _get: Callable[[], int]
     _add_guard: AddGuard
@@ -45,24 +40,8 @@ class GuardedInt(int):
         value = function(get())
         return GuardedInt(lambda: function(get()), self._add_guard) if type(value) is int else self._ask(function)
 
-    def __bool__(self) -> bool:
-        return self._ask(bool)
-
     def __hash__(self) -> int:
         return hash(self._ask(operator.index))
-
-    def __index__(self) -> int:
-        return self._ask(operator.index)
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        return self._ask(float)
-
-    def __repr__(self) -> str:
-        return repr(self._ask(operator.index))
-
-    __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
         return format(self._ask(operator.index), spec)
@@ -74,66 +53,54 @@ class GuardedInt(int):
         return self._get()
 
 
-def _compared(name: str) -> Callable[[GuardedInt, Any], Any]:
-    function = getattr(operator, name)
-
-    def method(self: GuardedInt, other: Any) -> Any:
-        return (
-            self._ask(lambda value: function(value, _plain(other)))
-            if isinstance(other, (int, float))
-            else NotImplemented
-        )
-
-    return method
+def _plain(value: Any) -> Any:
+    return value._get() if isinstance(value, GuardedInt) else value
 
 
-def _calculated(name: str, is_reflected: bool) -> Callable[[GuardedInt, Any], Any]:
+def _method(name: str, is_reflected: bool) -> Callable[[GuardedInt, Any], Any]:
     function = getattr(operator, name)
 
     def method(self: GuardedInt, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        return self._computed(
-            (lambda value: function(_plain(other), value))
-            if is_reflected
-            else (lambda value: function(value, _plain(other)))
-        )
+
+        def result(value: int) -> Any:
+            return function(_plain(other), value) if is_reflected else function(value, _plain(other))
+
+        return self._computed(result)
 
     return method
 
 
-def _plain(value: Any) -> Any:
-    return value._get() if isinstance(value, GuardedInt) else value
+def _question(question: Callable[[int], Any]) -> Callable[[GuardedInt], Any]:
+    def method(self: GuardedInt) -> Any:
+        return self._ask(question)
+
+    return method
 
 
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(GuardedInt, f"__{_name}__", _compared(f"__{_name}__"))
-for _name in ("add", "sub", "mul", "mod", "floordiv", "truediv", "pow", "and", "or", "xor", "lshift", "rshift"):
-    setattr(GuardedInt, f"__{_name}__", _calculated(f"__{_name}__", False))
-    setattr(GuardedInt, f"__r{_name}__", _calculated(f"__{_name}__", True))
+for _kind in (bool, operator.index, int, float, repr, str):
+    setattr(GuardedInt, f"__{_kind.__name__}__", _question(_kind))
+_ARITHMETIC = ("add", "sub", "mul", "mod", "floordiv", "truediv", "pow", "and", "or", "xor", "lshift", "rshift")
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", *_ARITHMETIC):
+    setattr(GuardedInt, f"__{_name}__", _method(f"__{_name}__", False))
+for _name in _ARITHMETIC:
+    setattr(GuardedInt, f"__r{_name}__", _method(f"__{_name}__", True))
 
 
 class GuardedTrainer:
-    """Stands for a Trainer, and notes which of its plain values are read.
-
-    Args:
-        trainer: whose they are; its loggers take nothing.
-        add_guard: is told of each.
-        in_step: whether a step asks, which may not log by itself.
-    """
+    """Stands for a Trainer, and notes which of its plain values are read; a step that asks may not log by itself."""
 
     def __init__(self, trainer: Any, add_guard: AddGuard, in_step: bool) -> None:
         self.__dict__.update(_trainer=trainer, _add_guard=add_guard, _in_step=in_step)
 
     @property
     def logger(self) -> Any:
-        """None where the Trainer has none."""
         logger = getattr(self._trainer, "logger", None)
         return logger if logger is None else _Logger(logger, self._in_step)
 
     @property
     def loggers(self) -> list[Any]:
-        """All of them."""
         return [_Logger(logger, self._in_step) for logger in getattr(self._trainer, "loggers", [])]
 
     @property  # type: ignore[misc]
@@ -174,12 +141,5 @@ class _Logger(DummyLogger):
 
 def flags_of(module: Any) -> tuple[Any, ...]:
     """Flags and names among the attributes of all parts of a module, which hooks may set and a step look at."""
-    kinds = (bool, str, type(None))
-    return tuple(
-        [
-            value
-            for child in module.modules()
-            for key, value in vars(child).items()
-            if type(value) in kinds and key[0] != "_"
-        ]
-    )
+    attributes = (item for child in module.modules() for item in vars(child).items())
+    return tuple(value for key, value in attributes if type(value) in (bool, str, type(None)) and key[0] != "_")

@@ -12,11 +12,11 @@ that of the microbatches; what it logs after ``manual_backward`` beside, that of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder, placeholder
@@ -28,39 +28,33 @@ SEVERAL = (
 )
 
 
-class IdleOptimizer:
-    """Stands for an optimizer, or a scheduler, in a step that only computes.
+def refuse_toggling(*_: Any, **__: Any) -> None:
+    """In place of what toggles an optimizer: other parameters would have gradients than in one process."""
+    raise RuntimeError(
+        "pp: a manual step that toggles its optimizers; freeze parameters in on_train_batch_start, or use another axis"
+    )
 
-    Args:
-        real: whose values may be read; None before there is one.
-    """
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+class IdleOptimizer:
+    """Stands for an optimizer, or a scheduler, in a step that only computes; ``real`` is None before there is one."""
+
+    toggle_model = refuse_toggling
+    zero_grad = _nothing
 
     def __init__(self, real: Any) -> None:
         self.__dict__.update(_real=real)
 
     def step(self, closure: Any = None, **_: Any) -> None:
-        """Does nothing.
-
-        Raises:
-            RuntimeError: with a closure, which would run the network.
-        """
+        """Does nothing; refuses a closure, which would run the network."""
         if closure is not None:
             raise RuntimeError(
                 "pp: optimizer.step(closure) in a step that optimises manually would run the network inside of the "
                 "optimizer; call manual_backward, then step(), or use another axis"
             )
-
-    def zero_grad(self, *_: Any, **__: Any) -> None:
-        """Does nothing."""
-
-    @contextmanager
-    def toggle_model(self, *_: Any, **__: Any) -> Iterator[None]:
-        """Refused: other parameters would have gradients than in one process."""
-        raise RuntimeError(
-            "pp: a manual step that toggles its optimizers; freeze parameters in on_train_batch_start, or use another "
-            "axis"
-        )
-        yield
 
     def __iter__(self) -> Iterator[Any]:
         """Where it is not known yet how many there are, there are none."""
@@ -78,22 +72,20 @@ def idle(real: Any) -> Any:
     return [IdleOptimizer(one) for one in real] if isinstance(real, (list, tuple)) else IdleOptimizer(real)
 
 
+IDLE = {"clip_gradients": _nothing, "toggle_optimizer": refuse_toggling, "untoggle_optimizer": refuse_toggling}
+"""Methods of a LightningModule whose step only computes."""
+
+
 @contextmanager
 def _replaced(module: pl.LightningModule, **values: Any) -> Iterator[None]:
-    """While it lasts, the module has these in place of its own methods."""
     with Patches() as patches:
         for name, value in values.items():
             patches.set(module, name, value)
         yield
 
 
-def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Any:
-    """While it lasts, a step computes only.
-
-    Args:
-        module: whose step it is.
-        take: is given what the step gives to ``manual_backward``.
-    """
+def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> AbstractContextManager[None]:
+    """While it lasts, a step computes only; ``take`` is given what it gives to ``manual_backward``."""
     optimizers, schedulers = module.optimizers, module.lr_schedulers
 
     def taken(loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -109,53 +101,16 @@ def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Any
         manual_backward=taken,
         optimizers=lambda *args, **kwargs: idle(optimizers(*args, **kwargs)),
         lr_schedulers=lambda: None if schedulers() is None else idle(schedulers()),
-        clip_gradients=_nothing,
-        toggle_optimizer=refuse_toggling,
-        untoggle_optimizer=refuse_toggling,
+        **IDLE,
     )
 
 
-class HiddenGradients:
-    """While a microbatch runs, parameters have no gradients: those of others are not the step's to clip or read.
+def stepping(
+    module: pl.LightningModule, loss: Tensor, logged: Callable[[str, Any], None]
+) -> AbstractContextManager[None]:
+    """While it lasts, a step does all but compute, and its ``manual_backward`` takes this loss.
 
-    After its ``manual_backward`` there are gradients without memory.
-
-    Args:
-        module: whose parameters they are.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._module = module
-        self._there: dict[int, tuple[Any, Any]] = {}
-
-    def __enter__(self) -> HiddenGradients:
-        self._hide()
-        return self
-
-    def _hide(self) -> None:
-        for parameter in self._module.parameters():  # what is gathered meanwhile is another
-            if id(parameter) not in self._there:
-                self._there[id(parameter)] = parameter, parameter.grad
-                parameter.grad = None
-
-    def show(self) -> None:
-        """The step called ``manual_backward``."""
-        self._hide()
-        for parameter in self._module.parameters():
-            parameter.grad = placeholder(parameter) if parameter.requires_grad else None
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, gradient in self._there.values():
-            parameter.grad = gradient
-
-
-def stepping(module: pl.LightningModule, loss: Tensor, logged: Callable[[str, Any], None]) -> Any:
-    """While it lasts, a step does all but compute.
-
-    Args:
-        module: whose step it is.
-        loss: that its ``manual_backward`` takes.
-        logged: is given what it logs after that, if it does not come of activations: rates, norms of gradients.
+    What it logs after that is given to ``logged``, if it does not come of activations: rates, norms of gradients.
     """
     backward, is_over = type(module).manual_backward, False
 
@@ -165,17 +120,38 @@ def stepping(module: pl.LightningModule, loss: Tensor, logged: Callable[[str, An
         is_over = True
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if is_over and not any(is_placeholder(leaf) for leaf in tree_leaves(value)):
+        if is_over and not any(map(is_placeholder, tree_leaves(value))):
             logged(name, value)
 
     return _replaced(module, manual_backward=given, log=log)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
+class HiddenGradients:
+    """While a microbatch runs, parameters have no gradients: those of others are not the step's to clip or read. After
+    its ``manual_backward`` there are gradients without memory.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._module = module
+        self._there: dict[int, tuple[Any, Any]] = {}
+
+    def __enter__(self) -> None:
+        for parameter in self._module.parameters():  # what is gathered meanwhile is another
+            if id(parameter) not in self._there:
+                self._there[id(parameter)] = parameter, parameter.grad
+                parameter.grad = None
+
+    def show(self) -> None:
+        """The step called ``manual_backward``."""
+        self.__enter__()
+        show_gradients(self._module)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, gradient in self._there.values():
+            parameter.grad = gradient
 
 
-def refuse_toggling(*_: Any, **__: Any) -> None:
-    """In place of a module's ``toggle_optimizer``; see :meth:`IdleOptimizer.toggle_model`."""
-    with IdleOptimizer(None).toggle_model():
-        pass
+def show_gradients(module: nn.Module) -> None:
+    """Gives the parameters gradients without memory."""
+    for parameter in module.parameters():
+        parameter.grad = placeholder(parameter) if parameter.requires_grad else None

@@ -1,29 +1,90 @@
-"""What is sent from stage to stage: each boundary tensor as a flat one, of one size for all microbatches of a batch."""
+"""What is sent from stage to stage: each boundary tensor as a flat one, and the numbers beside them.
+
+[Note: numbers over a cut]
+A later stage does not run the modules of earlier ones; it takes what the trace recorded of them, with what was received
+in place of the tensors. Numbers among it (``return h, int(mask.sum())``, a flag, lengths) and those that modules keep
+in attributes are those of one batch. So each stage sends, after its tensors, the numbers of all calls that the next
+stages skip: as int64, floats by their bits, in one tensor more, and only where there are any.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_dist.parallel.pipeline.split_points import BoundaryTensor, SplitPoint
+from lightning_dist.parallel.pipeline.split_points import BoundaryTensor, SplitPoint, skipped_indices
+from lightning_dist.parallel.pipeline.trace import Trace, number_kind
+from lightning_dist.placeholder import placeholder
+from lightning_dist.pytree import deep_leaves
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class NumberSlot:
+    """A number that is sent: what a module's call of number ``key`` returned, at a place among its leaves; or, at place
+    -1, the module's attribute of that name.
+    """
+
+    name: str
+    key: int | str
+    place: int
+    kind: type
+
+
+def with_numbers(trace: Trace, point: SplitPoint) -> SplitPoint:
+    """The cut with the numbers that are sent over it, as one more boundary tensor."""
+    slots: list[NumberSlot] = []
+    for index in sorted({*skipped_indices(trace, point.call), point.call}):
+        call = trace.calls[index]
+        found = enumerate(deep_leaves(call.output))
+        slots += [NumberSlot(call.name, call.ordinal, at, kind) for at, leaf in found if (kind := number_kind(leaf))]
+    written = trace.attributes.items()
+    slots += [NumberSlot(name, key, -1, kind) for (name, key), (op, kind) in written if op <= point.after]
+    if not slots:
+        return point
+    item = BoundaryTensor(placeholder(torch.zeros(len(slots), dtype=torch.int64)), -1, -1, False)
+    return replace(point, boundary=(*point.boundary, item), numbers=tuple(slots))
+
+
+def encoded(slots: Sequence[NumberSlot], values: dict[NumberSlot, Any], device: torch.device) -> Tensor:
+    """What is sent; raises a RuntimeError where something else is there now than when the step was traced."""
+    bits = []
+    for slot in slots:
+        value = values.get(slot)
+        if slot.kind is float and type(value) is int:
+            value = float(value)
+        if number_kind(value) is not slot.kind:
+            what = f"attribute {slot.key}" if slot.place < 0 else "what it returns"
+            raise RuntimeError(
+                f"pp: {slot.name!r}, {what}: a {type(value).__name__} where the first batch of this shape had a "
+                f"{slot.kind.__name__}, which later stages expect; name pipeline_cuts before that module"
+            )
+        bits.append(struct.unpack("<q", struct.pack("<d", value))[0] if slot.kind is float else int(value or 0))
+    return torch.tensor(bits, dtype=torch.int64).to(device)
+
+
+def decoded(slots: Sequence[NumberSlot], received: Tensor) -> dict[NumberSlot, Any]:
+    """What was sent. On an accelerator the host waits for it."""
+    return {
+        slot: struct.unpack("<d", struct.pack("<q", bits))[0] if slot.kind is float else slot.kind(bits)
+        for slot, bits in zip(slots, received.tolist(), strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class P2PTensors:
-    """The tensors that cross a cut, as they are sent.
+    """The tensors that cross a cut, as they are sent: the elements and the dtype of each.
 
     torch's stages receive every microbatch into buffers of one shape, and ask for gradients of all of them. So each
     tensor travels flat, filled up with zeros to the largest microbatch's (a copy only where it is smaller), and what
     is not floating point travels as the bits of float32.
-
-    Args:
-        sizes: elements of each flat tensor.
-        dtypes: of each flat tensor.
     """
 
     sizes: tuple[int, ...]
@@ -31,30 +92,24 @@ class P2PTensors:
 
     @classmethod
     def of(cls, points: Sequence[SplitPoint]) -> P2PTensors:
-        """Those of a cut.
+        """Those of a cut, as it was traced for each shape of microbatch."""
+        sizes = zip(*([_flat_size(item.tensor) for item in point.boundary] for point in points), strict=True)
+        first = [item.tensor for item in points[0].boundary]
+        return cls(tuple(map(max, sizes)), tuple(t.dtype if t.is_floating_point() else torch.float32 for t in first))
 
-        Args:
-            points: the cut, as traced for each shape of microbatch.
-        """
-        flat = [[_flat_size(c.tensor) for c in point.boundary] for point in points]
-        return cls(
-            tuple(max(sizes) for sizes in zip(*flat, strict=True)),
-            tuple(_flat_dtype(c.tensor) for c in points[0].boundary),
-        )
-
-    def examples(self, device: torch.device, requires_grad: bool) -> tuple[Tensor, ...]:
+    def examples(self, device: torch.device, requires_grad: bool) -> Tensors:
         """Tensors like those that travel, as torch's stages want to know them."""
         return tuple(
             torch.empty(size, dtype=dtype, device=device, requires_grad=requires_grad)
             for size, dtype in zip(self.sizes, self.dtypes, strict=True)
         )
 
-    def unpack(self, point: SplitPoint, flat: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
+    def unpack(self, point: SplitPoint, flat: Tensors) -> tuple[list[Tensor], Tensor]:
         """The tensors of a microbatch, and a link to give :meth:`pack`, by which each of ``flat`` gets a gradient."""
         *found, link = _Received.apply(point.boundary, *flat)
         return found, link
 
-    def pack(self, link: Tensor, sent: list[Tensor]) -> tuple[Tensor, ...]:
+    def pack(self, link: Tensor, sent: list[Tensor]) -> Tensors:
         """The flat tensors of a microbatch."""
         return _Sent.apply(self.sizes, link, *sent)
 
@@ -62,11 +117,6 @@ class P2PTensors:
 def first_link(device: torch.device) -> Tensor:
     """The link of a stage that receives nothing: what it sends asks for gradients also where its part is frozen."""
     return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
-
-
-def ended(link: Tensor, loss: Tensor) -> Tensor:
-    """The loss of a microbatch, of one element, tied to what its stage received."""
-    return _Ended.apply(link, loss)
 
 
 class _Received(torch.autograd.Function):
@@ -86,18 +136,15 @@ class _Received(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        flat = []
-        for (shape, dtype, device), gradient in zip(ctx.flat, gradients, strict=False):
-            if gradient is None or gradient.dtype != dtype:
-                flat.append(torch.zeros(shape, dtype=dtype, device=device))
-            else:
-                flat.append(_flattened(gradient, shape.numel()))
-        return None, *flat
+        return None, *(
+            torch.zeros(shape, dtype=dtype, device=device)
+            if gradient is None or gradient.dtype != dtype
+            else _flattened(gradient, shape.numel())
+            for (shape, dtype, device), gradient in zip(ctx.flat, gradients, strict=False)
+        )
 
 
 class _Sent(torch.autograd.Function):
-    """From the tensors of a microbatch to flat ones."""
-
     @staticmethod
     def forward(ctx: Any, sizes: tuple[int, ...], link: Tensor, *sent: Tensor) -> Any:
         ctx.link = link.dtype, link.device
@@ -114,8 +161,10 @@ class _Sent(torch.autograd.Function):
         return None, torch.zeros((), dtype=dtype, device=device), *gradients
 
 
-class _Ended(torch.autograd.Function):
-    """The loss of a microbatch, which asks for gradients of what was received also where it does not depend on it."""
+class Ended(torch.autograd.Function):
+    """The loss of a microbatch, of one element, which asks for gradients of what its stage received (by the link) also
+    where it does not depend on it.
+    """
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, loss: Tensor) -> Tensor:
@@ -126,35 +175,26 @@ class _Ended(torch.autograd.Function):
         return torch.zeros((), dtype=torch.float32, device=gradient.device), gradient.reshape(())
 
 
-def _flat_dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.is_floating_point() else torch.float32
-
-
 def _flat_size(tensor: Tensor) -> int:
-    if tensor.is_floating_point():
-        return max(tensor.numel(), 1)
-    return max(-(-tensor.numel() * tensor.element_size() // 4), 1)
+    return max(tensor.numel() if tensor.is_floating_point() else -(-tensor.nbytes // 4), 1)
 
 
 def _bits(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():
         return tensor
-    size = tensor.numel() * tensor.element_size()
-    return functional.pad(tensor.contiguous().reshape(-1).view(torch.uint8), (0, -size % 4)).view(torch.float32)
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return functional.pad(flat, (0, -flat.numel() % 4)).view(torch.float32)
 
 
 def _flattened(tensor: Tensor, size: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
-    return _unviewed(flat) if flat.numel() == size else functional.pad(flat, (0, size - flat.numel()))
-
-
-def _unviewed(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that autograd does not take for a view: schedules detach those in place."""
-    return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    if flat.numel() != size:
+        return functional.pad(flat, (0, size - flat.numel()))
+    # the same memory, but no view for autograd: schedules detach in place what they send
+    return flat.new_empty(0).set_(flat.untyped_storage(), flat.storage_offset(), flat.size(), flat.stride())
 
 
 def _unflattened(flat: Tensor, like: Tensor) -> Tensor:
     if like.is_floating_point():
         return flat[: like.numel()].view(like.shape)
-    count = like.numel() * like.element_size()
-    return flat.detach().view(torch.uint8)[:count].clone().view(like.dtype).view(like.shape)
+    return flat.detach().view(torch.uint8)[: like.nbytes].clone().view(like.dtype).view(like.shape)

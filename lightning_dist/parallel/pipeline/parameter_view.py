@@ -1,10 +1,10 @@
-"""What the user's code sees of parameters and gradients between steps; see [Note: what a stage holds]."""
+"""What the user's code sees of parameters, gradients and optimizers between steps; see [Note: what a stage holds]."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,55 +16,38 @@ from torch import nn
 
 from lightning_dist.compat.torch import version_of
 from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
-from lightning_dist.parallel.pipeline.stage_owner import StageOwner, forget_stage, origin, plain_parameters, staged
-from lightning_dist.parallel.pipeline.staged_states import StagedStates
-from lightning_dist.parallel.pipeline.staged_tensors import callable_parts, refuse_outside
-from lightning_dist.parallel.pipeline.stages import Stages
+from lightning_dist.parallel.pipeline.stage_owner import (
+    StageOwner,
+    forget_stages,
+    plain_parameters,
+    show_states,
+    staged,
+)
+from lightning_dist.parallel.pipeline.staged_tensors import refuse_calls_outside
+from lightning_dist.parallel.pipeline.stages import Pipeline
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder, placeholder
 
 
 class ParameterView:
-    """Shows the parameters of all stages to the user's code, on every rank.
+    """Shows the user's code the parameters of all stages; a rank that ``divides`` may have parts only of its own."""
 
-    Args:
-        module: this rank's stages of it.
-        stages: of the module.
-        group: the ranks of the pipeline.
-        device: of this rank.
-        divides: whether ranks may have parts only of the parameters of their stages.
-        patches: takes off what is put onto the module.
-    """
-
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        stages: Stages,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        divides: bool,
-        patches: Patches,
-    ) -> None:
-        self._module, self._stages, self._group, self._device = module, stages, group, device
-        self._divides, self._patches = divides, patches
-        self._sees_gradients: bool | None = None
-        """Whether the user's code looks at gradients; found out when there are some."""
+    def __init__(self, module: pl.LightningModule, pipeline: Pipeline, divides: bool, patches: Patches) -> None:
+        self._module, self._divides, self._patches = module, divides, patches
+        self._stages, self._group, self._device = pipeline.stages, pipeline.group, pipeline.device
         self._hidden: list[tuple[Any, Any]] = []
         """Gradients of other stages, while an optimizer steps."""
         self._own: list[tuple[str, nn.Parameter]] = []
         """Parameters of this rank's stages, as the user's code sees them."""
-        patches.also(partial(_forget, module))
+        patches.also(partial(forget_stages, module))
         for name, parameter in module.named_parameters():
             if not is_placeholder(parameter):
-                setattr(parameter, PIPELINE_SHARE, stages.num_ranks / len(stages.holders(name)))
+                setattr(parameter, PIPELINE_SHARE, pipeline.stages.num_ranks / len(pipeline.stages.holders(name)))
 
     def show(self) -> None:
         """Called when parameters are in place. Communication: none."""
         if self._divides:
-            for child in callable_parts(self._module):
-                if any(origin(parameter) for parameter in child.parameters()):
-                    continue  # since an earlier run
-                self._patches.also(child.register_forward_pre_hook(refuse_outside, prepend=True).remove)
+            refuse_calls_outside(self._module, self._patches)
         self._own = [(n, p) for n, p in self._module.named_parameters() if not is_placeholder(p)]
         for name, parameter in self._module.named_parameters():
             staged(parameter, StageOwner(name, self._stages.holders(name)[0], self._group, self._divides))
@@ -76,8 +59,7 @@ class ParameterView:
     @contextmanager
     def stepping(self, optimizer: Any) -> Iterator[None]:
         """While an optimizer steps, parameters are what they are without stages."""
-        if StagedStates.show(optimizer):
-            self._patches.also(partial(StagedStates.hide, optimizer))
+        show_states(optimizer, self._patches)
         with plain_parameters(self._module.parameters()):
             yield
         if not self.is_scaled:  # hooks after the step find them as in one process
@@ -101,8 +83,6 @@ class ParameterView:
 
         Communication over the axis: one all-reduce of a byte per parameter, where such a hook is.
         """
-        if self._sees_gradients is None:
-            self._sees_gradients = _gradients_are_seen(self._module)
         if not self._sees_gradients:
             return
         parameters = [p for p in self._module.parameters() if p.requires_grad]
@@ -113,27 +93,19 @@ class ParameterView:
             if is_placeholder(parameter):
                 parameter.grad = placeholder(parameter) if flag else None
 
-
-def _forget(module: nn.Module) -> None:
-    """Parameters of this rank's stages are the user's own again, without our marks."""
-    for parameter in module.parameters():
-        forget_stage(parameter)
-        vars(parameter).pop(PIPELINE_SHARE, None)
+    @cached_property
+    def _sees_gradients(self) -> bool:
+        """Whether code of the user's looks at gradients between a backward and the next one's zeros."""
+        callbacks: list[Any] = self._module.trainer.callbacks  # type: ignore[attr-defined]
+        own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
+        return (
+            not self._module.automatic_optimization
+            or any(is_overridden(hook, self._module) for hook in _GRADIENT_HOOKS)
+            or any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own)
+            or any(GRADIENTS in scan_hook(owner, hook) for owner in (self._module, *own) for hook in _LATER_HOOKS)
+        )
 
 
 _GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
 _LATER_HOOKS = ("on_train_batch_end", "on_before_zero_grad")
 """In which gradients are still there, and few look."""
-
-
-def _gradients_are_seen(module: pl.LightningModule) -> bool:
-    """Whether code of the user's looks at gradients between a backward and the next one's zeros."""
-    if not module.automatic_optimization:
-        return True
-    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
-    own = [callback for callback in callbacks if not type(callback).__module__.startswith("lightning.")]
-    if any(is_overridden(hook, module) for hook in _GRADIENT_HOOKS):
-        return True
-    if any(is_overridden(hook, callback, Callback) for hook in _GRADIENT_HOOKS[:2] for callback in own):
-        return True
-    return any(GRADIENTS in scan_hook(owner, hook) for owner in (module, *own) for hook in _LATER_HOOKS)

@@ -16,24 +16,19 @@ from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.pipeline import manual_optimization
-from lightning_dist.parallel.pipeline.constant_logs import ConstantLogs
-from lightning_dist.parallel.pipeline.microbatch_check import MicrobatchCheck
-from lightning_dist.parallel.pipeline.options import PipelineOptions
-from lightning_dist.parallel.pipeline.other_stages import share_buffers
-from lightning_dist.parallel.pipeline.outcome import Outcome, fixed_numbers, left_in_parts
-from lightning_dist.parallel.pipeline.p2p import ended, first_link
+from lightning_dist.parallel.pipeline.microbatch_check import MicrobatchCheck, left_in_parts, outcome
+from lightning_dist.parallel.pipeline.p2p import Ended, Tensors, first_link
 from lightning_dist.parallel.pipeline.parameter_view import ParameterView
-from lightning_dist.parallel.pipeline.schedule import InOrder, StageModule, run_torch_schedule, torch_schedule
+from lightning_dist.parallel.pipeline.schedule import PipelineOptions
+from lightning_dist.parallel.pipeline.schedule_runs import InOrder, Timeline, torch_schedule
 from lightning_dist.parallel.pipeline.stage_gradients import HandOver, StageGradients
 from lightning_dist.parallel.pipeline.stage_owner import plain_parameters, staged_parameters
 from lightning_dist.parallel.pipeline.stage_plans import StagePlans
-from lightning_dist.parallel.pipeline.stages import PartitionedModule
-from lightning_dist.parallel.pipeline.step_effects import AppendedLists, KeptAttributes, detached
-from lightning_dist.parallel.pipeline.step_result import share_result
-from lightning_dist.parallel.pipeline.step_state import SplitBatch, StepInFlight
-from lightning_dist.parallel.pipeline.timeline import Timeline
+from lightning_dist.parallel.pipeline.stages import PartitionedModule, Pipeline, share_buffers
+from lightning_dist.parallel.pipeline.step_effects import Effects, StepEffects, detached, marked, pack, share
+from lightning_dist.parallel.pipeline.step_state import SplitBatch, StepInFlight, raise_failure
 from lightning_dist.parallel.pipeline.trace import loss_of
-from lightning_dist.parallel.rehearsal import undone
+from lightning_dist.parallel.rehearsal import FixedNumbers, undone
 from lightning_dist.parallel.single_process import SingleProcessRunner
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held, is_placeholder
@@ -45,10 +40,10 @@ class PipelineRunner(SingleProcessRunner):
 
     [Note: the way of a batch under pp]
     :meth:`run` splits the batch, and gives the microbatches to a schedule. The schedule calls a
-    :class:`~.schedule.StageModule` of each stage with the step and a microbatch's index, and that :meth:`_microbatch`;
-    :meth:`_run_stage` takes what was received, and has the data axis' runner call the user's step, around which
-    :class:`~.stage_forward.StageForward` leaves the modules of other stages out. At the end :meth:`_on_all_ranks` gives
-    every rank what the step returned, with a loss whose backward hands the schedule's gradients over.
+    :class:`~.schedule_runs.StageModule` of each stage with the step and a microbatch's index, and that
+    :meth:`_microbatch`; :meth:`_run_stage` takes what was received, and has the data axis' runner call the user's step,
+    around which :class:`~.stage_forward.StageForward` leaves the modules of other stages out. At the end
+    :meth:`_on_all_ranks` gives every rank what the step returned, and a loss whose backward hands over gradients.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
     training, one back with their gradients; one all-reduce of 32 bytes with the loss, and one broadcast of what else
@@ -57,14 +52,8 @@ class PipelineRunner(SingleProcessRunner):
     all-reduce of the gradients, flat, and a small one of which were used.
 
     Args:
-        module: this rank's stages of it.
-        partitioned: its stages.
-        options: the user's.
-        group: the ranks of the axis.
-        device: of this rank.
         inner: runs a step on this rank, with sharded parameters or with plain ones.
         data_group: the ranks with other samples, whose gradients are averaged here; None where ``inner`` does it.
-        patches: takes off what is put onto the module.
     """
 
     module: pl.LightningModule
@@ -82,21 +71,18 @@ class PipelineRunner(SingleProcessRunner):
     ) -> None:
         super().__init__(module)
         self.stages, self.group, self.inner = partitioned.stages, group, inner
+        self._pipeline = pipeline = Pipeline(self.stages, group, device)
         self._options, self._device, self._data_group = options, device, data_group
         self.buffers = inner.buffers if data_group is None else WrittenBuffers(module, data_group)
-        self._rank = dist.get_rank(group)
-        self._own = self.stages.of_rank(self._rank)
         self._last = self.stages.num_stages - 1
         self.timeline = Timeline(device)
         """When stages ran, in the steps that torch's schedules run."""
         divides = isinstance(inner, FSDPRunner) or inner.tensor is not None
         self._plans = StagePlans(module, partitioned, device)
-        self._gradients = StageGradients(module, self.stages, group, device)
-        self._view = ParameterView(module, self.stages, group, device, divides, patches)
-        self._constants = ConstantLogs(module, partitioned.fake_module, options.splitter, device)
-        self._check = MicrobatchCheck(
-            self.stages, partial(self._begin, alike=True), self._rehearsed, group, device, divides, options.check
-        )
+        self._gradients = StageGradients(module, pipeline)
+        self._view = ParameterView(module, pipeline, divides, patches)
+        begin = partial(self._begin, alike=True)
+        self._check = MicrobatchCheck(pipeline, begin, self._rehearsed, divides, options.check)
         self._schedules: dict[Any, Any] = {}
         self._trained: dict[int, list[nn.Parameter]] = {}
         """Parameters of each stage of this rank, once a schedule asked."""
@@ -105,32 +91,25 @@ class PipelineRunner(SingleProcessRunner):
     @property
     def place(self) -> tuple[int, int]:
         """The rank in the pipeline, and that of the last stage."""
-        return self._rank, self.stages.last_rank
-
-    # ------------------------------------------------------------------ the way of a batch
+        return dist.get_rank(self.group), self.stages.last_rank
 
     def run(self, step: str, *args: Any, **kwargs: Any) -> Any:
         with plain_parameters(self.module.parameters()):
-            batch, in_order = self._split(args[0], args[1:])
-            running = self._begin(step, batch)
+            running = self._begin(step, self._split(args[0], args[1:]))
             self._check.before_step(running)
-            result, loss = self._run(running, in_order)
+            result, loss = self._run(running)
         if running.is_manual and loss is not None:
             self._optimize_manually(running, loss)
         return result
 
-    def _run(self, step: StepInFlight, in_order: bool) -> tuple[Any, Tensor | None]:
-        """Runs the microbatches of a step.
-
-        Returns:
-            What the step returned, and the loss whose backward hands gradients over; None where nothing is trained.
-        """
+    def _run(self, step: StepInFlight) -> tuple[Any, Tensor | None]:
+        """What a step returned, and the loss whose backward hands gradients over; None where nothing is trained."""
         trains = step.name == "training_step" and torch.is_grad_enabled()
         versions = self._view.versions()
         with step.logs.recording(), self._own_random_streams(step, trains), step.computing():
             if trains:
                 step.loss_scale = self._scale()
-                self._train(step, in_order)
+                self._train(step)
             else:
                 self._evaluate(step)
             self.inner.reshard()  # what hooks see before the backward is this rank's part
@@ -139,48 +118,31 @@ class PipelineRunner(SingleProcessRunner):
             self._check.refuse_writes(step, {name for (name, now), (_, then) in pairs if now != then})
         return self._on_all_ranks(step, trains)
 
-    def _train(self, step: StepInFlight, in_order: bool) -> None:
+    def _train(self, step: StepInFlight) -> None:
         """Every microbatch forward and backward; gradients are set aside until the loss's backward."""
-        num_parts = len(step.batch.parts)
         self._trained = {}  # what is gathered stays the same while a step lasts
         with self._gradients.aside(self._plain_parameters()), self._holding():
-            if in_order:
-                self._in_order(step).forward_and_backward(num_parts)
-            else:
-                run_torch_schedule(self._schedule(step), step, num_parts, self._last in self._own)
+            if step.batch.in_order:
+                InOrder(self._microbatch, step, self._pipeline).forward_and_backward()
+                return
+            key = len(step.batch.parts), tuple(step.p2p)
+            if key not in self._schedules:
+                made = torch_schedule(self._pipeline, self._microbatch, self._trained_by, step, self.timeline)
+                self._schedules[key] = made
+            self._schedules[key](step)
 
     def _evaluate(self, step: StepInFlight) -> None:
         with self._holding():
-            self._in_order(step).forward(len(step.batch.parts))
+            InOrder(self._microbatch, step, self._pipeline).forward()
 
-    def _schedule(self, step: StepInFlight) -> Any:
-        key = len(step.batch.parts), tuple(step.p2p)
-        if key not in self._schedules:
-            stages = {
-                stage: StageModule(self._microbatch, stage, partial(self._parameters_of, stage)) for stage in self._own
-            }
-            self._schedules[key] = torch_schedule(
-                self.stages.schedule, stages, step.p2p, key[0], self.group, self._device, self.timeline
-            )
-        return self._schedules[key]
-
-    def _in_order(self, step: StepInFlight) -> InOrder:
-        rank_of = [self.stages.schedule.rank_of(stage, self.stages.num_ranks) for stage in range(self._last + 1)]
-        return InOrder(self._microbatch, step, self._own, rank_of, step.p2p, self.group, self._device)
-
-    def _microbatch(
-        self, step: StepInFlight, stage: int, index: int, received: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def _microbatch(self, step: StepInFlight, stage: int, index: int, received: Tensors) -> Tensors:
         """Runs it in a stage; after a failure, zeros: see [Note: a step that fails on one stage]."""
-        sent: tuple[Tensor, ...] | None = None
         if step.failure is None:
             with step.failing(stage):
-                sent = self._run_stage(step, stage, index, received)
-        return self._zeros(step, stage, index, received) if sent is None else sent
+                return self._run_stage(step, stage, index, received)
+        return self._zeros(step, stage, index, received)
 
-    def _run_stage(
-        self, step: StepInFlight, stage: int, index: int, received: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def _run_stage(self, step: StepInFlight, stage: int, index: int, received: Tensors) -> Tensors:
         """From what the stage before sent, through the user's step, to what goes to the next."""
         forward = step.plans[index].forwards[stage]
         found, link = self._unpacked(step, stage, index, received)
@@ -191,7 +153,7 @@ class PipelineRunner(SingleProcessRunner):
             seed_microbatch(self._device, step.seed, number, stage)
             step.logs.enter()
 
-        def pass_through(*args: Any) -> tuple[Tensor, ...]:
+        def pass_through(*args: Any) -> Tensors:
             users_step = partial(self.inner.users_step(step.name), *args)
             sent, output = forward.run(self.module, users_step, found, on_entry)
             if forward.exit is None:
@@ -201,17 +163,15 @@ class PipelineRunner(SingleProcessRunner):
         with step.microbatch(stage, index):
             return self.inner.call(pass_through, step.batch.parts[index], *step.batch.others)
 
-    def _unpacked(
-        self, step: StepInFlight, stage: int, index: int, received: tuple[Tensor, ...]
-    ) -> tuple[list[Tensor], Tensor]:
+    def _unpacked(self, step: StepInFlight, stage: int, index: int, received: Tensors) -> tuple[list[Tensor], Tensor]:
         if not stage:
             return [], first_link(self._device)
         return step.p2p[stage - 1].unpack(step.plans[index].points[stage - 1], received)
 
-    def _zeros(self, step: StepInFlight, stage: int, index: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _zeros(self, step: StepInFlight, stage: int, index: int, received: Tensors) -> Tensors:
         link = self._unpacked(step, stage, index, received)[1]
         if stage == self._last:
-            return (ended(link, torch.zeros((), device=self._device)),)
+            return (Ended.apply(link, torch.zeros((), device=self._device)),)
         boundary = step.plans[index].points[stage].boundary
         zeros = [torch.zeros(t.tensor.shape, dtype=t.tensor.dtype, device=self._device) for t in boundary]
         return step.p2p[stage].pack(link, zeros)
@@ -233,22 +193,13 @@ class PipelineRunner(SingleProcessRunner):
                 f"asked for there. Cuts: {', '.join(self.stages.cuts)}; name pipeline_cuts before that part"
             )
         if not step.weights[index]:  # its loss may be a mean over nothing
-            return ended(link, torch.zeros((), device=self._device))
+            return Ended.apply(link, torch.zeros((), device=self._device))
         share = step.weights[index] / sum(step.weights) * step.loss_scale
-        return ended(link, loss.reshape(()) * share)
+        return Ended.apply(link, loss.reshape(()) * share)
 
     def _on_all_ranks(self, step: StepInFlight, trains: bool) -> tuple[Any, Tensor | None]:
-        """What the step returned, on every rank; its loss with a backward that hands the gradients over.
-
-        Communication over the axis: see :func:`share_result`.
-
-        Raises:
-            Exception: what a stage met; see [Note: a step that fails on one stage].
-        """
-        shares = self._options.outputs or step.name == "predict_step"
-        loss, output = share_result(
-            step, trains, shares, self._check, self._last in self._own, self.stages, self.group, self._device
-        )
+        """What the step returned, on every rank; its loss with a backward that hands the gradients over."""
+        loss, output = self._shared(step, trains, self._options.outputs or step.name == "predict_step")
         if not trains:
             return output, None
         anchor = torch.zeros((), device=self._device, requires_grad=True)
@@ -257,37 +208,61 @@ class PipelineRunner(SingleProcessRunner):
             return output, loss
         return (loss if output is None else {**output, "loss": loss}), loss
 
-    # ------------------------------------------------------------------ before the microbatches run
+    def _shared(self, step: StepInFlight, trains: bool, shares: bool) -> tuple[Tensor, Any]:
+        """The loss of a step that has run, and what it returned beside; leaves what the step kept in the module.
 
-    def _split(self, whole: Any, others: tuple[Any, ...]) -> tuple[SplitBatch, bool]:
-        """The batch in microbatches, and whether it runs in plain order, as too small for the schedule."""
-        splitter = self._options.splitter
-        num_parts, in_order = self._num_microbatches(splitter.size(whole))
+        Communication over the axis: one all-reduce of 32 bytes with the loss, a size, and the numbers of ranks that
+        failed, and that took another path than before; and one broadcast of what else there is to share, see
+        [Note: what the last stage made]. Raises what a stage met, see [Note: a step that fails on one stage].
+        """
+        loss, output, effects, payload = torch.zeros((), device=self._device), None, Effects(), b""
+        has_last = self._pipeline.has_last
+        with step.failing(self.stages.num_stages):
+            if has_last:
+                loss, output = step.result(trains, loss)
+                effects = step.effects.joined(step.batch.sizes, step.weights)
+                effects.attributes = marked(effects.attributes)
+                payload = pack(output, effects) if shares else b""
+            if not step.is_manual:
+                step.logs.replay()
+        # ranks may not know in which dtype the last stage computes it
+        flags = [float(len(payload)), float(step.failure is not None), float(self._check.is_new(step))]
+        header = torch.cat([loss.reshape(1).double(), torch.tensor(flags, dtype=torch.float64, device=self._device)])
+        dist.all_reduce(header, group=self.group)
+        if header[3] and not header[2]:
+            self._check.after_step(step)
+        if header[2]:
+            raise_failure(step.failure, self.group, self._device)
+        if size := int(header[1]):
+            output, effects = share(payload, size, self._pipeline)
+        step.effects.leave(effects)
+        value = header[0].to(loss.dtype if has_last else torch.get_default_dtype())
+        return (value.float() if value.dtype.itemsize < 4 else value), output
+
+    def _split(self, whole: Any, others: tuple[Any, ...]) -> SplitBatch:
+        splitter, options = self._options.splitter, self._options
+        size = splitter.size(whole)
+        number = options.microbatches(size, self.stages.num_ranks)
+        num_parts, in_order = number or min(size, options.num_microbatches or size), number is None
+        if isinstance(self.inner, FSDPRunner) and options.reshard:
+            # each microbatch gathers the shards anew, so the data ranks have to have as many
+            agreed = torch.tensor([num_parts, int(not in_order)], device=self._device)
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.inner.group)
+            num_parts, in_order = int(agreed[0]), not int(agreed[1])
         parts, sizes = splitter.split(whole, num_parts)
-        return SplitBatch(whole, others, parts, sizes), in_order or len(parts) < num_parts
-
-    def _num_microbatches(self, size: int) -> tuple[int, bool]:
-        """The microbatches of a batch of so many samples, and whether those are too few for the schedule."""
-        number = self._options.microbatches(size, self.stages.num_ranks)
-        num_parts = number or min(size, self._options.num_microbatches or size)
-        if not isinstance(self.inner, FSDPRunner) or not self._options.reshard:
-            return num_parts, number is None
-        # each microbatch gathers the shards anew, so the data ranks have to have as many
-        agreed = torch.tensor([num_parts, int(number is not None)], device=self._device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.inner.group)
-        return int(agreed[0]), not int(agreed[1])
+        return SplitBatch(whole, others, parts, sizes, in_order or len(parts) < num_parts)
 
     def _begin(self, name: str, batch: SplitBatch, alike: bool = False) -> StepInFlight:
         plans = self._plans.of(name, batch.parts, batch.others)
         weights = self._options.weights(batch.parts, batch.sizes)
-        logs = RecordedLogs(self.module, weights, partial(self._constants.has, name, batch.whole, batch.others))
+        is_constant = partial(self._plans.logs_constant, self._options.splitter, name, batch.whole, batch.others)
+        logs = RecordedLogs(self.module, weights, is_constant)
         return StepInFlight(self.module, name, batch, weights, plans, logs, alike)
 
     @contextmanager
     def _own_random_streams(self, step: StepInFlight, trains: bool) -> Iterator[None]:
-        """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike.
-
-        Steps that evaluate leave the stream where it was, as they would in one process without random numbers.
+        """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike. Steps that
+        evaluate leave the stream where it was, as they would in one process without random numbers.
         """
         if trains:
             step.seed = int(torch.randint(2**31, ()))
@@ -316,42 +291,35 @@ class PipelineRunner(SingleProcessRunner):
             return [*self.inner.unused.whole, *self.inner.unused.parts]
         return held(self.module.parameters())
 
-    def _parameters_of(self, stage: int) -> list[nn.Parameter]:
-        """Those that a stage trains."""
+    def _trained_by(self, stage: int) -> list[nn.Parameter]:
         if stage not in self._trained:
             named = self.module.named_parameters()
             self._trained[stage] = [p for name, p in named if stage in self.stages.owners[name] and p.requires_grad]
         return self._trained[stage]
 
-    def _rehearsed(self, step: StepInFlight) -> Outcome:
-        """What a step returns, logs, keeps and writes to parameters over microbatches, without gradients or randomness.
-
-        Nothing is left of it.
-        """
+    def _rehearsed(self, step: StepInFlight) -> dict[str, Any]:
+        """What came of a step over microbatches, without gradients or random numbers; nothing is left of it."""
         named = self.module.named_parameters()
         parameters = {name: p for name, p in named if name in step.written and not is_placeholder(p)}
-        with undone(self.module, parameters.values()), fixed_numbers(), step.logs.recording(), step.computing():
+        with (
+            undone(self.module, parameters.values()),
+            torch.compiler.set_stance("force_eager"),
+            FixedNumbers(),
+            step.logs.recording(),
+            step.computing(),
+        ):
             self._evaluate(step)
             self.inner.reshard()
-            outcome = Outcome()
+            found: dict[str, Any] = {}
             with step.failing(self.stages.num_stages):
-                if self._last in self._own:
-                    outcome.output, outcome.loss = step.joined(), step.manual_loss
-                    outcome.effects = step.effects.joined(step.batch.sizes, step.weights)
-                outcome.logged = step.logs.values()
-            outcome.left = left_in_parts(self.module)
-            outcome.written = {name: p.detach().clone() for name, p in parameters.items()}
-            return outcome
-
-    # ------------------------------------------------------------------ the backward
+                found = outcome(step, self._pipeline.has_last)
+            written = {f"the parameter {n}, to which it writes,": p.detach().clone() for n, p in parameters.items()}
+            return found | left_in_parts(self.module) | written
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         with super().accumulating(), self.inner.accumulating():
             yield
-
-    def before_backward(self, loss: Tensor) -> Tensor:
-        return loss
 
     def _hand_over(self, applied: float, scale: Tensor) -> None:
         """Puts the gradients of the last schedule in place; called by the loss's backward."""
@@ -378,27 +346,22 @@ class PipelineRunner(SingleProcessRunner):
         """See [Note: a manual step over microbatches]."""
         batch = step.batch
         (plan,) = self._plans.of("training_step", [batch.whole], batch.others)
-        kept, lists = KeptAttributes(self.module), AppendedLists(self.module)
+        effects = StepEffects(self.module)
         buffers = [(b, b.detach().clone()) for b in self.module.buffers() if not is_placeholder(b)]
         stepping = manual_optimization.stepping(self.module, loss, step.logs.replace)
         with kept_random_states(self._device), torch.enable_grad(), stepping:
             users_step = self.inner.users_step("training_step")
             plan.without_modules.run(self.module, partial(users_step, batch.whole, *batch.others))
-        kept.before_microbatch()
-        lists.forget()
+        effects.forget()
         for buffer, value in buffers:
             buffer.detach().copy_(value)
         step.logs.replay()
 
-    # ------------------------------------------------------------------ between steps
-
     def show(self) -> None:
         self._view.show()
 
-    @contextmanager
-    def stepping(self, optimizer: Any) -> Iterator[None]:
-        with self._view.stepping(optimizer):
-            yield
+    def stepping(self, optimizer: Any) -> AbstractContextManager[None]:
+        return self._view.stepping(optimizer)
 
     def hooked(self) -> AbstractContextManager[None]:
         return staged_parameters(self.module.parameters())
@@ -418,5 +381,4 @@ class PipelineRunner(SingleProcessRunner):
         self.inner.reshard()
 
     def share_buffers(self) -> None:
-        """Every rank gets the buffers of the stage that uses them; see :func:`~.other_stages.share_buffers`."""
         share_buffers(self.module, self.stages, self.group)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class SplitPoint:
         call: index of that call.
         after: number of the last op before the cut.
         boundary: what is sent: outputs of this call, and of earlier ones that are used later still.
-        numbers: what the last boundary tensor holds, where it has no call; see ``numbers.py``.
+        numbers: what the last boundary tensor holds, where it has no call; see [Note: numbers over a cut].
     """
 
     name: str
@@ -53,8 +54,7 @@ class SplitPoint:
 
     @property
     def label(self) -> str:
-        """As a user names it."""
-        return self.name if not self.ordinal else f"{self.name}#{self.ordinal}"
+        return label(self)
 
     @property
     def num_bytes(self) -> int:
@@ -62,30 +62,22 @@ class SplitPoint:
         return sum(item.tensor.nbytes for item in self.boundary)
 
 
-def split_points(trace: Trace, whole: Iterable[str] = ()) -> list[SplitPoint]:
+def split_points(trace: Trace, whole: Collection[str] = ()) -> list[SplitPoint]:
     """Every place where the step can be cut, in the order of the step; one for each op.
 
     A cut point is the end of a module's call after which, of all tensors that depend on a parameter, only those are
     used that this call or earlier ones returned. Not one, though: where a tensor of an earlier call was changed in
     place since; where two share memory and one is changed later; inside of a reentrant ``torch.utils.checkpoint``,
     where activations have no graph; and where a number drawn after the network began is used later, since a later
-    stage skips what was drawn before it.
-
-    Args:
-        trace: of the step.
-        whole: names of modules that must not be cut inside: those that are sharded, divided, recomputed or compiled.
+    stage skips what was drawn before it. ``whole`` are names of modules that must not be cut inside: those that are
+    sharded, divided, recomputed or compiled.
     """
-    whole = list(whole)
+    inside = tuple(f"{name}." for name in whole)
     found: dict[int, tuple[tuple[int, bool, int], SplitPoint]] = {}
     ends = _used_across(trace, {call.last for call in trace.calls})
     returned = _returned(trace)
     for index, call in enumerate(trace.calls):
-        if (
-            call.last < 0
-            or call.recomputed
-            or not ends[call.last]
-            or any(call.name.startswith(f"{name}.") for name in whole)
-        ):
+        if call.last < 0 or call.recomputed or not ends[call.last] or call.name.startswith(inside):
             continue
         boundary = _boundary(trace, returned, index, ends[call.last])
         if boundary is None or _uses_draws(trace, call.last):
@@ -100,10 +92,10 @@ def split_points(trace: Trace, whole: Iterable[str] = ()) -> list[SplitPoint]:
 
 def _returned(trace: Trace) -> dict[int, list[tuple[int, int]]]:
     """Which calls returned a tensor, by its id: index and place, the outermost first."""
-    returned: dict[int, list[tuple[int, int]]] = {}
+    returned = defaultdict(list)
     for index, call in enumerate(trace.calls):
         for place, tensor in enumerate(deep_tensors(call.output)):
-            returned.setdefault(id(tensor), []).append((index, place))
+            returned[id(tensor)].append((index, place))
     return returned
 
 
@@ -133,10 +125,7 @@ def skipped_indices(trace: Trace, entered: int) -> set[int]:
     Those that ended before it and returned only placeholders and plain values: what depends on no parameter is
     computed on every stage that may need it.
     """
-    around, parent = {entered}, trace.calls[entered].parent
-    while parent >= 0:
-        around.add(parent)
-        parent = trace.calls[parent].parent
+    around = {entered, *trace.around(entered)}
     skipped: set[int] = set()
     inside: set[int] = set()
     for index, call in enumerate(trace.calls):
@@ -149,35 +138,33 @@ def skipped_indices(trace: Trace, entered: int) -> set[int]:
 
 
 def named_split_points(points: list[SplitPoint], names: list[str], trace: Trace) -> list[SplitPoint]:
-    """The cut points of these names, in the order of the names.
-
-    Raises:
-        ValueError: a name that is no module of the step, or after which it can't be cut: with what stands in the way.
+    """The cut points of these names, in their order; raises a ValueError for one that is no module of the step, or
+    after which it can't be cut, with the reason.
     """
-    chosen = []
     called = {label(call): call for call in trace.calls}
-    for name in names:
-        point = next((p for p in points if p.label == name), None)
-        if point is None:  # another module may end with the same op
-            call = called.get(name)
-            if call is None:
-                close = difflib.get_close_matches(name, [*called], n=3)
-                raise ValueError(
-                    f"pipeline_cuts names {name!r}, which the step does not call"
-                    + (f"; the closest are {', '.join(close)}" if close else "")
-                )
-            point = next((p for p in points if p.after == call.last), None)
-        if point is None:
-            nearest = sorted(points, key=lambda p: abs(p.after - called[name].last))[:3]
-            raise ValueError(
-                f"pipeline_cuts names {name!r}, after which the step can't be cut: {obstacle(trace, called[name])}. "
-                f"Cut points near it: {', '.join(p.label for p in nearest) or 'none'}"
-            )
-        chosen.append(point)
-    return chosen
+    return [_named(points, name, called, trace) for name in names]
 
 
-def label(call: Call) -> str:
+def _named(points: list[SplitPoint], name: str, called: dict[str, Call], trace: Trace) -> SplitPoint:
+    by_name = next((p for p in points if p.label == name), None)
+    if by_name is not None:
+        return by_name
+    if name not in called:
+        close = difflib.get_close_matches(name, [*called], n=3)
+        hint = f"; the closest are {', '.join(close)}" if close else ""
+        raise ValueError(f"pipeline_cuts names {name!r}, which the step does not call{hint}")
+    call = called[name]
+    for point in points:
+        if point.after == call.last:  # another module ends with the same op
+            return point
+    nearest = sorted(points, key=lambda p: abs(p.after - call.last))[:3]
+    raise ValueError(
+        f"pipeline_cuts names {name!r}, after which the step can't be cut: {obstacle(trace, call)}. "
+        f"Cut points near it: {', '.join(p.label for p in nearest) or 'none'}"
+    )
+
+
+def label(call: Call | SplitPoint) -> str:
     """As a user names a call."""
     return call.name if not call.ordinal else f"{call.name}#{call.ordinal}"
 
@@ -196,9 +183,8 @@ def obstacle(trace: Trace, call: Call) -> str:
     returned = _returned(trace)
     others = [value for value in boundary if _boundary(trace, returned, index, [value]) is None]
     if others:
-        return "; ".join(_described(trace, value) for value in others[:3]) + (
-            f" and {len(others) - 3} more" if len(others) > 3 else ""
-        )
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        return "; ".join(_described(trace, value) for value in others[:3]) + more
     if _uses_draws(trace, call.last):
         return "random numbers drawn before it are used after it"
     if _shares_changes(boundary, call.last):
@@ -210,48 +196,41 @@ def obstacles(trace: Trace) -> str:
     """What stands in the way of cutting a step at all: at the calls that come closest."""
     ends = _used_across(trace, {call.last for call in trace.calls})
     returned = _returned(trace)
-    numbers = {id(call): index for index, call in enumerate(trace.calls)}
-
-    def missing(call: Call) -> int:
-        values = ends[call.last]
-        return sum(_boundary(trace, returned, numbers[id(call)], [value]) is None for value in values)
-
-    num_parts = {call.parent for call in trace.calls}
-    near = [
-        call
-        for index, call in enumerate(trace.calls)
-        if call.last >= 0 and index not in num_parts and ends[call.last] and (missing(call) or call.recomputed)
-    ]
-    near = sorted(near, key=missing)[:3]
+    parents = {call.parent for call in trace.calls}
+    near = []
+    for index, call in enumerate(trace.calls):
+        if call.last >= 0 and index not in parents and ends[call.last]:
+            missing = sum(_boundary(trace, returned, index, [value]) is None for value in ends[call.last])
+            if missing or call.recomputed:
+                near.append((missing, index, call))
     if not near:
         return "no module of it returns what the next one takes"
-    return "; ".join(f"after {label(call)!r}: {obstacle(trace, call)}" for call in near)
+    return "; ".join(f"after {label(call)!r}: {obstacle(trace, call)}" for _, _, call in sorted(near)[:3])
 
 
 def _described(trace: Trace, value: Value) -> str:
+    def module_at(number: int) -> str:
+        """The innermost module in which an op ran."""
+        inside = [call for call in trace.calls if call.first <= number <= call.last]
+        return repr(inside[-1].name) if inside else "the step"
+
     kind = str(value.tensor.dtype).removeprefix("torch.")
-    user = module_at(trace, value.used) if value.used < trace.num_ops else "the loss"
-    return f"{kind}{list(value.tensor.shape)} made in {module_at(trace, value.made)} is used in {user}"
-
-
-def module_at(trace: Trace, number: int) -> str:
-    """The innermost module in which an op ran."""
-    inside = [call for call in trace.calls if call.first <= number <= call.last]
-    return repr(inside[-1].name) if inside else "the step"
+    user = module_at(value.used) if value.used < trace.num_ops else "the loss"
+    return f"{kind}{list(value.tensor.shape)} made in {module_at(value.made)} is used in {user}"
 
 
 def _used_across(trace: Trace, ends: set[int]) -> dict[int, list[Value]]:
     """What depends on a parameter, was made by an op, and is used later; by op."""
-    begins: dict[int, list[Value]] = {}
+    begins = defaultdict(list)
     for value in trace.values.values():
         if value.used > value.made:
-            begins.setdefault(value.made, []).append(value)
+            begins[value.made].append(value)
     alive: list[Value] = []
     boundary: dict[int, list[Value]] = {-1: []}
     for number in range(trace.num_ops):
-        alive = [value for value in alive if value.used > number] + begins.get(number, [])
+        alive = [value for value in alive if value.used > number] + begins[number]
         if number in ends:
-            boundary[number] = list(alive)
+            boundary[number] = alive
     return boundary
 
 
@@ -271,8 +250,8 @@ def _uses_draws(trace: Trace, after: int) -> bool:
 
 def skipped_calls(trace: Trace, point: SplitPoint) -> dict[str, dict[int, Any]]:
     """What modules return that a stage entering at a cut need not run: by name and call, their recorded outputs."""
-    skipped: dict[str, dict[int, Any]] = {}
+    skipped: dict[str, dict[int, Any]] = defaultdict(dict)
     for index in skipped_indices(trace, point.call):
         call = trace.calls[index]
-        skipped.setdefault(call.name, {})[call.ordinal] = call.output
+        skipped[call.name][call.ordinal] = call.output
     return skipped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_dist.compat.torch import COMPILED_CALL, call_of
-from lightning_dist.parallel.pipeline.boundary_numbers import NumberSlot, decoded, encoded
-from lightning_dist.parallel.pipeline.plain_values import number_kind
+from lightning_dist.parallel.pipeline.p2p import NumberSlot, decoded, encoded
 from lightning_dist.parallel.pipeline.split_points import BoundaryTensor, SplitPoint, skipped_calls
-from lightning_dist.parallel.pipeline.trace import Trace
+from lightning_dist.parallel.pipeline.trace import Trace, number_kind
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import deep_leaves, deep_map, deep_tensors
@@ -32,12 +31,8 @@ class StageForward:
     and the step's Python between them runs on those, which costs almost nothing. The module at the entry returns what
     was received, and from there everything is real. A call of the module at the exit raises, through the step.
 
-    Hooks of modules that are skipped or entered don't run: they ran on the stage that owns them.
-
-    Args:
-        trace: of the step.
-        entry: the split point at which the stage begins; None for the first.
-        exit: the split point at which it ends; None for the last.
+    Hooks of modules that are skipped or entered don't run: they ran on the stage that owns them. A stage without an
+    entry is the first, and one without an exit the last.
     """
 
     def __init__(self, trace: Trace, entry: SplitPoint | None, exit: SplitPoint | None) -> None:
@@ -45,41 +40,37 @@ class StageForward:
         self.skipped = skipped_calls(trace, entry) if entry is not None else {}
         """What calls return that the stage skips: by the module's name and the call's number."""
         self.inside = _calls_inside(trace)
-        received = {id(c.tensor) for c in entry.boundary} if entry is not None else set()
+        received = {id(item.tensor) for item in entry.boundary} if entry is not None else set()
         self.kept = [kept for kept in trace.kept if id(kept[3]) in received]
         """What modules that are skipped, or their hooks, have put into attributes, and the step reads later."""
         self.entered_output: Any = None if entry is None else trace.calls[entry.call].output
         self.captured = self._calls_to_capture(trace)
         """Boundary tensors of the exit that other calls than the last one return, by those."""
-        outputs = {(call.name, call.ordinal): deep_leaves(call.output) for call in trace.calls}
-        numbers = () if exit is None else [(slot.name, slot.key) for slot in exit.numbers if slot.place >= 0]
-        self.returned: dict[tuple[str, int], list[Any]] = {key: outputs[key] for key in numbers}
+        numbers = set() if exit is None else {(slot.name, slot.key) for slot in exit.numbers if slot.place >= 0}
+        outputs = {(call.name, call.ordinal): call.output for call in trace.calls}
+        self.returned = {key: deep_leaves(output) for key, output in outputs.items() if key in numbers}
         """The leaves that calls returned in the trace, where later stages take numbers of them."""
         self.sees_metrics = entry is not None and any(op <= entry.after for op in trace.metrics)
         """Whether the step uses metrics before the entry."""
-        watched = {*self.skipped, *(name for name, _ in self.captured), *(name for name, _ in self.returned)}
+        watched = {*self.skipped, *(name for name, _ in (*self.captured, *self.returned))}
         self.watched = watched | {point.name for point in (entry, exit) if point is not None}
         """Names of the modules whose calls the stage has to see."""
 
     def _calls_to_capture(self, trace: Trace) -> dict[tuple[str, int], list[BoundaryTensor]]:
-        captured: dict[tuple[str, int], list[BoundaryTensor]] = {}
-        begin, after = (-1, -1) if self.entry is None else (self.entry.call, self.entry.after)
+        captured = defaultdict(list)
         for item in () if self.exit is None else self.exit.boundary:
-            if item.call < 0:
-                continue
             call = trace.calls[item.call]
-            if self.entry is None or (item.call != begin and call.last > after):
-                captured.setdefault((call.name, call.ordinal), []).append(item)
+            is_before = self.entry is not None and (item.call == self.entry.call or call.last <= self.entry.after)
+            if item.call >= 0 and not is_before:
+                captured[call.name, call.ordinal].append(item)
         return captured
 
     def run(
         self, module: nn.Module, step: Callable[[], Any], received: list[Tensor], on_enter: Callable[[], None]
     ) -> tuple[list[Tensor], Any]:
-        """Runs the step from the entry to the exit.
+        """Runs the step, with a batch of the traced shape, from the entry to the exit.
 
         Args:
-            module: whose step it is.
-            step: the user's, with a batch of the traced shape.
             received: the tensors of the entry's cut, in its order.
             on_enter: called when everything before the entry has run.
 
@@ -89,12 +80,13 @@ class StageForward:
         Raises:
             RuntimeError: the step did not pass the entry or the exit as it did when it was traced.
         """
-        run = _MicrobatchInStage(self, received, on_enter)
-        with run.watching(module):
+        run = _MicrobatchInStage(self, module, received, on_enter)
+        with _wrapped_calls(module, self.watched, run.call):
             try:
                 output = step()
             except StageExit:
-                return run.sent(), None
+                assert self.exit is not None
+                return run.sent(self.exit), None
         if not run.entered or self.exit is not None:
             missed = self.exit if run.entered else self.entry
             assert missed is not None
@@ -106,11 +98,7 @@ class StageForward:
 
 
 class RecordedForward:
-    """A step whose modules return what was recorded of them; what it does beside is real.
-
-    Args:
-        trace: of the step.
-    """
+    """A step whose modules return what was recorded of them; what it does beside is real."""
 
     def __init__(self, trace: Trace) -> None:
         self._returned: dict[tuple[str, int], Any] = {}
@@ -123,7 +111,6 @@ class RecordedForward:
         self._inside = _calls_inside(trace)
 
     def run(self, module: nn.Module, step: Callable[[], Any]) -> None:
-        """Runs the step."""
         counts: Counter[str] = Counter()
 
         def call(name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +118,7 @@ class RecordedForward:
             counts[name] += 1
             if key not in self._returned:
                 return original(*args, **kwargs)
-            counts.update(self._inside.get(key, {}))
+            counts.update(self._inside[key])
             return self._returned[key]
 
         with _wrapped_calls(module, {name for name, _ in self._returned}, call):
@@ -151,59 +138,46 @@ def _wrapped_calls(module: nn.Module, names: Iterable[str], call: Callable[..., 
 class _MicrobatchInStage:
     """One microbatch on its way through a stage."""
 
-    def __init__(self, forward: StageForward, received: list[Tensor], on_enter: Callable[[], None]) -> None:
-        self._forward, self._on_enter = forward, on_enter
-        self._module: nn.Module | None = None
+    def __init__(
+        self, forward: StageForward, module: nn.Module, received: list[Tensor], on_enter: Callable[[], None]
+    ) -> None:
+        self._forward, self._module, self._on_enter = forward, module, on_enter
         self.entered = forward.entry is None
         self._counts: Counter[str] = Counter()
-        boundary = forward.entry.boundary if forward.entry is not None else ()
+        boundary, slots = ((), ()) if forward.entry is None else (forward.entry.boundary, forward.entry.numbers)
         self._known: dict[int, Tensor] = {id(item.tensor): t for item, t in zip(boundary, received, strict=True)}
-        self._numbers: dict[NumberSlot, Any] = {}
-        if forward.entry is not None and forward.entry.numbers:
-            self._numbers = decoded(forward.entry.numbers, received[-1])
+        self._numbers: dict[NumberSlot, Any] = decoded(slots, received[-1]) if slots else {}
 
-    @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
-        """Wraps the calls of the modules that the stage has to see."""
-        self._module = module
-        with _wrapped_calls(module, self._forward.watched, self._call):
-            yield
-
-    def _call(self, name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         forward, ordinal = self._forward, self._counts[name]
         self._counts[name] += 1
         if not self.entered:
-            entry = forward.entry
-            assert entry is not None
-            if (name, ordinal) == (entry.name, entry.ordinal):
-                self._counts.update(forward.inside.get((name, ordinal), {}))
+            if _is_call_of(forward.entry, name, ordinal):
+                self._counts.update(forward.inside[name, ordinal])
                 self.entered = True
                 self._on_enter()
                 self._keep()
                 return self._received(forward.entered_output, name, ordinal)
             if ordinal in forward.skipped.get(name, {}):
-                self._counts.update(forward.inside.get((name, ordinal), {}))
+                self._counts.update(forward.inside[name, ordinal])
                 return self._received(forward.skipped[name][ordinal], name, ordinal)
         output = original(*args, **kwargs)
         if (name, ordinal) in forward.returned:
             self._note_numbers(name, ordinal, deep_leaves(output))
         for item in forward.captured.get((name, ordinal), ()):
             self._known[id(item.tensor)] = deep_tensors(output)[item.place]
-        exit = forward.exit
-        if exit is not None and (name, ordinal) == (exit.name, exit.ordinal):
+        if _is_call_of(forward.exit, name, ordinal):
             raise StageExit
         return output
 
     def _keep(self) -> None:
         """Attributes as the modules that this stage skips have left them."""
-        assert self._module is not None
         for name, attribute, key, tensor in self._forward.kept:
             owner = vars(self._module.get_submodule(name))
             if key is None:
                 owner[attribute] = self._known[id(tensor)]
             else:
                 owner.setdefault(attribute, {})[key] = self._known[id(tensor)]
-
         for slot, value in self._numbers.items():
             if slot.place < 0:
                 setattr(self._module.get_submodule(slot.name), str(slot.key), value)
@@ -216,8 +190,7 @@ class _MicrobatchInStage:
                 "of this shape, which later stages expect; name pipeline_cuts before that module"
             )
         for place, leaf in enumerate(found):
-            kind = number_kind(leaf)
-            if kind is not None:
+            if (kind := number_kind(leaf)) is not None:
                 self._numbers[NumberSlot(name, ordinal, place, kind)] = leaf
 
     def _received(self, output: Any, name: str, ordinal: int) -> Any:
@@ -232,23 +205,24 @@ class _MicrobatchInStage:
 
         return deep_map(output, known)
 
-    def sent(self) -> list[Tensor]:
+    def sent(self, exit: SplitPoint) -> list[Tensor]:
         """The boundary tensors of the exit, as they are now."""
-        exit = self._forward.exit
-        assert exit is not None
+        attributes = {
+            slot: getattr(self._module.get_submodule(slot.name), str(slot.key), None)
+            for slot in exit.numbers
+            if slot.place < 0
+        }
         found: list[Tensor] = []
         for item in exit.boundary:
             if item.call < 0:
-                found.append(encoded(exit.numbers, self._with_attributes(exit.numbers), found[0].device))
+                found.append(encoded(exit.numbers, {**self._numbers, **attributes}, found[0].device))
             else:
                 found.append(_as_traced(self._known.get(id(item.tensor)), item.tensor, exit.label))
         return found
 
-    def _with_attributes(self, slots: tuple[NumberSlot, ...]) -> dict[NumberSlot, Any]:
-        assert self._module is not None
-        there = [slot for slot in slots if slot.place < 0]
-        owners = {slot: self._module.get_submodule(slot.name) for slot in there}
-        return {**self._numbers, **{slot: getattr(owners[slot], str(slot.key), None) for slot in there}}
+
+def _is_call_of(point: SplitPoint | None, name: str, ordinal: int) -> bool:
+    return point is not None and (point.name, point.ordinal) == (name, ordinal)
 
 
 def _as_traced(tensor: Tensor | None, expected: Tensor, label: str) -> Tensor:
@@ -277,11 +251,8 @@ def _kind(leaf: Any) -> Any:
 
 def _calls_inside(trace: Trace) -> dict[tuple[str, int], Counter[str]]:
     """How often the modules inside of a call were called in it, which a stage that skips it does not see."""
-    inside: dict[tuple[str, int], Counter[str]] = {}
-    for call in trace.calls:
-        parent = call.parent
-        while parent >= 0:
-            around = trace.calls[parent]
-            inside.setdefault((around.name, around.ordinal), Counter())[call.name] += 1
-            parent = around.parent
+    inside: dict[tuple[str, int], Counter[str]] = {(call.name, call.ordinal): Counter() for call in trace.calls}
+    for index, call in enumerate(trace.calls):
+        for around in map(trace.calls.__getitem__, trace.around(index)):
+            inside[around.name, around.ordinal][call.name] += 1
     return inside

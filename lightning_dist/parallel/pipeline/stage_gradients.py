@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.pipeline.stages import Stages
+from lightning_dist.parallel.pipeline.stages import Pipeline, Stages
 from lightning_dist.parallel.unused_parameters import grad_or_zeros
 from lightning_dist.placeholder import held
 
@@ -25,17 +26,11 @@ class StageGradients:
     A schedule computes gradients while Lightning runs ``training_step``; Lightning then zeroes them, and asks for the
     backward of a loss. So they are set aside, and the loss that is returned puts them in place in its backward, scaled
     by what Lightning scaled it with. A sharded parameter's gradient stays where fully_shard gathers it until then.
-
-    Args:
-        module: cut.
-        stages: of it.
-        group: the ranks of the axis.
-        device: of this rank.
     """
 
-    def __init__(self, module: nn.Module, stages: Stages, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._module, self._device = module, device
-        self._tied = _tied_groups(module, stages, group)
+    def __init__(self, module: nn.Module, pipeline: Pipeline) -> None:
+        self._module, self._device = module, pipeline.device
+        self._tied = _tied_groups(module, pipeline.stages, pipeline.group)
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._summed: list[tuple[nn.Parameter, int]] = []
         """Tied parameters whose gradients hold the sum already, and the number of ranks that hold them."""
@@ -44,9 +39,7 @@ class StageGradients:
 
     @contextmanager
     def aside(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """While it lasts, backward passes give the parameters gradients of their own, which are kept for
-        :meth:`hand_over`.
-        """
+        """While it lasts, parameters get gradients of their own, which are kept for :meth:`hand_over`."""
         before = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -75,11 +68,8 @@ class StageGradients:
 
     @torch.no_grad()
     def reduce(self, data_group: dist.ProcessGroup | None, buffers: WrittenBuffers | None) -> None:
-        """Sums what is tied over a cut, and averages over the data ranks.
-
-        Args:
-            data_group: the ranks with other samples; None where they are averaged already.
-            buffers: of this rank's stages, for which the data ranks agree on what training wrote.
+        """Sums what is tied over a cut, and averages over the data ranks (None where they are averaged already), which
+        agree on what training wrote of the ``buffers`` of this rank's stages.
         """
         self._sum_tied()
         if data_group is not None:
@@ -107,11 +97,10 @@ class StageGradients:
         """Averages what any data rank used; see [Note: a gradient that only some ranks have]."""
         parameters = held(p for name, p in self._module.named_parameters() if name in self._trained)
         written = set(buffers.written())
-        flags = [int(p.grad is not None) for p in parameters]
-        flags += [int(number in written) for number in range(len(buffers))]
+        flags = [p.grad is not None for p in parameters] + [number in written for number in range(len(buffers))]
         if not flags:
             return
-        told = torch.tensor(flags, device=self._device)
+        told = torch.tensor(flags, dtype=torch.int64, device=self._device)
         dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
         used = told.tolist()
         buffers.send(number for number, is_written in enumerate(used[len(parameters) :]) if is_written)
@@ -137,15 +126,13 @@ def _tied_groups(
     module: nn.Module, stages: Stages, group: dist.ProcessGroup
 ) -> list[tuple[list[str], dist.ProcessGroup]]:
     """Parameters that several ranks of the pipeline hold, by those ranks."""
-    names: dict[tuple[int, ...], list[str]] = {}
+    names = defaultdict(list)
     for name, _ in module.named_parameters():
-        holders = stages.holders(name)
-        if len(holders) > 1:
-            names.setdefault(holders, []).append(name)
+        names[stages.holders(name)].append(name)
     ranks = dist.get_process_group_ranks(group)
     found = []
     for holders, tied in sorted(names.items()):
-        if dist.get_rank(group) in holders:
+        if len(holders) > 1 and dist.get_rank(group) in holders:
             of_holders: Any = dist.new_group([ranks[holder] for holder in holders], use_local_synchronization=True)
             found.append((tied, of_holders))
     return found

@@ -4,17 +4,53 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
 
 from lightning_dist.compat.torch import has_backward_hooks
-from lightning_dist.parallel.pipeline.balance import balanced, stage_costs
-from lightning_dist.parallel.pipeline.options import PipelineOptions
-from lightning_dist.parallel.pipeline.schedule import Schedule, schedule_named
+from lightning_dist.parallel.pipeline.schedule import PipelineOptions, Schedule, schedule_named
 from lightning_dist.parallel.pipeline.split_points import SplitPoint, named_split_points, obstacles, split_points
-from lightning_dist.parallel.pipeline.stages import Stages
+from lightning_dist.parallel.pipeline.stages import Owners, Stages
 from lightning_dist.parallel.pipeline.trace import Trace
+
+
+def balanced(points: list[SplitPoint], costs: list[float], num_stages: int) -> list[SplitPoint]:
+    """The cut points that make the largest cost of a stage smallest, and among those send the fewest bytes.
+
+    By dynamic programming over stages and points: O(stages x points^2).
+
+    Args:
+        points: in the order of the step, at least ``num_stages - 1``.
+        costs: of each op.
+    """
+    until = [0.0, *accumulate(costs)]
+    bounds = {-1: 0, **{index: point.after + 1 for index, point in enumerate(points)}, len(points): len(costs)}
+    sizes = [*(point.num_bytes for point in points), 0]
+    # by the end of the stage: the largest cost so far, the bytes, and the ends
+    best: dict[int, tuple[float, int, tuple[int, ...]]] = {-1: (0.0, 0, ())}
+    for stage in range(num_stages):
+        best = {
+            end: min(
+                (
+                    (max(cost, until[bounds[end]] - until[bounds[begin]]), sent + sizes[end], (*ends, end))
+                    for begin, (cost, sent, ends) in best.items()
+                    if begin < end
+                ),
+                key=lambda found: found[:2],
+            )
+            # each later stage needs a point of its own
+            for end in range(stage, len(points) - num_stages + stage + 2)
+        }
+    return [points[end] for end in best[len(points)][2][:-1]]
+
+
+def stage_costs(points: list[SplitPoint], costs: list[float]) -> list[float]:
+    """Cost of each stage between chosen cut points."""
+    bounds = [0, *(point.after + 1 for point in points), len(costs)]
+    return [sum(costs[begin:end]) for begin, end in pairwise(bounds)]
+
 
 EVEN_ENOUGH = 1.1
 """Largest cost of a stage over the mean, above which the network is also cut inside of its blocks."""
@@ -30,13 +66,9 @@ def find_stages(
     undivided: Iterable[str] = (),
     is_trained: Callable[[str], bool] = lambda _: True,
 ) -> Stages:
-    """Cuts a module into the stages of a schedule.
+    """Cuts a whole module into the stages of a schedule.
 
     Args:
-        module: whole.
-        trace: of its step.
-        options: the user's.
-        num_ranks: of the pipeline.
         blocks: names of its repeated parts; cuts lie between them if that balances.
         keep_whole: never cut inside of a block, since it is sharded, divided, recomputed or compiled.
         undivided: names of modules whose parameters are held together, since they are divided together.
@@ -75,25 +107,21 @@ def _balanced(
     between: list[SplitPoint], anywhere: list[SplitPoint], costs: list[float], num_stages: int
 ) -> list[SplitPoint]:
     """Split points between blocks if those balance, else anywhere."""
-    chosen = balanced(between, costs, num_stages) if len(between) >= num_stages - 1 else []
-    of_stages = stage_costs(chosen, costs)
-    if not chosen or max(of_stages) > EVEN_ENOUGH * sum(of_stages) / num_stages:
-        return balanced(anywhere, costs, num_stages)
-    return chosen
+    if len(between) >= num_stages - 1:
+        chosen = balanced(between, costs, num_stages)
+        if max(of_stages := stage_costs(chosen, costs)) <= EVEN_ENOUGH * sum(of_stages) / num_stages:
+            return chosen
+    return balanced(anywhere, costs, num_stages)
 
 
-def _stages_of_use(ops: dict[str, set[int]], bounds: list[int]) -> dict[str, tuple[int, ...]]:
+def _stages_of_use(ops: dict[str, set[int]], bounds: list[int]) -> Owners:
     """The stages in which ops lie, by what they use."""
     return {name: tuple(sorted({bisect_left(bounds, op) for op in used})) for name, used in ops.items()}
 
 
 def _owners_of_parameters(
-    module: nn.Module,
-    used: dict[str, tuple[int, ...]],
-    num_stages: int,
-    undivided: Iterable[str],
-    is_trained: Callable[[str], bool],
-) -> dict[str, tuple[int, ...]]:
+    module: nn.Module, used: Owners, num_stages: int, undivided: Iterable[str], is_trained: Callable[[str], bool]
+) -> Owners:
     shapes, order = _shapes(module), [name for name, _ in module.named_parameters()]
     owners = {
         name: used.get(name) or _like_its_twin(name, used, shapes, is_trained) or _near(name, used, order, num_stages)
@@ -105,11 +133,10 @@ def _owners_of_parameters(
     return owners
 
 
-def _owners_of_buffers(module: nn.Module, used: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _owners_of_buffers(module: nn.Module, used: Owners) -> Owners:
     """The stages of each buffer that one uses, or that belongs to a copy of such."""
     shapes, unused = _shapes(module), [name for name, _ in module.named_buffers() if name not in used]
-    twins = {name: stages for name in unused if (stages := _like_its_twin(name, used, shapes)) is not None}
-    return used | twins
+    return used | {name: twin for name in unused if (twin := _like_its_twin(name, used, shapes)) is not None}
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -117,10 +144,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _like_its_twin(
-    name: str,
-    used: dict[str, tuple[int, ...]],
-    shapes: dict[str, torch.Size],
-    is_trained: Callable[[str], bool] = lambda _: False,
+    name: str, used: Owners, shapes: dict[str, torch.Size], is_trained: Callable[[str], bool] = lambda _: False
 ) -> tuple[int, ...] | None:
     """The stages, for what the step does not use, of what has its shape and ends with the same names, as in a copy of a
     network, so that pairs of both lie on one stage. Blocks of one list are no copies of each other.
@@ -136,7 +160,7 @@ def _like_its_twin(
     return None
 
 
-def _near(name: str, used: dict[str, tuple[int, ...]], order: list[str], num_stages: int) -> tuple[int, ...]:
+def _near(name: str, used: Owners, order: list[str], num_stages: int) -> tuple[int, ...]:
     """The stage of a parameter that the step does not use: that of the one before it among its nearest relatives, in
     the order in which they were made; else the last.
     """
@@ -153,13 +177,13 @@ def _near(name: str, used: dict[str, tuple[int, ...]], order: list[str], num_sta
 def _too_few(
     module: nn.Module, trace: Trace, points: list[SplitPoint], num_stages: int, schedule: Schedule, whole: bool
 ) -> str:
-    stage_word = f"{schedule.name} needs {num_stages} stages"
     have = ", ".join(point.label for point in points) or "none"
     why = f"The network ({type(module).__name__}) can be cut after: {have}. "
     if trace.open_end:
         why += f"The step asks for the value of a tensor ({trace.open_end}), and what comes after can't be cut. "
-    inside = "Blocks are not cut inside while they are sharded, divided, recomputed or compiled. " if whole else ""
+    if whole:
+        why += "Blocks are not cut inside while they are sharded, divided, recomputed or compiled. "
     return (
-        f"pp: {stage_word}, so {num_stages - 1} cuts, and there are {len(points)}. {why}{inside}"
+        f"pp: {schedule.name} needs {num_stages} stages, so {num_stages - 1} cuts, and there are {len(points)}. {why}"
         f"In the way elsewhere: {obstacles(trace)}. Use fewer ranks of pp, one stage a rank (1F1B), or dp_shard"
     )

@@ -19,184 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.parallel.pipeline.joined_outputs import joined
-from lightning_dist.parallel.pipeline.plain_values import held_items
 from lightning_dist.parallel.pipeline.stage_owner import StageOwner, staged
+from lightning_dist.parallel.pipeline.stages import Pipeline
+from lightning_dist.parallel.rehearsal import is_users_object
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.pytree import deep_leaves, deep_map
 
 Place = tuple[str, Any]
-
-
-class AppendedLists:
-    """Lists that are attributes of a module, or in dictionaries and objects that are, and what a step appends to them.
-
-    Args:
-        module: whose step is about to run.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._lists: dict[Place, list[Any]] = {}
-        for name, value in vars(module).items():
-            if name.startswith("_"):
-                continue
-            if type(value) is list:
-                self._lists[name, None] = value
-            elif (items := held_items(value)) is not None:
-                self._lists.update({(name, key): item for key, item in items.items() if type(item) is list})
-        self._begin = {place: len(items) for place, items in self._lists.items()}
-        self._at = dict(self._begin)
-        self._added: dict[Place, list[list[Any]]] = {place: [] for place in self._lists}
-
-    def before_microbatch(self) -> None:
-        """A stage begins a microbatch."""
-        self._at = {place: len(items) for place, items in self._lists.items()}
-
-    def after_microbatch(self) -> None:
-        """The last stage has ended one: takes what it appended off the lists, and keeps it."""
-        for place, items in self._lists.items():
-            self._added[place].append(items[self._at[place] :])
-            del items[self._at[place] :]
-
-    def forget(self) -> None:
-        """Takes off what was appended."""
-        for place, items in self._lists.items():
-            del items[self._begin[place] :]
-
-    def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, list[Any]]:
-        """What one step over the whole batch would have appended.
-
-        Raises:
-            RuntimeError: some microbatches appended more than others.
-        """
-        found: dict[Place, list[Any]] = {}
-        for place, added in self._added.items():
-            if not any(added):
-                continue
-            if len({len(items) for items in added}) > 1:
-                raise RuntimeError(
-                    f"pp: the step appends to {place[0]!r} for some of its microbatches, and not for others, so that "
-                    "it can't be said what it would have appended for the whole batch; use num_microbatches=1"
-                )
-            found[place] = [
-                _joined([detached(i) for i in column], sizes, weights) for column in zip(*added, strict=True)
-            ]
-        return found
-
-    def extend(self, found: dict[Place, list[Any]]) -> None:
-        """Appends it, but where this rank's own stages have appended: what hooks of its layers saw stays its own."""
-        for place, items in found.items():
-            if place in self._lists and len(self._lists[place]) == self._begin[place]:
-                self._lists[place].extend(items)
-
-
-class KeptAttributes:
-    """What a step puts into attributes of its module, or into dictionaries and objects of the user's there.
-
-    Each microbatch finds them as they were before the step; afterwards they are what one step over the whole batch
-    would have left: joined as what a step returns is.
-
-    Args:
-        module: whose step is about to run.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._own = vars(module)
-        self._before = dict(self._places())
-        self._added: list[dict[Place, Any]] = []
-
-    def _places(self) -> Iterator[tuple[Place, Any]]:
-        for name, value in list(self._own.items()):
-            if name.startswith("_") or name == "training":
-                continue
-            yield (name, None), value
-            if (items := held_items(value)) is not None:
-                yield from (((name, key), item) for key, item in items.items())
-
-    def _changed(self) -> dict[Place, Any]:
-        return {
-            place: value
-            for place, value in self._places()
-            if value is not self._before.get(place, _NOTHING)
-            and not (place[1] is not None and (place[0], None) not in self._before)  # of a dictionary that is new
-            and _is_plain(value)
-            and _is_plain(self._before.get(place))
-        }
-
-    def before_microbatch(self) -> None:
-        """Puts them back."""
-        for name, key in self._changed():
-            owner = self._owner(name, key)
-            if (name, key) in self._before:
-                owner[name if key is None else key] = self._before[name, key]
-            else:
-                del owner[name if key is None else key]
-
-    def after_microbatch(self) -> None:
-        """The last stage has ended one."""
-        self._added.append({place: detached(value) for place, value in self._changed().items()})
-
-    def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, Any]:
-        """What one step over the whole batch would have left.
-
-        Raises:
-            RuntimeError: some microbatches keep what others don't.
-        """
-        found: dict[Place, Any] = {}
-        for place in {place: None for added in self._added for place in added}:
-            values = [added[place] for added in self._added if place in added]
-            if len(values) < len(self._added):
-                raise RuntimeError(
-                    f"pp: the step sets {place[0]!r} for some of its microbatches, and not for others, so that it "
-                    "can't be said what it would be after the whole batch; use num_microbatches=1"
-                )
-            found[place] = _joined(values, sizes, weights)
-        return found
-
-    def keep(self, found: dict[Place, Any]) -> None:
-        """Puts what the last stage kept in place, on every rank; activations of other stages as what is elsewhere."""
-        self.before_microbatch()
-        for (name, key), value in found.items():
-            self._owner(name, key)[name if key is None else key] = deep_map(value, partial(_there, name))
-
-    def _owner(self, name: str, key: Any) -> dict[Any, Any]:
-        items = None if key is None else held_items(self._own[name])
-        return self._own if items is None else items
-
-
-class KeptNumbers:
-    """Numbers that a step puts into attributes of the module's parts.
-
-    Args:
-        module: whose step is about to run.
-        places: names of the parts and of their attributes.
-    """
-
-    def __init__(self, module: nn.Module, places: Iterable[tuple[str, str]]) -> None:
-        self._module = module
-        self._before = {place: self._now(place) for place in places}
-
-    def _now(self, place: tuple[str, str]) -> Any:
-        """None where it is not there yet."""
-        return vars(self._module.get_submodule(place[0])).get(place[1])
-
-    def before_microbatch(self) -> None:
-        """Puts them back."""
-        self.put(self._before)
-
-    def put(self, values: dict[tuple[str, str], Any]) -> None:
-        """Gives the attributes values; None takes one away."""
-        for (name, attribute), value in values.items():
-            own = vars(self._module.get_submodule(name))
-            if value is None:
-                own.pop(attribute, None)
-            else:
-                own[attribute] = value
-
-    def changed(self) -> dict[tuple[str, str], Any]:
-        """Those that are others than before the step."""
-        now = {place: self._now(place) for place in self._before}
-        return {place: value for place, value in now.items() if value != self._before[place]}
+"""The name of an attribute, and None for itself or the key of what it holds; or of a part, and of its attribute."""
 
 
 @dataclass
@@ -211,29 +41,15 @@ class Effects:
 
     lists: dict[Place, list[Any]] = field(default_factory=dict)
     attributes: dict[Place, Any] = field(default_factory=dict)
-    numbers: dict[tuple[str, str], Any] = field(default_factory=dict)
-
-    def to_items(self) -> list[Any]:
-        """For :func:`pack`."""
-        return [list(values.items()) for values in (self.lists, self.attributes, self.numbers)]
-
-    @classmethod
-    def of_items(cls, items: Iterable[Any]) -> Effects:
-        """What :meth:`to_items` gave."""
-        return cls(*map(dict, items))
+    numbers: dict[Place, Any] = field(default_factory=dict)
 
 
 class StepEffects:
-    """What a step over microbatches leaves in its module.
+    """What a step that is about to run leaves in its module, and in its parts: ``numbers``, by names of both."""
 
-    Args:
-        module: whose step is about to run.
-        numbers: names of the parts that keep numbers, and of their attributes.
-    """
-
-    def __init__(self, module: pl.LightningModule, numbers: Iterable[tuple[str, str]]) -> None:
-        self._lists, self._attributes = AppendedLists(module), KeptAttributes(module)
-        self._numbers = KeptNumbers(module, numbers)
+    def __init__(self, module: pl.LightningModule, numbers: Iterable[Place] = ()) -> None:
+        self._lists, self._attributes = _AppendedLists(module), _KeptAttributes(module)
+        self._numbers = _KeptNumbers(module, numbers)
 
     def before_microbatch(self) -> None:
         """A stage begins a microbatch: what it finds in the module is from before the step."""
@@ -241,52 +57,178 @@ class StepEffects:
         self.put_back()
 
     def put_back(self) -> None:
-        """Gives attributes the values from before the step."""
-        self._attributes.before_microbatch()
-        self._numbers.before_microbatch()
+        self._attributes.put_back()
+        self._numbers.put_back()
 
     def after_microbatch(self) -> None:
-        """The last stage has ended one."""
         self._lists.after_microbatch()
         self._attributes.after_microbatch()
 
-    def joined(self, sizes: list[int], weights: list[float]) -> Effects:
-        """What one step over the whole batch would have left, on the rank of the last stage.
+    def forget(self) -> None:
+        self._attributes.put_back()
+        self._lists.forget()
 
-        Raises:
-            RuntimeError: the microbatches leave different things.
-        """
+    def joined(self, sizes: list[int], weights: list[float]) -> Effects:
+        """What one step over the whole batch would leave, on the last stage's rank; uneven microbatches are refused."""
         lists = self._lists.joined(sizes, weights)
         return Effects(lists, self._attributes.joined(sizes, weights), self._numbers.changed())
 
     def leave(self, effects: Effects) -> None:
-        """Puts it into the module of this rank."""
         self._lists.extend(effects.lists)
         self._attributes.keep(effects.attributes)
         self._numbers.put(effects.numbers)
 
 
+class _AppendedLists:
+    """What a step appends to lists that are attributes of its module, or in dictionaries and objects that are."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._lists: dict[Place, list[Any]] = {at: value for at, value in _places(module) if type(value) is list}
+        self._begin = self._at = self._lengths()
+        self._added: dict[Place, list[list[Any]]] = {place: [] for place in self._lists}
+
+    def _lengths(self) -> dict[Place, int]:
+        return {place: len(items) for place, items in self._lists.items()}
+
+    def before_microbatch(self) -> None:
+        self._at = self._lengths()
+
+    def after_microbatch(self) -> None:
+        """Takes what it appended off the lists, and keeps it."""
+        for place, items in self._lists.items():
+            self._added[place].append(items[self._at[place] :])
+            del items[self._at[place] :]
+
+    def forget(self) -> None:
+        for place, items in self._lists.items():
+            del items[self._begin[place] :]
+
+    def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, list[Any]]:
+        found: dict[Place, list[Any]] = {}
+        for place, added in self._added.items():
+            if len({len(items) for items in added}) > 1:
+                raise _uneven("appends to", place, "it would have appended for")
+            if any(added):
+                columns = zip(*added, strict=True)
+                found[place] = [_joined(list(map(detached, column)), sizes, weights) for column in columns]
+        return found
+
+    def extend(self, found: dict[Place, list[Any]]) -> None:
+        """Appends it, but where this rank's own stages have appended: what hooks of its layers saw stays its own."""
+        for place, items in found.items():
+            if place in self._lists and len(self._lists[place]) == self._begin[place]:
+                self._lists[place].extend(items)
+
+
+class _KeptAttributes:
+    """What a step puts into attributes of its module, or into dictionaries and objects of the user's there. Each
+    microbatch finds them as they were before the step; afterwards they are what one step over the whole batch would
+    have left: joined as what a step returns is.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._module, self._own = module, vars(module)
+        self._before = dict(_places(module))
+        self._added: list[dict[Place, Any]] = []
+
+    def _changed(self) -> dict[Place, Any]:
+        return {
+            place: value
+            for place, value in _places(self._module)
+            if value is not self._before.get(place, _NOTHING)
+            and (place[1] is None or (place[0], None) in self._before)  # else of a dictionary that is new
+            and _is_plain(value)
+            and _is_plain(self._before.get(place))
+        }
+
+    def put_back(self) -> None:
+        for name, key in self._changed():
+            owner, place = self._owner(name, key)
+            if (name, key) in self._before:
+                owner[place] = self._before[name, key]
+            else:
+                del owner[place]
+
+    def after_microbatch(self) -> None:
+        self._added.append({place: detached(value) for place, value in self._changed().items()})
+
+    def joined(self, sizes: list[int], weights: list[float]) -> dict[Place, Any]:
+        found: dict[Place, Any] = {}
+        for place in {place: None for added in self._added for place in added}:
+            values = [added[place] for added in self._added if place in added]
+            if len(values) < len(self._added):
+                raise _uneven("sets", place, "it would be after")
+            found[place] = _joined(values, sizes, weights)
+        return found
+
+    def keep(self, found: dict[Place, Any]) -> None:
+        """Puts what the last stage kept in place, on every rank; activations of other stages as what is elsewhere."""
+        self.put_back()
+        for (name, key), value in found.items():
+            owner, place = self._owner(name, key)
+            owner[place] = deep_map(value, partial(_there, name))
+
+    def _owner(self, name: str, key: Any) -> tuple[dict[Any, Any], Any]:
+        """The dictionary that has it, and its key there."""
+        items = None if key is None else _held_items(self._own[name])
+        return (self._own if items is None else items), (name if key is None else key)
+
+
+class _KeptNumbers:
+    """Numbers that a step puts into attributes of the module's parts; None where one is not there."""
+
+    def __init__(self, module: nn.Module, places: Iterable[Place]) -> None:
+        self._module, self._places = module, list(places)
+        self._before = self._now()
+
+    def _now(self) -> dict[Place, Any]:
+        return {place: vars(self._module.get_submodule(place[0])).get(place[1]) for place in self._places}
+
+    def put_back(self) -> None:
+        self.put(self._before)
+
+    def put(self, values: dict[Place, Any]) -> None:
+        for (name, attribute), value in values.items():
+            own = vars(self._module.get_submodule(name))
+            if value is None:
+                own.pop(attribute, None)
+            else:
+                own[attribute] = value
+
+    def changed(self) -> dict[Place, Any]:
+        return {place: value for place, value in self._now().items() if value != self._before[place]}
+
+
 _NOTHING = object()
 
 
-class _Elsewhere:
-    """In what is sent, in place of a tensor of another stage."""
+def _places(module: nn.Module) -> Iterator[tuple[Place, Any]]:
+    """The user's attributes of a module, and what is in dictionaries and objects among them."""
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") or name == "training":
+            continue
+        yield (name, None), value
+        if (items := _held_items(value)) is not None:
+            yield from (((name, key), item) for key, item in items.items())
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
 
-    def there(self, name: str) -> Tensor:
-        tensor = placeholder(torch.empty(self.shape, dtype=self.dtype, device="meta"), torch.device("cpu"))
-        return staged(tensor, StageOwner(name, -1, None, False))
-
-
-def _there(name: str, leaf: Any) -> Any:
-    return leaf.there(name) if isinstance(leaf, _Elsewhere) else leaf
+def _held_items(value: Any) -> dict[Any, Any] | None:
+    """The dictionary that has the items of a dictionary, or of an object of the user's; None for anything else."""
+    if type(value) is dict:
+        return value
+    return vars(value) if is_users_object(value) else None
 
 
 def _is_plain(value: Any) -> bool:
     kinds = (type(None), bool, int, float, complex, str, Tensor)
     return all(isinstance(leaf, kinds) and not isinstance(leaf, nn.Parameter) for leaf in deep_leaves(value))
+
+
+def _uneven(does: str, place: Place, unknown: str) -> RuntimeError:
+    return RuntimeError(
+        f"pp: the step {does} {place[0]!r} for some of its microbatches, and not for others, so that it can't be said "
+        f"what {unknown} the whole batch; use num_microbatches=1"
+    )
 
 
 def detached(value: Any) -> Any:
@@ -295,35 +237,94 @@ def detached(value: Any) -> Any:
 
 
 def _joined(values: list[Any], sizes: list[int], weights: list[float]) -> Any:
+    """What microbatches left: once if they left the same, else as what steps return."""
     first = values[0]
     if isinstance(first, (bool, int, float, str)) and all(value == first for value in values):
         return first
-    if all(isinstance(v, Tensor) and not is_placeholder(v) for v in values):
-        by_sample = all(v.ndim and v.shape[0] == size for v, size in zip(values, sizes, strict=True))
-        if not by_sample and all(v.shape == first.shape and torch.equal(v, first) for v in values[1:]):
-            return first
+    are_tensors = all(isinstance(v, Tensor) and not is_placeholder(v) for v in values)
+    if are_tensors and not _by_sample(values, sizes) and all(torch.equal(value, first) for value in values[1:]):
+        return first
     return joined(values, sizes, weights)
 
 
+def _by_sample(values: list[Tensor], sizes: list[int]) -> bool:
+    return all(v.ndim and v.shape[0] == size for v, size in zip(values, sizes, strict=True))
+
+
+def joined(outputs: list[Any], sizes: list[int], weights: list[float]) -> Any:
+    """What the steps of all microbatches returned, as one.
+
+    Tensors with the microbatch in their first dim are joined; numbers become their mean, weighted; lists of the
+    microbatch's length are joined; dictionaries and sequences item by item. What is neither is given as the list of
+    what the microbatches gave, and None where all gave None.
+    """
+    first = outputs[0]
+    if all(output is None for output in outputs):
+        return None
+    if all(isinstance(output, Tensor) for output in outputs):
+        if _by_sample(outputs, sizes):
+            return torch.cat(outputs)
+        return weighted_mean(outputs, weights) if first.numel() == 1 else outputs
+    if all(isinstance(output, dict) and output.keys() == first.keys() for output in outputs):
+        return {key: joined([output[key] for output in outputs], sizes, weights) for key in first}
+    if all(type(output) in (list, tuple) for output in outputs):
+        lengths = [len(output) for output in outputs]
+        if lengths == sizes and not any(isinstance(v, Tensor) for output in outputs for v in output):
+            return type(first)(item for output in outputs for item in output)
+        if len(set(lengths)) == 1:
+            return type(first)(joined(list(column), sizes, weights) for column in zip(*outputs, strict=True))
+    if all(isinstance(output, (int, float)) and not isinstance(output, bool) for output in outputs):
+        return sum(o * weight for o, weight in zip(outputs, weights, strict=True) if weight) / (sum(weights) or 1)
+    return outputs
+
+
+def weighted_mean(values: list[Tensor], weights: list[float] | list[int]) -> Tensor:
+    """The mean of equally shaped tensors, weighted; in their own dtype where it is floating point."""
+    total = float(sum(weights))
+    if len(values) == 1 or not total:
+        return values[0].detach()
+    wide = [v.detach().double() if v.device.type != "mps" else v.detach().float() for v in values]
+    mean = sum(v * (w / total) for v, w in zip(wide, weights, strict=True) if w)
+    assert isinstance(mean, Tensor)
+    return mean.to(values[0].dtype) if values[0].is_floating_point() else mean.float()
+
+
+class _Elsewhere:
+    """In what is sent, in place of a tensor of another stage."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+
+def _there(name: str, leaf: Any) -> Any:
+    if not isinstance(leaf, _Elsewhere):
+        return leaf
+    tensor = placeholder(torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), torch.device("cpu"))
+    return staged(tensor, StageOwner(name, -1, None, False))
+
+
 def marked(value: Any) -> Any:
-    """With marks in place of tensors of other stages; see :meth:`KeptAttributes.keep`."""
+    """With marks in place of tensors of other stages, to be put into a module by :meth:`StepEffects.leave`."""
     return deep_map(value, lambda leaf: _Elsewhere(tuple(leaf.shape), leaf.dtype) if is_placeholder(leaf) else leaf)
 
 
-def pack(value: Any) -> bytes:
-    """For :func:`unpack` on other ranks; empty for nothing."""
-    if not [leaf for leaf in deep_leaves(value) if leaf is not None]:
+def pack(output: Any, effects: Effects) -> bytes:
+    """What a step returned and leaves, for :func:`share`; empty for nothing."""
+    value = [output, *(list(held.items()) for held in (effects.lists, effects.attributes, effects.numbers))]
+    if all(leaf is None for leaf in deep_leaves(value)):
         return b""
     buffer = io.BytesIO()
     torch.save(deep_map(value, lambda leaf: None if is_placeholder(leaf) else leaf), buffer)
     return buffer.getvalue()
 
 
-def share(payload: bytes, size: int, group: dist.ProcessGroup, source: int, device: torch.device) -> Any:
-    """What the source packed. Communication: one broadcast of ``size`` bytes over the group."""
-    if dist.get_rank(group) == source:
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+def share(payload: bytes, size: int, pipeline: Pipeline) -> tuple[Any, Effects]:
+    """What the rank of the last stage packed. Communication: one broadcast of ``size`` bytes over the pipeline."""
+    if pipeline.has_last:
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(pipeline.device)
     else:
-        data = torch.empty(size, dtype=torch.uint8, device=device)
-    dist.broadcast(data, group=group, group_src=source)
-    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), map_location=device, weights_only=False)
+        data = torch.empty(size, dtype=torch.uint8, device=pipeline.device)
+    dist.broadcast(data, group=pipeline.group, group_src=pipeline.stages.last_rank)
+    there = io.BytesIO(data.cpu().numpy().tobytes())
+    output, *items = torch.load(there, map_location=pipeline.device, weights_only=False)
+    return output, Effects(*map(dict, items))

@@ -1,4 +1,11 @@
-"""A batch on its way through the pipeline."""
+"""A batch on its way through the pipeline.
+
+[Note: a step that fails on one stage]
+The ranks of a pipeline wait for each other's activations. So a rank on which a microbatch raises goes on sending, zeros
+from then on, to the end of the schedule; there the ranks tell each other, with the loss, whether anything failed. Then
+all raise: the rank that failed first its own exception, with its traceback, and the others one with the same words. No
+collective is left open, and nothing was given to an optimizer.
+"""
 
 from __future__ import annotations
 
@@ -8,77 +15,88 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dist.collectives import gather_objects
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.pipeline import manual_optimization
-from lightning_dist.parallel.pipeline.failures import Failure
-from lightning_dist.parallel.pipeline.joined_outputs import joined, weighted_mean
 from lightning_dist.parallel.pipeline.p2p import P2PTensors
 from lightning_dist.parallel.pipeline.stage_plans import StagePlan
-from lightning_dist.parallel.pipeline.step_effects import StepEffects
+from lightning_dist.parallel.pipeline.step_effects import StepEffects, joined, weighted_mean
+from lightning_dist.parallel.pipeline.trace import loss_of
+from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import deep_leaves
+
+
+@dataclass
+class Failure:
+    """The first error that a rank met in a step, in which stage; those after it may have failed of the zeros."""
+
+    error: Exception
+    stage: int
+
+
+def raise_failure(failure: Failure | None, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Raises the first failure of a group's ranks (None: of the world), on all; called where one has failed at least.
+
+    Communication: one all-gather of short objects over the group. See [Note: a step that fails on one stage].
+    """
+    mine = None
+    if failure is not None:
+        error, is_value = failure.error, isinstance(failure.error, ValueError)
+        own = isinstance(error, (ValueError, RuntimeError)) and type(error).__module__ == "builtins"
+        mine = failure.stage, is_value, str(error) if own else f"{type(error).__name__}: {error}"
+    stage, is_value, words = min(other for other in gather_objects(mine, group) if other is not None)
+    if failure is not None and failure.stage == stage:
+        raise failure.error
+    raise (ValueError if is_value else RuntimeError)(words)
 
 
 @dataclass(frozen=True)
 class SplitBatch:
-    """A batch in microbatches.
-
-    Args:
-        whole: the batch.
-        others: the step's other arguments, the batch's index first where it takes one.
-        parts: the microbatches.
-        sizes: how many samples each has.
+    """A batch in microbatches, and how many samples each has; ``others`` are the step's other arguments, the batch's
+    index first where it takes one. It runs ``in_order`` where it is too small for the schedule.
     """
 
     whole: Any
     others: tuple[Any, ...]
     parts: list[Any]
     sizes: list[int]
+    in_order: bool
 
     def unsplit(self) -> SplitBatch:
-        """The batch as one microbatch."""
-        return SplitBatch(self.whole, self.others, [self.whole], [sum(self.sizes)])
+        return SplitBatch(self.whole, self.others, [self.whole], [sum(self.sizes)], True)
 
 
+@dataclass(eq=False)
 class StepInFlight:
     """A step over the microbatches of a batch, from its begin until all ranks have what it returned.
 
     Args:
-        module: whose step it is.
-        name: of the step.
-        batch: in microbatches.
         weights: what each microbatch counts in means.
-        plans: of each microbatch.
         logs: takes what microbatches log.
         alike: all microbatches begin with the same random numbers.
     """
 
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        name: str,
-        batch: SplitBatch,
-        weights: list[float],
-        plans: list[StagePlan],
-        logs: RecordedLogs,
-        alike: bool = False,
-    ) -> None:
-        self.name, self.batch, self.weights, self.plans, self.logs, self.alike = (
-            name,
-            batch,
-            weights,
-            plans,
-            logs,
-            alike,
-        )
-        self.module = module
-        self.kind = name, module.training, batch.others[1:]
+    module: pl.LightningModule
+    name: str
+    batch: SplitBatch
+    weights: list[float]
+    plans: list[StagePlan]
+    logs: RecordedLogs
+    alike: bool = False
+
+    def __post_init__(self) -> None:
+        module, plans = self.module, self.plans
+        self.kind = self.name, module.training, self.batch.others[1:]
         """What steps have in common that are compared once: the name, the mode, and the loader's index."""
-        self.is_manual = name == "training_step" and not module.automatic_optimization
+        self.is_manual = self.name == "training_step" and not module.automatic_optimization
         self.p2p = [P2PTensors.of([plan.points[at] for plan in plans]) for at in range(len(plans[0].points))]
         """What travels between each two stages."""
         self.effects = StepEffects(module, {place for plan in plans for place in plan.attributes})
-        self.outputs: list[Any] = [None] * len(batch.parts)
+        self.outputs: list[Any] = [None] * len(self.batch.parts)
         self.losses: dict[int, Tensor] = {}
         """What microbatches gave to ``manual_backward``."""
         self.seed = 0
@@ -113,7 +131,6 @@ class StepInFlight:
     @contextmanager
     def microbatch(self, stage: int, index: int) -> Iterator[None]:
         """Around a microbatch in a stage: it finds the module as it was before the step."""
-        is_last = stage == len(self.p2p)
         self._index = index
         self.logs.begin(index, stage == 0, self.plans[index].forwards[stage].sees_metrics)
         self.effects.before_microbatch()
@@ -123,7 +140,7 @@ class StepInFlight:
                 yield
         finally:
             self.logs.end()
-            if is_last:
+            if stage == len(self.p2p):
                 self.effects.after_microbatch()
 
     def _take(self, loss: Tensor) -> None:
@@ -138,10 +155,19 @@ class StepInFlight:
     @property
     def manual_loss(self) -> Tensor | None:
         """The loss of the batch, where the step gave one to ``manual_backward``."""
-        if not self.losses:
-            return None
-        return weighted_mean([self.losses[index].detach() for index in sorted(self.losses)], self.weights)
+        losses = [loss.detach() for _, loss in sorted(self.losses.items())]
+        return weighted_mean(losses, self.weights) if losses else None
 
     def joined(self) -> Any:
-        """What the microbatches' steps returned, as one."""
         return joined(self.outputs, self.batch.sizes, self.weights)
+
+    def result(self, trains: bool, no_loss: Tensor) -> tuple[Tensor, Any]:
+        """The loss of the last stage, and what the step returned beside it."""
+        output = self.joined()
+        if self.manual_loss is not None:
+            return self.manual_loss.reshape(()).to(no_loss.device), output
+        if not trains:
+            return no_loss, output
+        named = output if isinstance(output, dict) else {}
+        beside = {k: v for k, v in named.items() if k != "loss" and not any(map(is_placeholder, deep_leaves(v)))}
+        return loss_of(output).detach().reshape(()).to(no_loss.device), beside or None
