@@ -88,7 +88,8 @@ class Rendezvous:
         Raises:
             RuntimeError: with ``refusal``, if one does not come.
         """
-        store, key = default_store(), f"{self._key}/{self._count}"
+        store: Any = default_store()
+        key = f"{self._key}/{self._count}"
         self._count += 1
         if store.add(key, 1) == self._size:
             store.set(f"{key}/all", b"1")

@@ -217,9 +217,10 @@ class NotedLogs:
         self._is_given = batch_size is not None
         if batch_size is None and not (value.is_tensor and meta.on_epoch):
             if self._size is None:
+                batch: Any = results.batch
                 self._size = 1
                 with suppress(RecursionError):  # as Lightning finds it where it weights by it
-                    self._size = next((s for s in private.sizes_in_batch(results.batch) if s is not None), 1)
+                    self._size = next((s for s in private.sizes_in_batch(batch) if s is not None), 1)
             return self._size
         return getattr(ResultCollection, EXTRACT_BATCH_SIZE)(results, value, batch_size, meta)
 

@@ -115,8 +115,10 @@ class StepLogs:
         patches.set(connector, "before_read", self._before_read)
         patches.also(lambda: setattr(connector, "__class__", private.LoggerConnector))
         connector.__class__ = readers.WatchedConnector
-        for method in (self._on_batch_start, self._on_batch_end, self._epoch_end_reached, self._on_epoch_end):
-            patches.wrap(connector, method.__name__.removeprefix("_"), method)
+        patches.wrap(connector, "on_batch_start", self._on_batch_start)
+        patches.wrap(connector, "on_batch_end", self._on_batch_end)
+        patches.wrap(connector, "epoch_end_reached", self._epoch_end_reached)
+        patches.wrap(connector, "on_epoch_end", self._on_epoch_end)
         patches.wrap(self.trainer.profiler, "profile", self._hook)  # type: ignore[attr-defined]
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
