@@ -208,8 +208,8 @@ def _first_failure(error: BaseException) -> str:
     """One line for what went wrong; DCP's message is the tracebacks of all ranks."""
     if isinstance(error, CheckpointException) and error.failures:
         rank = min(error.failures)
-        cause = error.failures[rank]
-        cause = cause[0] if isinstance(cause, tuple) else cause
+        failure = error.failures[rank]
+        cause = failure[0] if isinstance(failure, tuple) else failure
         return f"rank {rank} met {type(cause).__name__}: {cause}"
     return f"{type(error).__name__}: {error}"
 
