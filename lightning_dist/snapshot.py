@@ -96,6 +96,7 @@ class Snapshot:
 
 def _undo(value: Any) -> Callable[[], None]:
     """Gives a tensor, an array or a container what it holds now; an empty list keeps later items without their rows."""
+    before: Any
     if isinstance(value, Tensor):
         before = value.detach().clone()
     else:
