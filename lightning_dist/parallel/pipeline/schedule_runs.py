@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -79,37 +80,47 @@ class InOrder:
     """Stage by stage, all microbatches forward, then all backward: for evaluation, and batches too small for others.
 
     Communication over the pipeline, for each cut and microbatch: one send of its tensors, and with a backward one back.
+    See [Note: one stream a communicator].
     """
 
     def __init__(self, run: RunsMicrobatches, step: Any, pipeline: Pipeline) -> None:
         self._run, self._p2p, self._pipeline = partial(run, step), step.p2p, pipeline
-        self._numbers = range(len(step.batch.parts))
+        self._num_microbatches = len(step.batch.parts)
         self._local: dict[tuple[int, int], Tensors] = {}
         self._sends: list[tuple[dist.Work | None, Tensor]] = []
 
     def forward(self) -> None:
         with torch.no_grad():
-            for stage in self._pipeline.own:
-                for index in self._numbers:
-                    self._to(stage + 1, index, self._run(stage, index, self._received(stage, index)))
+            for stage, index in self._order(self._pipeline.own):
+                self._to(stage + 1, index, self._run(stage, index, self._received(stage, index)))
         self._finish()
 
     def forward_and_backward(self) -> None:
         kept = {}
-        for stage in self._pipeline.own:
-            for index in self._numbers:
-                received = tuple(t.detach().requires_grad_() for t in self._received(stage, index))
-                sent = self._run(stage, index, received)
-                kept[stage, index] = received, sent
-                self._to(stage + 1, index, tuple(t.detach() for t in sent))
-        for stage in reversed(self._pipeline.own):
-            for index in self._numbers:
-                received, sent = kept.pop((stage, index))
-                torch.autograd.backward(sent, None if stage == len(self._p2p) else self._from(stage + 1, stage, index))
-                if stage:
-                    gradients = (torch.zeros_like(t) if t.grad is None else t.grad for t in received)
-                    self._to(stage - 1, index, tuple(gradients))
+        for stage, index in self._order(self._pipeline.own):
+            received = tuple(t.detach().requires_grad_() for t in self._received(stage, index))
+            sent = self._run(stage, index, received)
+            kept[stage, index] = received, sent
+            self._to(stage + 1, index, tuple(t.detach() for t in sent))
+        for stage, index in self._order(self._pipeline.own[::-1]):
+            received, sent = kept.pop((stage, index))
+            torch.autograd.backward(sent, None if stage == len(self._p2p) else self._from(stage + 1, stage, index))
+            if stage:
+                gradients = (torch.zeros_like(t) if t.grad is None else t.grad for t in received)
+                self._to(stage - 1, index, tuple(gradients))
         self._finish()
+
+    def _order(self, stages: list[int]) -> Iterator[tuple[int, int]]:
+        """Pairs of stage and microbatch.
+
+        [Note: one stream a communicator]
+        NCCL runs the sends and receives of a group one after the other, each until its peer has come to it. Where the
+        stages go round the ranks, a rank that sends more microbatches than there are ranks between its stages waits for
+        a peer that waits for it. So they run in rounds of one microbatch less than there are ranks.
+        """
+        size = max(1, dist.get_world_size(self._pipeline.group) - 1)
+        for begin in range(0, self._num_microbatches, size):
+            yield from product(stages, range(begin, min(begin + size, self._num_microbatches)))
 
     def _received(self, stage: int, index: int) -> Tensors:
         return self._from(stage - 1, stage, index) if stage else ()
