@@ -1,0 +1,79 @@
+"""What an examination found: a table to read, and a file to attach to a report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_dist.doctor.results import CheckResult
+from lightning_dist.doctor.scrub import scrub
+
+FORMAT = 1
+"""Of the file; another number where a field changes its meaning."""
+
+_STYLES = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+@dataclass
+class Report:
+    """Results in the order in which they came.
+
+    Args:
+        num_ranks: of the examination.
+        device_type: of its ranks.
+        results: a line each.
+    """
+
+    num_ranks: int
+    device_type: str
+    results: list[CheckResult] = field(default_factory=list)
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing failed."""
+        return all(result.status != "failed" for result in self.results)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data without private things, see :func:`~lightning_dist.doctor.scrub.scrub`."""
+        return {
+            "format": FORMAT,
+            "status": "ok" if self.is_ok else "failed",
+            "ranks": self.num_ranks,
+            "device": self.device_type,
+            "checks": [scrub(result.as_dict()) for result in self.results],
+        }
+
+    def write(self, path: Path) -> None:
+        """Writes the file, as JSON."""
+        path.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+
+    def table(self) -> Table:
+        """A line per check."""
+        table = Table(title=f"{self.num_ranks} ranks on {self.device_type}", title_justify="left")
+        table.add_column("check", no_wrap=True)
+        table.add_column("")
+        table.add_column("what was found", overflow="fold")
+        table.add_column("s", justify="right")
+        for result in self.results:
+            status = f"[{_STYLES[result.status]}]{result.status}[/]"
+            table.add_row(escape(result.name), status, escape(result.reason), f"{result.seconds:.1f}")
+        return table
+
+    def rates(self) -> Table | None:
+        """Latency and bandwidth of each collective in each group; None where none was measured."""
+        measured = [result for result in self.results if result.details.get("rates")]
+        if not measured:
+            return None
+        table = Table(title="latency in us, bandwidth in GB/s (and of the links, as nccl-tests count)", title_justify="left")
+        table.add_column("groups")
+        for rate in max((result.details["rates"] for result in measured), key=len):
+            table.add_column(rate["collective"], justify="right")
+        for result in measured:
+            cells = [f"{r['latency_us']:.0f}, {r['gb_per_s']:.2f} ({r['bus_gb_per_s']:.2f})" for r in result.details["rates"]]
+            table.add_row(result.name.partition(" ")[2], *cells)
+        return table
