@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -189,7 +188,9 @@ def _measure_one(name: str, group: dist.ProcessGroup, device: torch.device, larg
 
 
 def _assert_right(name: str, group: dist.ProcessGroup, device: torch.device) -> None:
-    tensors = [torch.arange(8 * group.size(), dtype=torch.float32, device=device) + 100 * n for n in range(group.size())]
+    tensors = [
+        torch.arange(8 * group.size(), dtype=torch.float32, device=device) + 100 * n for n in range(group.size())
+    ]
     output = COLLECTIVES[name].make(tensors[group.rank()], group)()
     if not torch.equal(output, COLLECTIVES[name].expect(tensors, group.rank())):
         raise CheckFailed(f"{name} over ranks {dist.get_process_group_ranks(group)} gives wrong numbers")
@@ -223,8 +224,3 @@ def _slowest(rates: list[Rate]) -> Rate:
         min(rate.gb_per_s for rate in rates),
         min(rate.bus_gb_per_s for rate in rates),
     )
-
-
-def rows(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rates that a finding of :func:`check_collectives` has."""
-    return details.get("rates", [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--directory {directory} is not there; make it first")
     settings = Settings(num_ranks, device_type, options.timeout, directory)
     shown = _Shown(options.output)
-    with shown.live:
+    with shown.running:
         report = examine(settings, options.only, options.skip, shown.begin, shown.add)
+        shown.end(report)
     if (rates := report.rates()) is not None:
         shown.console.print(rates)
     shown.console.print(f"wrote {options.output}: attach it to a report; it names no paths, users or machines")
@@ -70,7 +72,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _Shown:
-    """The table and a progress bar while checks run; after each, the file has all results so far."""
+    """The table and a progress bar while checks run, or line after line without a terminal; the file is written after
+    each check, so that it has all results so far.
+    """
 
     def __init__(self, output: Path) -> None:
         self.console = Console()
@@ -78,8 +82,9 @@ class _Shown:
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )
-        self._task = self._progress.add_task("begins", total=None)
-        self.live = Live(self._progress, console=self.console, refresh_per_second=4)
+        self._task = self._progress.add_task("", total=None)
+        self._live = Live(self._progress, console=self.console, refresh_per_second=4)
+        self.running: AbstractContextManager[Any] = self._live if self.console.is_terminal else nullcontext()
 
     def begin(self, check: Check, count: int) -> None:
         self._progress.update(self._task, description=check.name, total=count, completed=self._number)
@@ -87,5 +92,13 @@ class _Shown:
     def add(self, report: Report) -> None:
         self._number += 1
         report.write(self._output)
-        self._progress.update(self._task, completed=self._number)
-        self.live.update(Group(report.table(), self._progress))
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=self._number)
+            self._live.update(Group(report.table(), self._progress))
+        else:
+            result = report.results[-1]
+            self.console.print(f"{result.name}: {result.status}: {result.reason}", markup=False, soft_wrap=True)
+
+    def end(self, report: Report) -> None:
+        if self.console.is_terminal:
+            self._live.update(report.table(), refresh=True)

@@ -27,7 +27,9 @@ def check_devices(settings: Settings) -> Finding:
     """Every device answers: a number is computed on it, and its memory is told."""
     details: dict[str, Any] = {"cores": num_cores(), "memory_gib": _memory_gib(), "shared_memory_gib": _shared_gib()}
     if settings.device_type == "cpu":
-        return Finding(f"{details['cores']} cores, {details['memory_gib']} GiB; {settings.num_ranks} ranks on the CPU", details)
+        return Finding(
+            f"{details['cores']} cores, {details['memory_gib']} GiB; {settings.num_ranks} ranks on the CPU", details
+        )
     details["accelerators"] = found = run_ranks(settings, look_at_device, settings.device_type)
     free = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total
     if free and free <= LEAST_SHARED_MEMORY and settings.num_ranks > 1:
@@ -37,7 +39,9 @@ def check_devices(settings: Settings) -> Finding:
             details,
         )
     names = sorted({device["name"] for device in found})
-    return Finding(f"{len(found)} x {', '.join(names)}, {min(d['free_gib'] for d in found)} GiB or more free each", details)
+    return Finding(
+        f"{len(found)} x {', '.join(names)}, {min(d['free_gib'] for d in found)} GiB or more free each", details
+    )
 
 
 def look_at_device(device_type: str) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def links_by_pair(topology: str) -> dict[str, str]:
     """
     lines = [re.split(r"\s{2,}|\t", re.sub(r"\x1b\[[0-9;]*m", "", line).strip()) for line in topology.splitlines()]
     header = next((line for line in lines if line and line[0] == "GPU0"), [])
-    columns = [name for name in header if name.startswith(("GPU", "NIC"))and name[3:].isdigit()]
+    columns = [name for name in header if name.startswith(("GPU", "NIC")) and name[3:].isdigit()]
     found = {}
     for name, *cells in (line for line in lines if line and line[0] in columns and line is not header):
         place = columns.index(name)

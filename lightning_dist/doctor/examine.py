@@ -62,7 +62,9 @@ def chosen_checks(settings: Settings, only: Sequence[str] = (), skip: Sequence[s
     names = {check.name for check in checks} | {check.kind for check in checks}
     for name in (*only, *skip):
         if name not in names:
-            raise ValueError(f"no check is called {name!r}; kinds of checks are {', '.join(KINDS)}, or pass a whole name")
+            raise ValueError(
+                f"no check is called {name!r}; kinds of checks are {', '.join(KINDS)}, or pass a whole name"
+            )
 
     def is_named(check: Check, by: Sequence[str]) -> bool:
         return check.name in by or check.kind in by

@@ -13,9 +13,13 @@ from operator import attrgetter
 from lightning_dist.doctor.results import CheckFailed, Details
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DISK = re.compile(r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed writing", re.I)
+_DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed writing", re.I
+)
 _TIMED_OUT = re.compile(r"Timed out waiting|collective operation timeout|timed out after|Operation timed out", re.I)
-_LOST = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|remote process exited|ncclRemoteError", re.I)
+_LOST = re.compile(
+    r"Connection closed by peer|Connection reset|Broken pipe|remote process exited|ncclRemoteError", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class RankFailure:
 def _known_reason(error: BaseException | None, text: str) -> str | None:
     if _is_full_disk(error) or _DISK.search(text):
         return (
-            "the disk takes no more: a file could not be written (no space, quota or a limit of file sizes); free some, "
-            "or pass --directory on another disk"
+            "the disk takes no more: a file could not be written (no space, quota or a limit of file sizes); free "
+            "some, or pass --directory on another disk"
         )
     if _TIMED_OUT.search(text):
         return (

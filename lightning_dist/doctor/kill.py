@@ -1,4 +1,4 @@
-"""One rank is killed in the middle of a training: the others end, and the last checkpoint goes on to the same numbers."""
+"""One rank is killed in the middle of a training: the others end, and the last checkpoint goes on to equal numbers."""
 
 from __future__ import annotations
 
@@ -58,12 +58,16 @@ def check_kill(settings: Settings, references: References) -> Finding:
         seconds = run_ranks(settings, lose_a_rank, job, victim, folder / "killed", num_ranks=1, together=False)[0]
         last = saving.path(KILLED_IN - 1)
         if not last.exists():
-            raise CheckFailed(f"rank {victim} was killed in step {KILLED_IN}, and there is no checkpoint of the step before")
+            raise CheckFailed(
+                f"rank {victim} was killed in step {KILLED_IN}, and there is no checkpoint of the step before"
+            )
         on = Job(NETWORK, settings, layout, settings.device_type, resume=last)
-        worst = assert_resumed(f"gone on after rank {victim} was killed", run_ranks(settings, train, on), references.of(NETWORK))
+        worst = assert_resumed(
+            f"gone on after rank {victim} was killed", run_ranks(settings, train, on), references.of(NETWORK)
+        )
     return Finding(
-        f"rank {victim} of {layout} was killed, the others ended after {seconds:.1f} s, and the last checkpoint goes on; "
-        f"relative difference {worst:.1e}, bound {BOUND:g}",
+        f"rank {victim} of {layout} was killed, the others ended after {seconds:.1f} s, and the last checkpoint goes "
+        f"on; relative difference {worst:.1e}, bound {BOUND:g}",
         {"seconds until the others ended": seconds},
     )
 
@@ -92,5 +96,3 @@ def train_or_die(job: Job, victim: int, note: Path) -> None:
     """On a rank: trains; the victim does not come to its end."""
     callbacks: list[Callback] = [Killed(note)] if int(os.environ["RANK"]) == victim else []
     train(job, *callbacks)
-
-

@@ -141,7 +141,9 @@ def _of_norms(records: list[Record], one: Record) -> Difference:
     worst = Difference("gradient norm")
     for rank, record in enumerate(records):
         for step, norm in record.norms.items():
-            told = f"the gradient norm of step {step} is {norm:.6g} on rank {rank}, of one process {one.norms[step]:.6g}"
+            told = (
+                f"the gradient norm of step {step} is {norm:.6g} on rank {rank}, of one process {one.norms[step]:.6g}"
+            )
             worst = worst.larger(_relative(norm, one.norms[step]), told)
     return worst
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dist.doctor.failures import RankFailure, failures_told, silence_told
-from lightning_dist.doctor.results import CheckFailed
 from lightning_dist.doctor.settings import Settings, num_cores
 from lightning_dist.elastic.launch import leave_process_group
 from lightning_dist.elastic.surroundings import end_with_launching_process, leave_fork_server

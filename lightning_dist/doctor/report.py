@@ -65,15 +65,25 @@ class Report:
         return table
 
     def rates(self) -> Table | None:
-        """Latency and bandwidth of each collective in each group; None where none was measured."""
-        measured = [result for result in self.results if result.details.get("rates")]
+        """Latency and bandwidth of each collective, a column for each kind of group; None where none was measured.
+
+        Bandwidth is of the bytes that a rank has, and in parentheses of the links, as nccl-tests count.
+        """
+        measured = {
+            result.name.partition(" ")[2]: result.details["rates"] for result in self.results if _has_rates(result)
+        }
         if not measured:
             return None
-        table = Table(title="latency in us, bandwidth in GB/s (and of the links, as nccl-tests count)", title_justify="left")
-        table.add_column("groups")
-        for rate in max((result.details["rates"] for result in measured), key=len):
-            table.add_column(rate["collective"], justify="right")
-        for result in measured:
-            cells = [f"{r['latency_us']:.0f}, {r['gb_per_s']:.2f} ({r['bus_gb_per_s']:.2f})" for r in result.details["rates"]]
-            table.add_row(result.name.partition(" ")[2], *cells)
+        table = Table("collective", *measured, title="us with 1 KiB; GB/s (of the links)", title_justify="left")
+        cells: dict[str, dict[str, str]] = {}
+        for groups, rates in measured.items():
+            for rate in rates:
+                told = f"{rate['latency_us']:.0f}; {rate['gb_per_s']:.2f} ({rate['bus_gb_per_s']:.2f})"
+                cells.setdefault(rate["collective"], {})[groups] = told
+        for collective, of_groups in cells.items():
+            table.add_row(collective, *(of_groups.get(groups, "not supported") for groups in measured))
         return table
+
+
+def _has_rates(result: CheckResult) -> bool:
+    return bool(result.details.get("rates"))

@@ -15,7 +15,7 @@ FEWEST_CPU_RANKS, MOST_CPU_RANKS = 2, 4
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is wrong on purpose. Only tests of the checks pass one: no option and no environment variable does.
+    """Something that is wrong on purpose. Only tests of the checks pass one: no option or variable does.
 
     Args:
         kind: ``"wrong weight"``: before the second step of every training the rank flips the sign of a weight, of the

@@ -42,8 +42,8 @@ class KnownBad:
 
 
 _COMPROMISED = (
-    "it was published by attackers and sends credentials away when it is imported: remove it, replace all credentials of "
-    "this machine and install 2.6.6"
+    "it was published by attackers and sends credentials away when it is imported: remove it, replace all credentials "
+    "of this machine and install 2.6.6"
 )
 _ADVISORY = "https://github.com/Lightning-AI/pytorch-lightning/security/advisories/GHSA-w37p-236h-pfx3"
 
@@ -73,7 +73,9 @@ def check_versions() -> Finding:
     details = {"versions": versions, "variables that are set": variables_set(), "problems": problems}
     if problems:
         raise CheckFailed("; ".join(problems), details)
-    told = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "lightning", "NCCL", "driver") if name in versions)
+    told = ", ".join(
+        f"{name} {versions[name]}" for name in ("python", "torch", "lightning", "NCCL", "driver") if name in versions
+    )
     return Finding(f"{told}: within the declared bounds, none known to be bad", details)
 
 
@@ -103,7 +105,10 @@ def old_driver(versions: dict[str, str]) -> Iterator[str]:
     cuda, driver = _version(versions.get("CUDA")), _version(versions.get("driver"))
     least = None if cuda is None else _version(LEAST_DRIVER.get(cuda.major))
     if driver is not None and least is not None and driver < least:
-        yield f"the driver is {driver}, and CUDA {cuda} of this torch needs {least} or newer: update it, or install a torch for an older CUDA"
+        yield (
+            f"the driver is {driver}, and CUDA {cuda} of this torch needs {least} or newer: update it, or install a torch "
+            "for an older CUDA"
+        )
 
 
 def out_of_bounds() -> Iterator[str]:
