@@ -13,7 +13,7 @@ from lightning_dist.doctor.kill import check_kill
 from lightning_dist.doctor.layouts import layouts, partitions
 from lightning_dist.doctor.parity import References, check_alone, check_layout, skip_layouts
 from lightning_dist.doctor.report import Report
-from lightning_dist.doctor.results import Check, CheckFailed, CheckResult, CheckSkipped, Finding
+from lightning_dist.doctor.results import Check, CheckFailed, CheckResult, CheckSkipped, Details, Status
 from lightning_dist.doctor.settings import Settings
 from lightning_dist.doctor.timeouts import check_timeouts
 from lightning_dist.doctor.versions import check_versions
@@ -106,11 +106,11 @@ def run_check(check: Check) -> CheckResult:
     """The line of a check; an error of the check itself is a red one too."""
     begin = time.monotonic()
 
-    def result(status: str, reason: str, details: dict | None = None) -> CheckResult:
-        return CheckResult(check.name, status, reason, round(time.monotonic() - begin, 2), details or {})  # type: ignore[arg-type]
+    def result(status: Status, reason: str, details: Details | None = None) -> CheckResult:
+        return CheckResult(check.name, status, reason, round(time.monotonic() - begin, 2), details or {})
 
     try:
-        finding: Finding = check.run()
+        finding = check.run()
     except CheckFailed as failed:
         return result("failed", failed.reason, failed.details)
     except CheckSkipped as skipped:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Details = dict[str, Any]
+Status = Literal["ok", "failed", "skipped"]
 
 
 class CheckFailed(Exception):
@@ -62,7 +63,7 @@ class CheckResult:
     """The line of a check that has run. ``seconds`` is wall time."""
 
     name: str
-    status: Literal["ok", "failed", "skipped"]
+    status: Status
     reason: str
     seconds: float = 0.0
     details: Details = field(default_factory=dict)

@@ -106,8 +106,8 @@ def old_driver(versions: dict[str, str]) -> Iterator[str]:
     least = None if cuda is None else _version(LEAST_DRIVER.get(cuda.major))
     if driver is not None and least is not None and driver < least:
         yield (
-            f"the driver is {driver}, and CUDA {cuda} of this torch needs {least} or newer: update it, or install a torch "
-            "for an older CUDA"
+            f"the driver is {driver}, and CUDA {cuda} of this torch needs {least} or newer: update it, or install a "
+            "torch for an older CUDA"
         )
 
 
