@@ -1,8 +1,8 @@
 """The device of the ranks and Trainers of the tests: the CPU, or what ``pytest --device cuda`` says.
 
-Ranks of the pool take one GPU each; their process group has gloo for tensors on the CPU beside the backend of the GPUs. A
-test that names the CPU itself stays there: meshes and tensors that it makes, and what runs in processes of its own (scripts,
-recipes, launches of Fabric, the doctor).
+Ranks of the pool take one GPU each; their process group has gloo for tensors on the CPU beside the backend of the GPUs.
+A test that names the CPU itself stays there: meshes and tensors that it makes, and what runs in processes of its own
+(scripts, recipes, launches of Fabric, the doctor).
 """
 
 from __future__ import annotations
