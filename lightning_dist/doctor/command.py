@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from lightning_dist.doctor.examine import examine
 from lightning_dist.doctor.report import Report
-from lightning_dist.doctor.results import Check
 from lightning_dist.doctor.settings import Settings, choose_ranks
 from lightning_dist.elastic import is_launched
 
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     settings = Settings(num_ranks, device_type, options.timeout, directory)
     shown = _Shown(options.output)
     with shown.running:
-        report = examine(settings, options.only, options.skip, shown.begin, shown.add)
+        report = examine(settings, options.only, options.skip, shown.begin)
         shown.end(report)
     if (rates := report.rates()) is not None:
         shown.console.print(rates)
@@ -78,7 +77,7 @@ class _Shown:
 
     def __init__(self, output: Path) -> None:
         self.console = Console()
-        self._output, self._number = output, 0
+        self._output = output
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )
@@ -86,19 +85,20 @@ class _Shown:
         self._live = Live(self._progress, console=self.console, refresh_per_second=4)
         self.running: AbstractContextManager[Any] = self._live if self.console.is_terminal else nullcontext()
 
-    def begin(self, check: Check, count: int) -> None:
-        self._progress.update(self._task, description=check.name, total=count, completed=self._number)
-
-    def add(self, report: Report) -> None:
-        self._number += 1
-        report.write(self._output)
+    def begin(self, report: Report, name: str) -> None:
+        self._show(report)
+        done, count = len(report.results), report.num_checks
+        self._progress.update(self._task, description=name, total=count, completed=done)
         if self.console.is_terminal:
-            self._progress.update(self._task, completed=self._number)
             self._live.update(Group(report.table(), self._progress))
-        else:
-            result = report.results[-1]
-            self.console.print(f"{result.name}: {result.status}: {result.reason}", markup=False, soft_wrap=True)
 
     def end(self, report: Report) -> None:
+        self._show(report)
         if self.console.is_terminal:
             self._live.update(report.table(), refresh=True)
+
+    def _show(self, report: Report) -> None:
+        report.write(self._output)  # before the first check too: what can't be written is told at once
+        if report.results and not self.console.is_terminal:
+            result = report.results[-1]
+            self.console.print(f"{result.name}: {result.status}: {result.reason}", markup=False, soft_wrap=True)

@@ -76,8 +76,7 @@ def examine(
     settings: Settings,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
-    on_begin: Callable[[Check, int], None] | None = None,
-    on_result: Callable[[Report], None] | None = None,
+    on_begin: Callable[[Report, str], None] = lambda report, name: None,
 ) -> Report:
     """Runs the checks, each in fresh processes.
 
@@ -85,20 +84,16 @@ def examine(
         settings: how many ranks, where, how long.
         only: see :func:`chosen_checks`.
         skip: see :func:`chosen_checks`.
-        on_begin: called with a check that begins, and the number of all.
-        on_result: called with all results so far.
+        on_begin: called before each check, with all results so far and its name.
 
     Raises:
         ValueError: a name that no check has.
     """
     checks = chosen_checks(settings, only, skip)
-    report = Report(settings.num_ranks, settings.device_type)
+    report = Report(settings.num_ranks, settings.device_type, len(checks))
     for check in checks:
-        if on_begin is not None:
-            on_begin(check, len(checks))
+        on_begin(report, check.name)
         report.results.append(run_check(check))
-        if on_result is not None:
-            on_result(report)
     return report
 
 

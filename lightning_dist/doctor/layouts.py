@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 from lightning_dist.layout import Layout
@@ -31,9 +31,10 @@ def over(axes: Sequence[str], num_ranks: int) -> str | None:
     return ",".join(f"{axis}={degree}" for axis, degree in zip(axes, degrees, strict=True))
 
 
-def over_any(choices: Iterable[Sequence[str]], num_ranks: int) -> str:
-    """The first of these that so many ranks can be divided over; an axis alone always can."""
-    return next(layout for axes in choices if (layout := over(axes, num_ranks)) is not None)
+def over_any(choices: Sequence[Sequence[str]], num_ranks: int) -> str:
+    """The first of these that so many ranks can be divided over; one rank is divided over none, with a degree of 1."""
+    found = (layout for axes in choices if (layout := over(axes, num_ranks)) is not None)
+    return next(found, f"{choices[-1][0]}={num_ranks}")
 
 
 def partitions(num_ranks: int) -> dict[Partition, list[str]]:

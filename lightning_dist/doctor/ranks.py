@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -63,6 +64,7 @@ class Ranks:
         """Starts all."""
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else imports may keep forks from using devices
         environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // self.num_ranks)), **os.environ}
         for rank, place in enumerate(self._places):
             is_silent = self.settings.has_fault("silence", rank)
@@ -100,7 +102,7 @@ class Ranks:
 
     def _answer(self, rank: int) -> tuple[RankFailure | None, Any]:
         try:
-            return self._pipes[rank].recv()
+            return pickle.loads(self._pipes[rank].recv_bytes())
         except EOFError:
             self._processes[rank].join(PATIENCE)
             said = (self.folder / f"rank{rank}.log").read_text(errors="replace")[-20000:]
@@ -191,9 +193,9 @@ def _serve(pipe: Connection, rank: int, call: _Call) -> None:
             faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
         while call.is_silent:
             time.sleep(1)
-        pipe.send(_result(rank, call))
+        pipe.send_bytes(pickle.dumps(_result(rank, call)))
         try:
-            pipe.recv()  # ranks leave together: one of them keeps the store of all
+            pipe.recv_bytes()  # ranks leave together: one of them keeps the store of all
         except EOFError:
             leave_process_group()
         sys.stdout.flush()

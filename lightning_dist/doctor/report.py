@@ -26,11 +26,13 @@ class Report:
     Args:
         num_ranks: of the examination.
         device_type: of its ranks.
+        num_checks: that are to run.
         results: a line each.
     """
 
     num_ranks: int
     device_type: str
+    num_checks: int
     results: list[CheckResult] = field(default_factory=list)
 
     @property
@@ -38,11 +40,18 @@ class Report:
         """Whether nothing failed."""
         return all(result.status != "failed" for result in self.results)
 
+    @property
+    def status(self) -> str:
+        """``"ok"``, ``"failed"``, or ``"unfinished"`` where checks did not run and none failed."""
+        if not self.is_ok:
+            return "failed"
+        return "ok" if len(self.results) == self.num_checks else "unfinished"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data without private things, see :func:`~lightning_dist.doctor.scrub.scrub`."""
         return {
             "format": FORMAT,
-            "status": "ok" if self.is_ok else "failed",
+            "status": self.status,
             "ranks": self.num_ranks,
             "device": self.device_type,
             "checks": [scrub(result.as_dict()) for result in self.results],

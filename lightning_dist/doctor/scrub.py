@@ -16,10 +16,10 @@ def scrub(value: Any) -> Any:
     """The same without folders of paths, addresses of the network, and the names of this machine and user.
 
     Args:
-        value: a text, or plain data with texts in it.
+        value: a text, or plain data with texts in it; the keys of dictionaries stay.
     """
     if isinstance(value, dict):
-        return {scrub(key): scrub(item) for key, item in value.items()}
+        return {key: scrub(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [scrub(item) for item in value]
     return _scrub_text(value) if isinstance(value, str) else value

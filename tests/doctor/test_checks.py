@@ -17,6 +17,8 @@ from lightning_dist.doctor.examine import KINDS, checks_of, chosen_checks
 from lightning_dist.doctor.failures import RankFailure, failures_told
 from lightning_dist.doctor.layouts import layouts, over_any, partitions
 from lightning_dist.doctor.parity import compare
+from lightning_dist.doctor.report import Report
+from lightning_dist.doctor.results import CheckResult
 from lightning_dist.doctor.scrub import scrub
 from lightning_dist.doctor.settings import Settings, choose_ranks
 from lightning_dist.doctor.training import Record
@@ -53,6 +55,7 @@ def test_groups_with_the_same_ranks_are_measured_once() -> None:
 def test_a_layout_that_does_not_fit_is_replaced_by_the_next() -> None:
     assert over_any([["dp_shard", "tp"], ["dp_shard"]], 4) == "dp_shard=2,tp=2"
     assert over_any([["dp_shard", "tp"], ["dp_shard"]], 3) == "dp_shard=3"
+    assert over_any([["dp_shard", "tp"], ["dp_shard"]], 1) == "dp_shard=1"
 
 
 def test_links_are_read_from_the_topology() -> None:
@@ -195,3 +198,10 @@ def test_the_largest_difference_is_found(records: list[Record], kind: str) -> No
 
 def test_equal_trainings_differ_by_nothing() -> None:
     assert all(d.relative == 0 for d in compare([_record(0, loss=0.5), _record(1, loss=1.5)], _record()))
+
+
+def test_a_report_that_was_cut_short_is_not_ok() -> None:
+    ok, red = CheckResult("versions", "ok", ""), CheckResult("kill", "failed", "")
+    assert Report(2, "cpu", 1, [ok]).status == "ok"
+    assert Report(2, "cpu", 2, [ok]).status == "unfinished"
+    assert Report(2, "cpu", 3, [ok, red]).status == "failed"
