@@ -30,10 +30,10 @@ class RankFailure:
         rank: that failed.
         time: of the machine's clock.
         reason: one sentence.
-        text: of the exception, or what the rank said last.
-        trace: the traceback.
-        is_sentence: the reason stands for itself.
+        trace: the traceback, or what the rank said last.
+        is_sentence: the reason is one that the checks know, in their words.
         lost_others: it only lost its connection to another rank.
+        details: of the check.
     """
 
     rank: int
