@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from statistics import mean
+from typing import Any
 
 from lightning_dist.doctor.networks import NETWORKS
 from lightning_dist.doctor.ranks import run_ranks
@@ -139,13 +140,20 @@ def _of_losses(records: list[Record], one: Record) -> Difference:
 
 def _of_norms(records: list[Record], one: Record) -> Difference:
     worst = Difference("gradient norm")
-    for rank, record in enumerate(records):
-        for step, norm in record.norms.items():
-            told = (
-                f"the gradient norm of step {step} is {norm:.6g} on rank {rank}, of one process {one.norms[step]:.6g}"
-            )
-            worst = worst.larger(_relative(norm, one.norms[step]), told)
+    for step in records[0].squares:
+        norm, of_one = _norm(records, step), _norm([one], step)
+        sentence = f"the gradient norm of step {step} is {norm:.6g}, of one process {of_one:.6g}"
+        worst = worst.larger(_relative(norm, of_one), sentence)
     return worst
+
+
+def _norm(records: list[Record], step: int) -> float:
+    """Over all pieces of gradients, each once: as the mean of the ranks that hold it."""
+    pieces: dict[Any, list[float]] = {}
+    for record in records:
+        for piece, squares in record.squares[step].items():
+            pieces.setdefault(piece, []).append(squares)
+    return math.sqrt(sum(mean(held) for held in pieces.values()))
 
 
 def _of_weights(records: list[Record], one: Record) -> Difference:

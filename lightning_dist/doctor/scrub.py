@@ -38,4 +38,4 @@ def _names() -> dict[str, str]:
         names[socket.gethostname()] = "<machine>"
     with suppress(OSError, KeyError, ImportError):
         names[getpass.getuser()] = "<user>"
-    return {name: standin for name, standin in names.items() if len(name) > 2 and name != "root"}
+    return {name: standin for name, standin in names.items() if len(name) > 1 and name != "root"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from lightning_dist.doctor.process_groups import join
 from lightning_dist.doctor.ranks import run_ranks
 from lightning_dist.doctor.results import CheckFailed, CheckSkipped, Finding
 from lightning_dist.doctor.settings import Settings
+from lightning_dist.ranks import LayoutRanks
 
 LATE = 1.5
 """Seconds that a rank comes late."""
@@ -41,9 +43,9 @@ def wait_for_late_ranks(settings: Settings, layout: str) -> dict[str, float]:
         CheckFailed: one is shorter than was asked for, or did not wait.
     """
     ranks = join(settings, layout, default_pg_timeout)
-    groups = {name: group for name, group in ranks.groups.items() if group.size() > 1}
+    groups = _groups(ranks)
     if settings.has_fault("short timeout"):
-        short = next(name for name in groups if name.startswith(("pp", "tp")))
+        short = next(name for name in groups if "pp" in name or "tp" in name)
         dist.set_timeout(FAULTY_TIMEOUT, groups[short])
     found = {name: timeout_of(group, ranks.device).total_seconds() for name, group in groups.items()}
     for name, group in groups.items():
@@ -57,6 +59,15 @@ def wait_for_late_ranks(settings: Settings, layout: str) -> dict[str, float]:
                 {"timeouts in seconds": found},
             )
     return found
+
+
+def _groups(ranks: LayoutRanks) -> dict[str, dist.ProcessGroup]:
+    """Of more than one rank. One that has several names, as an axis of all ranks and the world, is there once."""
+    names: dict[Any, list[str]] = {}
+    for name, group in ranks.groups.items():
+        if group.size() > 1:
+            names.setdefault(group, []).append(name)
+    return {" = ".join(of_group): group for group, of_group in names.items()}
 
 
 def _be_late(name: str, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:

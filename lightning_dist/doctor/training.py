@@ -88,6 +88,9 @@ class Job:
         return 1 if layout is None else layout.resolve(self.settings.num_ranks).num_data_ranks
 
 
+Squares = dict[tuple[int, tuple[int, ...]], float]
+
+
 @dataclass
 class Record:
     """What a training left on one rank.
@@ -95,30 +98,46 @@ class Record:
     Args:
         data_rank: ranks with the same one saw the same samples.
         losses: by step, over this rank's samples.
-        norms: by step, of all gradients before clipping.
+        squares: by step, the sum of squares of each piece of a gradient that this rank holds, before clipping, by the
+            parameter's number and the place of the piece in it.
         weights: whole, after the last step.
     """
 
     data_rank: int = 0
     losses: dict[int, float] = field(default_factory=dict)
-    norms: dict[int, float] = field(default_factory=dict)
+    squares: dict[int, Squares] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Watch(Callback):
-    """Notes what the hooks of a user would see."""
+    """Notes losses, and gradients as this rank holds them; it communicates nothing."""
 
     def __init__(self) -> None:
         self.record = Record()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """The norm of all gradients."""
-        squares = [p.grad.detach().square().sum() for p in pl_module.parameters() if p.grad is not None]
-        self.record.norms[trainer.global_step + 1] = float(sum(map(float, squares))) ** 0.5
+        """Before clipping."""
+        with DisableTorchFunctionSubclass():
+            self.record.squares[trainer.global_step + 1] = _squares(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """The loss of the step."""
         self.record.losses[trainer.global_step] = float(outputs["loss"])
+
+
+def _squares(module: pl.LightningModule) -> Squares:
+    held: Squares = {}
+    for number, parameter in enumerate(module.parameters()):
+        gradient = None if is_placeholder(parameter) else parameter.grad
+        if gradient is None:
+            continue
+        piece: tuple[int, ...] = ()
+        if isinstance(gradient, DTensor):
+            place = gradient.device_mesh.get_coordinate() or ()
+            piece = tuple(c for c, p in zip(place, gradient.placements, strict=True) if not p.is_replicate())
+            gradient = local_tensor(gradient)
+        held[number, piece] = float(gradient.detach().square().sum())
+    return held
 
 
 class WrongWeight(Callback):

@@ -179,7 +179,7 @@ def test_a_cause_is_found_behind_another_exception() -> None:
 
 
 def _record(data_rank: int = 0, loss: float = 1.0, norm: float = 1.0, weight: float = 1.0) -> Record:
-    return Record(data_rank, {1: loss}, {1: norm}, {"w": torch.tensor([weight], dtype=torch.float64)})
+    return Record(data_rank, {1: loss}, {1: {(0, ()): norm**2}}, {"w": torch.tensor([weight], dtype=torch.float64)})
 
 
 @pytest.mark.parametrize(

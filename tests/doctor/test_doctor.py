@@ -114,7 +114,7 @@ def test_a_rank_that_computes_wrongly_is_named_and_no_layout_passes(settings: Se
 
 def test_a_group_with_a_short_timeout_is_named(settings: Settings) -> None:
     report = examine(replace(settings, fault=Fault("short timeout")), only=["timeouts"])
-    assert "group pp [0, 1] did not wait 1.5 s" in reason(report, "timeouts")
+    assert "pp [0, 1] = logs [0, 1] did not wait 1.5 s" in reason(report, "timeouts")
     assert "its timeout is too short" in reason(report, "timeouts")
 
 
