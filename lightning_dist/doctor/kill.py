@@ -21,8 +21,8 @@ from lightning_dist.doctor.settings import Settings
 from lightning_dist.doctor.training import Job, Saving, train
 from lightning_dist.elastic import WorkerFailed, launch
 
-KILLED_IN = 3
-"""The step in whose middle the rank ends; those before are saved."""
+KILLED_IN = 4
+"""The step in whose middle the rank ends; those before are saved, the last of them within an epoch."""
 
 PROMPT = 30.0
 """Seconds in which the others have to end."""
