@@ -16,4 +16,4 @@ from lightning_dist.compat.names import uses
 )
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """Gives the timeout of a group's collectives for tensors of a device."""
-    return group._get_backend(device).options._timeout  # type: ignore[attr-defined]
+    return group._get_backend(device).options._timeout

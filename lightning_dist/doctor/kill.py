@@ -24,8 +24,9 @@ from lightning_dist.elastic import WorkerFailed, launch
 KILLED_IN = 4
 """The step in whose middle the rank ends; those before are saved, the last of them within an epoch."""
 
-PROMPT = 30.0
-"""Seconds in which the others have to end."""
+PROMPT = 60.0
+"""Seconds in which the others have to end: torch.multiprocessing gives them 30 between SIGTERM and SIGKILL (seen in torch
+2.14), which those need that wait for the dead rank in a collective."""
 
 
 class Killed(Callback):
