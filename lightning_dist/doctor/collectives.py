@@ -170,7 +170,7 @@ def measure(settings: Settings, partition: Partition) -> list[Rate | None]:
     """
     device = join(settings).device
     group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
-    assert group is not None
+    assert isinstance(group, dist.ProcessGroup)
     large = LARGE.get(device.type, LARGE_ON_ACCELERATORS)
     return [_measure_one(name, group, device, large) for name in COLLECTIVES]
 
