@@ -82,6 +82,17 @@ def test_a_red_line_is_exit_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "it is bad today (https://example.org)" in json.loads(output.read_text())["checks"][0]["reason"]
 
 
+def test_a_terminal_is_shown_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    output = tmp_path / "found.json"
+    assert main(["doctor", "--accelerator", "cpu", "--only", "versions", "links", "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "what was found" in shown
+    assert "skipped" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
