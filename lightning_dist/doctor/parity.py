@@ -14,7 +14,7 @@ from lightning_dist.doctor.settings import Settings
 from lightning_dist.doctor.training import Job, Record, train
 
 BOUND = 1e-9
-"""Relative difference that rounding in float64 may make: on CPUs at most 1e-14 was seen; float32 anywhere would make 1e-7."""
+"""Relative difference that rounding in float64 may make: on CPUs 1e-14 was seen; float32 anywhere would make 1e-7."""
 
 
 TINY = 1e-300
