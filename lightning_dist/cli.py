@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from lightning_dist.checkpoint import convert
+from lightning_dist.doctor.command import add_doctor
 from lightning_dist.explain import Subject, build_deferred, find_recipes, module_maker, parse_arguments
 from lightning_dist.layout import MESH_AXES, REST, Layout
 from lightning_dist.ranks import resolve
@@ -20,18 +21,17 @@ from lightning_dist.strategy import HybridStrategy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; a mistake of the user's is one line and exit status 2."""
+    """Runs a subcommand; a mistake of the user's is one line and exit status 2, a check that failed is 1."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError) as error:
         print(f"lightning-dist: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lightning-dist", description="Layouts and checkpoints of lightning_dist.")
+    parser = argparse.ArgumentParser("lightning-dist", description="Layouts, checkpoints, and this machine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     layout = commands.add_parser("layout", help="resolve a layout and show which rank does what")
@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     convert.add_argument("--trust", action="store_true", help="load objects that execute code from the checkpoint")
     convert.set_defaults(run=_convert)
+
+    add_doctor(commands)
     return parser
 
 

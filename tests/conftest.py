@@ -9,9 +9,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from tests.support import device
 from tests.support.ranks import POOL
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="of the tests' ranks and Trainers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.choose(config.getoption("--device"))
+    if device.device_type() != "cpu" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda, and torch sees no CUDA device here; leave the option out")
+
+
+def pytest_report_header() -> str:
+    return f"device: {device.device_type()}"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -121,8 +121,8 @@ def launch(
 
 def _run_rank(call: tuple[Callable[..., Any], tuple[Any, ...], str, dict[str, str]]) -> Any:
     worker, args, directory, environment = call
-    _end_with_launching_process()
-    _leave_fork_server(environment)
+    end_with_launching_process()
+    leave_fork_server(environment)
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if attempt and rank == 0:
         reason = Failure.first(Path(directory), attempt - 1)
@@ -148,7 +148,7 @@ def leave_process_group() -> None:
 # What agent and ranks change in a process; the stack puts it back
 
 
-def _leave_fork_server(environment: dict[str, str]) -> None:
+def leave_fork_server(environment: dict[str, str]) -> None:
     """Gives a rank what a spawned one has of the launching process, in place of what the fork server had."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores Ctrl-C, and so would its children
     of_agent = {name for name in environment if name in _AGENT_VARIABLES or name.startswith("TORCHELASTIC_")}
@@ -159,7 +159,7 @@ def _leave_fork_server(environment: dict[str, str]) -> None:
         sys.modules["numpy"].random.seed()
 
 
-def _end_with_launching_process() -> None:
+def end_with_launching_process() -> None:
     """Ends this rank when the launching process is gone, even by SIGKILL: a fork server would outlive it."""
     launching = parent_process()
     if launching is None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridFabricStrategy, Layout
+from tests.support.device import device_type
 from tests.support.models import CLASSES, WIDTH, samples
 from tests.support.parity import Record, whole_weights
 
@@ -106,7 +107,7 @@ def fabric_for(layout: str | None, precision: Any = "32-true", **options: Any) -
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     strategy: Any = "auto" if layout is None else HybridFabricStrategy(layout, **options)
     kind: dict[str, Any] = {"precision": precision} if isinstance(precision, str) else {"plugins": precision}
-    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy, **kind)
+    fabric = Fabric(accelerator=device_type(), devices=world, strategy=strategy, **kind)
     fabric.launch()
     return fabric
 

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lightning_dist import HybridStrategy, Layout
 from lightning_dist.checkpoint import full
 from lightning_dist.placeholder import is_placeholder
+from tests.support.device import device_type
 from tests.support.ranks import run_on_ranks
 
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": device_type(),
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,

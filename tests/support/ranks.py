@@ -1,4 +1,4 @@
-"""A pool of gloo ranks for the whole test run, forked from one process that has imported what they need.
+"""A pool of ranks for the whole test run, forked from one process that has imported what they need.
 
 Importing torch and Lightning takes a rank ten seconds; forking it takes none.
 """
@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
+
+from tests.support import device
 
 MAX_RANKS = 4
 IMPORTED = [
@@ -99,6 +101,7 @@ class RankPool:
         Raises:
             RankError: with the traceback of the rank that raised first, or the ranks that did not answer in time.
         """
+        device.skip_without(num_ranks)
         patience = timeout if patience is None else patience
         try:
             return self._run(num_ranks, (function, args), timeout, patience)
@@ -171,12 +174,14 @@ def _serve(pipe: Connection, rank: int) -> None:
         os.environ.update(environment)
         try:
             torch.manual_seed(0)
+            own = device.take(rank)
             dist.init_process_group(
-                "gloo",
+                device.backend(own),
                 store=dist.FileStore(store, num_ranks),
                 rank=rank,
                 world_size=num_ranks,
                 timeout=timedelta(seconds=45),
+                device_id=None if own.type == "cpu" else own,
             )
             dist.barrier()  # a rank that ends its job at once would leave before the others have connected
             value = function(*args)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_dist
 from lightning_dist import HybridStrategy
+from tests.support.device import device_type
 from tests.user_code.case import BATCH_SIZE, LAYOUTS, PIPELINES, SCHEDULES, Case, num_data_ranks
 from tests.user_code.measure import Part, part_of
 
@@ -121,7 +122,7 @@ def _fit(case: Case, layout: str | None, module: L.LightningModule, callbacks: l
         sampler = DistributedSampler(train_loader.dataset, shuffle=False)
         train_loader = DataLoader(train_loader.dataset, BATCH_SIZE // ranks, sampler=sampler)
     arguments: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": device_type(),
         "devices": world,
         "precision": case.precision,
         "max_epochs": 1,
