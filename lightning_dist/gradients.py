@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     pieces = [num_pieces(gradient) * getattr(p, PIPELINE_SHARE, 1) for p, gradient in pairs]
     shards = [local_part(gradient) for _, gradient in pairs]
     ranks = num_ranks()
-    device = shards[0].device if shards else torch.device("cpu")
+    device = parameters[0].device if parameters else torch.device("cpu")
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in shards) else torch.float32
     filled = [(s, n) for s, n in zip(shards, pieces, strict=True) if s.numel()]
     # a backend without float64 (mps) sums in float32
@@ -42,7 +43,7 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     total = torch.zeros((), dtype=wide, device=device)
     if filled:
         norms = torch.stack([n.to(wide) for n in norm_of_each([s for s, _ in filled], norm_type)])
-        share = torch.tensor([n / ranks for _, n in filled], dtype=wide, device=device)
+        share = _shares(tuple(n / ranks for _, n in filled), wide, device)
         total = norms.max() if math.isinf(norm_type) else (norms**norm_type * share).sum()
     # Whether to communicate must not depend on what this rank happens to hold: every rank has the same pieces.
     if in_stages or any(n > 1 for n in pieces):
@@ -50,6 +51,12 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     elif not math.isinf(norm_type):
         total = total * ranks
     return (total if math.isinf(norm_type) else total ** (1 / norm_type)).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _shares(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sent to the device once, as the host would wait for it in each step."""
+    return torch.tensor(shares, dtype=dtype, device=device)
 
 
 @torch.no_grad()

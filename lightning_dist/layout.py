@@ -32,6 +32,11 @@ class ParallelMesh:
     data: DeviceMesh
     logs: DeviceMesh
 
+    @property
+    def pipelines(self) -> list[list[int]]:
+        """The ranks of every pipeline of the world, by stage."""
+        return self.root.mesh.movedim(MESH_AXES.index("pp"), -1).flatten(0, -2).tolist()
+
 
 @dataclass(frozen=True)
 class Layout:

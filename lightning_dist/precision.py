@@ -37,6 +37,16 @@ def shard_policy(precision: Precision, device: torch.device) -> MixedPrecisionPo
     return MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
+def rounds_products(device_type: str) -> bool:
+    """Whether products of float32 are computed in less, under autocast or by the user's settings."""
+    if torch.is_autocast_enabled(device_type):
+        return True
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was set for a backend, by fp32_precision
+        return True
+
+
 def cast_by_autocast(module: nn.Module) -> set[nn.Parameter]:
     """The parameters that autocast casts to 16 bits wherever they are used: of dense layers and convolutions.
 

@@ -77,6 +77,8 @@ class LayoutRanks:
         """Makes the process groups along the axes, once; nothing for one process or an undecided layout."""
         if self.layout is not None and self.world_size > 1 and self.mesh is None:
             self.mesh = self.layout.build_mesh(self.device.type)
+            for group in {*self.groups.values()} - {dist.group.WORLD}:  # a mesh gives its groups the backend's own
+                dist.set_timeout(self.timeout, group)
 
     def decide(self, module: nn.Module) -> tuple[Layout, str]:
         """The layout, and why it was chosen: by :func:`choose_layout`, if it is ``"auto"`` and was undecided."""

@@ -86,11 +86,14 @@ class BackgroundSaves:
         if self._group is None and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         self._path = path
-        self._thread = threading.Thread(target=self._run, args=(save,), name="save checkpoint")
+        index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+        self._thread = threading.Thread(target=self._run, args=(save, index), name="save checkpoint")
         self._thread.start()
 
-    def _run(self, save: Callable[[dist.ProcessGroup | None], None]) -> None:
+    def _run(self, save: Callable[[dist.ProcessGroup | None], None], device_index: int | None) -> None:
         try:
+            if device_index is not None:  # a new thread begins at device 0, and would take memory there
+                torch.accelerator.set_device_index(device_index)
             save(self._group)
         except BaseException as error:
             self._error = error

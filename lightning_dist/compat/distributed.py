@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from io import IOBase
 from typing import IO, Any, TypeVar, cast
 
+import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
@@ -181,3 +184,12 @@ def remove_fully_shard(unit: nn.Module) -> None:
             vars(child).pop(name, None)
     for key in STATE_KEYS:
         vars(unit).pop(key, None)
+
+
+@uses(
+    "torch.distributed.distributed_c10d.ProcessGroup._get_backend",
+    "torch.distributed.distributed_c10d.ProcessGroupGloo._Options._timeout",
+)
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """The timeout of a group's collectives for tensors of a device."""
+    return group._get_backend(device).options._timeout

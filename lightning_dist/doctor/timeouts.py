@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_dist.compat.process_groups import timeout_of
+from lightning_dist.compat.distributed import timeout_of
 from lightning_dist.doctor.process_groups import join
 from lightning_dist.doctor.ranks import run_ranks
 from lightning_dist.doctor.results import CheckFailed, CheckSkipped, Finding

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from lightning_dist.collectives import broadcast_tensors
 from lightning_dist.data import validate_same_batches
-from lightning_dist.layout import ParallelMesh
 from lightning_dist.logs import attach_metrics
 from lightning_dist.module_layout import ModuleOptions, apply_layout, make_parameters_equal
 from lightning_dist.parallel import SingleProcessRunner, average_buffers, validate_blocks
@@ -47,7 +46,7 @@ class InLayout(nn.Module):
     Args:
         module: divided, or replicated.
         parallel: what runs it.
-        mesh: of the layout.
+        ranks: of a layout whose mesh is formed.
         takes_part: is told of forwards.
 
     Communication: what ``parallel`` does. At the first training forward see :func:`make_parameters_equal`, at the first
@@ -56,7 +55,7 @@ class InLayout(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, parallel: SingleProcessRunner, mesh: ParallelMesh, takes_part: TakesPart
+        self, module: nn.Module, parallel: SingleProcessRunner, ranks: LayoutRanks, takes_part: TakesPart
     ) -> None:
         super().__init__()
         self.module, self.parallel = module, parallel
@@ -64,7 +63,8 @@ class InLayout(nn.Module):
         """Whether a backward pass of Fabric's ran since the last step; whether an optimizer has stepped on all that it
         trains since its last forward; whether gradients were added up that no rank has had from the others."""
         self._parameters_of_module = {id(p): p for p in module.parameters()}  # between passes units may show others
-        self._mesh, self._takes_part = mesh, takes_part
+        assert ranks.mesh is not None
+        self._mesh, self._device, self._takes_part = ranks.mesh, ranks.device, takes_part
         self._compared: set[str] = set()
         self._has_trained, self._is_new = False, True
 
@@ -86,7 +86,7 @@ class InLayout(nn.Module):
         kind = "forward in training" if trains else "forward in evaluation"
         if kind not in self._compared:
             self._compared.add(kind)
-            validate_same_batches(kind, (batch,), self._mesh.root["tp"].get_group())
+            validate_same_batches(kind, (batch,), self._mesh.root["tp"].get_group(), self._device)
         if torch.is_grad_enabled():
             self._takes_part(self)
         if trains:
@@ -181,7 +181,7 @@ def set_up(
     for parameter in module.parameters():
         vars(parameter)[_MARK] = True
     ranks.part_random_streams()
-    return InLayout(module, runner, ranks.mesh, takes_part)
+    return InLayout(module, runner, ranks, takes_part)
 
 
 def _users_compile_options() -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,9 +70,8 @@ class DDPRunner(SingleProcessRunner):
             return
         flagged = _WithFlags(self.module, trained[0].new_zeros(len(trained) + len(self.buffers)))
         self._flags = flagged.flags
-        # DDP on CUDA has to be built on a stream of its own: pytorch.org/docs, notes/cuda
-        stream = torch.cuda.stream(torch.cuda.Stream()) if self.device.type == "cuda" else nullcontext()
-        with stream, _all_requiring_gradients(trained):
+        # on the stream of the backward passes: gradients that are made on another are waited for (Lightning #21746)
+        with _all_requiring_gradients(trained):
             self.wrapper = DistributedDataParallel(
                 flagged,
                 device_ids=None if self.device.type == "cpu" else [self.device.index],

@@ -82,8 +82,7 @@ def parallelize(
     assert mesh is not None
     assert pipeline_options is not None
     assert isinstance(module, pl.LightningModule)
-    pipeline = mesh.root["pp"].get_group()
-    return PipelineRunner(module, partitioned, pipeline_options, pipeline, device, runner, group, patches)
+    return PipelineRunner(module, partitioned, pipeline_options, mesh, device, runner, group, patches)
 
 
 def _divide(module: nn.Module, sharding_plan: ShardingPlan, mesh: ParallelMesh | None, patches: Patches) -> TensorAxis:

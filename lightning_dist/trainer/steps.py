@@ -82,7 +82,7 @@ class Steps:
         if step not in self._compared and (mesh := self._ranks.mesh) is not None:
             self._compared.add(step)
             for axis in ("pp", "tp"):
-                validate_same_batches(step, args, mesh.root[axis].get_group())
+                validate_same_batches(step, args, mesh.root[axis].get_group(), self._ranks.device)
         logs = _NOTHING if self._logs is None else self._logs.of_step()
         calls = _NOTHING if self.world_calls is None else self.world_calls.of_step()
         with self.trial(), logs, calls:

@@ -27,6 +27,7 @@ from lightning_dist.parallel.pipeline.step_effects import Effects
 from lightning_dist.parallel.pipeline.step_state import Failure, SplitBatch, StepInFlight, raise_failure
 from lightning_dist.parallel.pipeline.trace import number_kind
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.precision import rounds_products
 from lightning_dist.random_states import kept_random_states
 
 
@@ -215,9 +216,7 @@ def _difference(what: str, whole: Any, parts: Any) -> str:
 def _is_close(parts: Tensor, whole: Tensor) -> bool:
     if not whole.is_floating_point():
         return bool(torch.isclose(parts.double(), whole.double(), rtol=1e-6).all())
-    rounding = ROUNDING.get(whole.dtype, COARSE_ROUNDING)
-    if torch.is_autocast_enabled(whole.device.type) or torch.get_float32_matmul_precision() != "highest":
-        rounding = COARSE_ROUNDING
+    rounding = COARSE_ROUNDING if rounds_products(whole.device.type) else ROUNDING.get(whole.dtype, COARSE_ROUNDING)
     one, other = parts.detach().double().flatten(), whole.detach().double().flatten()
     if not bool((one.isnan() == other.isnan()).all()):
         return False

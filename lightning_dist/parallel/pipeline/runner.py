@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_dist.layout import ParallelMesh
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp import FSDPRunner
@@ -52,6 +53,7 @@ class PipelineRunner(SingleProcessRunner):
     all-reduce of the gradients, flat, and a small one of which were used.
 
     Args:
+        mesh: of the layout.
         inner: runs a step on this rank, with sharded parameters or with plain ones.
         data_group: the ranks with other samples, whose gradients are averaged here; None where ``inner`` does it.
     """
@@ -63,15 +65,15 @@ class PipelineRunner(SingleProcessRunner):
         module: pl.LightningModule,
         partitioned: PartitionedModule,
         options: PipelineOptions,
-        group: dist.ProcessGroup,
+        mesh: ParallelMesh,
         device: torch.device,
         inner: SingleProcessRunner,
         data_group: dist.ProcessGroup | None,
         patches: Patches,
     ) -> None:
         super().__init__(module)
-        self.stages, self.group, self.inner = partitioned.stages, group, inner
-        self._pipeline = pipeline = Pipeline(self.stages, group, device)
+        self.stages, self.group, self.inner = partitioned.stages, mesh.root["pp"].get_group(), inner
+        self._pipeline = pipeline = Pipeline(self.stages, self.group, device)
         self._options, self._device, self._data_group = options, device, data_group
         self.buffers = inner.buffers if data_group is None else WrittenBuffers(module, data_group)
         self._last = self.stages.num_stages - 1
@@ -79,7 +81,7 @@ class PipelineRunner(SingleProcessRunner):
         """When stages ran, in the steps that torch's schedules run."""
         divides = isinstance(inner, FSDPRunner) or inner.tensor is not None
         self._plans = StagePlans(module, partitioned, device)
-        self._gradients = StageGradients(module, pipeline)
+        self._gradients = StageGradients(module, pipeline, mesh.pipelines)
         self._view = ParameterView(module, pipeline, divides, patches)
         begin = partial(self._begin, alike=True)
         self._check = MicrobatchCheck(pipeline, begin, self._rehearsed, divides, options.check)

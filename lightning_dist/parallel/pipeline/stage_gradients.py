@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.pipeline.stages import Pipeline, Stages
+from lightning_dist.parallel.pipeline.stages import Pipeline
 from lightning_dist.parallel.unused_parameters import grad_or_zeros
 from lightning_dist.placeholder import held
 
@@ -26,11 +26,16 @@ class StageGradients:
     A schedule computes gradients while Lightning runs ``training_step``; Lightning then zeroes them, and asks for the
     backward of a loss. So they are set aside, and the loss that is returned puts them in place in its backward, scaled
     by what Lightning scaled it with. A sharded parameter's gradient stays where fully_shard gathers it until then.
+
+    Args:
+        module: cut.
+        pipeline: of this rank.
+        pipelines: the ranks of every pipeline of the world, by stage; all of them make one at the same time.
     """
 
-    def __init__(self, module: nn.Module, pipeline: Pipeline) -> None:
+    def __init__(self, module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]]) -> None:
         self._module, self._device = module, pipeline.device
-        self._tied = _tied_groups(module, pipeline.stages, pipeline.group)
+        self._tied = _tied_groups(module, pipeline, pipelines)
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._summed: list[tuple[nn.Parameter, int]] = []
         """Tied parameters whose gradients hold the sum already, and the number of ranks that hold them."""
@@ -123,16 +128,20 @@ class HandOver(torch.autograd.Function):
 
 
 def _tied_groups(
-    module: nn.Module, stages: Stages, group: dist.ProcessGroup
+    module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]]
 ) -> list[tuple[list[str], dist.ProcessGroup]]:
-    """Parameters that several ranks of the pipeline hold, by those ranks."""
+    """Parameters that several ranks of the pipeline hold, by those ranks.
+
+    Every rank of the world makes the groups of all pipelines, in one order: a backend may make them by splitting the
+    world's communicator, and torch names later groups by how many a rank has made.
+    """
     names = defaultdict(list)
     for name, _ in module.named_parameters():
-        names[stages.holders(name)].append(name)
-    ranks = dist.get_process_group_ranks(group)
+        names[pipeline.stages.holders(name)].append(name)
     found = []
     for holders, tied in sorted(names.items()):
-        if len(holders) > 1 and dist.get_rank(group) in holders:
-            of_holders: Any = dist.new_group([ranks[holder] for holder in holders], use_local_synchronization=True)
-            found.append((tied, of_holders))
+        if len(holders) > 1:
+            of_holders, _ = dist.new_subgroups_by_enumeration([[ranks[h] for h in holders] for ranks in pipelines])
+            if of_holders is not None:
+                found.append((tied, of_holders))
     return found

@@ -90,7 +90,7 @@ class StagePlans:
             found = self._traced(step, part, flags)
             known = [found, *known][:_MANY]
         self._known[key] = known  # the last used at the end
-        for outdated in list(self._known)[: len(self._known) - _MANY * _MANY]:
+        for outdated in list(self._known)[: max(0, len(self._known) - _MANY * _MANY)]:
             del self._known[outdated]
         return found
 

@@ -25,6 +25,7 @@ from lightning_dist.parallel.rehearsal import FixedNumbers, undone
 from lightning_dist.parallel.tensor.region import Args, Kwargs, Region, tensors_in, whole
 from lightning_dist.parallel.tensor.shards import shard_of
 from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
+from lightning_dist.precision import rounds_products
 from lightning_dist.pytree import tree_map
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -235,8 +236,8 @@ def _is_close(mine: Tensor, theirs: Tensor) -> bool:
 
 def rounding_of(output: Tensor) -> float:
     """The relative difference from this output that is taken for rounding."""
-    reduced = output.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    if reduced or torch.is_autocast_enabled(output.device.type):
+    in_double = output.dtype == torch.float64 and not torch.is_autocast_enabled(output.device.type)
+    if rounds_products(output.device.type) and not in_double:
         return COARSE_ROUNDING
     return ROUNDING.get(output.dtype, COARSE_ROUNDING)
 

@@ -1,0 +1,62 @@
+"""The process groups of a layout: their names, members and timeouts, on any rank of a world that is not there."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightning_dist import Layout
+from lightning_dist.compat.distributed import timeout_of
+from lightning_dist.parallel.pipeline.schedule import SCHEDULES
+from lightning_dist.parallel.pipeline.stage_gradients import StageGradients
+from lightning_dist.parallel.pipeline.stages import Pipeline, Stages
+from lightning_dist.ranks import LayoutRanks
+from tests.support.ranks import run_on_ranks
+
+CPU = torch.device("cpu")
+
+
+def _tied_and_later(rank: int, layout: Layout) -> tuple[list[list[int]], str]:
+    """The groups of tied parameters on a rank, and the name of a group that the world makes after them."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        mesh = layout.build_mesh("cpu")
+        module = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(4))
+        owners = {"0": (0,), "1": (0, 2), "2": (1, 2), "3": (0, 2)}
+        stages = Stages(SCHEDULES["1F1B"], 3, ("first", "second"), owners=owners, buffers={})
+        gradients = StageGradients(module, Pipeline(stages, mesh.root["pp"].get_group(), CPU), mesh.pipelines)
+        tied = [dist.get_process_group_ranks(group) for _, group in gradients._tied]
+        later: Any = dist.new_group(backend="fake")
+        return tied, later.group_name
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("layout", ["pp=3", "pp=3,dp_shard=2", "pp=3,dp_replicate=2,tp=2"])
+def test_groups_of_tied_parameters_leave_later_groups_one_name_on_all_ranks(layout: str) -> None:
+    parsed = Layout.parse(layout)
+    ranks = [_tied_and_later(rank, parsed) for rank in range(parsed.world_size)]
+    assert len({name for _, name in ranks}) == 1
+    num_pipelines = parsed.world_size // 3
+    for rank, (tied, _) in enumerate(ranks):
+        stage, pipeline = divmod(rank, num_pipelines)
+        expected = [stages for stages in ([0, 2], [1, 2]) if stage in stages]
+        assert tied == [[pipeline + num_pipelines * stage for stage in stages] for stages in expected]
+
+
+def _timeouts(layout: str) -> list[timedelta]:
+    ranks = LayoutRanks(Layout.parse(layout), timeout=timedelta(seconds=77))
+    ranks.layout, ranks.world_size = ranks.requested, dist.get_world_size()
+    ranks.form_mesh()
+    return [timeout_of(group, CPU) for group in ranks.groups.values() if group is not dist.group.WORLD]
+
+
+def test_every_group_has_the_timeout_of_the_strategy() -> None:
+    for timeouts in run_on_ranks(4, _timeouts, "dp_shard=2,tp=2"):
+        assert timeouts == [timedelta(seconds=77)] * 7
