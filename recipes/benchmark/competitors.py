@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
@@ -19,7 +20,10 @@ from torch.utils.data import DistributedSampler
 
 from lightning_dist import HybridStrategy
 from lightning_dist.plans import find_blocks
-from recipes.benchmark.interleaving import Pace
+from recipes.benchmark.agreement import whole_weights
+from recipes.benchmark.device import rank_device
+from recipes.benchmark.interleaving import Pace, Weights
+from recipes.benchmark.llama import AfterStep
 from recipes.benchmark.workloads import Workload
 
 
@@ -41,11 +45,11 @@ class Fit:
     options: tuple[tuple[str, Any], ...] = ()
     callbacks: tuple[Callback, ...] = ()
 
-    def __call__(self, pace: Pace, num_steps: int) -> None:
+    def __call__(self, pace: Pace, num_steps: int) -> Weights:
         """Trains for ``num_steps`` batches of each rank."""
         ranks = dist.get_world_size()
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=rank_device().type,
             devices=ranks,
             strategy=self.strategy(),
             max_epochs=1,
@@ -53,19 +57,13 @@ class Fit:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[*self.callbacks, _AfterStep(pace)],
+            callbacks=[*self.callbacks, AfterStep(pace)],
             **dict(self.options),
         )
         kind = _sharding_itself(self.workload.recipe_class) if self.by_hand else None
-        trainer.fit(self.workload.module(kind), self.workload.loader(num_steps * ranks))
-
-
-class _AfterStep(Callback):
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._pace()
+        module = self.workload.module(kind)
+        trainer.fit(module, self.workload.loader(num_steps * ranks))
+        return lambda: whole_weights(module.model)
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,11 @@ class HandWritten:
     foreach: bool | None = None
     around_step: Callable[[], Any] = nullcontext
 
-    def __call__(self, pace: Pace, num_steps: int) -> None:
+    def __call__(self, pace: Pace, num_steps: int) -> Weights:
         """Trains for ``num_steps`` batches of each rank."""
         module = self.workload.module()
         module.configure_model()
-        network = module.model
+        network = module.model.to(rank_device())
         shard_by_hand(network, mesh_by_hand(self.replicas))
         optimizer = module.configure_optimizers()
         for param_group in optimizer.param_groups:
@@ -101,25 +99,27 @@ class HandWritten:
         sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)
         batches = type(loader)(loader.dataset, batch_size=self.workload.batch_size, sampler=sampler)
         network.train()
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(move_data_to_device(batch, rank_device()) for batch in batches):
             with self.around_step():
                 last = (number + 1) % self.accumulate == 0
                 network.set_requires_gradient_sync(last)
-                (self.workload.loss(network, batch) / self.accumulate).backward()
+                loss = self.workload.loss(network, batch)
+                (loss / self.accumulate).backward()
                 if last:
                     if self.clip_norm is not None:
                         nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            pace()
+            pace(loss.detach())
+        return lambda: whole_weights(network)
 
 
 def mesh_by_hand(replicas: int = 1) -> DeviceMesh:
     """The mesh that a user of ``fully_shard`` makes."""
-    ranks = dist.get_world_size()
+    kind, ranks = rank_device().type, dist.get_world_size()
     if replicas == 1:
-        return init_device_mesh("cpu", (ranks,))
-    return init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(kind, (ranks,))
+    return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def shard_by_hand(network: nn.Module, mesh: DeviceMesh) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
 from rich.progress import Progress
+from torch import Tensor
 
 from lightning_dist.elastic import launch
+from recipes.benchmark.agreement import train_alike
 from recipes.benchmark.collectives import Collectives, StepCollectives
 from recipes.benchmark.competitors import (
     HandWritten,
@@ -18,9 +20,10 @@ from recipes.benchmark.competitors import (
     lightning_model_parallel,
     ours,
 )
+from recipes.benchmark.device import add_device_argument, device_type, join_process_group
 from recipes.benchmark.interleaving import Competitor
 from recipes.benchmark.memory import HeldBytes
-from recipes.benchmark.results import Line, counted, timed
+from recipes.benchmark.results import Line, Record, counted, timed
 from recipes.benchmark.start import commands, seconds_to_first_step
 from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
 from recipes.benchmark.workloads import WORKLOADS, Workload
@@ -29,12 +32,14 @@ STEP_MUST, BYTES_MUST, START_MUST = 1.02, 1.05, 1.1
 MICRO_STEPS = 4
 NUM_BATCHES = 3 * MICRO_STEPS
 """Of a run whose collectives are counted: DDP orders its buckets anew, once, after its first reduction."""
+QUICK = {"models": ["vit_tiny", "decoder"], "rounds": 10, "steps": 4, "start_rounds": 1}
 PARTS = ("replicate", "shard", "bytes", "collectives", "start")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--ranks", type=int, default=2, help="processes; 4 add the hybrid layout (default: 2)")
+    add_device_argument(parser)
     add_timing_arguments(parser)
     parser.add_argument("--start-rounds", type=int, default=5, help="whole processes of each kind (default: 5)")
     parser.add_argument(
@@ -55,51 +60,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(options: argparse.Namespace) -> list[Line]:
+def measure(options: argparse.Namespace, record: Record) -> None:
     """Every line that the options ask for."""
-    lines: list[Line] = []
     if set(options.parts) - {"start"}:
-        lines += launch(_measure_on_rank, options, num_processes=options.ranks)[0]
+        launch(_measure_on_rank, options, record, num_processes=options.ranks)
     if "start" in options.parts:
         with progress_bar(True) as progress:
-            lines += _start(options, progress)
-    return lines
+            record.extend(_start(options, progress))
 
 
-def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
+def _measure_on_rank(options: argparse.Namespace, record: Record) -> None:
     free_of_noise()
-    dist.init_process_group("gloo")
-    lines: list[Line] = []
+    join_process_group(device_type(options.device, options.ranks))
     with progress_bar(dist.get_rank() == 0) as progress:
         for name in options.models:
             workload = WORKLOADS[name]
             if "replicate" in options.parts:
-                lines += _replicate(name, workload, options, progress)
+                record.extend(_replicate(name, workload, options, progress))
             if "shard" in options.parts:
-                lines += _shard(name, workload, options, progress)
+                record.extend(_shard(name, workload, options, progress))
         workload, name = WORKLOADS[options.models[-1]], options.models[-1]
         if "bytes" in options.parts:
-            lines += _bytes(name, workload, options.ranks)
+            record.extend(_bytes(name, workload, options.ranks))
         if "collectives" in options.parts:
-            lines += _collectives(name, workload, options.ranks)
-    return lines
+            record.extend(_collectives(name, workload, options.ranks))
 
 
-def _replicate(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> list[Line]:
+def _replicate(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> Iterator[Line]:
     competitors: dict[str, Competitor] = {
         "ours": ours(workload, f"dp_replicate={options.ranks}"),
         "ddp": lightning_ddp(workload),
         "ddp again": lightning_ddp(workload),
     }
     group = f"step, dp_replicate={options.ranks} ({options.clock} clock, minimum / median)"
+    yield from train_alike(
+        {kind: competitors[kind] for kind in ("ours", "ddp")}, f"dp_replicate={options.ranks}, {name}"
+    )
     seconds = take_turns(f"replicate {name}", competitors, options, progress)
-    return [
-        timed(group, f"{name}: against Lightning's ddp", seconds["ours"], seconds["ddp"], STEP_MUST),
-        timed(group, f"{name}: ddp against itself", seconds["ddp again"], seconds["ddp"]),
-    ]
+    yield timed(group, f"{name}: against Lightning's ddp", seconds["ours"], seconds["ddp"], STEP_MUST)
+    yield timed(group, f"{name}: ddp against itself", seconds["ddp again"], seconds["ddp"])
 
 
-def _shard(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> list[Line]:
+def _shard(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> Iterator[Line]:
     competitors: dict[str, Competitor] = {
         "ours": ours(workload, f"dp_shard={options.ranks}"),
         "by hand": HandWritten(workload),
@@ -107,14 +109,13 @@ def _shard(name: str, workload: Workload, options: argparse.Namespace, progress:
         "model parallel": lightning_model_parallel(workload),
     }
     group = f"step, dp_shard={options.ranks} ({options.clock} clock, minimum / median)"
+    yield from train_alike(competitors, f"dp_shard={options.ranks}, {name}")
     seconds = take_turns(f"shard {name}", competitors, options, progress)
     mine, by_hand, foreach = seconds["ours"], seconds["by hand"], seconds["by hand, foreach"]
-    return [
-        timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, by_hand, STEP_MUST),
-        timed(group, f"{name}: against that with AdamW(foreach=True), as ours chooses", mine, foreach),
-        timed(group, f"{name}: against ModelParallelStrategy", mine, seconds["model parallel"]),
-        timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], by_hand),
-    ]
+    yield timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, by_hand, STEP_MUST)
+    yield timed(group, f"{name}: against that with AdamW(foreach=True), as ours chooses", mine, foreach)
+    yield timed(group, f"{name}: against ModelParallelStrategy", mine, seconds["model parallel"])
+    yield timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], by_hand)
 
 
 def _layouts(ranks: int) -> dict[str, tuple[str, int]]:
@@ -125,13 +126,13 @@ def _layouts(ranks: int) -> dict[str, tuple[str, int]]:
     return layouts
 
 
-def _no_pace() -> None:
+def _no_pace(loss: Tensor) -> None:
     """Nobody waits for this competitor."""
 
 
-def _bytes(name: str, workload: Workload, ranks: int) -> list[Line]:
+def _bytes(name: str, workload: Workload, ranks: int) -> Iterator[Line]:
     """The rank that holds most is shown."""
-    lines = []
+    group = "bytes per rank, against whole / shards"
     for layout, shards in _layouts(ranks).values():
         held = HeldBytes()
         ours(workload, layout, callbacks=(held,))(_no_pace, 3)
@@ -139,16 +140,7 @@ def _bytes(name: str, workload: Workload, ranks: int) -> list[Line]:
         dist.all_gather_object(everyone, held.held)
         for what, whole in held.whole.items():
             most = max(one[what] for one in everyone)
-            lines.append(
-                counted(
-                    "bytes per rank, against whole / shards",
-                    f"{name}, {layout}: {what}",
-                    most,
-                    whole / shards,
-                    BYTES_MUST,
-                )
-            )
-    return lines
+            yield counted(group, f"{name}, {layout}: {what}", most, whole / shards, BYTES_MUST)
 
 
 def _collectives(name: str, workload: Workload, ranks: int) -> list[Line]:

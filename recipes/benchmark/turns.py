@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from typing import Any
 
@@ -32,7 +33,13 @@ def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
 def progress_bar(shown: bool) -> Progress:
     """On the error stream, so that the tables can be piped."""
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+        redirect_stdout=sys.stdout.isatty(),
+    )
 
 
 def take_turns(
