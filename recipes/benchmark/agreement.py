@@ -5,7 +5,7 @@ Float32 can't tell: its rounding grows with the steps, to 1e-3 of the loss after
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +71,23 @@ def difference(one: Trained, other: Trained) -> float:
     return largest if largest == largest else float("inf")
 
 
-def train_alike(competitors: Mapping[str, Competitor], what: str, steps: int = CHECK_STEPS) -> Iterator[Line]:
+def train_alike(
+    competitors: Mapping[str, Competitor], what: str, on_trained: Callable[[], None] = lambda: None
+) -> Iterator[Line]:
     """Trains each competitor for a few steps in float64; the lines are those of the rank that differs most.
+
+    Args:
+        competitors: by name; the others are compared with the first.
+        what: they train.
+        on_trained: called after each competitor.
 
     Communication: that of the steps, the weights gathered whole, and one gather of the differences over the world.
     """
-    lines = list(agreements({name: _trained(competitor, steps) for name, competitor in competitors.items()}, what))
+    trained = {}
+    for name, competitor in competitors.items():
+        trained[name] = _trained(competitor, CHECK_STEPS)
+        on_trained()
+    lines = list(agreements(trained, what))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, lines)
     for of_ranks in zip(*everyone, strict=True):

@@ -20,6 +20,10 @@ Competitor = Callable[[Pace, int], Weights]
 name: a collective call."""
 
 
+def no_pace(loss: Tensor) -> None:
+    """Nobody waits for this competitor."""
+
+
 def interleave(
     competitors: Mapping[str, Competitor],
     rounds: int,

@@ -17,13 +17,12 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from lightning_dist import HybridStrategy, PipelineTimeline
 from lightning_dist.elastic import launch
-from recipes.benchmark.agreement import train_alike
 from recipes.benchmark.competitors import free_of_noise
 from recipes.benchmark.device import add_device_argument, device_type, join_process_group, rank_device
-from recipes.benchmark.interleaving import Pace, Weights
+from recipes.benchmark.interleaving import Pace, Weights, no_pace
 from recipes.benchmark.llama import Llama, Module, Ours, add_llama_arguments
 from recipes.benchmark.results import Line, Record, counted, timed
-from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
+from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, take_turns
 
 STEP_MUST, BALANCE_MUST = 1.05, 1.1
 QUICK = {"width": 128, "depth": 4, "rounds": 15}
@@ -54,7 +53,6 @@ def _measure_on_rank(options: argparse.Namespace, record: Record) -> None:
         "ours": Ours(llama, axis="pp", pipeline_cuts=cuts, **settings),
         "by hand": ByHand(llama, bounds, options.schedule, options.microbatches),
     }
-    record.extend(train_alike(competitors, f"pp={options.ranks}, llama"))
     record.extend(_step(competitors, options))
     record.extend(_balance(llama, options, settings))
     record.extend(_waiting(llama, options, settings))
@@ -62,6 +60,7 @@ def _measure_on_rank(options: argparse.Namespace, record: Record) -> None:
 
 def _step(competitors: dict[str, Any], options: argparse.Namespace) -> Iterator[Line]:
     with progress_bar(dist.get_rank() == 0) as progress:
+        yield from alike(f"pp={options.ranks}, llama", competitors, progress)
         seconds = take_turns(f"pp={options.ranks}", competitors, options, progress)
     group = f"step, pp={options.ranks}, {options.schedule}, {options.microbatches} microbatches"
     group += f" ({options.clock} clock, minimum / median)"
@@ -88,7 +87,7 @@ def _waiting(llama: Llama, options: argparse.Namespace, settings: dict[str, Any]
     """Share of a step in which a rank waits, in thousandths, beside (p - 1) / (v m + p - 1)."""
     with tempfile.TemporaryDirectory() as folder:
         timeline = PipelineTimeline(step=6, directory=folder)
-        Ours(llama, (timeline,), axis="pp", **settings)(lambda loss: None, 8)
+        Ours(llama, (timeline,), axis="pp", **settings)(no_pace, 8)
         if dist.get_rank() == 0:
             options.output.mkdir(parents=True, exist_ok=True)
             for file in ("timeline.png", "timeline.json"):

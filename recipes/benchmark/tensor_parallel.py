@@ -26,15 +26,15 @@ from torch.distributed.tensor.parallel import (
 )
 
 from lightning_dist.elastic import launch
-from recipes.benchmark.agreement import train_alike, whole_weights
+from recipes.benchmark.agreement import whole_weights
 from recipes.benchmark.collectives import Collectives
 from recipes.benchmark.competitors import free_of_noise
 from recipes.benchmark.device import add_device_argument, device_type, join_process_group, rank_device
-from recipes.benchmark.interleaving import Pace, Weights
+from recipes.benchmark.interleaving import Pace, Weights, no_pace
 from recipes.benchmark.llama import Llama, Ours, add_llama_arguments
-from recipes.benchmark.memory import HeldBytes
+from recipes.benchmark.memory import HeldBytes, most
 from recipes.benchmark.results import Line, Record, counted, timed
-from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
+from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, take_turns
 
 STEP_MUST, BYTES_MUST = 0.9, 1.02
 QUICK = {"width": 128, "depth": 2, "rounds": 8, "steps": 4}
@@ -197,7 +197,7 @@ def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> Iterator[
         ),
         "transformers": ByHand(llama, own_plan),
     }
-    yield from train_alike(competitors, f"tp={options.ranks}, llama")
+    yield from alike(f"tp={options.ranks}, llama", competitors, progress)
     seconds = take_turns(f"tp={options.ranks}", competitors, options, progress)
     group = f"step, tp={options.ranks} ({options.clock} clock, minimum / median)"
     peers = ("torch's tutorial", "torch's tutorial, sequence", "transformers")
@@ -207,21 +207,15 @@ def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> Iterator[
         yield timed(group, f"{name} against {peer}", seconds[name], seconds[peer], must)
 
 
-def _no_pace(loss: Tensor) -> None:
-    """Nobody waits for this competitor."""
-
-
 def _bytes(llama: Llama, ranks: int) -> list[Line]:
     """Of what the plan divides, on the rank that holds most."""
     held = HeldBytes(divided=True)
-    Ours(llama, (held,))(_no_pace, 3)
-    everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, held.held)
+    Ours(llama, (held,))(no_pace, 3)
     return [
         counted(
             "bytes per rank of what is divided, against whole / tp",
             f"llama: {what}",
-            max(one[what] for one in everyone),
+            most(held.held[what]),
             whole / ranks,
             BYTES_MUST,
         )
@@ -252,8 +246,8 @@ def _collectives(llama: Llama) -> list[Line]:
         return result
 
     seen = _Counted()
-    Ours(llama, (seen,), loss_parallel=True)(_no_pace, 3)
-    ByHand(llama, tutorial_plan, around_step=counting)(_no_pace, 2)
+    Ours(llama, (seen,), loss_parallel=True)(no_pace, 3)
+    ByHand(llama, tutorial_plan, around_step=counting)(no_pace, 2)
     peer = counts["torch's tutorial"]
     group = f"collectives of a step, {llama.depth} blocks"
     return [
