@@ -25,7 +25,7 @@ from recipes.benchmark.results import Line, Record, counted, timed
 from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, take_turns
 
 STEP_MUST, BALANCE_MUST = 1.05, 1.1
-QUICK = {"width": 128, "depth": 4, "rounds": 15}
+QUICK = {"rounds": 10, "steps": 4}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 COLOURS = {"reached": "green", "missed": "red", "unclear": "yellow", "": "white"}
@@ -130,10 +131,8 @@ class Record:
     def add(self, line: Line) -> None:
         """Keeps and prints a line."""
         self._write([*self.lines, line])
-        verdict = f"[{COLOURS[line.verdict]}]{line.verdict}[/]"
-        _console().print(
-            f"{line.group}: {line.what}: {line.ours} against {line.peer}, {_ratio(line)} {verdict}", soft_wrap=True
-        )
+        text = escape(f"{line.group}: {line.what}: {line.ours} against {line.peer}, {_ratio(line)}")
+        _console().print(f"{text} [{COLOURS[line.verdict]}]{line.verdict}[/]", soft_wrap=True)
 
     def close(self, finished: bool) -> None:
         """Prints the lines as tables, and draws ``NAME.png`` where matplotlib is installed.

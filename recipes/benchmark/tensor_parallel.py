@@ -37,7 +37,7 @@ from recipes.benchmark.results import Line, Record, counted, timed
 from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, take_turns
 
 STEP_MUST, BYTES_MUST = 0.9, 1.02
-QUICK = {"width": 128, "depth": 2, "rounds": 8, "steps": 4}
+QUICK = {"depth": 2, "rounds": 8, "steps": 4}
 PARTS = ("step", "bytes", "collectives")
 
 

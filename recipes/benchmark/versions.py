@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 
 from rich.progress import Progress
@@ -65,22 +67,45 @@ def measure(options: argparse.Namespace, record: Record) -> None:
     """Wall clock and user CPU time of a step, by layout and model; every version has processes of its own.
 
     Raises:
-        ValueError: there is no other version, or it trains something else.
+        ValueError: there is no other version.
+        RuntimeError: after all was measured: ranks ended under some layouts; what they printed is in the message.
     """
     other = options.against.resolve()
     if not (other / "lightning_dist" / "__init__.py").is_file():
         raise ValueError(f"--against {options.against}: no lightning_dist in it; pass the folder of a checkout")
     layouts = options.layouts or [f"{axis}={options.ranks}" for axis in ("dp_replicate", "dp_shard", "tp", "pp")]
     versions = {"this": HERE, "other": other} | ({"this again": HERE} if options.control else {})
+    record.about["revisions"] = {name: _revision(package) for name, package in versions.items()}
+    left, failures = list(product(options.models, layouts)), list[str]()
+    with progress_bar(True) as progress:
+        while left:
+            with _started(versions, options) as started:
+                try:
+                    while left:
+                        record.extend(_measure(*left.pop(0), started, options, progress))
+                except RuntimeError as error:  # the next one gets new processes
+                    failures.append(str(error))
+    if failures:
+        raise RuntimeError("\n\n".join(failures))
+
+
+@contextmanager
+def _started(versions: dict[str, Path], options: argparse.Namespace) -> Iterator[dict[str, VersionProcesses]]:
     device = device_type(options.device, options.ranks)
-    with progress_bar(True) as progress, ExitStack() as stack:
-        started = {
+    with ExitStack() as stack:
+        yield {
             name: stack.enter_context(VersionProcesses(name, package, options.ranks, device))
             for name, package in versions.items()
         }
-        for model in options.models:
-            for layout in layouts:
-                record.extend(_measure(model, layout, started, options, progress))
+
+
+def _revision(package: Path) -> str | None:
+    """Of a git checkout, with what is not committed told."""
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _measure(

@@ -1,9 +1,12 @@
 """Two versions of the package take turns, each with what is its own."""
 
+from __future__ import annotations
+
 import argparse
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from recipes.benchmark import versions
 from recipes.benchmark.__main__ import main
-from recipes.benchmark.results import Record
+from recipes.benchmark.results import Line, Record, counted
 from recipes.benchmark.version_process import VersionProcesses
 from recipes.benchmark.version_rank import Losses, Task, Turns
 from tests.support.ranks import run_on_ranks
@@ -78,6 +81,36 @@ def test_a_version_that_steps_twice_is_found(tmp_path: Path) -> None:
     timed = [line for line in lines if "float64" not in line["group"]]
     assert len(timed) == 2 * 2 * 2  # layouts, clocks, versions
     assert all(len(line["data"]["paired_ratios"]) == 2 for line in timed)
+
+
+def test_a_layout_that_fails_is_told_when_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+
+    class Processes:
+        def __init__(self, *_: object) -> None:
+            started.append(self)
+
+        def __enter__(self) -> Processes:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            started.remove(self)
+
+    def measured(model: str, layout: str, *_: object) -> Iterator[Line]:
+        assert len(started) == 2
+        if layout == "tp=2":
+            raise RuntimeError("rank 0 of other ended with 1")
+        yield counted("step", layout, 1, 1, None)
+
+    monkeypatch.setattr(versions, "VersionProcesses", Processes)
+    monkeypatch.setattr(versions, "_measure", measured)
+    with pytest.raises(RuntimeError, match=r"^rank 0 of other ended with 1$"):
+        main(["versions", "--against", str(ROOT), "--output", str(tmp_path), "--models", "vit"])
+    lines = json.loads((tmp_path / "versions.json").read_text())["lines"]
+    assert [line["what"] for line in lines] == ["dp_replicate=2", "dp_shard=2", "pp=2"]
+    assert not started
 
 
 @pytest.mark.slow
