@@ -61,8 +61,9 @@ class Fit:
             **dict(self.options),
         )
         kind = _sharding_itself(self.workload.recipe_class) if self.by_hand else None
-        module = self.workload.module(kind)
-        trainer.fit(module, self.workload.loader(num_steps * ranks))
+        loader = self.workload.loader(num_steps * ranks)
+        module = self.workload.module(kind)  # the last to seed before configure_model draws the weights
+        trainer.fit(module, loader)
         return lambda: whole_weights(module.model)
 
 

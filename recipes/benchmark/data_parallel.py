@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 import torch.distributed as dist
 from rich.progress import Progress
@@ -137,7 +138,7 @@ def _peaks(name: str, workload: Workload, ranks: int) -> Iterator[Line]:
     peers: dict[str, Competitor] = {"replicate": lightning_ddp(workload), "shard": HandWritten(workload)}
     for kind, peer in peers.items():
         layout, _ = _layouts(ranks)[kind]
-        mine, its = (most(peak_memory(lambda run=run: run(no_pace, 3))) for run in (ours(workload, layout), peer))
+        mine, its = (most(peak_memory(partial(run, no_pace, 3))) for run in (ours(workload, layout), peer))
         yield counted("peak memory of a rank", f"{name}, {layout}: against {kind} by its peer", mine, its, None, " B")
 
 

@@ -90,7 +90,7 @@ def alternate(
     """
     bursts: dict[str, list[T]] = {name: [] for name in turns}
     for number in range(rounds):
-        for name in list(turns) if number % 2 == 0 else reversed(turns):
+        for name in list(turns) if number % 2 == 0 else list(turns)[::-1]:
             bursts[name].append(turns[name].take(steps))
             on_burst()
     return bursts

@@ -16,7 +16,7 @@ from recipes.benchmark.tensor_parallel import ByHand, own_plan, tutorial_plan
 from recipes.benchmark.workloads import WORKLOADS
 from tests.support.ranks import run_on_ranks
 
-LLAMA = Llama(width=64, depth=2, vocabulary=48, batch=4, length=8)
+LLAMA = Llama(width=128, depth=2, vocabulary=48, batch=4, length=8)
 
 
 def trained(loss: float = 2.0, weight: float = 1.0) -> Trained:
