@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dist import HybridStrategy
 from lightning_dist.plans import find_blocks
@@ -35,6 +35,7 @@ class Fit:
         workload: what is trained.
         strategy: makes the strategy.
         by_hand: the module shards itself in ``configure_model``, as ``ModelParallelStrategy`` asks.
+        in_order: the loader has a sampler that deals samples in their order; Lightning's own shuffles them.
         options: of the Trainer.
         callbacks: that look on.
     """
@@ -42,6 +43,7 @@ class Fit:
     workload: Workload
     strategy: Callable[[], Strategy]
     by_hand: bool = False
+    in_order: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     callbacks: tuple[Callback, ...] = ()
 
@@ -63,7 +65,7 @@ class Fit:
         kind = _sharding_itself(self.workload.recipe_class) if self.by_hand else None
         loader = self.workload.loader(num_steps * ranks)
         module = self.workload.module(kind)  # the last to seed before configure_model draws the weights
-        trainer.fit(module, loader)
+        trainer.fit(module, deal_in_order(loader) if self.in_order else loader)
         return lambda: whole_weights(module.model)
 
 
@@ -96,9 +98,7 @@ class HandWritten:
         optimizer = module.configure_optimizers()
         for param_group in optimizer.param_groups:
             param_group["foreach"] = self.foreach
-        loader = self.workload.loader(num_steps * dist.get_world_size())
-        sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)
-        batches = type(loader)(loader.dataset, batch_size=self.workload.batch_size, sampler=sampler)
+        batches = deal_in_order(self.workload.loader(num_steps * dist.get_world_size()))
         network.train()
         for number, batch in enumerate(move_data_to_device(batch, rank_device()) for batch in batches):
             with self.around_step():
@@ -113,6 +113,12 @@ class HandWritten:
                     optimizer.zero_grad()
             pace(loss.detach())
         return lambda: whole_weights(network)
+
+
+def deal_in_order(loader: DataLoader) -> DataLoader:
+    """Batches of this rank's samples, as HybridStrategy deals those of an ordinary loader."""
+    sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler)
 
 
 def mesh_by_hand(replicas: int = 1) -> DeviceMesh:
@@ -146,8 +152,8 @@ def ours(workload: Workload, layout: str, **arguments: Any) -> Fit:
 
 
 def lightning_ddp(workload: Workload, **arguments: Any) -> Fit:
-    """Lightning's ``ddp``, as it comes."""
-    return Fit(workload, DDPStrategy, **arguments)
+    """Lightning's ``ddp``."""
+    return Fit(workload, DDPStrategy, in_order=True, **arguments)
 
 
 def lightning_model_parallel(workload: Workload) -> Fit:
@@ -156,6 +162,7 @@ def lightning_model_parallel(workload: Workload) -> Fit:
         workload,
         lambda: ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
         by_hand=True,
+        in_order=True,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from recipes.benchmark.agreement import AGREEMENT, CHECK_STEPS, Trained, agreements, difference, train_alike
-from recipes.benchmark.competitors import HandWritten, ours
+from recipes.benchmark.competitors import HandWritten, lightning_ddp, lightning_model_parallel, ours
 from recipes.benchmark.interleaving import Competitor, Pace, Weights
 from recipes.benchmark.llama import Llama, Ours
 from recipes.benchmark.pipeline import ByHand as StagesByHand
@@ -51,7 +51,12 @@ def test_every_other_competitor_is_compared_with_the_first() -> None:
 def _by_kind(kind: str) -> dict[str, Competitor]:
     workload = WORKLOADS["decoder_tiny"]
     return {
-        "dp_shard": {"ours": ours(workload, "dp_shard=2"), "by hand": HandWritten(workload)},
+        "dp_replicate": {"ours": ours(workload, "dp_replicate=2"), "ddp": lightning_ddp(workload)},
+        "dp_shard": {
+            "ours": ours(workload, "dp_shard=2"),
+            "by hand": HandWritten(workload),
+            "model parallel": lightning_model_parallel(workload),
+        },
         "tp": {"ours": Ours(LLAMA), "tutorial": ByHand(LLAMA, tutorial_plan), "transformers": ByHand(LLAMA, own_plan)},
         "pp": {
             "ours": Ours(LLAMA, axis="pp", num_microbatches=2),
@@ -64,7 +69,7 @@ def _alike(kind: str) -> list[Line]:
     return list(train_alike(_by_kind(kind), kind))
 
 
-@pytest.mark.parametrize("kind", ["dp_shard", "tp", "pp"])
+@pytest.mark.parametrize("kind", ["dp_replicate", "dp_shard", "tp", "pp"])
 def test_competitors_train_the_same(kind: str) -> None:
     lines = run_on_ranks(2, _alike, kind)[0]
     assert lines
