@@ -27,7 +27,7 @@ from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, t
 from recipes.benchmark.workloads import WORKLOADS, Workload
 
 STEP_MUST, START_MUST = 1.02, 1.1
-QUICK = {"models": ["vit_tiny", "decoder_tiny"], "rounds": 10, "start_rounds": 1}
+QUICK = {"models": ["decoder_tiny"], "rounds": 10, "start_rounds": 1}
 PARTS = ("replicate", "shard", "bytes", "collectives", "start")
 
 
