@@ -7,7 +7,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from lightning_dist import HybridStrategy
 from lightning_dist.elastic import launch
 from recipes.benchmark import export
 from recipes.benchmark.competitors import free_of_noise
-from recipes.benchmark.results import Line, counted, timed
+from recipes.benchmark.device import add_device_argument, device_type, join_process_group, rank_device, synchronize
+from recipes.benchmark.results import Line, Record, counted, timed
 from recipes.benchmark.turns import progress_bar
 
 BYTES_MUST, SAVE_MUST, STOP_MUST = 1.02, 1 / 0.9, 0.1
@@ -35,6 +36,7 @@ EXPORT_MUST = 300e6
 """Bytes that an export may take beside its largest tensor and a process that imported torch."""
 
 LARGEST = 200_000_000
+QUICK = {"megabytes": 50, "rounds": 5, "export": 400}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,16 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--megabytes", type=int, default=200, help="of parameters; AdamW's states are twice as many")
     parser.add_argument("--rounds", type=int, default=15, help="saves of each kind (default: 15)")
     parser.add_argument("--export", type=int, default=1000, help="megabytes of the checkpoint that is exported")
+    add_device_argument(parser)
     parser.add_argument("--folder", type=Path, help="where to save (default: the system's temporary one)")
 
 
-def measure(options: argparse.Namespace) -> list[Line]:
+def measure(options: argparse.Namespace, record: Record) -> None:
     """Bytes, time of a save, time that one in the background takes from the training, and memory of an export."""
-    return [*launch(_measure_on_rank, options, num_processes=options.ranks)[0], *_measure_export(options)]
+    launch(_measure_on_rank, options, record, num_processes=options.ranks)
+    record.extend(_measure_export(options))
 
 
-def _measure_export(options: argparse.Namespace) -> list[Line]:
-    lines = []
+def _measure_export(options: argparse.Namespace) -> Iterator[Line]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, progress_bar(True) as progress:
         source = Path(folder) / "source.ckpt"
         export.write_source(source, options.export * 1_000_000, LARGEST)
@@ -60,22 +63,20 @@ def _measure_export(options: argparse.Namespace) -> list[Line]:
             found = export.memory_of_conversion(source, Path(folder) / name, form)
             took, allowed = found["peak"] - found["idle"], EXPORT_MUST + LARGEST
             what = f"to {form}, in {found['seconds']:.1f} s, above a process with torch"
-            lines.append(
-                counted(f"memory of an export of {options.export:,} MB", what, took / 1e6, allowed / 1e6, 1.0, " MB")
-            )
-    return lines
+            group = f"memory of an export of {options.export:,} MB"
+            yield counted(group, what, took / 1e6, allowed / 1e6, 1.0, " MB")
 
 
-def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
+def _measure_on_rank(options: argparse.Namespace, record: Record) -> None:
     free_of_noise()
-    dist.init_process_group("gloo")
+    join_process_group(device_type(options.device, options.ranks))
     folder = [tempfile.mkdtemp(dir=options.folder)]
     dist.broadcast_object_list(folder)
     try:
         with progress_bar(dist.get_rank() == 0) as progress:
             saves = Saves(Path(folder[0]), options.rounds, progress)
             trainer = pl.Trainer(
-                accelerator="cpu",
+                accelerator=rank_device().type,
                 devices=options.ranks,
                 strategy=HybridStrategy({"dp_shard": options.ranks}),
                 max_steps=1,
@@ -93,7 +94,11 @@ def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, saves.seconds)
     seconds = {name: [[max(one[name][i] for one in every)] for i in range(options.rounds)] for name in saves.seconds}
-    size = f"{saves.state_bytes / 1e6:,.0f} MB over dp_shard={options.ranks}"
+    record.extend(_lines(saves, seconds, options.ranks))
+
+
+def _lines(saves: Saves, seconds: dict[str, Any], ranks: int) -> list[Line]:
+    size = f"{saves.state_bytes / 1e6:,.0f} MB over dp_shard={ranks}"
     return [
         counted("bytes of a checkpoint", "written, against the state", saves.written, saves.state_bytes, BYTES_MUST),
         timed(f"save of {size}", "against torch's alone", seconds["save"], seconds["torch"], SAVE_MUST),
@@ -145,7 +150,7 @@ class Saves(Callback):
         tensors = {str(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
         self.state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
-        memory = [torch.empty_like(part) for part in parts]
+        memory = [torch.empty_like(part, device="cpu", pin_memory=part.device.type != "cpu") for part in parts]
 
         def save(path: Path, in_background: bool = False) -> None:
             strategy.checkpoint_options.in_background = in_background
@@ -162,8 +167,10 @@ class Saves(Callback):
             for name in list(kinds) if number % 2 == 0 else reversed(kinds):
                 path = self._folder / name
                 dist.barrier()
+                synchronize()
                 begin = time.perf_counter()
                 kinds[name](path)
+                synchronize()
                 took = time.perf_counter() - begin
                 strategy.parts.checkpoints.saves.wait()
                 dist.barrier()

@@ -10,16 +10,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dist import HybridStrategy
 from lightning_dist.plans import find_blocks
-from recipes.benchmark.interleaving import Pace
+from recipes.benchmark.agreement import whole_weights
+from recipes.benchmark.device import rank_device
+from recipes.benchmark.interleaving import Pace, Weights
+from recipes.benchmark.llama import AfterStep
 from recipes.benchmark.workloads import Workload
 
 
@@ -31,6 +35,7 @@ class Fit:
         workload: what is trained.
         strategy: makes the strategy.
         by_hand: the module shards itself in ``configure_model``, as ``ModelParallelStrategy`` asks.
+        in_order: the loader has a sampler that deals samples in their order; Lightning's own shuffles them.
         options: of the Trainer.
         callbacks: that look on.
     """
@@ -38,14 +43,15 @@ class Fit:
     workload: Workload
     strategy: Callable[[], Strategy]
     by_hand: bool = False
+    in_order: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     callbacks: tuple[Callback, ...] = ()
 
-    def __call__(self, pace: Pace, num_steps: int) -> None:
+    def __call__(self, pace: Pace, num_steps: int) -> Weights:
         """Trains for ``num_steps`` batches of each rank."""
         ranks = dist.get_world_size()
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=rank_device().type,
             devices=ranks,
             strategy=self.strategy(),
             max_epochs=1,
@@ -53,19 +59,14 @@ class Fit:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[*self.callbacks, _AfterStep(pace)],
+            callbacks=[*self.callbacks, AfterStep(pace)],
             **dict(self.options),
         )
         kind = _sharding_itself(self.workload.recipe_class) if self.by_hand else None
-        trainer.fit(self.workload.module(kind), self.workload.loader(num_steps * ranks))
-
-
-class _AfterStep(Callback):
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._pace()
+        loader = self.workload.loader(num_steps * ranks)
+        module = self.workload.module(kind)  # the last to seed before configure_model draws the weights
+        trainer.fit(module, deal_in_order(loader) if self.in_order else loader)
+        return lambda: whole_weights(module.model)
 
 
 @dataclass(frozen=True)
@@ -88,38 +89,44 @@ class HandWritten:
     foreach: bool | None = None
     around_step: Callable[[], Any] = nullcontext
 
-    def __call__(self, pace: Pace, num_steps: int) -> None:
+    def __call__(self, pace: Pace, num_steps: int) -> Weights:
         """Trains for ``num_steps`` batches of each rank."""
         module = self.workload.module()
         module.configure_model()
-        network = module.model
+        network = module.model.to(rank_device())
         shard_by_hand(network, mesh_by_hand(self.replicas))
         optimizer = module.configure_optimizers()
         for param_group in optimizer.param_groups:
             param_group["foreach"] = self.foreach
-        loader = self.workload.loader(num_steps * dist.get_world_size())
-        sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)
-        batches = type(loader)(loader.dataset, batch_size=self.workload.batch_size, sampler=sampler)
+        batches = deal_in_order(self.workload.loader(num_steps * dist.get_world_size()))
         network.train()
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(move_data_to_device(batch, rank_device()) for batch in batches):
             with self.around_step():
                 last = (number + 1) % self.accumulate == 0
                 network.set_requires_gradient_sync(last)
-                (self.workload.loss(network, batch) / self.accumulate).backward()
+                loss = self.workload.loss(network, batch)
+                (loss / self.accumulate).backward()
                 if last:
                     if self.clip_norm is not None:
                         nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            pace()
+            pace(loss.detach())
+        return lambda: whole_weights(network)
+
+
+def deal_in_order(loader: DataLoader) -> DataLoader:
+    """Batches of this rank's samples, as HybridStrategy deals those of an ordinary loader."""
+    sampler: DistributedSampler = DistributedSampler(loader.dataset, shuffle=False)
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler)
 
 
 def mesh_by_hand(replicas: int = 1) -> DeviceMesh:
     """The mesh that a user of ``fully_shard`` makes."""
-    ranks = dist.get_world_size()
+    kind, ranks = rank_device().type, dist.get_world_size()
     if replicas == 1:
-        return init_device_mesh("cpu", (ranks,))
-    return init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(kind, (ranks,))
+    return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def shard_by_hand(network: nn.Module, mesh: DeviceMesh) -> None:
@@ -145,8 +152,8 @@ def ours(workload: Workload, layout: str, **arguments: Any) -> Fit:
 
 
 def lightning_ddp(workload: Workload, **arguments: Any) -> Fit:
-    """Lightning's ``ddp``, as it comes."""
-    return Fit(workload, DDPStrategy, **arguments)
+    """Lightning's ``ddp``."""
+    return Fit(workload, DDPStrategy, in_order=True, **arguments)
 
 
 def lightning_model_parallel(workload: Workload) -> Fit:
@@ -155,6 +162,7 @@ def lightning_model_parallel(workload: Workload) -> Fit:
         workload,
         lambda: ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
         by_hand=True,
+        in_order=True,
     )
 
 

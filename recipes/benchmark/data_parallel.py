@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import torch.distributed as dist
 from rich.progress import Progress
 
 from lightning_dist.elastic import launch
-from recipes.benchmark.collectives import Collectives, StepCollectives
 from recipes.benchmark.competitors import (
     HandWritten,
     free_of_noise,
@@ -18,23 +17,24 @@ from recipes.benchmark.competitors import (
     lightning_model_parallel,
     ours,
 )
-from recipes.benchmark.interleaving import Competitor
-from recipes.benchmark.memory import HeldBytes
-from recipes.benchmark.results import Line, counted, timed
+from recipes.benchmark.data_parallel_collectives import BYTES_MUST, CountedRuns, collectives
+from recipes.benchmark.device import add_device_argument, device_type, join_process_group, rank_device
+from recipes.benchmark.interleaving import Competitor, no_pace
+from recipes.benchmark.memory import HeldBytes, most, peak_memory
+from recipes.benchmark.results import Line, Record, counted, timed
 from recipes.benchmark.start import commands, seconds_to_first_step
-from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
+from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, take_turns
 from recipes.benchmark.workloads import WORKLOADS, Workload
 
-STEP_MUST, BYTES_MUST, START_MUST = 1.02, 1.05, 1.1
-MICRO_STEPS = 4
-NUM_BATCHES = 3 * MICRO_STEPS
-"""Of a run whose collectives are counted: DDP orders its buckets anew, once, after its first reduction."""
+STEP_MUST, START_MUST = 1.02, 1.1
+QUICK = {"models": ["decoder_tiny"], "rounds": 10, "start_rounds": 1}
 PARTS = ("replicate", "shard", "bytes", "collectives", "start")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--ranks", type=int, default=2, help="processes; 4 add the hybrid layout (default: 2)")
+    add_device_argument(parser)
     add_timing_arguments(parser)
     parser.add_argument("--start-rounds", type=int, default=5, help="whole processes of each kind (default: 5)")
     parser.add_argument(
@@ -55,51 +55,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(options: argparse.Namespace) -> list[Line]:
+def measure(options: argparse.Namespace, record: Record) -> None:
     """Every line that the options ask for."""
-    lines: list[Line] = []
     if set(options.parts) - {"start"}:
-        lines += launch(_measure_on_rank, options, num_processes=options.ranks)[0]
+        launch(_measure_on_rank, options, record, num_processes=options.ranks)
     if "start" in options.parts:
         with progress_bar(True) as progress:
-            lines += _start(options, progress)
-    return lines
+            record.extend(_start(options, progress))
 
 
-def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
+def _measure_on_rank(options: argparse.Namespace, record: Record) -> None:
     free_of_noise()
-    dist.init_process_group("gloo")
-    lines: list[Line] = []
+    join_process_group(device_type(options.device, options.ranks))
     with progress_bar(dist.get_rank() == 0) as progress:
         for name in options.models:
             workload = WORKLOADS[name]
             if "replicate" in options.parts:
-                lines += _replicate(name, workload, options, progress)
+                record.extend(_replicate(name, workload, options, progress))
             if "shard" in options.parts:
-                lines += _shard(name, workload, options, progress)
+                record.extend(_shard(name, workload, options, progress))
         workload, name = WORKLOADS[options.models[-1]], options.models[-1]
         if "bytes" in options.parts:
-            lines += _bytes(name, workload, options.ranks)
+            record.extend(_bytes(name, workload, options.ranks))
+            record.extend(_peaks(name, workload, options.ranks))
         if "collectives" in options.parts:
-            lines += _collectives(name, workload, options.ranks)
-    return lines
+            record.extend(_collectives(name, workload, options.ranks))
 
 
-def _replicate(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> list[Line]:
+def _replicate(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> Iterator[Line]:
     competitors: dict[str, Competitor] = {
         "ours": ours(workload, f"dp_replicate={options.ranks}"),
         "ddp": lightning_ddp(workload),
         "ddp again": lightning_ddp(workload),
     }
     group = f"step, dp_replicate={options.ranks} ({options.clock} clock, minimum / median)"
+    different = {kind: competitors[kind] for kind in ("ours", "ddp")}
+    yield from alike(f"dp_replicate={options.ranks}, {name}", different, progress)
     seconds = take_turns(f"replicate {name}", competitors, options, progress)
-    return [
-        timed(group, f"{name}: against Lightning's ddp", seconds["ours"], seconds["ddp"], STEP_MUST),
-        timed(group, f"{name}: ddp against itself", seconds["ddp again"], seconds["ddp"]),
-    ]
+    yield timed(group, f"{name}: against Lightning's ddp", seconds["ours"], seconds["ddp"], STEP_MUST)
+    yield timed(group, f"{name}: ddp against itself", seconds["ddp again"], seconds["ddp"])
 
 
-def _shard(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> list[Line]:
+def _shard(name: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> Iterator[Line]:
     competitors: dict[str, Competitor] = {
         "ours": ours(workload, f"dp_shard={options.ranks}"),
         "by hand": HandWritten(workload),
@@ -107,14 +104,13 @@ def _shard(name: str, workload: Workload, options: argparse.Namespace, progress:
         "model parallel": lightning_model_parallel(workload),
     }
     group = f"step, dp_shard={options.ranks} ({options.clock} clock, minimum / median)"
+    yield from alike(f"dp_shard={options.ranks}, {name}", competitors, progress)
     seconds = take_turns(f"shard {name}", competitors, options, progress)
     mine, by_hand, foreach = seconds["ours"], seconds["by hand"], seconds["by hand, foreach"]
-    return [
-        timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, by_hand, STEP_MUST),
-        timed(group, f"{name}: against that with AdamW(foreach=True), as ours chooses", mine, foreach),
-        timed(group, f"{name}: against ModelParallelStrategy", mine, seconds["model parallel"]),
-        timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], by_hand),
-    ]
+    yield timed(group, f"{name}: against fully_shard by hand, no Lightning", mine, by_hand, STEP_MUST)
+    yield timed(group, f"{name}: against that with AdamW(foreach=True), as ours chooses", mine, foreach)
+    yield timed(group, f"{name}: against ModelParallelStrategy", mine, seconds["model parallel"])
+    yield timed(group, f"{name}: ModelParallelStrategy against by hand", seconds["model parallel"], by_hand)
 
 
 def _layouts(ranks: int) -> dict[str, tuple[str, int]]:
@@ -125,114 +121,30 @@ def _layouts(ranks: int) -> dict[str, tuple[str, int]]:
     return layouts
 
 
-def _no_pace() -> None:
-    """Nobody waits for this competitor."""
-
-
-def _bytes(name: str, workload: Workload, ranks: int) -> list[Line]:
+def _bytes(name: str, workload: Workload, ranks: int) -> Iterator[Line]:
     """The rank that holds most is shown."""
-    lines = []
+    group = "bytes per rank, against whole / shards"
     for layout, shards in _layouts(ranks).values():
         held = HeldBytes()
-        ours(workload, layout, callbacks=(held,))(_no_pace, 3)
-        everyone: list[Any] = [None] * ranks
-        dist.all_gather_object(everyone, held.held)
+        ours(workload, layout, callbacks=(held,))(no_pace, 3)
         for what, whole in held.whole.items():
-            most = max(one[what] for one in everyone)
-            lines.append(
-                counted(
-                    "bytes per rank, against whole / shards",
-                    f"{name}, {layout}: {what}",
-                    most,
-                    whole / shards,
-                    BYTES_MUST,
-                )
-            )
-    return lines
+            yield counted(group, f"{name}, {layout}: {what}", most(held.held[what]), whole / shards, BYTES_MUST)
 
 
-def _collectives(name: str, workload: Workload, ranks: int) -> list[Line]:
-    lines: list[Line] = []
-    for kind, (layout, shards) in _layouts(ranks).items():
-        clip = (("gradient_clip_val", 1.0),)
-        accumulate = (("accumulate_grad_batches", MICRO_STEPS),)
-
-        def of_fit(make: Callable[..., Competitor], options: tuple[tuple[str, Any], ...] = ()) -> list[Collectives]:
-            seen = StepCollectives()
-            make(options=options, callbacks=(seen,))(_no_pace, NUM_BATCHES)
-            return seen.batches
-
-        def of_loop(replicas: int = ranks // shards, **options: Any) -> list[Collectives]:
-            seen: list[Collectives] = []
-
-            def count() -> Collectives:
-                seen.append(Collectives())
-                return seen[-1]
-
-            HandWritten(workload, replicas, around_step=count, **options)(_no_pace, NUM_BATCHES)
-            return seen
-
-        def mine(layout: str = layout, **arguments: Any) -> Competitor:
-            return ours(workload, layout, **arguments)
-
-        def ddp(**arguments: Any) -> Competitor:
-            return lightning_ddp(workload, **arguments)
-
-        replicated = kind == "replicate"
-        plain, peer = of_fit(mine)[-1], of_fit(ddp)[-1] if replicated else of_loop()[-1]
-        group = f"collectives per step, {layout}"
-        against = "Lightning's ddp" if replicated else "fully_shard by hand"
-        for operator in sorted({*plain.count, *peer.count}):
-            what = f"{name}, against {against}: {operator}"
-            lines.append(counted(group, what, plain.count[operator], peer.count[operator], None))
-            lines.append(counted(group, f"{what} bytes", plain.num_bytes[operator], peer.num_bytes[operator], None))
-        what = f"{name}, against {against}: bytes of all"
-        lines.append(counted(group, what, plain.num_bytes.total(), peer.num_bytes.total(), BYTES_MUST))
-        clipped = of_fit(mine, clip)[-1]
-        peer_clipped = of_fit(ddp, clip)[-1] if replicated else of_loop(clip_norm=1.0)[-1]
-        lines.append(
-            _at_most(
-                group,
-                f"{name}: more for the clip norm",
-                _total(clipped) - _total(plain),
-                _total(peer_clipped) - _total(peer),
-                0 if replicated else 1,
-            )
-        )
-        micro = of_fit(mine, accumulate)[-MICRO_STEPS:-1]
-        peer_micro = of_fit(ddp, accumulate) if replicated else of_loop(accumulate=MICRO_STEPS)
-        peer_micro = peer_micro[-MICRO_STEPS:-1]
-        lines.append(
-            _at_most(
-                group,
-                f"{name}: of gradients, on {MICRO_STEPS - 1} accumulating micro-steps",
-                sum(map(_of_gradients, micro)),
-                sum(map(_of_gradients, peer_micro)),
-                0,
-            )
-        )
-    return lines
+def _peaks(name: str, workload: Workload, ranks: int) -> Iterator[Line]:
+    """Of an accelerator; the CPU does not tell."""
+    if rank_device().type == "cpu":
+        return
+    peers: dict[str, Competitor] = {"replicate": lightning_ddp(workload), "shard": HandWritten(workload)}
+    for kind, peer in peers.items():
+        layout, _ = _layouts(ranks)[kind]
+        mine, its = (most(peak_memory(partial(run, no_pace, 3))) for run in (ours(workload, layout), peer))
+        yield counted("peak memory of a rank", f"{name}, {layout}: against {kind} by its peer", mine, its, None, " B")
 
 
-def _total(seen: Collectives) -> int:
-    return sum(seen.count.values())
-
-
-def _of_gradients(seen: Collectives) -> int:
-    return sum(count for kind, count in seen.count.items() if kind != "all-gather")
-
-
-def _at_most(group: str, what: str, mine: int, peer: int, limit: int) -> Line:
-    """A line whose ratio is over its limit, so that none allowed means none."""
-    return Line(
-        group,
-        what,
-        str(mine),
-        str(peer),
-        {"over": 1.0 if mine <= limit else float("inf")},
-        1.0,
-        {"ours": mine, "peer": peer, "limit": limit},
-    )
+def _collectives(name: str, workload: Workload, ranks: int) -> Iterator[Line]:
+    for layout, shards in _layouts(ranks).values():
+        yield from collectives(name, CountedRuns(workload, layout, ranks // shards, shards))
 
 
 def _start(options: argparse.Namespace, progress: Progress) -> list[Line]:

@@ -5,12 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-Pace = Callable[[], None]
-Competitor = Callable[[Pace, int], None]
-"""Runs a given number of training steps and calls ``pace()`` after each."""
+from recipes.benchmark.device import rank_device, synchronize
+
+Pace = Callable[[Tensor], None]
+Weights = Callable[[], Mapping[str, Tensor]]
+Competitor = Callable[[Pace, int], Weights]
+"""Runs a given number of training steps and calls ``pace(loss)`` after each; returns what gives the weights, whole, by
+name: a collective call."""
+
+
+def no_pace(loss: Tensor) -> None:
+    """Nobody waits for this competitor."""
 
 
 def interleave(
@@ -25,7 +36,7 @@ def interleave(
 
     [Note: taking turns]
     Each competitor runs in a thread of its own from its setup to its end, so that a Trainer keeps its state; but only
-    one of them runs at a time, on every rank the same one: ``pace()`` returns when it is the competitor's turn. So
+    one of them runs at a time, on every rank the same one: ``pace`` returns when it is the competitor's turn. So
     they share the process group, and the clock that a machine happens to have. Rounds go A B, B A, A B, ...; a burst
     begins with a barrier.
 
@@ -41,6 +52,8 @@ def interleave(
         ValueError: a number is too small.
         Exception: what a competitor raised.
 
+    The device is waited for before the clock is read.
+
     Communication: one barrier per burst over the world, where there is a process group.
     """
     if min(rounds, steps, warmup) < 1:
@@ -49,13 +62,37 @@ def interleave(
     turns = {name: _Turns(competitor, total, clock) for name, competitor in competitors.items()}
     for turn in turns.values():
         turn.take(warmup)
-    bursts: dict[str, list[list[float]]] = {name: [] for name in turns}
-    for number in range(rounds):
-        for name in list(turns) if number % 2 == 0 else reversed(turns):
-            bursts[name].append(turns[name].take(steps))
-            on_burst()
+    bursts = alternate(turns, rounds, steps, on_burst)
     for turn in turns.values():
         turn.end()
+    return bursts
+
+
+T = TypeVar("T", covariant=True)
+
+
+class TakesTurns(Protocol[T]):
+    """Runs a burst of so many steps when it is told to, and tells what they took."""
+
+    def take(self, steps: int) -> T:
+        """The burst."""
+        ...
+
+
+def alternate(
+    turns: Mapping[str, TakesTurns[T]], rounds: int, steps: int, on_burst: Callable[[], None] = lambda: None
+) -> dict[str, list[T]]:
+    """What the bursts took, by name: rounds go A B, B A, A B, ...
+
+    Args:
+        turns: by name.
+        rounds, steps, on_burst: as of :func:`interleave`.
+    """
+    bursts: dict[str, list[T]] = {name: [] for name in turns}
+    for number in range(rounds):
+        for name in list(turns) if number % 2 == 0 else list(turns)[::-1]:
+            bursts[name].append(turns[name].take(steps))
+            on_burst()
     return bursts
 
 
@@ -67,6 +104,7 @@ class _Turns:
         self._mine, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._left, self._last, self._seconds = 0, 0.0, [0.0]
+        self._device = rank_device() if dist.is_initialized() else torch.device("cpu")
         # a daemon: when another competitor raises, this one never gets its turn again
         self._thread = threading.Thread(target=self._run, args=(competitor, num_steps), daemon=True)
         self._thread.start()
@@ -91,6 +129,8 @@ class _Turns:
             raise self._error
 
     def _run(self, competitor: Competitor, num_steps: int) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device)  # that of a thread is the first
         self._wait()
         try:
             competitor(self._pace, num_steps)
@@ -99,7 +139,8 @@ class _Turns:
         finally:
             self._back.release()
 
-    def _pace(self) -> None:
+    def _pace(self, loss: Tensor) -> None:
+        synchronize()
         now = self._clock()
         self._seconds.append(now - self._last)
         self._last = now
@@ -112,4 +153,5 @@ class _Turns:
         self._mine.acquire()
         if dist.is_initialized():
             dist.barrier()
+        synchronize()
         self._last = self._clock()

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
-from recipes.benchmark.interleaving import Pace
+from recipes.benchmark.agreement import whole_weights
+from recipes.benchmark.device import rank_device
+from recipes.benchmark.interleaving import Pace, Weights
 
 
 def add_llama_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,13 +109,12 @@ class Ours:
 
     def __init__(self, llama: Llama, callbacks: tuple[Callback, ...] = (), axis: str = "tp", **options: Any) -> None:
         self.llama, self.callbacks, self.axis, self.options = llama, callbacks, axis, options
-        self.last_loss = float("nan")
 
-    def __call__(self, pace: Pace, num_steps: int) -> None:
+    def __call__(self, pace: Pace, num_steps: int) -> Weights:
         """Trains for so many steps."""
         ranks = dist.get_world_size()
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=rank_device().type,
             devices=ranks,
             strategy=HybridStrategy({self.axis: ranks}, **self.options),
             max_epochs=1,
@@ -121,15 +122,19 @@ class Ours:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[*self.callbacks, _AfterStep(pace, self)],
+            callbacks=[*self.callbacks, AfterStep(pace)],
         )
-        trainer.fit(Module(self.llama), self.llama.loader(num_steps))
+        module = Module(self.llama)
+        trainer.fit(module, self.llama.loader(num_steps))
+        return lambda: whole_weights(module.network)
 
 
-class _AfterStep(Callback):
-    def __init__(self, pace: Pace, competitor: Ours) -> None:
-        self._pace, self._competitor = pace, competitor
+class AfterStep(Callback):
+    """Paces a Trainer."""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._competitor.last_loss = float(outputs["loss"])
-        self._pace()
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        """Hands on the loss."""
+        self._pace(outputs["loss"])

@@ -1,11 +1,14 @@
-"""Bytes that a rank holds between two steps: of parameters, gradients, and optimizer states."""
+"""Bytes that a rank holds between two steps: of parameters, gradients, and optimizer states; and at its peak."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -51,3 +54,21 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Most bytes of the rank's accelerator that a run had allocated at once, beside what was there before."""
+    gc.collect()
+    torch.accelerator.synchronize()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    run()
+    torch.accelerator.synchronize()
+    return torch.accelerator.max_memory_allocated() - before
+
+
+def most(number: int) -> int:
+    """That of the rank which has most. Communication: one gather of a number over the world."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, number)
+    return max(everyone)

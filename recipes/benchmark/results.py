@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 COLOURS = {"reached": "green", "missed": "red", "unclear": "yellow", "": "white"}
@@ -100,11 +102,73 @@ def machine() -> dict[str, Any]:
     }
 
 
+class Record:
+    """The lines of a benchmark so far: each is printed and written to ``NAME.json`` as soon as it is measured.
+
+    The file is whole at any moment, and the lines are in it alone: copies of a record, in the ranks say, go on with it.
+
+    Args:
+        folder, name: of the file.
+        about: what else the file tells; it has to be what JSON takes, or have a ``str``.
+    """
+
+    def __init__(self, folder: Path, name: str, about: dict[str, Any]) -> None:
+        self.folder, self.name, self.about = folder, name, {"finished": False, **about}
+        self._write([])
+
+    @property
+    def lines(self) -> list[Line]:
+        """What was measured."""
+        rows = json.loads(self._file.read_text())["lines"]
+        return [Line(**{name: value for name, value in row.items() if name != "verdict"}) for row in rows]
+
+    def extend(self, lines: Iterable[Line]) -> None:
+        """Keeps and prints each line as it comes; among ranks the first one does."""
+        for line in lines:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                self.add(line)
+
+    def add(self, line: Line) -> None:
+        """Keeps and prints a line."""
+        self._write([*self.lines, line])
+        text = escape(f"{line.group}: {line.what}: {line.ours} against {line.peer}, {_ratio(line)}")
+        _console().print(f"{text} [{COLOURS[line.verdict]}]{line.verdict}[/]", soft_wrap=True)
+
+    def close(self, finished: bool) -> None:
+        """Prints the lines as tables, and draws ``NAME.png`` where matplotlib is installed.
+
+        Args:
+            finished: all was measured; the file says so.
+        """
+        self.about |= {"finished": finished, "after": machine()}
+        self._write(self.lines)
+        show(self.lines)
+        draw(self.lines, self.folder / f"{self.name}.png")
+
+    def _write(self, lines: Sequence[Line]) -> None:
+        rows = [{**asdict(line), "verdict": line.verdict} for line in lines]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".json.part")
+        unfinished.write_text(json.dumps({**self.about, "lines": rows}, indent=1, default=str))
+        unfinished.replace(self._file)
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=140, highlight=False)
+
+
+def _ratio(line: Line) -> str:
+    return " / ".join(f"{ratio:.3f}" for ratio in line.ratios.values())
+
+
 def show(lines: Sequence[Line], console: Console | None = None) -> None:
     """Prints a table per group."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = console or _console()
     for group in dict.fromkeys(line.group for line in lines):
         table = Table(title=group, title_justify="left")
         for name in ("what", "ours", "peer", "ratio", "must", "verdict"):
@@ -112,23 +176,20 @@ def show(lines: Sequence[Line], console: Console | None = None) -> None:
         for line in lines:
             if line.group == group:
                 must = "" if line.at_most is None else f"<= {line.at_most:g}"
-                ratio = " / ".join(f"{ratio:.3f}" for ratio in line.ratios.values())
-                verdict = f"[{COLOURS[line.verdict]}]{line.verdict}"
-                table.add_row(line.what, line.ours, line.peer, ratio, must, verdict)
+                table.add_row(
+                    line.what, line.ours, line.peer, _ratio(line), must, f"[{COLOURS[line.verdict]}]{line.verdict}"
+                )
         console.print(table)
 
 
-def save(lines: Sequence[Line], folder: Path, name: str, about: dict[str, Any]) -> None:
-    """Writes ``NAME.json``, and ``NAME.png`` where matplotlib is installed, into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{**asdict(line), "verdict": line.verdict} for line in lines]
-    (folder / f"{name}.json").write_text(json.dumps({**about, "lines": rows}, indent=1, default=str))
+def draw(lines: Sequence[Line], file: Path) -> None:
+    """Writes a picture of what was timed, where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
         return
     matplotlib.use("Agg")
-    _picture(lines, folder / f"{name}.png")
+    _picture(lines, file)
 
 
 def _picture(lines: Sequence[Line], file: Path) -> None:

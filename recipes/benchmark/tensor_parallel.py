@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,47 +26,47 @@ from torch.distributed.tensor.parallel import (
 )
 
 from lightning_dist.elastic import launch
+from recipes.benchmark.agreement import whole_weights
 from recipes.benchmark.collectives import Collectives
 from recipes.benchmark.competitors import free_of_noise
-from recipes.benchmark.interleaving import Pace
+from recipes.benchmark.device import add_device_argument, device_type, join_process_group, rank_device
+from recipes.benchmark.interleaving import Pace, Weights, no_pace
 from recipes.benchmark.llama import Llama, Ours, add_llama_arguments
-from recipes.benchmark.memory import HeldBytes
-from recipes.benchmark.results import Line, counted, timed
-from recipes.benchmark.turns import add_timing_arguments, progress_bar, take_turns
+from recipes.benchmark.memory import HeldBytes, most
+from recipes.benchmark.results import Line, Record, counted, timed
+from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, take_turns
 
 STEP_MUST, BYTES_MUST = 0.9, 1.02
-SAME_LOSS = 1e-4
-"""Relative difference of the last losses of two competitors that is rounding."""
+QUICK = {"depth": 2, "rounds": 8, "steps": 4}
 PARTS = ("step", "bytes", "collectives")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_llama_arguments(parser)
+    add_device_argument(parser)
     add_timing_arguments(parser)
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}"
     )
 
 
-def measure(options: argparse.Namespace) -> list[Line]:
+def measure(options: argparse.Namespace, record: Record) -> None:
     """Every line that the options ask for."""
-    return launch(_measure_on_rank, options, num_processes=options.ranks)[0]
+    launch(_measure_on_rank, options, record, num_processes=options.ranks)
 
 
-def _measure_on_rank(options: argparse.Namespace) -> list[Line]:
+def _measure_on_rank(options: argparse.Namespace, record: Record) -> None:
     free_of_noise()
-    dist.init_process_group("gloo")
+    join_process_group(device_type(options.device, options.ranks))
     llama = Llama(options.width, options.depth, options.vocabulary, options.batch, options.length)
-    lines: list[Line] = []
     if "step" in options.parts:
         with progress_bar(dist.get_rank() == 0) as progress:
-            lines += _step(llama, options, progress)
+            record.extend(_step(llama, options, progress))
     if "bytes" in options.parts:
-        lines += _bytes(llama, options.ranks)
+        record.extend(_bytes(llama, options.ranks))
     if "collectives" in options.parts:
-        lines += _collectives(llama)
-    return lines
+        record.extend(_collectives(llama))
 
 
 class ByHand:
@@ -89,11 +90,10 @@ class ByHand:
     ) -> None:
         self.llama, self.divide, self.around_step = llama, divide, around_step
         self.loss, self.around_loss = loss or llama.loss, around_loss
-        self.last_loss = float("nan")
 
-    def __call__(self, pace: Pace, num_steps: int) -> None:
+    def __call__(self, pace: Pace, num_steps: int) -> Weights:
         """Trains for so many steps."""
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+        mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),), mesh_dim_names=("tp",))
         network = self.divide(self.llama, mesh)
         parameters = list(network.parameters())
         mixed = len({isinstance(p, DTensor) for p in parameters}) > 1
@@ -101,8 +101,9 @@ class ByHand:
         optimizer = torch.optim.AdamW(parameters, 1e-3, foreach=False if mixed else None)
         network.train()
         for batch in self.llama.loader(num_steps):
-            self.last_loss = float(self.around_step(partial(self._step, network, optimizer, batch)))
-            pace()
+            ids = batch.to(rank_device())
+            pace(self.around_step(partial(self._step, network, optimizer, ids)).detach())
+        return lambda: whole_weights(network)
 
     def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
         with self.around_loss():  # torch's loss_parallel wants backward inside too
@@ -116,7 +117,7 @@ class ByHand:
 
 def tutorial_plan(llama: Llama, mesh: Any) -> nn.Module:
     """Layer by layer, as torch's tutorial begins: pytorch.org/tutorials/intermediate/TP_tutorial.html."""
-    network = llama.network()
+    network = llama.network().to(rank_device())
     blocks = {
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
@@ -137,7 +138,7 @@ def tutorial_plan(llama: Llama, mesh: Any) -> nn.Module:
 
 def tutorial_sequence_plan(llama: Llama, mesh: Any) -> nn.Module:
     """As the same tutorial goes on: norms on a shard of the positions, and the logits left divided for the loss."""
-    network = llama.network()
+    network = llama.network().to(rank_device())
     blocks = {
         "input_layernorm": SequenceParallel(),
         "self_attn": PrepareModuleInput(
@@ -159,7 +160,7 @@ def tutorial_sequence_plan(llama: Llama, mesh: Any) -> nn.Module:
         "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
     # transformers takes the positions from the embeddings it sees, which are a part: give it all of them
-    positions = torch.arange(llama.length)[None]
+    positions = torch.arange(llama.length, device=rank_device())[None]
     network.model.rotary_emb.register_forward_pre_hook(
         lambda module, args, kwargs: ((args[0], positions), {}), with_kwargs=True
     )
@@ -174,7 +175,7 @@ def own_plan(llama: Llama, mesh: Any) -> nn.Module:
     from transformers.distributed.utils import initialize_distributed_mesh
 
     config = DistributedConfig(tp_size=mesh.size())
-    network = llama.network()
+    network = llama.network().to(rank_device())
     return network.maybe_distribute_model(network, config, initialize_distributed_mesh(config)[1])
 
 
@@ -185,7 +186,7 @@ def _loss_of_divided_logits(llama: Llama, network: nn.Module, ids: Tensor) -> Te
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> list[Line]:
+def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> Iterator[Line]:
     competitors: dict[str, Any] = {
         "ours": Ours(llama),
         "ours, loss_parallel": Ours(llama, loss_parallel=True),
@@ -196,37 +197,25 @@ def _step(llama: Llama, options: argparse.Namespace, progress: Any) -> list[Line
         ),
         "transformers": ByHand(llama, own_plan),
     }
+    yield from alike(f"tp={options.ranks}, llama", competitors, progress)
     seconds = take_turns(f"tp={options.ranks}", competitors, options, progress)
-    losses = {name: competitor.last_loss for name, competitor in competitors.items()}
-    first = losses["ours"]
-    for name, loss in losses.items():
-        if not abs(loss - first) <= SAME_LOSS * first:
-            raise ValueError(f"{name} ended with a loss of {loss}, ours with {first}: they do not train the same")
     group = f"step, tp={options.ranks} ({options.clock} clock, minimum / median)"
     peers = ("torch's tutorial", "torch's tutorial, sequence", "transformers")
     mine = ("ours", "ours, loss_parallel", "ours, sequence_parallel")
-    return [
-        timed(group, f"{name} against {peer}", seconds[name], seconds[peer], STEP_MUST if name == mine[0] else None)
-        for name in mine
-        for peer in peers
-    ]
-
-
-def _no_pace() -> None:
-    """Nobody waits for this competitor."""
+    for name, peer in product(mine, peers):
+        must = STEP_MUST if name == mine[0] else None
+        yield timed(group, f"{name} against {peer}", seconds[name], seconds[peer], must)
 
 
 def _bytes(llama: Llama, ranks: int) -> list[Line]:
     """Of what the plan divides, on the rank that holds most."""
     held = HeldBytes(divided=True)
-    Ours(llama, (held,))(_no_pace, 3)
-    everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, held.held)
+    Ours(llama, (held,))(no_pace, 3)
     return [
         counted(
             "bytes per rank of what is divided, against whole / tp",
             f"llama: {what}",
-            max(one[what] for one in everyone),
+            most(held.held[what]),
             whole / ranks,
             BYTES_MUST,
         )
@@ -257,8 +246,8 @@ def _collectives(llama: Llama) -> list[Line]:
         return result
 
     seen = _Counted()
-    Ours(llama, (seen,), loss_parallel=True)(_no_pace, 3)
-    ByHand(llama, tutorial_plan, around_step=counting)(_no_pace, 2)
+    Ours(llama, (seen,), loss_parallel=True)(no_pace, 3)
+    ByHand(llama, tutorial_plan, around_step=counting)(no_pace, 2)
     peer = counts["torch's tutorial"]
     group = f"collectives of a step, {llama.depth} blocks"
     return [

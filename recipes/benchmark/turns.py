@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recipes.benchmark.agreement import train_alike
 from recipes.benchmark.interleaving import Competitor, interleave
+from recipes.benchmark.results import Line
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -32,7 +36,19 @@ def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
 def progress_bar(shown: bool) -> Progress:
     """On the error stream, so that the tables can be piped."""
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+
+
+def alike(what: str, competitors: dict[str, Competitor], progress: Progress) -> Iterator[Line]:
+    """Whether they train the same, see :func:`~recipes.benchmark.agreement.train_alike`."""
+    task = progress.add_task(f"{what}, float64", total=len(competitors))
+    yield from train_alike(competitors, what, lambda: progress.advance(task))
 
 
 def take_turns(

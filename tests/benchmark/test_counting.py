@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from recipes.benchmark.collectives import Collectives
-from recipes.benchmark.data_parallel import _collectives
+from recipes.benchmark.data_parallel_collectives import CountedRuns, collectives
 from recipes.benchmark.memory import storage_bytes
 from recipes.benchmark.tensor_parallel import Llama
 from recipes.benchmark.tensor_parallel import _collectives as _collectives_of_llama
@@ -63,7 +63,10 @@ def test_storage_is_counted_once_and_whole() -> None:
 
 
 def _verdicts() -> dict[str, str]:
-    return {f"{line.group}: {line.what}": line.verdict for line in _collectives("vit_tiny", WORKLOADS["vit_tiny"], 2)}
+    workload = WORKLOADS["vit_tiny"]
+    layouts = CountedRuns(workload, "dp_replicate=2", 2, 1), CountedRuns(workload, "dp_shard=2", 1, 2)
+    lines = [line for runs in layouts for line in collectives("vit_tiny", runs)]
+    return {f"{line.group}: {line.what}": line.verdict for line in lines}
 
 
 def test_clip_norm_costs_one_collective_and_accumulation_none() -> None:

@@ -1,8 +1,11 @@
 """Competitors take turns; what they raise arrives."""
 
 import pytest
+import torch
 
 from recipes.benchmark.interleaving import Pace, interleave
+
+LOSS = torch.zeros(())
 
 
 def test_bursts_alternate_and_each_competitor_runs_all_its_steps() -> None:
@@ -12,7 +15,7 @@ def test_bursts_alternate_and_each_competitor_runs_all_its_steps() -> None:
         def run(pace: Pace, num_steps: int) -> None:
             for _ in range(num_steps):
                 order.append(name)
-                pace()
+                pace(LOSS)
             order.append(f"{name} ends")
 
         return run
@@ -35,7 +38,7 @@ def test_a_step_is_charged_to_the_competitor_that_took_it() -> None:
             nonlocal now
             for _ in range(num_steps):
                 now += spent[name]
-                pace()
+                pace(LOSS)
 
         return run
 
@@ -46,7 +49,7 @@ def test_a_step_is_charged_to_the_competitor_that_took_it() -> None:
 
 def test_what_a_competitor_raises_is_raised() -> None:
     def failing(pace: Pace, num_steps: int) -> None:
-        pace()
+        pace(LOSS)
         raise KeyError("lost")
 
     with pytest.raises(KeyError, match="lost"):
@@ -56,7 +59,7 @@ def test_what_a_competitor_raises_is_raised() -> None:
 def test_a_competitor_that_ends_early_is_an_error() -> None:
     def short(pace: Pace, num_steps: int) -> None:
         for _ in range(num_steps - 2):
-            pace()
+            pace(LOSS)
 
     with pytest.raises(ValueError, match=r"ended after 1 of the 3 steps"):
         interleave({"a": short}, rounds=1, steps=3, warmup=1)

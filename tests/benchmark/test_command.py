@@ -1,0 +1,87 @@
+"""The command keeps what it has, however it ends."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from recipes.benchmark import __main__ as command
+from recipes.benchmark.results import Record, counted
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _fail() -> None:
+    raise RuntimeError("a rank died")
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A benchmark of two lines; ``between`` is called after the first."""
+    module = ModuleType("recipes.benchmark.two_lines")
+
+    def measure(options: argparse.Namespace, record: Record) -> None:
+        record.add(counted("g", "one", options.rounds, 1, 10.0))
+        module.between()
+        record.add(counted("g", "two", 20, 1, 10.0))
+
+    module.measure, module.between = measure, lambda: None
+    module.add_arguments = lambda parser: parser.add_argument("--rounds", type=int, default=9)
+    module.QUICK = {"rounds": 3}
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(command, "BENCHMARKS", {"two_lines": "one and two"})
+    return module
+
+
+def saved(folder: Path) -> tuple[list[int], bool]:
+    content = json.loads((folder / "two_lines.json").read_text())
+    return [line["data"]["ours"] for line in content["lines"]], content["finished"]
+
+
+@pytest.mark.parametrize(
+    ("end", "raised"), [(_terminate, SystemExit), (_interrupt, KeyboardInterrupt), (_fail, RuntimeError)]
+)
+def test_what_was_measured_is_kept(
+    benchmark: ModuleType, tmp_path: Path, end: Callable[[], None], raised: type[BaseException]
+) -> None:
+    benchmark.between = end
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(raised):
+        command.main(["two_lines", "--output", str(tmp_path)])
+    assert saved(tmp_path) == ([9], False)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_missed_must_is_the_status(benchmark: ModuleType, tmp_path: Path) -> None:
+    assert command.main(["two_lines", "--output", str(tmp_path)]) == 1
+    assert saved(tmp_path) == ([9, 20], True)
+
+
+@pytest.mark.parametrize(("given", "rounds"), [([], 3), (["--rounds", "5"], 5)])
+def test_quick_changes_what_is_not_given(benchmark: ModuleType, tmp_path: Path, given: list[str], rounds: int) -> None:
+    command.main(["two_lines", "--quick", *given, "--output", str(tmp_path)])
+    assert saved(tmp_path)[0][0] == rounds
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_quick_names_options_of_its_benchmark(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_options(parser, name, quick=True)
+    required = ["--against", "."] if name == "versions" else []
+    options, changed = vars(parser.parse_args([*required, "--quick"])), command.module_of(name).QUICK
+    assert changed
+    assert options | changed == options
+    actions = {action.dest for action in parser._actions}
+    assert changed.keys() <= actions
