@@ -142,6 +142,6 @@ def _tied_groups(
     for holders, tied in sorted(names.items()):
         if len(holders) > 1:
             of_holders, _ = dist.new_subgroups_by_enumeration([[ranks[h] for h in holders] for ranks in pipelines])
-            if of_holders is not None:
+            if isinstance(of_holders, dist.ProcessGroup):
                 found.append((tied, of_holders))
     return found
