@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from lightning_dist import HybridStrategy
 from lightning_dist.initialization.install import RecordedInit
+from lightning_dist.trainer.module_setup import to_device
 from tests.support import models
 from tests.support.models import BLOCK_PLAN, few_samples, samples
 from tests.support.parity import QUIET, Run, assert_parity
@@ -62,3 +64,14 @@ def _deferred(layout: str) -> tuple[set[str], set[str]]:
         RecordedInit.bind = bind  # type: ignore[method-assign]
     assert not any(p.is_meta for p in module.parameters())
     return bound, {name for name in module.state_dict() if name.startswith("net.")}
+
+
+def test_metrics_and_what_is_ready_go_to_the_device_beside_what_is_deferred() -> None:
+    """``meta`` stands for the device; the network that is deferred is on it before."""
+    module = L.LightningModule()
+    module.ready, module.later, module.metric = nn.Linear(2, 2), nn.Linear(2, 2, device="meta"), MeanMetric()
+    to_device(module, torch.device("meta"))
+    assert module.device.type == "meta"
+    assert module.ready.weight.is_meta
+    assert module.metric.device.type == "meta"
+    assert module.metric.mean_value.is_meta

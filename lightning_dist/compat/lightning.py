@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties as set_device
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device as default_backend
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.init import _EmptyInit as empty_init
@@ -56,6 +57,7 @@ hands_on(
         f"{_EPOCH}._results": "what a loop has logged",
         f"{_PL}.utilities.data._extract_batch_size": "the sizes found in a batch, of each of its tensors",
         _BACKEND: "names the backend of torch.distributed for a device",
+        "lightning.fabric.utilities.device_dtype_mixin._update_properties": "says where a partly meta module is",
         "lightning.fabric.utilities.init._EmptyInit": "leaves out the initialisation of layers, as init_module may ask",
         "lightning.fabric.utilities.optimizer._optimizers_to_device": "moves the states of optimizers",
         "lightning.fabric.utilities.types._PATH": "names what a checkpoint's path may be",

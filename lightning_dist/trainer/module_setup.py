@@ -322,8 +322,11 @@ def to_device(module: nn.Module, device: torch.device) -> None:
     if not any(tensor.is_meta for tensor in _tensors(module)):
         module.to(device)
         return
+    private.set_device(module, device=device)
     for child in module.modules():
         own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-        if own and not any(tensor.is_meta for tensor in own):
+        if not any(tensor.is_meta for tensor in _tensors(child)):
+            child.to(device)  # also what is neither parameter nor buffer, as the states of a metric
+        elif not any(tensor.is_meta for tensor in own):
             for tensor in own:
                 tensor.data = tensor.data.to(device)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, checkpoint
+from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.checksums import ChecksumFileSystem
 from tests.checkpoint.training import damage
 from tests.support import models
@@ -172,3 +173,15 @@ def test_a_removal_that_fails_after_a_save_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="notes is no checkpoint, so it is not removed"):
         saves.end()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "notes"]
+
+
+def test_the_saving_thread_is_on_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on device 0, where a context takes memory."""
+    indices: dict[int, int] = {}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda i: indices.update({threading.get_ident(): i}))
+    saves, ran = BackgroundSaves(), list[int]()
+    saves.start(Path("anywhere"), lambda _: ran.append(indices[threading.get_ident()]))
+    saves.wait()
+    assert ran == [3]
