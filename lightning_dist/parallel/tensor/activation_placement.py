@@ -123,11 +123,11 @@ def _is_close(part: Tensor, own: Tensor) -> bool:
         return False
     if not part.is_floating_point():
         return torch.equal(part, own)
-    finite = own.isfinite()
+    rounding, finite = rounding_of(own), own.isfinite()
     if not torch.equal(finite, part.isfinite()):
         return False
     part, own = part.float().where(finite, 0), own.float().where(finite, 0)
-    return float((part - own).norm()) <= rounding_of(part) * max(float(own.norm()), 1e-12)
+    return float((part - own).norm()) <= rounding * max(float(own.norm()), 1e-12)
 
 
 def _padded(tensor: Tensor, dim: int, length: int) -> Tensor:
