@@ -16,7 +16,7 @@ from lightning_dist.initialization.install import RecordedInit
 from lightning_dist.trainer.module_setup import to_device
 from tests.support import models
 from tests.support.models import BLOCK_PLAN, few_samples, samples
-from tests.support.parity import QUIET, Run, assert_parity
+from tests.support.parity import QUIET, Run, assert_parity, slow
 from tests.support.ranks import run_on_ranks
 
 
@@ -33,7 +33,7 @@ class Buffered(models.Deferred):
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_ranks"), [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("pp=2", 2), ("pp=2,dp_shard=2", 4)]
+    ("layout", "num_ranks"), [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("pp=2", 2), slow("pp=2,dp_shard=2", 4)]
 )
 def test_a_deferred_model_trains_as_one_process(layout: str, num_ranks: int) -> None:
     strategy = {"tensor_plan": BLOCK_PLAN} if "tp" in layout else {}

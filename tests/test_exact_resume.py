@@ -34,7 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_dist import HybridStrategy
 from tests.support import models
-from tests.support.parity import QUIET, once
+from tests.support.parity import QUIET, once, slow
 from tests.support.ranks import run_on_ranks
 
 SIZE = 44
@@ -348,7 +348,7 @@ def few_and_many(cases: list[tuple[Any, ...]], often: set[tuple[Any, ...]]) -> l
     ("layout", "loader", "batches"),
     few_and_many(
         list(itertools.product(["dp_shard=1", "dp_replicate=2"], LOADERS, [14, 22])),
-        {*(("dp_replicate=2", loader, 14) for loader in LOADERS), ("dp_replicate=2", stateful, 22)},
+        {("dp_replicate=2", x, 14) for x in (sorted_batches, streamed, stateful, torchdata_workers, ordered)},
     ),
 )
 def test_a_run_that_goes_on_within_an_epoch_is_the_same_to_the_bit(
@@ -458,7 +458,7 @@ def test_a_step_that_takes_its_batches_goes_on(layout: str, accumulate: int, tmp
     [
         ("dp_replicate=2", "dp_shard=1", 4, 1),
         ("dp_shard=1", "dp_shard=2", 2, 1),
-        ("dp_shard=2", "dp_replicate=2,dp_shard=2", 1, 1),
+        slow("dp_shard=2", "dp_replicate=2,dp_shard=2", 1, 1),
         ("dp_replicate=2", "dp_shard=1", 2, 2),
         ("dp_replicate=2", "dp_replicate=2", 3, 1),
     ],

@@ -16,6 +16,7 @@ from lightning_dist.explain import build_deferred
 from lightning_dist.report import LayoutReport
 from tests.recipes.runs import Blocks, uneven_decoder
 from tests.support.models import Huge
+from tests.support.parity import slow
 from tests.support.ranks import run_on_ranks
 from tests.support.reports import report_of_a_fit
 
@@ -28,7 +29,7 @@ def _reports(layout: str, sequence_parallel: bool) -> tuple[LayoutReport, Layout
     return planned, report_of_a_fit(uneven_decoder(), loader, strategy, dist.get_world_size())
 
 
-@pytest.mark.parametrize("layout", ["tp=2", "dp_shard=2", "dp_shard=2,tp=2", "dp_replicate=2,tp=2"])
+@pytest.mark.parametrize("layout", ["tp=2", "dp_shard=2", "dp_shard=2,tp=2", slow("dp_replicate=2,tp=2")])
 def test_what_is_explained_is_what_the_ranks_hold(layout: str) -> None:
     num_ranks = 2 ** layout.count("=")
     reports = run_on_ranks(num_ranks, _reports, layout, "tp" in layout)

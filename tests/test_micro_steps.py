@@ -15,7 +15,7 @@ from lightning_dist.checkpoint import full
 from lightning_dist.placeholder import is_placeholder
 from tests.support import models
 from tests.support.models import BLOCK_PLAN, samples
-from tests.support.parity import DATA_AND_TENSOR, Run, assert_equal, once, train
+from tests.support.parity import DATA_AND_TENSOR, Run, assert_equal, in_turn, once, train
 from tests.support.ranks import run_on_ranks
 
 PIPELINES = [
@@ -101,8 +101,7 @@ def train_noting_gradients(run: Run, layout: str | None) -> Any:
     return record, kept[0].seen
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("layout", "num_ranks"), [*DATA_AND_TENSOR, *PIPELINES])
+@pytest.mark.parametrize(("layout", "num_ranks", "case"), in_turn([*DATA_AND_TENSOR, *PIPELINES], CASES))
 def test_each_micro_step_shows_the_gradients_of_one_process(case: str, layout: str, num_ranks: int) -> None:
     one, seen = once(train_noting_gradients, CASES[case], None)
     assert one.norms

@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from tests.support import models
 from tests.support.models import few_samples, samples
-from tests.support.parity import Run, assert_equal, assert_parity, on_layout, once, one_process, train
+from tests.support.parity import Run, assert_equal, assert_parity, on_layout, once, one_process, slow, train
 from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2, id="replicate2"), pytest.param("dp_shard=2", 2, id="shard2")]
-HYBRID = pytest.param("dp_replicate=2,dp_shard=2", 4, id="replicate2-shard2")
+HYBRID = pytest.param("dp_replicate=2,dp_shard=2", 4, id="replicate2-shard2", marks=pytest.mark.slow)
 
 CASES: dict[str, Run] = {
     "two-epochs": Run(models.Classifier, samples, few_samples, trainer={"max_epochs": 2}),
@@ -52,7 +52,7 @@ def test_training_equals_one_process(case: str, layout: str, num_ranks: int) -> 
     assert_parity(CASES[case], layout, num_ranks)
 
 
-@pytest.mark.parametrize("case", ["two-epochs", "accumulate-and-clip", "tied", "manual-two-optimizers"])
+@pytest.mark.parametrize("case", ["accumulate-and-clip", *map(slow, ("two-epochs", "tied", "manual-two-optimizers"))])
 def test_hybrid_shard_equals_one_process(case: str) -> None:
     assert_parity(CASES[case], "dp_replicate=2,dp_shard=2", 4)
 

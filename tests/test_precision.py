@@ -28,7 +28,7 @@ from lightning_dist import HybridStrategy
 from lightning_dist.precision import cast_by_autocast, validate_precision
 from tests.support import models
 from tests.support.models import samples
-from tests.support.parity import QUIET, once, whole_weights
+from tests.support.parity import QUIET, in_turn, once, slow, whole_weights
 from tests.support.ranks import run_on_ranks
 
 LAYOUTS = ["dp_replicate=2", "dp_shard=2"]
@@ -48,8 +48,13 @@ class OwnScaler(torch.amp.GradScaler):
     """A user's, of which the strategy knows nothing."""
 
 
-@pytest.mark.parametrize("scaler", [None, OwnScaler], ids=["torch's", "own"])
-@pytest.mark.parametrize(("layout", "num_ranks"), [*((layout, 2) for layout in LAYOUTS), ("pp=2", 2), ("pp=4", 4)])
+@pytest.mark.parametrize(
+    ("layout", "num_ranks", "scaler"),
+    in_turn(
+        [pytest.param(x, int(x[-1]), id=f"{x}-{x[-1]}") for x in (*LAYOUTS, "pp=2", "pp=4")],
+        [pytest.param(None, id="torch's"), pytest.param(OwnScaler, id="own")],
+    ),
+)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(layout: str, num_ranks: int, scaler: Any) -> None:
     one = once(_scaled, "dp_shard=1", scaler)
     for scale, weights in run_on_ranks(num_ranks, _scaled, layout, scaler):
@@ -282,8 +287,7 @@ def _off(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
-@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "layout"), in_turn(PRECISIONS, ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2"]))
 def test_every_precision_trains_as_in_one_process(precision: str, layout: str) -> None:
     losses, weights = once(_trained, precision, None)
     tolerance = PRECISIONS[precision][1]
@@ -293,11 +297,15 @@ def test_every_precision_trains_as_in_one_process(precision: str, layout: str) -
         assert {w.dtype for w in rank_weights.values()} == {w.dtype for w in weights.values()}
 
 
-@pytest.mark.parametrize(
-    ("precision", "first"),
-    # torch runs no LSTM in float16 on the CPU, in one process either
-    [(p, first) for p in ("16-mixed", "bf16-mixed") for first in NORMS if (p, first) != ("16-mixed", "LSTM")],
-)
+# torch runs no LSTM in float16 on the CPU, in one process either
+CAST = [(p, first) for p in ("16-mixed", "bf16-mixed") for first in NORMS if (p, first) != ("16-mixed", "LSTM")]
+QUICK = {
+    *(("16-mixed", first) for first in ("LayerNorm", "Conv1d")),
+    *(("bf16-mixed", first) for first in ("BatchNorm", "LSTM", "attention")),
+}
+
+
+@pytest.mark.parametrize(("precision", "first"), [case if case in QUICK else slow(*case) for case in CAST])
 def test_sharding_rounds_only_what_autocast_rounds(precision: str, first: str) -> None:
     (losses, weights), *_ = run_on_ranks(2, _trained, precision, "dp_replicate=2", first)
     for rank_losses, rank_weights in run_on_ranks(2, _trained, precision, "dp_shard=2", first):

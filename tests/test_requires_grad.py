@@ -18,7 +18,7 @@ from lightning_dist.parallel import ddp
 from tests.support import models
 from tests.support.collectives import counting
 from tests.support.models import BLOCK_PLAN, WIDTH, Block, samples
-from tests.support.parity import DATA_AND_TENSOR, QUIET, Run, assert_equal, once, train
+from tests.support.parity import DATA_AND_TENSOR, QUIET, Run, assert_equal, in_turn, once, train
 from tests.support.ranks import run_on_ranks
 
 
@@ -285,8 +285,7 @@ def train_noting_flags(run: Run, layout: str | None) -> Any:
     return record, kept[0].seen, {name: p.requires_grad for name, p in kept[0].named_parameters()}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("layout", "num_ranks"), DATA_AND_TENSOR)
+@pytest.mark.parametrize(("layout", "num_ranks", "case"), in_turn(DATA_AND_TENSOR, CASES))
 def test_flags_that_change_train_what_one_process_trains(case: str, layout: str, num_ranks: int) -> None:
     one, seen, flags = once(train_noting_flags, CASES[case], None)
     assert one.losses

@@ -28,7 +28,7 @@ CASES = [
     ("dp_replicate=2", "auto", "dp_shard=2"),
     ("dp_replicate=2", "sharded", "dp_shard=1"),
     (None, "auto", "dp_shard=2"),
-    ("dp_replicate=2,dp_shard=2", "auto", "dp_shard=2"),
+    slow("dp_replicate=2,dp_shard=2", "auto", "dp_shard=2"),
 ]
 
 

@@ -15,9 +15,14 @@ from tests.support.scripts import ROOT, assert_no_process_left, finish, start
 @pytest.mark.parametrize(
     ("strategy", "torchrun"),
     [
-        pytest.param("'hybrid'", False, id="lightnings-launch"),
+        pytest.param("'hybrid'", False, id="lightnings-launch", marks=pytest.mark.slow),
         pytest.param("'hybrid'", True, id="torchrun"),
-        pytest.param("lightning_dist.HybridStrategy('dp_shard=2', start_method='spawn')", False, id="spawn"),
+        pytest.param(
+            "lightning_dist.HybridStrategy('dp_shard=2', start_method='spawn')",
+            False,
+            id="spawn",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_script_trains(strategy: str, torchrun: bool, tmp_path: Path) -> None:

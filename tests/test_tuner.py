@@ -213,12 +213,12 @@ def search_size(layout: str, where: str, failing: tuple[int, ...], mode: str) ->
 @pytest.mark.parametrize(
     ("layout", "where", "failing", "mode"),
     [
-        ("dp_replicate=2", "within", (1,), "power"),
+        slow("dp_replicate=2", "within", (1,), "power"),
         ("dp_replicate=2", "forward", (0,), "binsearch"),
         ("dp_replicate=2", "backward", (1,), "power"),
-        ("dp_replicate=2", "step", (1,), "power"),
+        slow("dp_replicate=2", "step", (1,), "power"),
         ("dp_shard=2", "within", (0, 1), "power"),
-        ("dp_shard=2", "forward", (1,), "power"),
+        slow("dp_shard=2", "forward", (1,), "power"),
         ("dp_shard=2", "step", (1,), "power"),
     ],
 )
@@ -248,7 +248,8 @@ def tune(layout: str | None) -> tuple[list[int | None], float | None, list[float
     return sizes, finder.suggestion(), watch.losses
 
 
-@pytest.mark.parametrize("layout", [slow("dp_replicate=2"), "dp_shard=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2"])
 def test_tuner_finds_what_it_finds_in_one_process(layout: str) -> None:
     sizes, suggestion, losses = tune(None)
     for found, suggested, other in run_on_ranks(2, tune, layout):

@@ -69,6 +69,7 @@ def _verdicts() -> dict[str, str]:
     return {f"{line.group}: {line.what}": line.verdict for line in lines}
 
 
+@pytest.mark.slow
 def test_clip_norm_costs_one_collective_and_accumulation_none() -> None:
     verdicts = run_on_ranks(2, _verdicts)[0]
     asked = {what: verdict for what, verdict in verdicts.items() if "clip norm" in what or "micro-steps" in what}

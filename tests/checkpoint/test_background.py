@@ -22,8 +22,8 @@ from tests.support.parity import QUIET
 from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = [
-    *[("dp_shard=1", 1), ("dp_shard=2", 2), ("dp_replicate=2", 2), ("pp=2", 2), ("dp_shard=2,tp=2", 4)],
-    pytest.param("dp_replicate=2,dp_shard=2", 4, marks=pytest.mark.slow),
+    *[("dp_shard=1", 1), ("dp_shard=2", 2), ("dp_replicate=2", 2), ("pp=2", 2)],
+    *(pytest.param(layout, 4, marks=pytest.mark.slow) for layout in ("dp_shard=2,tp=2", "dp_replicate=2,dp_shard=2")),
 ]
 
 

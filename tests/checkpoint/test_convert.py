@@ -178,6 +178,7 @@ def _save_divided(base: torch.Tensor, path: Path) -> None:
     checkpoint.save({"state_dict": state}, path, sharded=True)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     sizes = [20_000_000, *[5_000_000] * 16]  # 400 MB, the largest tensor 80
     state = {f"w{number}": torch.randn(size) for number, size in enumerate(sizes)}

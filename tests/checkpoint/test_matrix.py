@@ -20,7 +20,7 @@ from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
 from tests.recipes.runs import RUNS, VOCABULARY
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 
 RANKS = {
@@ -107,9 +107,9 @@ def check(recipe: str, optimizer: str, saving: str, loading: list[str], folder: 
     ("saving", "loading"),
     [
         ("dp_shard=1", "pp=2"),
-        ("dp_replicate=2", "dp_shard=2,tp=2"),
-        pytest.param("pp=2,tp=2", "dp_shard=2", marks=pytest.mark.slow),
-        ("dp_shard=2,tp=2", "pp=2,dp_shard=2"),
+        slow("dp_replicate=2", "dp_shard=2,tp=2"),
+        slow("pp=2,tp=2", "dp_shard=2"),
+        slow("dp_shard=2,tp=2", "pp=2,dp_shard=2"),
     ],
 )
 def test_a_run_goes_on_under_another_layout(saving: str, loading: str, tmp_path: Path) -> None:

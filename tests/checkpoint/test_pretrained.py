@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import HybridStrategy, checkpoint
 from tests.checkpoint.training import build
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 
 SMALL: Any = {
@@ -123,11 +123,10 @@ def _begin(family: str, layout: str, source: Path, target: Path) -> None:
 
 
 LAYOUTS = [(family, layout) for family in MODELS for layout in ("dp_shard=2", "tp=2", "pp=2")]
+CASES = [case for case in LAYOUTS if case not in (("torchvision", "tp=2"), ("mixtral", "pp=2"))]
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"), [case for case in LAYOUTS if case not in (("torchvision", "tp=2"), ("mixtral", "pp=2"))]
-)
+@pytest.mark.parametrize(("family", "layout"), [slow(*case) if i % 2 else case for i, case in enumerate(CASES)])
 def test_training_begins_from_what_others_published(family: str, layout: str, tmp_path: Path) -> None:
     source, weights = write(family, tmp_path)
     run_on_ranks(2, _begin, family, layout, source, tmp_path / "start.ckpt")

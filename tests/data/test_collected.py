@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.data.strategies import LAYOUTS, strategy_of
+from tests.data.strategies import layouts, strategy_of
 from tests.support import models
 from tests.support.parity import QUIET, once
 from tests.support.ranks import run_on_ranks
@@ -120,7 +120,7 @@ def evaluate(layout: str | None, count: int) -> dict[str, Any]:
     return {"found": results, "callback": float(rows), "batches": len(remembers.batches)}
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2", "tp=2"))
 @pytest.mark.parametrize("count", [3, 20, 22])
 def test_what_is_collected_by_hand_is_each_sample_once(layout: str, num_ranks: int, count: int) -> None:
     one = once(evaluate, None, count)

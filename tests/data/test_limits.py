@@ -95,7 +95,7 @@ def dropping(ranks: int) -> Any:
     return ordinary(ranks, 47, True)
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_replicate=2,dp_shard=2"))
+@pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2"))
 @pytest.mark.parametrize(
     "options",
     [

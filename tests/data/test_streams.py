@@ -107,7 +107,7 @@ def fit(
     }
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"))
+@pytest.mark.parametrize(("layout", "num_ranks"), layouts("dp_replicate=2", "dp_shard=2"))
 @pytest.mark.parametrize("kind", [Plain, Sized])
 def test_a_stream_that_nobody_shards_is_read_as_in_one_process(layout: str, num_ranks: int, kind: type[Plain]) -> None:
     one = once(fit, None, kind, 0)

@@ -100,7 +100,7 @@ def _no_bias(name: str, value: Any) -> bool:
     return "bias" not in name
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), [("dp_replicate=2", 2), ("dp_shard=2,tp=2", 4)])
+@pytest.mark.parametrize(("layout", "num_ranks"), [("dp_replicate=2", 2), slow("dp_shard=2,tp=2", 4)])
 def test_loads_some_of_it(layout: str, num_ranks: int, saved: dict[str, Path], tmp_path: Path) -> None:
     one = torch.load(saved["None"])
     torch.save(one["model"], tmp_path / "raw.pt")

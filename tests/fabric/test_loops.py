@@ -45,7 +45,7 @@ def test_equals_one_process(case: Callable[..., Any], layouts: list[tuple[str, i
             _assert_weights(expected, found, 5 * TOLERANCE)
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS[:3], slow(*LAYOUTS[3])])
 def test_evaluation_equals_one_process(layout: str, num_ranks: int) -> None:
     losses, weights, accuracy = once(cases.evaluation, None)
     for found_losses, found, found_accuracy in run_on_ranks(num_ranks, cases.evaluation, layout):
@@ -73,8 +73,8 @@ def test_ranks_that_are_seeded_apart_deal_one_order() -> None:
         ("dp_shard=2", 2, {"shard_units": ["blocks.1", "head"], "checkpoint_format": "single"}),
         ("tp=2", 2, {"sequence_parallel": True}),
         ("dp_shard=2", 2, {"compile": {"backend": "eager"}}),
-        ("dp_replicate=2,dp_shard=2", 4, {}),
-        ("dp_replicate=2,tp=2", 4, {}),
+        slow("dp_replicate=2,dp_shard=2", 4, {}),
+        slow("dp_replicate=2,tp=2", 4, {}),
     ],
 )
 def test_options(layout: str, num_ranks: int, options: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ def test_workers_draw_by_data_rank(layout: str, alike: bool) -> None:
     assert (first == second) == alike
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS[:3], slow(*LAYOUTS[3])])
 def test_ranks_begin_alike_and_draw_apart(layout: str, num_ranks: int) -> None:
     found = run_on_ranks(num_ranks, cases.initial_and_later, layout)
     data_ranks = 1 if layout == "tp=2" else 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Tied, momentum, train
-from tests.support.parity import Record, assert_equal, once
+from tests.support.parity import Record, assert_equal, once, slow
 from tests.support.ranks import run_on_ranks
 
 LOOPS = {
@@ -24,7 +24,7 @@ def one(request: Any) -> tuple[Loop, Record]:
     return loop, once(train, loop, None)
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS[:3], slow(*LAYOUTS[3])])
 def test_equals_one_process(one: tuple[Loop, Record], layout: str, num_ranks: int) -> None:
     loop, expected = one
     assert len(expected.losses) == 16

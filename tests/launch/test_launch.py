@@ -30,6 +30,7 @@ def test_results_come_by_rank_and_the_caller_is_left_as_it_was(tmp_path: Path, m
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.slow
 def test_the_rank_that_failed_first_is_told_once_and_all_end(tmp_path: Path, capfd):
     with pytest.raises(WorkerFailed) as failure:
         launch(workers.fail_as_second_rank, str(tmp_path), num_processes=2)
@@ -46,6 +47,7 @@ def test_the_rank_that_failed_first_is_told_once_and_all_end(tmp_path: Path, cap
     assert running(noted_pids(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_killed_rank_restarts_all_ranks(tmp_path: Path):
     assert launch(workers.die_once, str(tmp_path), num_processes=2, max_restarts=1) == [1, 1]
     assert len(noted_pids(tmp_path)) == 4

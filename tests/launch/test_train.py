@@ -13,6 +13,7 @@ import pytest
 
 from tests.launch.commands import ROOT, command, run
 from tests.launch.processes import noted_pids, running
+from tests.support.parity import slow
 
 
 def result(directory: Path) -> dict:
@@ -78,6 +79,7 @@ def test_interrupt_ends_the_ranks_and_the_sweep(tmp_path: Path):
     assert not (tmp_path / "1").exists()
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_ranks_join(tmp_path: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
     done = run([*torchrun, *command(directory=tmp_path)[2:]])
@@ -98,12 +100,12 @@ def test_sweep_under_torchrun_is_refused():
     ("wrong", "told"),
     [
         ("optimizer.lrr=1", ["no key optimizer.lrr", "Did you mean lr?"]),
-        ("strategi=ddp", ["no key strategi", "Did you mean strategy"]),
-        ("trainer.max_epoch=3", ["no key trainer.max_epoch", "max_epochs"]),
+        slow("strategi=ddp", ["no key strategi", "Did you mean strategy"]),
+        slow("trainer.max_epoch=3", ["no key trainer.max_epoch", "max_epochs"]),
         ("strategy=dpp", ["Available options in 'strategy'", "Did you mean ddp"]),
-        ("model=", ["Available options in 'model'"]),
-        ("model.in_features=???", ["needs a value for model.in_features"]),
-        pytest.param("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"], marks=pytest.mark.slow),
+        slow("model=", ["Available options in 'model'"]),
+        slow("model.in_features=???", ["needs a value for model.in_features"]),
+        slow("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
     ],
 )
 def test_wrong_config_is_told_in_one_message(wrong: str, told: list[str], tmp_path: Path):
@@ -115,6 +117,7 @@ def test_wrong_config_is_told_in_one_message(wrong: str, told: list[str], tmp_pa
         assert part in done.stderr
 
 
+@pytest.mark.slow
 def test_wrong_layouts_fail_their_jobs_before_a_rank_starts(tmp_path: Path):
     layouts = "+strategy.layout={dp_shard:3},{dp_shrad:2}"
     done = run(command("-m", layouts, "trainer.devices=1,0", directory=tmp_path))

@@ -22,6 +22,7 @@ from lightning_dist.parallel.pipeline.stages import hide_parameters
 from lightning_dist.parallel.pipeline.tracing import trace_step
 from lightning_dist.placeholder import is_placeholder
 from tests.pipeline.families import FAMILIES
+from tests.support.parity import slow
 
 CPU = torch.device("cpu")
 
@@ -84,8 +85,15 @@ def run_stages(module: L.LightningModule, batch: Any, num_stages: int) -> tuple[
     return loss.detach(), summed, held
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("num_stages", [pytest.param(2, marks=pytest.mark.slow), 4])
+BY_DEFAULT = {
+    *("recipe decoder", "recipe vit", "resnet18", "torchvision swin", "sequencer2d"),
+    *("mixtral", "gpt2", "bert", "t5", "u-net"),
+}
+"""One of each kind of structure."""
+
+
+@pytest.mark.parametrize("name", [name if name in BY_DEFAULT else slow(name) for name in FAMILIES])
+@pytest.mark.parametrize("num_stages", [slow(2), 4])
 def test_stages_equal_the_whole(name: str, num_stages: int) -> None:
     torch.manual_seed(0)
     network, batch = FAMILIES[name]()

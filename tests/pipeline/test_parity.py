@@ -103,6 +103,11 @@ CASES: dict[str, tuple[Run, str, int]] = {
     "replicate": (Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE), "pp=2,dp_replicate=2", 4),
     "shard": (Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE), "pp=2,dp_shard=2", 4),
     "shard-tied": (Run(models.Tied, samples, few_samples, trainer=ACCUMULATE), "pp=2,dp_shard=2", 4),
+    "tensor": (
+        Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE, strategy={"tensor_plan": models.BLOCK_PLAN}),
+        "pp=2,tp=2",
+        4,
+    ),
     "shard-gathered-often": (
         Run(models.Grouped, samples, few_samples, trainer=ACCUMULATE, strategy={"pipeline_reshard": True}),
         "pp=2,dp_shard=2",
@@ -132,7 +137,11 @@ CASES: dict[str, tuple[Run, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "compiled" else name for name in CASES])
+ON_DEMAND = {"shard-tied", "shard-gathered-often", "shard-recomputed-in-part", "shard-compiled"}
+"""What two ranks, or the shards alone, show too."""
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in ON_DEMAND else name for name in CASES])
 def test_training_equals_one_process(name: str) -> None:
     run, layout, num_ranks = CASES[name]
     assert_parity(run, layout, num_ranks)
@@ -153,7 +162,8 @@ def test_twenty_steps_of_the_recipes_equal_one_process(recipe: str, schedule: st
     assert_parity(run, layout, 4 if "," in layout else 2)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("pp=2,tp=2", marks=pytest.mark.slow), "pp=2,dp_replicate=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp=2,tp=2", "pp=2,dp_replicate=2"])
 def test_twenty_steps_of_a_language_model_equal_one_process(layout: str) -> None:
     run = replace(RUNS["language_model"], strategy={"sequence_parallel": "tp" in layout})
     assert_parity(run, layout, 4)
@@ -228,9 +238,9 @@ def _predict(layout: str) -> Tensor:
     [
         ("pp=2", "sharded", "pp=4"),
         slow("pp=2", "single", "pp=4"),
-        ("pp=2,dp_shard=2", "sharded", "dp_shard=2"),
+        slow("pp=2,dp_shard=2", "sharded", "dp_shard=2"),
         ("pp=2,dp_shard=2", "single", None),
-        (None, "single", "pp=2,dp_shard=2"),
+        slow(None, "single", "pp=2,dp_shard=2"),
         ("dp_shard=2", "sharded", "pp=2"),
     ],
 )
@@ -369,7 +379,7 @@ def _counted(module: Any) -> tuple[dict[str, int], dict[str, int]]:
     ("layout", "precision"),
     [
         ("pp=2", "32-true"),
-        ("pp=2,dp_shard=2", "64-true"),
+        slow("pp=2,dp_shard=2", "64-true"),
         slow("pp=2", "64-true"),
         slow("pp=2,dp_shard=2", "32-true"),
     ],
@@ -485,7 +495,7 @@ class Summing(models.Tied):
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("layout", ["pp=2", "pp=2,dp_replicate=2", "pp=2,dp_shard=2"])
+@pytest.mark.parametrize("layout", ["pp=2", slow("pp=2,dp_replicate=2"), slow("pp=2,dp_shard=2")])
 def test_gradients_that_are_kept_over_steps_count_once(layout: str) -> None:
     assert_parity(Run(Summing, samples), layout, 4 if "," in layout else 2)
 

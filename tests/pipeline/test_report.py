@@ -21,7 +21,7 @@ from lightning_dist.report import LayoutReport
 from lightning_dist.report.timeline import draw, waiting
 from tests.recipes.runs import Blocks, uneven_decoder
 from tests.support.models import deep, samples
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 from tests.support.reports import report_of_a_fit
 
@@ -35,7 +35,11 @@ def _reports(layout: str, schedule: str) -> tuple[LayoutReport, LayoutReport]:
 
 @pytest.mark.parametrize(
     ("layout", "schedule", "num_ranks"),
-    [("pp=2", "1F1B", 2), ("pp=2", "ZBVZeroBubble", 2), ("pp=2,tp=2", "1F1B", 4), ("pp=2,dp_shard=2", "1F1B", 4)],
+    [
+        ("pp=2", "1F1B", 2),
+        ("pp=2", "ZBVZeroBubble", 2),
+        *(slow(f"pp=2,{axis}=2", "1F1B", 4) for axis in ("tp", "dp_shard")),
+    ],
 )
 def test_the_stages_that_are_explained_are_those_of_the_ranks(layout: str, schedule: str, num_ranks: int) -> None:
     reports = run_on_ranks(num_ranks, _reports, layout, schedule)

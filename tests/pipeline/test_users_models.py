@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lightning_dist import HybridStrategy
-from tests.support.parity import QUIET, once
+from tests.support.parity import QUIET, once, slow
 from tests.support.ranks import run_on_ranks
 
 SIZE = 64
@@ -199,9 +199,9 @@ def _on_pipeline(name: str, options: dict[str, Any]) -> tuple[list[float], dict[
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("faster", {}),
+        slow("faster", {}),
         # its mask loss is a mean over boxes, not over pictures
-        pytest.param("mask", {"num_microbatches": 1}, marks=pytest.mark.slow),
+        slow("mask", {"num_microbatches": 1}),
         ("sets", {}),
         ("sets", {"pipeline_schedule": "Interleaved1F1B"}),
         ("autoencoder", {}),

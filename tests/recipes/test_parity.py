@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.recipes.runs import RUNS
-from tests.support.parity import assert_parity
+from tests.support.parity import assert_parity, slow
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_ranks"), [("dp_replicate=2", 2), ("dp_shard=2", 2), ("dp_replicate=2,dp_shard=2", 4), ("pp=2", 2)]
+    ("layout", "num_ranks"),
+    [("dp_replicate=2", 2), ("dp_shard=2", 2), slow("dp_replicate=2,dp_shard=2", 4), ("pp=2", 2)],
 )
 @pytest.mark.parametrize("recipe", RUNS)
 def test_twenty_steps_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:

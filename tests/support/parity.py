@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,24 @@ QUIET: dict[str, Any] = {
 def slow(*values: Any) -> Any:
     """Arguments of a test that is run on demand."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def in_turn(one: Iterable[Any], other: Iterable[Any]) -> list[Any]:
+    """Arguments of a test: each of one with each of the other; every second pair is run on demand, so all are shown.
+
+    Args:
+        one: strings, or values as ``pytest.param`` has them, with an id.
+        other: likewise.
+    """
+    axes = [[x if hasattr(x, "marks") else pytest.param(x, id=x) for x in axis] for axis in (one, other)]
+    return [
+        pytest.param(
+            *(*a.values, *b.values),
+            id=f"{a.id}-{b.id}",
+            marks=[*a.marks, *b.marks, *[pytest.mark.slow] * ((i + j) % 2)],
+        )
+        for (i, a), (j, b) in itertools.product(*map(enumerate, axes))
+    ]
 
 
 def trainer(layout: str, **arguments: Any) -> L.Trainer:

@@ -27,9 +27,9 @@ CASES = [
     slow("tp=2", "auto", "tp=4"),
     ("dp_shard=2,tp=2", "auto", "tp=2"),
     slow("dp_shard=2,tp=2", "single", "dp_replicate=2,tp=2"),
-    ("dp_replicate=2,tp=2", "auto", "dp_shard=2"),
+    slow("dp_replicate=2,tp=2", "auto", "dp_shard=2"),
     slow("dp_shard=2", "auto", "dp_shard=2,tp=2"),
-    (None, "auto", "dp_shard=2,tp=2"),
+    slow(None, "auto", "dp_shard=2,tp=2"),
 ]
 
 
@@ -74,7 +74,7 @@ def test_a_run_goes_on_under_another_layout(
     torch.testing.assert_close([*first, *second], whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["tp=2", "dp_shard=2,tp=2"])
+@pytest.mark.parametrize("layout", ["tp=2", slow("dp_shard=2,tp=2")])
 def test_names_and_shapes_are_those_of_the_plain_model(layout: str, tmp_path: Path) -> None:
     fit(tmp_path / "plain", None, 1, None)
     on(layout, tmp_path, layout, 1, None)

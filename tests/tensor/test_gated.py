@@ -94,8 +94,7 @@ def test_gated_modules_are_divided_by_columns_and_rows(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "layout", "num_ranks"),
-    [(kind, "tp=2", 2) for kind in KINDS]
-    + [(slow if kind != "SwiGLU" else pytest.param)(kind, "dp_shard=2,tp=2", 4) for kind in KINDS],
+    [(kind, "tp=2", 2) for kind in KINDS] + [slow(kind, "dp_shard=2,tp=2", 4) for kind in KINDS],
 )
 def test_gated_modules_train_as_in_one_process(kind: str, layout: str, num_ranks: int) -> None:
     assert_parity(Run(partial(Classifies, kind), samples, samples), layout, num_ranks)

@@ -21,12 +21,13 @@ from tests.support.parity import Run, assert_parity, on_layout, one_process, slo
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), [*LAYOUTS[:2], slow(*LAYOUTS[2])])
+@pytest.mark.parametrize(("layout", "num_ranks"), [LAYOUTS[0], *(slow(*layout) for layout in LAYOUTS[1:])])
 @pytest.mark.parametrize("recipe", RUNS)
 def test_twenty_steps_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:
     assert_parity(RUNS[recipe], layout, num_ranks)
 
 
+@pytest.mark.slow
 def test_four_ranks_divide_four_heads() -> None:
     assert_parity(RUNS["image_classification"], "tp=4", 4)
 
@@ -90,7 +91,7 @@ def uneven_decoder() -> L.LightningModule:
 
 @pytest.mark.parametrize(
     ("layout", "num_ranks", "loss_parallel"),
-    [("tp=2", 2, False), ("dp_shard=2,tp=2", 4, True), slow("dp_replicate=2,tp=2", 4, True)],
+    [("tp=2", 2, False), slow("dp_shard=2,tp=2", 4, True), slow("dp_replicate=2,tp=2", 4, True)],
 )
 def test_uneven_widths_equal_one_process(layout: str, num_ranks: int, loss_parallel: bool) -> None:
     run = replace(RUNS["language_model"], module=uneven_decoder, strategy={"loss_parallel": loss_parallel})
@@ -101,8 +102,8 @@ def test_uneven_widths_equal_one_process(layout: str, num_ranks: int, loss_paral
     ("mode", "layout", "num_ranks"),
     [
         ("full", *LAYOUTS[0]),
-        ("selective", *LAYOUTS[1]),
-        *(slow(*case) for case in (("full", *LAYOUTS[1]), ("selective", *LAYOUTS[0]))),
+        *(slow(mode, *layout) for mode, layout in (("selective", LAYOUTS[1]), ("full", LAYOUTS[1]))),
+        slow("selective", *LAYOUTS[0]),
     ],
 )
 def test_recomputed_blocks_equal_one_process(mode: str, layout: str, num_ranks: int) -> None:
@@ -111,6 +112,7 @@ def test_recomputed_blocks_equal_one_process(mode: str, layout: str, num_ranks: 
     assert_parity(run, layout, num_ranks)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_equal_one_process() -> None:
     assert_parity(replace(RUNS["language_model"], strategy={"compile": {"backend": "aot_eager"}}), "tp=2", 2)
 
@@ -119,8 +121,7 @@ def test_compiled_blocks_equal_one_process() -> None:
     ("recipe", "layout", "num_ranks"),
     [
         ("image_classification", "tp=2", 2),
-        ("language_model", *LAYOUTS[1]),
-        *(slow("language_model", *layout) for layout in (LAYOUTS[0], LAYOUTS[2])),
+        *(slow("language_model", *layout) for layout in LAYOUTS),
     ],
 )
 def test_divided_positions_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:
@@ -130,7 +131,8 @@ def test_divided_positions_equal_one_process(recipe: str, layout: str, num_ranks
     assert_parity(replace(run, strategy={"sequence_parallel": True}, trainer=trainer), layout, num_ranks)
 
 
-@pytest.mark.parametrize("mode", [slow("none"), "full", slow("selective")])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_uneven_positions_and_recomputed_blocks_equal_one_process(mode: str) -> None:
     strategy = {"sequence_parallel": True, "activation_checkpointing": mode}
     assert_parity(replace(NORMS, strategy=strategy), "dp_shard=2,tp=2", 4)
@@ -142,7 +144,8 @@ def test_divided_positions_of_four_ranks_equal_one_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_ranks", "loss_parallel"), [("tp=2", 2, False), slow("tp=2", 2, True), ("dp_shard=2,tp=2", 4, True)]
+    ("layout", "num_ranks", "loss_parallel"),
+    [slow("tp=2", 2, False), ("tp=2", 2, True), slow("dp_shard=2,tp=2", 4, True)],
 )
 def test_double_precision_equals_one_process_to_double_rounding(
     layout: str, num_ranks: int, loss_parallel: bool
@@ -162,7 +165,7 @@ def test_double_precision_equals_one_process_to_double_rounding(
 
 @pytest.mark.parametrize(
     ("precision", "layout", "num_ranks"),
-    [slow("bf16-mixed", "tp=2", 2), ("bf16-mixed", "dp_shard=2,tp=2", 4), ("bf16-true", "tp=2", 2)],
+    [slow("bf16-mixed", "tp=2", 2), slow("bf16-mixed", "dp_shard=2,tp=2", 4), ("bf16-true", "tp=2", 2)],
 )
 def test_sixteen_bits_train_as_in_one_process(precision: str, layout: str, num_ranks: int) -> None:
     """Within one unit in the last place of bfloat16: sums are taken in another order."""

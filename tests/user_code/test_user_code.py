@@ -6,15 +6,27 @@ import functools
 
 import pytest
 
+from tests.support.parity import slow
 from tests.user_code.case import LAYOUTS, PIPELINES, num_ranks
 from tests.user_code.cases import CASES, ON_DEMAND, REFUSED_IN_PIPELINES, REFUSED_IN_SOME, THEMES, expected
 from tests.user_code.verdict import Outcome, fits, outcomes
 
 
 @functools.cache
-def outcomes_of(name: str, ranks: int) -> dict[str, Outcome]:
-    """Of the layouts of so many ranks, which share the starts of processes and one process's numbers."""
-    return outcomes(CASES[name], [layout for layout in LAYOUTS if num_ranks(layout) == ranks])
+def by_default(name: str) -> list[str]:
+    """Layouts of two ranks: all that refuse the case and, in turn over the cases, one of the others."""
+    refused, exact = [], []
+    for layout in (x for x in LAYOUTS if num_ranks(x) == 2 and name not in ON_DEMAND):
+        (refused if layout in CASES[name].refused else exact).append(layout)
+    turn = list(CASES).index(name) % max(len(exact), 1)
+    return refused + exact[turn : turn + 1]
+
+
+@functools.cache
+def outcomes_of(name: str, ranks: int, quick: bool) -> dict[str, Outcome]:
+    """Of layouts that are run together: they share the starts of processes and one process's numbers."""
+    together = [x for x in LAYOUTS if num_ranks(x) == ranks and (x in by_default(name)) == quick]
+    return outcomes(CASES[name], together)
 
 
 def test_names_are_used_once() -> None:
@@ -22,10 +34,11 @@ def test_names_are_used_once() -> None:
     assert not (ON_DEMAND | REFUSED_IN_PIPELINES | REFUSED_IN_SOME.keys()) - CASES.keys()
 
 
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=[pytest.mark.slow] * (num_ranks(x) > 2)) for x in LAYOUTS])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ON_DEMAND)) for n in CASES])
+@pytest.mark.parametrize(
+    ("name", "layout"), [(pytest.param if x in by_default(n) else slow)(n, x) for n in CASES for x in LAYOUTS]
+)
 def test_as_one_process_or_refused(name: str, layout: str) -> None:
-    outcome = outcomes_of(name, num_ranks(layout))[layout]
+    outcome = outcomes_of(name, num_ranks(layout), layout in by_default(name))[layout]
     assert fits(CASES[name], layout, outcome), f"{LAYOUTS[layout]}: {outcome}"
 
 
