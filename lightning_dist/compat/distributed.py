@@ -89,7 +89,12 @@ STATE_KEYS = (STATE_KEY, REGISTRY_KEY)
 
 _state = method("torch.distributed.fsdp.FSDPModule._get_fsdp_state", "what fully_shard knows of a module")
 free_gathered = method(f"{_GROUP}._to_sharded", "registers a group's shards again, and frees what was gathered")
-gathered_of = getter(f"{_PARAMETER}._unsharded_param", "the whole parameter of one, if it was gathered once", None)
+
+
+@uses(f"{_PARAMETER}._unsharded_param")
+def gathered_of(parameter: Any) -> nn.Parameter | None:
+    """The whole parameter of one that is sharded, if it was gathered once."""
+    return getattr(parameter, "_unsharded_param", None)
 
 
 @uses(f"{_STATE}._fsdp_param_groups")

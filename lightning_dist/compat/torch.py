@@ -76,8 +76,6 @@ for _name in MODULE_REGISTRIES:
     hands_on({f"torch.nn.Module.{_name}": "where a module keeps them, beside its plain attributes"})
 
 children_of = getter("torch.nn.Module._modules", "a module's children by name, which may be any string")
-own_parameters = getter("torch.nn.Module._parameters", "a module's own, by name; an attribute may stand before one")
-own_buffers = getter("torch.nn.Module._buffers", "the buffers that are a module's own, by name")
 compiled_call = getter("torch.nn.Module._compiled_call_impl", "what module.compile() made of a module's call; or None")
 versions_of = getter("torch.nn.Module._metadata", "the versions of a module's parts, by name, in its state dict", None)
 call_uncompiled = method("torch.nn.Module._call_impl", "calls a module's hooks and forward, also where compiled")
@@ -87,6 +85,18 @@ set_versions = setter("torch.nn.Module._metadata", "gives a state dict the versi
 def registries(*of_each: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module that keeps these parameters, buffers and modules as its own."""
     return dict(zip(MODULE_REGISTRIES, of_each, strict=True))
+
+
+@uses("torch.nn.Module._parameters")
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own, by name; an attribute may stand before one. ``torch.compile`` traces it."""
+    return module._parameters
+
+
+@uses("torch.nn.Module._buffers")
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that are a module's own, by name."""
+    return module._buffers
 
 
 @uses("torch.nn.Module._call_impl")

@@ -164,7 +164,12 @@ class Region:
 
     def _copy_inputs(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         positions = self.positions if self.positions is not None and self.positions.is_inside else None
-        copied = once_each(self.copied if positions is None else positions.gather_input)
+        every = once_each(self.copied if positions is None else positions.gather_input)
+
+        def copied(value: Any) -> Any:
+            # what is not changed is not looked up: torch.compile would trace anew for each object
+            return every(value) if positions is not None or getattr(value, "requires_grad", False) else value
+
         return self.rewrite(args, kwargs, lambda name, value: value if name in self.stays else tree_map(copied, value))
 
     def copied(self, value: Tensor) -> Tensor:
