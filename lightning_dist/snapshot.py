@@ -55,10 +55,9 @@ class Snapshot:
         attributes = {name: value for name, value in vars(owner).items() if name not in _attributes_of_lightning()}
 
         def undo() -> None:
-            now = vars(owner)
-            for name in [name for name in now if name not in attributes and name not in _attributes_of_lightning()]:
-                del now[name]
-            now.update(attributes)
+            for name in vars(owner).keys() - attributes.keys() - _attributes_of_lightning():
+                del vars(owner)[name]
+            vars(owner).update(attributes)
 
         self._undos.append(undo)
         self.add(*attributes.values())
@@ -77,8 +76,7 @@ class Snapshot:
             elif isinstance(value, torch.Generator):
                 self._undos.append(partial(value.set_state, value.get_state()))
             elif isinstance(value, nn.Module):
-                undo = self._of_module(value)
-                self._undos += [] if undo is None else [undo]
+                self._undos += filter(None, [self._of_module(value)])
             elif isinstance(value, (Tensor, np.ndarray)):
                 if not nested and not self._data and not isinstance(value, nn.Parameter):
                     self._undos.append(_undo(value))
@@ -96,11 +94,7 @@ class Snapshot:
 
 def _undo(value: Any) -> Callable[[], None]:
     """Gives a tensor, an array or a container what it holds now; an empty list keeps later items without their rows."""
-    before: Any
-    if isinstance(value, Tensor):
-        before = value.detach().clone()
-    else:
-        before = list(value) if isinstance(value, (list, deque)) else value.copy()
+    before: Any = value.detach().clone() if isinstance(value, Tensor) else value.copy()
 
     def undo() -> None:
         if isinstance(value, np.ndarray):

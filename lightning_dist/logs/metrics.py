@@ -101,9 +101,7 @@ class MetricSnapshot:
             private.set_step_value(metric, state.step_value)
             for name, before in state.values.items():
                 rows, new = before, getattr(metric, name)
-                if isinstance(
-                    before, list
-                ):  # no rows, but as many tensors as other ranks have, of the right dtype and rank
+                if isinstance(before, list):  # as many tensors as other ranks have, of their dtype and rank
                     rows = [torch.atleast_1d(row) if isinstance(row, Tensor) else row for row in new[len(before) :]]
                     rows = before + [row[:0] for row in rows]
                 setattr(metric, name, rows)

@@ -33,11 +33,9 @@ def unsharded_parameters(module: nn.Module, units: dict[str, nn.Module]) -> set[
     That is scalars, parameters without elements, complex ones, and those of another dtype than most of their unit
     (seen in torch 2.14). They stay whole on every rank.
     """
-    metrics = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
-    other_stages = {p for p in module.parameters() if is_placeholder(p)}
+    aside = {p for child in module.modules() if isinstance(child, Metric) for p in child.parameters()}
     # what is divided over the tensor axis is a DTensor already, whose number of elements is the whole's
-    unsplit = {p for p in module.parameters() if p.ndim == 0 or p.numel() == 0 or p.is_complex()}
-    aside = metrics | other_stages | unsplit
+    aside |= {p for p in module.parameters() if is_placeholder(p) or p.ndim == 0 or p.numel() == 0 or p.is_complex()}
     return aside | _of_odd_dtype(module, units, aside)
 
 
@@ -143,10 +141,7 @@ def _decide_dtypes(param_group: Any, rounded: set[Place], decide: Callable[[], N
 
 
 def make_gradients_alike(param_group: Any) -> None:
-    """Casts those of 16 bits before a unit's gradients are reduced, where others are not; see [Note: dtypes in a unit].
-
-    Communication: none.
-    """
+    """Casts gradients of 16 bits before their unit reduces them, if others are not; see [Note: dtypes in a unit]."""
     if len({parameter.param_dtype for parameter in param_group.fsdp_params}) < 2:
         return
     for parameter in param_group.fsdp_params:

@@ -63,10 +63,7 @@ class Optimization:
         self._patches.also(optimizer.register_step_pre_hook(lambda *_: self._setup.reshard()).remove)
 
     def before_training_step(self) -> None:
-        """Keeps the data ranks' copies of buffers equal, and of parameters.
-
-        Those at an epoch's first step, since hooks before it may have drawn random values for them.
-        """
+        """Keeps buffers equal on the data ranks and, at an epoch's first step, what hooks drew for parameters."""
         runner, ranks = self._setup.runner, self._ranks
         if ranks.mesh is not None and self._epoch_of_copies != (epoch := runner.module.trainer.current_epoch):
             assert ranks.layout is not None
@@ -99,10 +96,7 @@ class Optimization:
 
     @contextmanager
     def step(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
-        """While an optimizer steps; gives the closure that it steps with.
-
-        Communication: one all-reduce of the loss, for an optimizer that looks at it.
-        """
+        """While an optimizer steps; gives its closure. For one that reads the loss, an all-reduce of that."""
         if self._ranks.num_data_ranks > 1:
             self._validate_reduced(optimizer)
             if optimizers.reads_the_loss(optimizer):
