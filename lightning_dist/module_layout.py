@@ -15,7 +15,7 @@ from lightning_dist.divided import divide
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel import Checkpointing, SingleProcessRunner, parallelize
-from lightning_dist.parallel.buffers import make_copies_equal
+from lightning_dist.parallel.buffers import make_copies_equal, share_batch_statistics
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
@@ -112,6 +112,7 @@ def apply_layout(
     )
     if ranks.mesh is None:
         return runner, {}
+    share_batch_statistics(module, ranks.mesh.data.get_group(), patches)
     validate_kept_hooks(module, hooked)
     hooked.clear()
     runner.reshard()

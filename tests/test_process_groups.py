@@ -13,9 +13,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_dist import Layout
 from lightning_dist.compat.distributed import timeout_of
+from lightning_dist.parallel.buffers import share_batch_statistics
 from lightning_dist.parallel.pipeline.schedule import SCHEDULES
 from lightning_dist.parallel.pipeline.stage_gradients import StageGradients
 from lightning_dist.parallel.pipeline.stages import Pipeline, Stages
+from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 from tests.support.ranks import run_on_ranks
 
@@ -48,6 +50,21 @@ def test_groups_of_tied_parameters_leave_later_groups_one_name_on_all_ranks(layo
         stage, pipeline = divmod(rank, num_pipelines)
         expected = [stages for stages in ([0, 2], [1, 2]) if stage in stages]
         assert tied == [[pipeline + num_pipelines * stage for stage in stages] for stages in expected]
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2,tp=2", "pp=2,dp_replicate=2"])
+def test_batch_statistics_are_shared_over_the_data_ranks_alone(layout: str) -> None:
+    """By themselves they would be shared over the world: by other stages, or twice for a sample."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        data, patches = Layout.parse(layout).build_mesh("cpu").data.get_group(), Patches()
+        module = nn.Sequential(nn.SyncBatchNorm(2), nn.SyncBatchNorm(2, process_group=dist.group.WORLD))
+        share_batch_statistics(module, data, patches)
+        assert [child.process_group for child in module] == [data, dist.group.WORLD]
+        patches.undo()
+        assert [child.process_group for child in module] == [None, dist.group.WORLD]
+    finally:
+        dist.destroy_process_group()
 
 
 def _timeouts(layout: str) -> list[timedelta]:

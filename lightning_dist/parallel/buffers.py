@@ -15,6 +15,18 @@ from torchmetrics import Metric
 from lightning_dist.collectives import all_reduce_tensors, broadcast_parts, broadcast_tensors
 from lightning_dist.compat.torch import NormBase, own_buffers, preserve_versions, version_of
 from lightning_dist.dtensors import local_part
+from lightning_dist.patches import Patches
+
+
+def share_batch_statistics(module: nn.Module, group: dist.ProcessGroup, patches: Patches) -> None:
+    """Has SyncBatchNorm layers for which the user named no ranks share statistics over ``group``, until an undo.
+
+    By themselves they share over the world, where stages lack the layer and ranks of ``tp`` have the same samples.
+    """
+    if dist.get_world_size(group) < dist.get_world_size():
+        for child in module.modules():
+            if isinstance(child, nn.SyncBatchNorm) and child.process_group is None:
+                patches.set(child, "process_group", group)
 
 
 def average_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
