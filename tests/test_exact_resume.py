@@ -437,7 +437,7 @@ def test_a_checkpoint_between_epochs_goes_on_with_the_next(watch: type[Watch], l
 
 
 @pytest.mark.parametrize("loader", EVERY_KIND)
-@pytest.mark.parametrize("batches", [14, 22])
+@pytest.mark.parametrize("batches", [14, slow(22)])
 def test_a_run_that_goes_on_and_saves_at_once_is_where_it_was(loader: Any, batches: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"norm": nn.LayerNorm, **limit_of(loader)}
     whole = train("dp_shard=1", loader, (tmp_path / "a.ckpt", batches), None, options)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from tests.support import models
 from tests.support.models import few_samples, samples
-from tests.support.parity import Run, assert_equal, assert_parity, on_layout, once, one_process, slow, train
+from tests.support.parity import Run, assert_equal, assert_parity, in_turn, on_layout, once, one_process, slow, train
 from tests.support.ranks import RankError, run_on_ranks
 
 LAYOUTS = [pytest.param("dp_replicate=2", 2, id="replicate2"), pytest.param("dp_shard=2", 2, id="shard2")]
@@ -46,8 +46,7 @@ CASES: dict[str, Run] = {
 }
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "layout", "num_ranks"), in_turn(CASES, LAYOUTS))
 def test_training_equals_one_process(case: str, layout: str, num_ranks: int) -> None:
     assert_parity(CASES[case], layout, num_ranks)
 

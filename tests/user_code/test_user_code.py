@@ -16,8 +16,8 @@ from tests.user_code.verdict import Outcome, fits, outcomes
 def by_default(name: str) -> list[str]:
     """Layouts of two ranks: all that refuse the case and, in turn over the cases, one of the others."""
     refused, exact = [], []
-    for layout in (x for x in LAYOUTS if num_ranks(x) == 2 and name not in ON_DEMAND):
-        (refused if layout in CASES[name].refused else exact).append(layout)
+    for layout in (x for x in (*LAYOUTS, "p") if num_ranks(x) == 2 and name not in ON_DEMAND):
+        (refused if expected(name, layout) == "refused" else exact).append(layout)
     turn = list(CASES).index(name) % max(len(exact), 1)
     return refused + exact[turn : turn + 1]
 
@@ -42,8 +42,9 @@ def test_as_one_process_or_refused(name: str, layout: str) -> None:
     assert fits(CASES[name], layout, outcome), f"{LAYOUTS[layout]}: {outcome}"
 
 
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=[pytest.mark.slow] * (x != "p")) for x in PIPELINES])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ON_DEMAND)) for n in CASES])
+@pytest.mark.parametrize(
+    ("name", "layout"), [(pytest.param if x in by_default(n) else slow)(n, x) for n in CASES for x in PIPELINES]
+)
 def test_pipelines_as_one_process_or_refused(name: str, layout: str) -> None:
     outcome = outcomes(CASES[name], [layout])[layout]
     assert outcome.kind == expected(name, layout), f"{PIPELINES[layout]}: {outcome}"
