@@ -6,6 +6,8 @@ from collections.abc import Iterator
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# xdist's controller imports classes of warnings in a thread for each worker: two of them broke each other's imports
+import lightning.pytorch  # noqa: F401
 import pytest
 import torch
 
