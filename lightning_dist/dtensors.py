@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from typing_extensions import TypeIs
 
+from lightning_dist.collectives import BUCKET_BYTES
 from lightning_dist.compat.distributed import StridedShard, compute_local_shape_and_global_offset, local_tensor
 
 
@@ -94,16 +96,50 @@ def full(tensor: Tensor) -> Tensor:
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
-def _summed(tensor: DTensor) -> Tensor:
-    """The plain tensor: every rank puts what it holds in its place among zeros, and the axes that divide sum up."""
-    local = local_tensor(tensor)
-    whole = torch.zeros(tensor.shape, dtype=tensor.dtype, device=local.device)
-    grid = torch.meshgrid(*(index.to(whole.device) for index in held_indices(tensor)), indexing="ij")
-    whole[grid] = local.detach()
+def full_on_host(tensor: Tensor, keep: bool) -> Tensor:
+    """As :func:`full`, in host memory, on the ranks that ``keep`` it; an empty tensor on the others.
+
+    What is larger than ``BUCKET_BYTES`` comes a few rows at a time, so that no device holds all of it: an all-reduce for
+    each axis that divides it, of its bytes together.
+    """
+    if not isinstance(tensor, DTensor) or tensor.nbytes <= BUCKET_BYTES or not tensor.ndim:
+        whole = full(tensor)
+        return whole.cpu() if keep else torch.empty(0)
+    whole = torch.empty(tensor.shape if keep else 0, dtype=tensor.dtype)
+    step = max(1, BUCKET_BYTES * len(tensor) // tensor.nbytes)
+    for begin in range(0, len(tensor), step):
+        rows = _summed(tensor, begin, min(begin + step, len(tensor)))
+        if keep:
+            whole[begin : begin + step].copy_(rows)
+    return whole
+
+
+def _summed(tensor: DTensor, begin: int = 0, end: int | None = None) -> Tensor:
+    """The plain tensor, or some of its rows: every rank puts what it holds in its place among zeros, and the axes that
+    divide sum up, as whole numbers: values, the negative zero among them, arrive bit for bit.
+    """
+    local, runs = local_part(tensor), held_runs(tensor)
+    shape = tensor.shape
+    if end is not None:
+        shape, runs[0] = torch.Size([end - begin, *shape[1:]]), list(_clipped(runs[0], begin, end))
+    whole = torch.zeros(shape, dtype=tensor.dtype, device=local.device)
+    for run in itertools.product(*runs):
+        target = tuple(slice(place, place + length) for _, place, length in run)
+        whole[target] = local[tuple(slice(start, start + length) for start, _, length in run)]
+    numbers = whole.flatten().view(torch.uint8)
+    numbers = numbers if len(numbers) % 4 else numbers.view(torch.int32)
     for axis, placement in enumerate(tensor.placements):
         if not placement.is_replicate():
-            dist.all_reduce(whole, group=tensor.device_mesh.get_group(axis))
+            dist.all_reduce(numbers, group=tensor.device_mesh.get_group(axis))
     return whole
+
+
+def _clipped(runs: Iterable[tuple[int, int, int]], begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """What of runs lies in some rows, whose first is then the row 0."""
+    for start, place, length in runs:
+        first, last = max(place, begin), min(place + length, end)
+        if first < last:
+            yield start + first - place, first - begin, last - first
 
 
 def is_split(tensor: Tensor) -> bool:

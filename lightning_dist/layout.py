@@ -155,8 +155,10 @@ class Layout:
         """The device mesh of a resolved layout. Creates the process groups, so every rank calls it."""
         forget_earlier_meshes()
         root = init_device_mesh(device_type, tuple(getattr(self, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
-        data = flattened_mesh(root["dp_replicate", "dp_shard"], "data")
-        return ParallelMesh(root, data, flattened_mesh(root["pp", "dp_replicate", "dp_shard"], "logs"))
+        data = _joined(root, ("dp_replicate", "dp_shard"), "data")
+        return ParallelMesh(
+            root, data, data if self.pp == 1 else _joined(root, ("pp", "dp_replicate", "dp_shard"), "logs")
+        )
 
     def _nearest(self, world_size: int, count: int = 3) -> list[Layout]:
         """Layouts of ``world_size`` ranks, those with the fewest and smallest changes of degree first."""
@@ -174,6 +176,12 @@ class Layout:
         """``"dp_replicate=2,dp_shard=2"``: what :meth:`parse` reads; axes of degree 1 are left out."""
         parts = [f"{axis}={degree}" for axis, degree in self.items() if degree != 1]
         return ",".join(parts) or "dp_replicate=1"
+
+
+def _joined(root: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
+    """Axes as one; the one of them that has more than one rank as it is: every process group costs memory on a GPU."""
+    several = [axis for axis in axes if root[axis].size() > 1]
+    return flattened_mesh(root[axes], name) if len(several) > 1 else root[several[0] if several else axes[-1]]
 
 
 def _check_axis(axis: object) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_dist import Layout
@@ -77,3 +78,23 @@ def _timeouts(layout: str) -> list[timedelta]:
 def test_every_group_has_the_timeout_of_the_strategy() -> None:
     for timeouts in run_on_ranks(4, _timeouts, "dp_shard=2,tp=2"):
         assert timeouts == [timedelta(seconds=77)] * 7
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("dp_shard=8", [8]),
+        ("dp_replicate=2,dp_shard=4", [2, 4, 8]),
+        ("dp_shard=4,tp=2", [2, 4, 8]),
+        ("pp=2,dp_shard=2,tp=2", [2, 2, 2, 4, 8]),
+    ],
+)
+def test_no_two_groups_of_a_layout_have_the_same_ranks(layout: str, expected: list[int]) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = Layout.parse(layout).build_mesh("cpu")
+        ranks = [dist.get_process_group_ranks(group) for group in distributed_c10d._world.pg_map]
+        assert sorted(len(members) for members in ranks if len(members) > 1) == expected
+        assert mesh.data.size() * mesh.root["pp"].size() == mesh.logs.size()
+    finally:
+        dist.destroy_process_group()

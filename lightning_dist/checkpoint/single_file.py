@@ -23,7 +23,7 @@ from lightning_dist.checkpoint.locations import DamagedCheckpoint, flush, is_rem
 from lightning_dist.checkpoint.optimizer_state import with_indices
 from lightning_dist.checkpoint.weights import bare
 from lightning_dist.collectives import gather_objects, global_rank, num_ranks, raise_on_all_ranks
-from lightning_dist.dtensors import full
+from lightning_dist.dtensors import full_on_host
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.pytree import Path as TreePath
 from lightning_dist.pytree import map_leaves
@@ -34,8 +34,8 @@ _ZIP_MAGIC, _SMALL = b"PK\x03\x04", 1 << 24
 def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None) -> dict[str, Any]:
     """The checkpoint as plain Lightning in one process would hold it: full CPU tensors, optimizer states by index.
 
-    Every rank calls this. Each DTensor costs the all-gather of :func:`full`, one after the other, so that a rank holds
-    one full tensor at a time; rank 0 keeps them all, in host memory. Under ``pp`` one rank of each stage keeps its own,
+    Every rank calls this. Each DTensor costs what :func:`full_on_host` does, one after the other, so that a device holds
+    one full tensor at a time, or some rows of a large one; rank 0 keeps them all, in host memory. Under ``pp`` one rank of each stage keeps its own,
     and sends them: one all-gather of flags over the pipeline, as an object, and a send of each tensor that the first
     rank lacks, by the first that holds it.
 
@@ -53,8 +53,7 @@ def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None
         if not isinstance(value, DTensor):
             return value
         if id(value) not in gathered:  # a tied parameter is one object: gathered once, written once
-            whole = full(value)
-            gathered[id(value)] = whole.cpu() if keeps else torch.empty(0)
+            gathered[id(value)] = full_on_host(value, keeps)
         return gathered[id(value)]
 
     whole_checkpoint = map_leaves(dict(checkpoint), gather)

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_dist.compat.lightning import MODULE_ATTRIBUTES
 from lightning_dist.compat.torch import MODULE_REGISTRIES, own_buffers, own_parameters
 from lightning_dist.divided import as_divided
-from lightning_dist.dtensors import full, place_like
+from lightning_dist.dtensors import full, full_on_host, place_like
 from lightning_dist.parallel.tensor import unsplit_copy
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.pytree import map_leaves, tree_leaves
@@ -204,10 +204,10 @@ def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of which this rank (no other stage of a pipeline) holds a part, whole and on the CPU,
     by name; a tied one under its first.
 
-    Communication: that of :func:`~lightning_dist.dtensors.full` for each; all ranks that hold a part call it.
+    Communication: that of :func:`~lightning_dist.dtensors.full_on_host` for each; all ranks that hold a part call it.
     """
     named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: full(tensor.detach()).cpu() for name, tensor in named if isinstance(tensor, DTensor)}
+    return {name: full_on_host(tensor, True) for name, tensor in named if isinstance(tensor, DTensor)}
 
 
 @torch.no_grad()
