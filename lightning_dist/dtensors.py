@@ -99,8 +99,8 @@ def full(tensor: Tensor) -> Tensor:
 def full_on_host(tensor: Tensor, keep: bool) -> Tensor:
     """As :func:`full`, in host memory, on the ranks that ``keep`` it; an empty tensor on the others.
 
-    What is larger than ``BUCKET_BYTES`` comes a few rows at a time, so that no device holds all of it: an all-reduce for
-    each axis that divides it, of its bytes together.
+    What is larger than ``BUCKET_BYTES`` comes a few rows at a time, so that no device holds all of it: an all-reduce
+    for each axis that divides it, of its bytes together.
     """
     if not isinstance(tensor, DTensor) or tensor.nbytes <= BUCKET_BYTES or not tensor.ndim:
         whole = full(tensor)

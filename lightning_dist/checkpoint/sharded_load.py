@@ -47,8 +47,8 @@ class Directory:
 
     @classmethod
     def open(cls, path: Path, weights_only: bool | None) -> Directory:
-        """Reads and checks all but the tensors of a directory of ours or of Lightning's, and compares these with their
-        checksums: this rank its share. Nothing is communicated.
+        """Reads all but the tensors of a directory of ours or of Lightning's; checks this rank's share of what it says
+        of its files, and compares its share of them with their checksums. Nothing is communicated.
 
         Args:
             weights_only: as in ``torch.load``, for ``meta.pt``. The index is read by an unpickler that makes nothing
@@ -155,11 +155,11 @@ def _leave_out_aliases(rest: Any, index: Metadata) -> None:
 
 
 def _check_parts(path: Path, index: Metadata) -> None:
-    """Every file of the index is there, within the directory, and long enough; no part of it is named twice."""
+    """Every file of this rank's share is there, within the directory, and long enough; no part of it is named twice."""
     by_part: dict[str, list[tuple[int, int]]] = {}
     for info in index.storage_data.values():
         by_part.setdefault(info.relative_path, []).append((info.offset, info.length))
-    for name, slices in sorted(by_part.items()):
+    for name, slices in sorted(by_part.items())[global_rank() :: num_ranks()]:
         part = path / name
         if part.resolve().parent != path.resolve():
             raise ValueError(f"checkpoint {path} refers to {name!r}, outside its directory; it is refused")
@@ -175,9 +175,9 @@ def _check_parts(path: Path, index: Metadata) -> None:
 
 
 def _check_sizes(path: Path, index: Metadata) -> None:
-    """A tensor is as large as its chunks, and a chunk no larger than its bytes in a file."""
+    """A tensor of this rank's share is as large as its chunks, and a chunk no larger than its bytes in a file."""
     held = {(where.fqn, where.offset): info.length for where, info in index.storage_data.items()}
-    for key, stored in index.state_dict_metadata.items():
+    for key, stored in list(index.state_dict_metadata.items())[global_rank() :: num_ranks()]:
         if isinstance(stored, TensorStorageMetadata):
             _check_chunks(path, key, stored, held)
 

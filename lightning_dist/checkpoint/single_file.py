@@ -34,10 +34,10 @@ _ZIP_MAGIC, _SMALL = b"PK\x03\x04", 1 << 24
 def gather_state(checkpoint: Mapping[str, Any], stages: StageRanks | None = None) -> dict[str, Any]:
     """The checkpoint as plain Lightning in one process would hold it: full CPU tensors, optimizer states by index.
 
-    Every rank calls this. Each DTensor costs what :func:`full_on_host` does, one after the other, so that a device holds
-    one full tensor at a time, or some rows of a large one; rank 0 keeps them all, in host memory. Under ``pp`` one rank of each stage keeps its own,
-    and sends them: one all-gather of flags over the pipeline, as an object, and a send of each tensor that the first
-    rank lacks, by the first that holds it.
+    Every rank calls this. Each DTensor costs what :func:`full_on_host` does, one after the other, so that a device
+    holds one full tensor at a time, or some rows of a large one; rank 0 keeps them all, in host memory. Under ``pp``
+    one rank of each stage keeps its own, and sends them: one all-gather of flags over the pipeline, as an object, and a
+    send of each tensor that the first rank lacks, by the first that holds it.
 
     Args:
         checkpoint: Lightning's dictionary.
