@@ -156,9 +156,8 @@ class Layout:
         forget_earlier_meshes()
         root = init_device_mesh(device_type, tuple(getattr(self, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
         data = _joined(root, ("dp_replicate", "dp_shard"), "data")
-        return ParallelMesh(
-            root, data, data if self.pp == 1 else _joined(root, ("pp", "dp_replicate", "dp_shard"), "logs")
-        )
+        logs = data if self.pp == 1 else _joined(root, ("pp", "dp_replicate", "dp_shard"), "logs")
+        return ParallelMesh(root, data, logs)
 
     def _nearest(self, world_size: int, count: int = 3) -> list[Layout]:
         """Layouts of ``world_size`` ranks, those with the fewest and smallest changes of degree first."""

@@ -26,11 +26,8 @@ def _wholes(bucket_bytes: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.bool):
         whole = _values((18, 5), dtype)
         for placement in placements:
-            like = DTensor.from_local(
-                torch.empty(0), mesh, placement, run_check=False, shape=whole.shape, stride=(5, 1)
-            )
-            part = dtensors.held_indices(like)
-            local = whole[part[0]][:, part[1]]
+            rows, columns = dtensors.held_indices_of(whole.shape, mesh, placement)
+            local = whole[rows][:, columns]
             divided = DTensor.from_local(local, mesh, placement, run_check=False, shape=whole.shape, stride=(5, 1))
             for keep in (True, False):
                 with pytest.MonkeyPatch.context() as patch:

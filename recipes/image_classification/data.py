@@ -111,6 +111,7 @@ class ImageData(L.LightningDataModule):
             batch_size=batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=torch.accelerator.is_available(),
             **arguments,
         )
 

@@ -127,6 +127,7 @@ class TextData(L.LightningDataModule):
             drop_last=drop_last,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=torch.accelerator.is_available(),
         )
 
 
