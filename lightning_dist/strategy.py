@@ -216,7 +216,8 @@ class HybridStrategy(ParallelStrategy):
         if name == "run-stage":  # all that Lightning restores has been restored (seen in 2.6.6)
             read_kept_tensors()
         self.parts.tuning.raise_if_broken()
-        collectives.barrier(self.root_device)
+        if name != "Trainer.save_checkpoint" or not self.checkpoint_options.in_background:  # else there is none yet
+            collectives.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:

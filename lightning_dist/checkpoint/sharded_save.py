@@ -81,7 +81,7 @@ class Shards:
             if id(value) not in key_of:  # a tied parameter is one object under two names
                 key_of[id(value)] = ".".join(map(str, dcp_path(path)))
                 if not is_placeholder(value) and (isinstance(value, DTensor) or writes_plain):
-                    tensors[key_of[id(value)]] = value.detach()
+                    tensors[key_of[id(value)]] = value
             places.append((key_of[id(value)], path))
             return None
 
@@ -97,7 +97,7 @@ class Shards:
         tensor, copy = self.tensors[key], self.copies.get(key)
         if isinstance(tensor, DTensor) and (copy is not None or on_tensor_axis(tensor)):
             return checkpointable(tensor, copy)
-        return tensor if copy is None else copy
+        return tensor.detach() if copy is None else copy
 
     def nested(self) -> dict[str, Any]:
         """What DCP writes, by the paths that it keeps, so that its own tools and Lightning's read the directory."""

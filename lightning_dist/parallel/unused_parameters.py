@@ -53,8 +53,9 @@ class Flags:
         self._group = param_group
         self._agreed = [p.sharded_param.requires_grad for p in param_group.fsdp_params]
         vars(param_group)[_FLAGS] = self
-        for wrap in (private.wrap_show_gathered, private.wrap_free_gathered, private.wrap_free_after_forward):
+        for wrap in (private.wrap_show_gathered, private.wrap_free_after_forward):
             wrap(param_group, self._agree_and)
+        private.wrap_free_gathered(param_group, self._agree_and_free)
 
     @staticmethod
     def of(param_group: Any) -> Flags:
@@ -64,6 +65,10 @@ class Flags:
     def _agree_and(self, change: Callable[[], None]) -> None:
         self.agree()
         change()
+
+    def _agree_and_free(self, free: Callable[[], None]) -> None:
+        if not self._group.is_sharded:  # a state dict asks once for every module of the group
+            self._agree_and(free)
 
     def agree(self) -> None:
         """Sets both as whichever was set last. Communication: none."""
