@@ -14,11 +14,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_dist.checkpoint.lazy_tensors import leaves
+from lightning_dist.dtensors import local_part
 
 
 class HostMemory:
     """Host memory for copies of a state, kept from one to the next: to get it from the system takes several times as
     long as to copy into it. For tensors of an accelerator it is page-locked, and the copies run together.
+
+    torch rounds page-locked memory up to powers of two; ``PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1`` makes it
+    take what larger tensors need, and no more.
     """
 
     def __init__(self) -> None:
@@ -38,12 +42,18 @@ class HostMemory:
         # an alias: what is written on the copy, as an attribute, is not there the next time
         return memory.copy_(tensor, non_blocking=locked).view_as(memory)
 
-    def snapshot(self, tree: Any) -> Any:
-        """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared."""
+    def snapshot(self, tree: Any, of: Any = None) -> Any:
+        """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared.
+
+        Where the tree was gathered, ``of`` is what it was gathered from: tensors that share no memory with that were
+        made for this, and are taken as they are.
+        """
+        shared = None if of is None else {_place(value) for _, value in leaves(of) if isinstance(value, Tensor)}
         copies: dict[int, Any] = {}
         for _, value in leaves(tree):
             if isinstance(value, Tensor) and id(value) not in copies:
-                copies[id(value)] = self.copy(value)
+                is_ours = shared is not None and value.device.type == "cpu" and _place(value) not in shared
+                copies[id(value)] = value if is_ours else self.copy(value)
         return copy.deepcopy(tree, copies)
 
     def synchronize(self) -> None:
@@ -57,6 +67,12 @@ class HostMemory:
         for kind, memory in self._lent:
             self._free.setdefault(kind, []).append(memory)
         self._lent = []
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """Where the memory of a tensor, or of a rank's part, begins."""
+    local = local_part(tensor)
+    return local.device, local.untyped_storage().data_ptr() if local.layout == torch.strided else 0
 
 
 class BackgroundSaves:

@@ -65,7 +65,8 @@ def save(
     if background is None:
         save_single(whole, path, write)
     else:
-        background.start(path, partial(save_single, background.memory.snapshot(whole), path, write))
+        copied = background.memory.snapshot(whole, of=dict(checkpoint))
+        background.start(path, partial(save_single, copied, path, write))
 
 
 def load(

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy, checkpoint
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.checksums import ChecksumFileSystem
-from tests.checkpoint.training import damage
+from lightning_dist.dtensors import full
+from tests.checkpoint.training import build, damage
 from tests.support import models
 from tests.support.models import samples
 from tests.support.parity import QUIET
@@ -79,6 +80,25 @@ def test_what_is_saved_beside_the_training_is_its_state_when_it_was_asked(
         assert expected["state"]
         torch.testing.assert_close(state["state"], expected["state"], rtol=0, atol=0)
     assert later["loops"] == now["loops"]
+
+
+def _single(path: Path) -> tuple[int, int, dict[str, Any], dict[str, Any]]:
+    """Bytes that a save of a single file copied first, those of the buffers, what was to be saved, and what was."""
+    module, saves, copied = build("shard"), BackgroundSaves(), list[int]()
+    expected = {name: full(value).clone() for name, value in checkpoint.model_state(module).items()}
+    copy = saves.memory.copy
+    saves.memory.copy = lambda tensor: (copied.append(tensor.nbytes), copy(tensor))[1]  # type: ignore[method-assign]
+    checkpoint.save({"state_dict": checkpoint.model_state(module)}, path, sharded=False, background=saves)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data.zero_()
+    saves.end()
+    return sum(copied), sum(b.nbytes for b in module.buffers()), expected, torch.load(path)["state_dict"]
+
+
+def test_what_was_gathered_for_a_file_is_not_copied_again(tmp_path: Path) -> None:
+    (copied, of_buffers, expected, saved), _ = run_on_ranks(2, _single, tmp_path / "a.ckpt")
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())
+    assert copied == of_buffers  # which each rank has whole: the training goes on with them
 
 
 def _failing(rank: int, folder: Path) -> None:
