@@ -122,7 +122,8 @@ def reduce_decision(decision: bool, all: bool, device: torch.device) -> bool:
 def barrier(device: torch.device) -> None:
     """Waits for all ranks of the world."""
     if is_distributed():
-        dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
+        known = dist.get_backend() == "nccl" and device.index is not None
+        dist.barrier(device_ids=[device.index] if known else None)
 
 
 def broadcast_object(obj: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:

@@ -24,7 +24,7 @@ from recipes.benchmark.llama import Llama, Module, Ours, add_llama_arguments
 from recipes.benchmark.results import Line, Record, counted, timed
 from recipes.benchmark.turns import add_timing_arguments, alike, progress_bar, take_turns
 
-STEP_MUST, BALANCE_MUST = 1.05, 1.1
+STEP_MUST, BALANCE_MUST = 1.02, 1.1
 QUICK = {"rounds": 10, "steps": 4}
 
 
