@@ -99,12 +99,13 @@ def _measure_on_rank(options: argparse.Namespace, record: Record) -> None:
 
 def _lines(saves: Saves, seconds: dict[str, Any], ranks: int) -> list[Line]:
     size = f"{saves.state_bytes / 1e6:,.0f} MB over dp_shard={ranks}"
+    stop = f"stop of the training, {size}"
     return [
         counted("bytes of a checkpoint", "written, against the state", saves.written, saves.state_bytes, BYTES_MUST),
         timed(f"save of {size}", "against torch's alone", seconds["save"], seconds["torch"], SAVE_MUST),
-        timed(f"stop of the training, {size}", "in the background", seconds["background"], seconds["save"], STOP_MUST),
+        timed(stop, "in the background", seconds["background"], seconds["save"], STOP_MUST),
         # what no disk changes: a fast one makes the ratio above large, and the stop is no longer
-        timed(f"stop of the training, {size}", "against a copy alone", seconds["background"], seconds["copy"], COPY_MUST),
+        timed(stop, "against a copy alone", seconds["background"], seconds["copy"], COPY_MUST),
     ]
 
 
