@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from lightning_dist import HybridStrategy
+from tests.support import models
 from tests.support.host_waits import READ, UPLOAD, HostWaits
+from tests.support.models import BLOCK_PLAN, samples
+from tests.support.parity import QUIET, slow
+from tests.support.ranks import RankError, run_on_ranks
 
 DEVICE = torch.device("cpu")
 
@@ -69,3 +79,79 @@ def test_what_the_host_does_not_wait_for_is_not_counted(asks: Callable[[Tensor],
     with HostWaits() as seen:
         asks(_ON_DEVICE)
     assert not seen.count, str(seen)
+
+
+# ---------------------------------------------------------------- the steps of a run
+
+
+@dataclass(frozen=True)
+class Logs:
+    """How a step logs, and who reads it: nobody but where a logger writes, at every second step."""
+
+    sync: bool = False
+    every: int = 1000
+
+
+class Logging(models.Classifier):
+    """Trains in one line, and logs as it is told."""
+
+    def __init__(self, logs: Logs) -> None:
+        super().__init__()
+        self.logs = logs
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("loss", loss, sync_dist=self.logs.sync, on_step=True, on_epoch=True)
+        return loss
+
+
+class Counting(L.Callback):
+    """Counts from the start of one batch to that of the next, hooks and logs included."""
+
+    def __init__(self) -> None:
+        self.steps: list[HostWaits] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.on_train_end()
+        self.steps.append(HostWaits().__enter__())
+
+    def on_train_end(self, *args: Any) -> None:
+        if self.steps:
+            self.steps[-1].__exit__(None, None, None)
+
+
+class Reading(L.pytorch.loggers.Logger):
+    """Reads each value, as all loggers do."""
+
+    name = version = "reading"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert all(isinstance(value, float | int) for value in metrics.values())
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """None."""
+
+
+def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
+    """The number of waits of each batch once all is warm, and their places."""
+    counting = Counting()
+    devices, strategy = 1, "auto"
+    if layout is not None:
+        devices = dist.get_world_size()
+        strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)  # type: ignore[assignment]
+    of_run = {"log_every_n_steps": logs.every, "max_epochs": 1, "devices": devices, "strategy": strategy}
+    training = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "callbacks": [counting], "logger": Reading()}
+    L.Trainer(**{**QUIET, **of_run, **training}).fit(Logging(logs), DataLoader(samples(), batch_size=4))
+    return [(seen.count.total(), str(seen)) for seen in counting.steps[3:7]]
+
+
+@pytest.mark.parametrize("logs", [Logs(), Logs(sync=True), Logs(every=2)], ids=["logs", "syncs", "read"])
+@pytest.mark.parametrize(
+    ("layout", "num_ranks"), [("dp_replicate=2", 2), ("dp_shard=2", 2), ("tp=2", 2), slow("dp_shard=2,tp=2", 4)]
+)
+def test_a_steady_step_waits_as_often_as_in_one_process(layout: str, num_ranks: int, logs: Logs) -> None:
+    of_one = [number for number, _ in _waits(None, logs)]
+    assert (sum(of_one) > 0) == (logs.every == 2)
+    for rank in run_on_ranks(num_ranks, _waits, layout, logs):
+        assert [number for number, _ in rank] == of_one, "\n".join(places for _, places in rank)
