@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from tests.support import models
-from tests.support.host_waits import READ, UPLOAD, HostWaits
+from tests.support.host_waits import READ, UPLOAD, HostWaits, hosts_apart
 from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET, slow
 from tests.support.ranks import RankError, run_on_ranks
@@ -142,7 +142,8 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
         strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)  # type: ignore[assignment]
     of_run = {"log_every_n_steps": logs.every, "max_epochs": 1, "devices": devices, "strategy": strategy}
     training = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "callbacks": [counting], "logger": Reading()}
-    L.Trainer(**{**QUIET, **of_run, **training}).fit(Logging(logs), DataLoader(samples(), batch_size=4))
+    with hosts_apart():
+        L.Trainer(**{**QUIET, **of_run, **training}).fit(Logging(logs), DataLoader(samples(), batch_size=4))
     return [(seen.count.total(), str(seen)) for seen in counting.steps[3:7]]
 
 
