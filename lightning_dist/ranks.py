@@ -167,6 +167,7 @@ def groups_of_hosts(mesh: ParallelMesh, timeout: timedelta) -> tuple[dist.Proces
         return world, world
     apart = mesh.root.mesh.flatten(0, 2).flatten(1).T.tolist()
     logs, _ = dist.new_subgroups_by_enumeration(apart, timeout=timeout, backend="gloo")
+    assert isinstance(logs, dist.ProcessGroup)
     return world, logs
 
 

@@ -148,7 +148,7 @@ class Blocks(Plain):
 
 
 def encoder_layer() -> nn.Module:
-    return nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, 0.0)
+    return nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, 0.0, batch_first=True)
 
 
 def sequential() -> nn.Module:
@@ -169,7 +169,7 @@ def test_one_graph_is_compiled_for_all_sharded_blocks(block: Callable[[], nn.Mod
         runner = FSDPRunner(module, mesh, units, MixedPrecisionPolicy(), mesh.get_group(), patches)
         show_parts_to_compiled(module, patches)
         for _ in range(2):
-            runner.before_backward(runner.run("training_step", (torch.randn(3, WIDTH),), 0)).backward()
+            runner.before_backward(runner.run("training_step", (torch.randn(2, 3, WIDTH),), 0)).backward()
     finally:
         dist.destroy_process_group()
     assert counter.frame_count == 2
@@ -180,7 +180,7 @@ def encoder() -> L.LightningModule:
 
 
 def points() -> TensorDataset:
-    return TensorDataset(torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(2)))
+    return TensorDataset(torch.randn(32, 3, WIDTH, generator=torch.Generator().manual_seed(2)))
 
 
 def test_compiled_layers_of_torch_train_as_in_one_process() -> None:
