@@ -68,10 +68,15 @@ def test_batch_statistics_are_shared_over_the_data_ranks_alone(layout: str) -> N
         dist.destroy_process_group()
 
 
-def _timeouts(layout: str) -> list[timedelta]:
+def _ranks(layout: str) -> LayoutRanks:
     ranks = LayoutRanks(Layout.parse(layout), timeout=timedelta(seconds=77))
     ranks.layout, ranks.world_size = ranks.requested, dist.get_world_size()
     ranks.form_mesh()
+    return ranks
+
+
+def _timeouts(layout: str) -> list[timedelta]:
+    ranks = _ranks(layout)
     return [timeout_of(group, CPU) for group in ranks.groups.values() if group is not dist.group.WORLD]
 
 
@@ -98,3 +103,23 @@ def test_no_two_groups_of_a_layout_have_the_same_ranks(layout: str, expected: li
         assert mesh.data.size() * mesh.root["pp"].size() == mesh.logs.size()
     finally:
         dist.destroy_process_group()
+
+
+def _of_hosts(layout: str) -> list[tuple[list[int], timedelta]]:
+    ranks = _ranks(layout)
+    assert ranks.mesh is not None
+    assert ranks.hosts == (dist.group.WORLD, ranks.mesh.logs.get_group())
+    of_devices = _ranks(layout)
+    of_devices.device = torch.device("cuda", 0)
+    assert of_devices.hosts is of_devices.hosts
+    assert not {*of_devices.hosts} & {*of_devices.groups.values()}
+    assert all(dist.get_backend(group) == "gloo" for group in of_devices.hosts)
+    return [(dist.get_process_group_ranks(group), timeout_of(group, CPU)) for group in of_devices.hosts]
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2,tp=2", "pp=2,dp_replicate=2"])
+def test_hosts_of_devices_have_groups_of_their_own_with_the_same_ranks(layout: str) -> None:
+    timeout = timedelta(seconds=77)
+    for rank, found in enumerate(run_on_ranks(4, _of_hosts, layout)):
+        logs = [rank % 2, rank % 2 + 2] if "tp" in layout else [0, 1, 2, 3]
+        assert found == [([0, 1, 2, 3], timeout), (logs, timeout)]

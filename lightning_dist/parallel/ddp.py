@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.single_process import SingleProcessRunner
+from lightning_dist.transfers import to_device
 
 # renamed in torch 2.15
 _BUFFERS = "forward_sync_buffers"
@@ -144,7 +145,7 @@ class DDPRunner(SingleProcessRunner):
             values[index] = _NOT_USED if self._trained[index].requires_grad else _FROZEN
         for number in self._written:
             values[len(self._trained) + number] = 1.0
-        flags.copy_(torch.tensor(values))
+        flags.copy_(to_device(values, flags.dtype, flags.device))
 
     def after_backward(self) -> None:
         if self.wrapper is None or not self.reduces:

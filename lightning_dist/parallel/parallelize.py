@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_dist.compat.torch import COMPILED_CALL, compiled_call
+from lightning_dist.divided.compiled import compile_inside_of_hooks
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpoint_activations
 from lightning_dist.parallel.ddp import DDPRunner
@@ -109,5 +110,5 @@ def _compile(module: nn.Module, blocks: dict[str, nn.Module], options: dict[str,
     for target in targets:
         # fully_shard's hooks have to lie outside of what is compiled: only a module it has not seen is
         if compiled_call(target) is None and not isinstance(target, FSDPModule):
-            target.compile(**options)
+            compile_inside_of_hooks(target, options)
             patches.also(partial(vars(target).pop, COMPILED_CALL, None))

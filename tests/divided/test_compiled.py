@@ -8,12 +8,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import HybridStrategy
-from tests.support.parity import QUIET
+from lightning_dist.divided.compiled import show_parts_to_compiled
+from lightning_dist.parallel.fsdp import FSDPRunner
+from lightning_dist.parallel.parallelize import _compile
+from lightning_dist.patches import Patches
+from tests.support.parity import QUIET, Run, assert_parity
 from tests.support.ranks import RankError, run_on_ranks
 
 WIDTH = 4
@@ -123,3 +132,57 @@ def test_divided_layers_equal_one_process(kind: type[Plain]) -> None:
 def test_compiled_functions_that_reach_divided_parameters_are_refused(kind: type[Plain]) -> None:
     with pytest.raises(RankError, match=r"torch\.compile traces a function that reads a parameter .* each rank holds"):
         run_on_ranks(2, _losses, kind, "tp=2")
+
+
+class Blocks(Plain):
+    """More blocks than torch compiles one function for."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(block() for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.net:  # type: ignore[union-attr]
+            x = block(x)
+        return x
+
+
+def encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, 0.0, batch_first=True)
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+
+
+@pytest.mark.parametrize("block", [Pair, encoder_layer, sequential])
+def test_one_graph_is_compiled_for_all_sharded_blocks(block: Callable[[], nn.Module]) -> None:
+    """Of users' classes and of torch's own; a second for inputs that require a gradient."""
+    torch._dynamo.reset()
+    counter, patches = CompileCounter(), Patches()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+        module = Blocks(block)
+        units = {f"net.{number}": child for number, child in enumerate(module.net.children())}
+        _compile(module, units, {"backend": counter, "fullgraph": True}, patches)
+        runner = FSDPRunner(module, mesh, units, MixedPrecisionPolicy(), mesh.get_group(), patches)
+        show_parts_to_compiled(module, patches)
+        for _ in range(2):
+            runner.before_backward(runner.run("training_step", (torch.randn(2, 3, WIDTH),), 0)).backward()
+    finally:
+        dist.destroy_process_group()
+    assert counter.frame_count == 2
+
+
+def encoder() -> L.LightningModule:
+    return Blocks(encoder_layer)
+
+
+def points() -> TensorDataset:
+    return TensorDataset(torch.randn(32, 3, WIDTH, generator=torch.Generator().manual_seed(2)))
+
+
+def test_compiled_layers_of_torch_train_as_in_one_process() -> None:
+    compiled = {"backend": "eager", "fullgraph": True}
+    assert_parity(Run(encoder, points, strategy={"compile": compiled}), "dp_shard=2", 2)
