@@ -32,7 +32,7 @@ def _tied_and_later(rank: int, layout: Layout) -> tuple[list[list[int]], str]:
         module = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(4))
         owners = {"0": (0,), "1": (0, 2), "2": (1, 2), "3": (0, 2)}
         stages = Stages(SCHEDULES["1F1B"], 3, ("first", "second"), owners=owners, buffers={})
-        gradients = StageGradients(module, Pipeline(stages, mesh.root["pp"].get_group(), CPU), mesh.pipelines)
+        gradients = StageGradients(module, Pipeline(stages, mesh.root["pp"].get_group(), CPU), mesh.pipelines, None)
         tied = [dist.get_process_group_ranks(group) for _, group in gradients._tied]
         later: Any = dist.new_group(backend="fake")
         return tied, later.group_name

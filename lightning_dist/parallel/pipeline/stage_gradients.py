@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.dtensors import local_part
-from lightning_dist.parallel.buffers import WrittenBuffers
+from lightning_dist.parallel.pipeline.gradient_averaging import GradientAveraging
 from lightning_dist.parallel.pipeline.stages import Pipeline
 from lightning_dist.parallel.unused_parameters import grad_or_zeros
-from lightning_dist.placeholder import held
+from lightning_dist.placeholder import held, is_placeholder
 
 
 class StageGradients:
@@ -31,40 +31,79 @@ class StageGradients:
         module: cut.
         pipeline: of this rank.
         pipelines: the ranks of every pipeline of the world, by stage; all of them make one at the same time.
+        averaging: over the data ranks; None where gradients are averaged elsewhere, or there is one data rank.
     """
 
-    def __init__(self, module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]]) -> None:
-        self._module, self._device = module, pipeline.device
+    def __init__(
+        self, module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]], averaging: GradientAveraging | None
+    ) -> None:
+        self._module, self._pipeline, self._averaging = module, pipeline, averaging
         self._tied = _tied_groups(module, pipeline, pipelines)
+        self._of_several = {name for names, _ in self._tied for name in names}
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._summed: list[tuple[nn.Parameter, int]] = []
         """Tied parameters whose gradients hold the sum already, and the number of ranks that hold them."""
         self._trained: set[str] = set()
         """Names of what required a gradient in some backward pass since gradients were reduced."""
+        self._averages = False
+        """Whether the schedule that runs completes gradients, to be averaged beside it."""
 
     @contextmanager
-    def aside(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """While it lasts, parameters get gradients of their own, which are kept for :meth:`hand_over`."""
-        before = [p.grad for p in parameters]
+    def aside(self, parameters: list[nn.Parameter], zeroed: set[nn.Parameter] | None, reduces: bool) -> Iterator[None]:
+        """While it lasts, a schedule computes gradients of parameters, which are kept for :meth:`hand_over`.
+
+        ``zeroed``: Lightning alone runs between it and the backward, and zeroes these. So they are dropped now, and the
+        schedule adds to those of the others. None: it makes gradients of its own, which take memory beside those that
+        are there. ``reduces``: whether that backward reduces.
+        """
+        before = [p.grad if zeroed is None else None for p in parameters]
         for parameter in parameters:
-            parameter.grad = None
+            if zeroed is None or parameter in zeroed:
+                parameter.grad = None
+        self._note_trained()
+        if zeroed is not None:
+            self._divide_summed()
+        self._averages = zeroed is not None and reduces and self._averaging is not None
+        if self._averages:
+            self._averaging.begin(self._completed_by_stage())
         yield
+        self._averages = False
         self._aside = [(p, p.grad) for p in parameters if p.grad is not None]
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
 
-    @torch.no_grad()
-    def hand_over(self, ratio: float) -> None:
-        """Adds what is aside, times a number, to the parameters' gradients."""
+    def last_backward(self, stage: int) -> AbstractContextManager[None]:
+        """Around the backward of a stage's last microbatch."""
+        return self._averaging.last_backward(stage) if self._averages and self._averaging else nullcontext()
+
+    def _note_trained(self) -> None:
+        self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
+
+    def _completed_by_stage(self) -> dict[int, list[nn.Parameter]]:
+        """What is trained, but for what is tied over a cut, by the own stage whose backward comes last."""
+        found: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in self._module.named_parameters():
+            if name in self._trained and name not in self._of_several and not is_placeholder(parameter):
+                found.setdefault(min(set(self._pipeline.own) & set(self._pipeline.stages.owners[name])), []).append(
+                    parameter
+                )
+        return found
+
+    def _divide_summed(self) -> None:
+        """What is summed already must count once when it is summed again with what is added to it."""
         for parameter, num_ranks in self._summed:
-            # what is summed already must count once when it is summed again with what is added to it
             if parameter.grad is not None:
                 local_part(parameter.grad).div_(num_ranks)
         self._summed = []
-        self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def hand_over(self, ratio: Tensor | None) -> None:
+        """Adds what is aside to the parameters' gradients; times a number, if it is given."""
+        self._divide_summed()
+        self._note_trained()
         for parameter, gradient in self._aside:
-            if ratio != 1:
-                gradient.mul_(ratio)
+            if ratio is not None:
+                local_part(gradient).mul_(ratio)
             if parameter.grad is None:
                 parameter.grad = gradient
             else:
@@ -72,45 +111,34 @@ class StageGradients:
         self._aside = []
 
     @torch.no_grad()
-    def reduce(self, data_group: dist.ProcessGroup | None, buffers: WrittenBuffers | None) -> None:
-        """Sums what is tied over a cut, and averages over the data ranks (None where they are averaged already), which
-        agree on what training wrote of the ``buffers`` of this rank's stages.
-        """
-        self._sum_tied()
-        if data_group is not None:
-            assert buffers is not None
-            self._average(data_group, buffers)
-        self._trained = set()
-
-    def _sum_tied(self) -> None:
-        """A tied parameter that no rank used has no gradient; flags of which were used travel with the sums."""
+    def reduce(self) -> None:
+        """Sums what is tied over a cut, and averages over the data ranks, if that is to be done here."""
         for names, group in self._tied:
             parameters = [self._module.get_parameter(name) for name in names if name in self._trained]
-            if not parameters:
-                continue
-            used = [float(p.grad is not None) for p in parameters]
-            gradients = [local_part(grad_or_zeros(p)) for p in parameters]
-            flags = gradients[0].new_tensor(used)
-            all_reduce_tensors([flags, *gradients], group)
-            for parameter, is_used in zip(parameters, flags.tolist(), strict=True):
-                if not is_used:
-                    parameter.grad = None
-            num_ranks = dist.get_world_size(group)
-            self._summed += [(p, num_ranks) for p in parameters if p.grad is not None]
+            if parameters:
+                self._sum(parameters, group)
+        if self._averaging is not None:
+            trained = held(p for name, p in self._module.named_parameters() if name in self._trained)
+            self._averaging.finish(trained)
+        self._trained = set()
 
-    def _average(self, group: dist.ProcessGroup, buffers: WrittenBuffers) -> None:
-        """Averages what any data rank used; see [Note: a gradient that only some ranks have]."""
-        parameters = held(p for name, p in self._module.named_parameters() if name in self._trained)
-        written = set(buffers.written())
-        flags = [p.grad is not None for p in parameters] + [number in written for number in range(len(buffers))]
-        if not flags:
-            return
-        told = torch.tensor(flags, dtype=torch.int64, device=self._device)
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
-        used = told.tolist()
-        buffers.send(number for number, is_written in enumerate(used[len(parameters) :]) if is_written)
-        gradients = [local_part(grad_or_zeros(p)) for p, is_used in zip(parameters, used, strict=False) if is_used]
-        all_reduce_tensors(gradients, group, mean=True)
+    def _sum(self, parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+        """A tied parameter that no rank used has no gradient; flags of which were used travel with the sums, and ranks
+        that did not use one look at them.
+        """
+        unused = [index for index, p in enumerate(parameters) if p.grad is None]
+        gradients = [local_part(grad_or_zeros(p)) for p in parameters]
+        flags = gradients[0].new_ones(len(parameters))
+        for index in unused:
+            flags[index] = 0
+        all_reduce_tensors([flags, *gradients], group)
+        if unused:
+            told = flags.tolist()
+            for index in unused:
+                if not told[index]:
+                    parameters[index].grad = None
+        num_ranks = dist.get_world_size(group)
+        self._summed += [(p, num_ranks) for p in parameters if p.grad is not None]
 
 
 class HandOver(torch.autograd.Function):

@@ -100,7 +100,7 @@ class StepInFlight:
         self.losses: dict[int, Tensor] = {}
         """What microbatches gave to ``manual_backward``."""
         self.seed = 0
-        self.loss_scale = 1.0
+        self.loss_scale: Tensor | float = 1.0
         """What the losses of the schedule are multiplied with."""
         self.failure: Failure | None = None
         self._index = 0
