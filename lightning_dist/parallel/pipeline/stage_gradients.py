@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.pipeline.gradient_averaging import GradientAveraging
 from lightning_dist.parallel.pipeline.stages import Pipeline
-from lightning_dist.parallel.unused_parameters import grad_or_zeros
+from lightning_dist.parallel.pipeline.tied_gradients import TiedGradients
 from lightning_dist.placeholder import held, is_placeholder
 
 
@@ -38,11 +35,8 @@ class StageGradients:
         self, module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]], averaging: GradientAveraging | None
     ) -> None:
         self._module, self._pipeline, self._averaging = module, pipeline, averaging
-        self._tied = _tied_groups(module, pipeline, pipelines)
-        self._of_several = {name for names, _ in self._tied for name in names}
+        self._tied = TiedGradients(module, pipeline, pipelines)
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
-        self._summed: list[tuple[nn.Parameter, int]] = []
-        """Tied parameters whose gradients hold the sum already, and the number of ranks that hold them."""
         self._trained: set[str] = set()
         """Names of what required a gradient in some backward pass since gradients were reduced."""
         self._averages = False
@@ -62,7 +56,7 @@ class StageGradients:
                 parameter.grad = None
         self._note_trained()
         if zeroed is not None:
-            self._divide_summed()
+            self._tied.divide()
         self._averages = zeroed is not None and reduces and self._averaging is not None
         if self._averages:
             self._averaging.begin(self._completed_by_stage())
@@ -83,23 +77,15 @@ class StageGradients:
         """What is trained, but for what is tied over a cut, by the own stage whose backward comes last."""
         found: dict[int, list[nn.Parameter]] = {}
         for name, parameter in self._module.named_parameters():
-            if name in self._trained and name not in self._of_several and not is_placeholder(parameter):
-                found.setdefault(min(set(self._pipeline.own) & set(self._pipeline.stages.owners[name])), []).append(
-                    parameter
-                )
+            if name in self._trained and name not in self._tied.names and not is_placeholder(parameter):
+                own = set(self._pipeline.own) & set(self._pipeline.stages.owners[name])
+                found.setdefault(min(own), []).append(parameter)
         return found
-
-    def _divide_summed(self) -> None:
-        """What is summed already must count once when it is summed again with what is added to it."""
-        for parameter, num_ranks in self._summed:
-            if parameter.grad is not None:
-                local_part(parameter.grad).div_(num_ranks)
-        self._summed = []
 
     @torch.no_grad()
     def hand_over(self, ratio: Tensor | None) -> None:
         """Adds what is aside to the parameters' gradients; times a number, if it is given."""
-        self._divide_summed()
+        self._tied.divide()
         self._note_trained()
         for parameter, gradient in self._aside:
             if ratio is not None:
@@ -113,32 +99,11 @@ class StageGradients:
     @torch.no_grad()
     def reduce(self) -> None:
         """Sums what is tied over a cut, and averages over the data ranks, if that is to be done here."""
-        for names, group in self._tied:
-            parameters = [self._module.get_parameter(name) for name in names if name in self._trained]
-            if parameters:
-                self._sum(parameters, group)
+        self._tied.sum(self._trained)
         if self._averaging is not None:
             trained = held(p for name, p in self._module.named_parameters() if name in self._trained)
             self._averaging.finish(trained)
         self._trained = set()
-
-    def _sum(self, parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
-        """A tied parameter that no rank used has no gradient; flags of which were used travel with the sums, and ranks
-        that did not use one look at them.
-        """
-        unused = [index for index, p in enumerate(parameters) if p.grad is None]
-        gradients = [local_part(grad_or_zeros(p)) for p in parameters]
-        flags = gradients[0].new_ones(len(parameters))
-        for index in unused:
-            flags[index] = 0
-        all_reduce_tensors([flags, *gradients], group)
-        if unused:
-            told = flags.tolist()
-            for index in unused:
-                if not told[index]:
-                    parameters[index].grad = None
-        num_ranks = dist.get_world_size(group)
-        self._summed += [(p, num_ranks) for p in parameters if p.grad is not None]
 
 
 class HandOver(torch.autograd.Function):
@@ -153,23 +118,3 @@ class HandOver(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         ctx.hand_over(scale)
         return torch.zeros_like(scale), None, None
-
-
-def _tied_groups(
-    module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]]
-) -> list[tuple[list[str], dist.ProcessGroup]]:
-    """Parameters that several ranks of the pipeline hold, by those ranks.
-
-    Every rank of the world makes the groups of all pipelines, in one order: a backend may make them by splitting the
-    world's communicator, and torch names later groups by how many a rank has made.
-    """
-    names = defaultdict(list)
-    for name, _ in module.named_parameters():
-        names[pipeline.stages.holders(name)].append(name)
-    found = []
-    for holders, tied in sorted(names.items()):
-        if len(holders) > 1:
-            of_holders, _ = dist.new_subgroups_by_enumeration([[ranks[h] for h in holders] for ranks in pipelines])
-            if isinstance(of_holders, dist.ProcessGroup):
-                found.append((tied, of_holders))
-    return found
