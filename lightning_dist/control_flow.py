@@ -37,6 +37,9 @@ class ControlFlow:
     Loaders that a user shards, of unknown or of different length, may end apart: where a rank has its last batch, the
     epoch ends for all. That is agreed on before the step, in an all-reduce that other loaders do not have.
 
+    The hosts agree among themselves, see :attr:`LayoutRanks.hosts`: to read an answer of the devices they would wait
+    for all that those were given.
+
     What has no collective to travel with is met about: a rank whose ``training_step`` returns None, or that leaves an
     epoch by ``StopIteration`` (``on_train_batch_start`` that returns -1), says so in the process group's store, and
     waits there for the others to say the same. They skip together, or that rank raises.
@@ -44,14 +47,16 @@ class ControlFlow:
     ``is_even`` says whether every data rank has as many training batches, since the strategy shards them; the wait for
     others is at most the timeout of collectives, and :data:`LONGEST_WAIT`.
 
-    Communication: over the world, per batch one all-reduce of 8 bytes in place of a broadcast; the same once more
-    around each epoch and validation.
+    Whether any rank has written a buffer that is not sent yet travels along; then all agree on which.
+
+    Communication: between the hosts of the world, per batch one all-reduce of 12 bytes in place of a broadcast; the
+    same once more around each epoch and validation. Where a buffer was written, see :meth:`WrittenBuffers.agree`.
     """
 
     def __init__(
         self, trainer: pl.Trainer, runner: SingleProcessRunner, ranks: LayoutRanks, is_even: Callable[[], bool]
     ) -> None:
-        self.trainer, self._runner, self._device, self._is_even = trainer, runner, ranks.device, is_even
+        self.trainer, self._runner, self._hosts, self._is_even = trainer, runner, ranks.hosts[0], is_even
         self._longest_wait = min(ranks.timeout, LONGEST_WAIT)
         self._end_apart = False
         """Whether the training loaders may end on some ranks before they do on others, as all ranks know."""
@@ -72,14 +77,18 @@ class ControlFlow:
         patches.set(epoch.automatic_optimization, private.AUTOMATIC_STEP, self._training_step)
 
     def _any(self, *decisions: bool) -> list[bool]:
-        """Whether any rank says so, for each. One all-reduce over the world."""
-        verdict = torch.tensor(decisions, dtype=torch.int32, device=self._device)
-        dist.all_reduce(verdict, dist.ReduceOp.MAX)
+        """Whether any rank says so, for each. One all-reduce between the hosts of the world."""
+        verdict = torch.tensor(decisions, dtype=torch.int32)
+        dist.all_reduce(verdict, dist.ReduceOp.MAX, self._hosts)
         return list(map(bool, verdict.tolist()))
 
     def _agree(self) -> None:
-        told = self._any(self.trainer.should_stop, self.trainer.received_sigterm)
-        self.trainer.should_stop, self._told_to_end = told
+        buffers = self._runner.buffers
+        wrote = buffers is not None and bool(buffers.written())
+        told = self._any(self.trainer.should_stop, self.trainer.received_sigterm, wrote)
+        self.trainer.should_stop, self._told_to_end, wrote = told
+        if wrote and buffers is not None:
+            buffers.agree()
 
     def _before(self, own: Callable[..., Any], *args: Any) -> Any:
         self._agree()
@@ -114,8 +123,8 @@ class ControlFlow:
             return
         length = sized_len(private.loaders_of(self.trainer.fit_loop))
         # as many on all ranks, or not known
-        lengths = torch.tensor([-1, -1] if length is None else [-length, length], device=self._device)
-        dist.all_reduce(lengths, dist.ReduceOp.MAX)
+        lengths = torch.tensor([-1, -1] if length is None else [-length, length])
+        dist.all_reduce(lengths, dist.ReduceOp.MAX, self._hosts)
         self._end_apart = length is None or int(lengths[0]) != -int(lengths[1])
 
     def before_batch(self) -> None:

@@ -49,10 +49,11 @@ class LayoutRanks:
         self.num_processes = self.num_nodes = 1
         """Processes of this node, as Lightning's launchers ask, and machines."""
         self._backend = backend
+        self._hosts: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mesh, which belongs to the processes of a run."""
-        return {**vars(self), "mesh": None}
+        """Without the groups, which belong to the processes of a run."""
+        return {**vars(self), "mesh": None, "_hosts": None}
 
     def place(self, environment: ClusterEnvironment, devices: list[torch.device], num_nodes: int) -> None:
         """Says which rank this is, once devices and nodes are known; a layout that does not fit is a ValueError."""
@@ -114,6 +115,22 @@ class LayoutRanks:
         return None if self.mesh is None else self.mesh.logs.get_group()
 
     @property
+    def hosts(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The world, and the ``logs_group``, for what hosts tell each other in tensors on the CPU.
+
+        They read it while the devices compute. The same groups where those take such tensors (gloo); else of gloo's
+        own, which all ranks of a formed mesh make together when one first asks.
+        """
+        if self._hosts is None:
+            assert self.mesh is not None
+            assert dist.group.WORLD is not None
+            if self.device.type == "cpu":
+                self._hosts = dist.group.WORLD, self.mesh.logs.get_group()
+            else:
+                self._hosts = groups_of_hosts(self.mesh, self.timeout)
+        return self._hosts
+
+    @property
     def groups(self) -> dict[str, dist.ProcessGroup]:
         """All process groups of the layout, by a name that is the same on the ranks of each."""
         if dist.group.WORLD is None:
@@ -141,6 +158,16 @@ class LayoutRanks:
     def part_random_streams(self) -> None:
         """Data ranks draw apart from here on."""
         part_random_streams(self.data_rank)
+
+
+def groups_of_hosts(mesh: ParallelMesh, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Groups of gloo of the same ranks as the world, and as those that log different values; every rank calls it."""
+    world: Any = dist.new_group(backend="gloo", timeout=timeout)
+    if mesh.logs.size() == dist.get_world_size():
+        return world, world
+    apart = mesh.root.mesh.flatten(0, 2).flatten(1).T.tolist()
+    logs, _ = dist.new_subgroups_by_enumeration(apart, timeout=timeout, backend="gloo")
+    return world, logs
 
 
 _SHOWN = ("layout", "mesh", "num_data_ranks", "num_processes", "data_rank", "data_group")

@@ -107,7 +107,11 @@ class InLayout(nn.Module):
         return not held_by.isdisjoint(own)
 
     def settle(self) -> None:
-        """Makes buffers equal on all data ranks before they are used or saved, if training may have written them."""
+        """Makes buffers equal on all data ranks before they are used or saved, if training may have written them.
+
+        Raises what is wrong with the steps so far, see :meth:`SingleProcessRunner.validate_steps`.
+        """
+        self.parallel.validate_steps()
         if self._has_trained and self._mesh.data.size() > 1:
             average_buffers(self.module, self._mesh.data.get_group())
         self._has_trained = False

@@ -56,15 +56,16 @@ class WrittenBuffers:
     written if its version counter moved, or another tensor took its place. All ranks have to know alike what is sent,
     and a write may depend on the samples of a rank: so each tells the others what it wrote along with something that
     the step communicates anyway (see the callers of :meth:`written`), and what they agree on there is sent from then
-    on, before each training step. Before the second step they ask each other outright, once, since most of what is
-    ever written is written by then.
+    on, before each training step. Where a Trainer ends a batch, its ranks hear of any write, and all ask; in a loop of
+    the user's they hear of what all have written. Before the second step they ask each other outright, once, since
+    most of what is ever written is written by then.
 
     Args:
         module: whose buffers they are.
         group: the data ranks.
 
     Communication: once training wrote a buffer, one broadcast per dtype over ``group`` before each training step, of
-    the buffers that it writes; none where it writes none. Before the second, one all-reduce of 4 bytes per buffer.
+    the buffers that it writes; none where it writes none. Before the second, see :meth:`agree`.
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -95,13 +96,16 @@ class WrittenBuffers:
         if self._num_steps == 1:
             for buffer in self._buffers:
                 buffer.note()
-        elif self._num_steps == 2 and self._buffers:
-            self._agree()
+        elif self._num_steps == 2:
+            self.agree()
         sent = [buffer for buffer in self._buffers if buffer.is_sent]
         for dtype in dict.fromkeys(buffer.dtype for buffer in sent):
             self._send([buffer for buffer in sent if buffer.dtype == dtype])
 
-    def _agree(self) -> None:
+    def agree(self) -> None:
+        """What any rank has written is sent from now on. Communication: one all-reduce of 4 bytes per buffer."""
+        if not self._buffers:
+            return
         flags = torch.zeros(len(self), dtype=torch.int32)
         flags[self.written()] = 1
         flags = flags.to(self.device)

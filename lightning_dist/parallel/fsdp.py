@@ -16,14 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.compat import distributed as private
 from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
 from lightning_dist.parallel.tensor.split import TensorAxis
-from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated, grad_or_zeros
+from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.precision import cast_by_autocast
@@ -46,9 +45,9 @@ class FSDPRunner(SingleProcessRunner):
 
     Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
     (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
-    ``dp_replicate`` if that axis is there. Per backward pass that reduces: one small all-reduce over the data ranks,
-    see :meth:`~lightning_dist.parallel.unused_parameters.UnusedParameters.agree`, and one of the gradients of what is
-    whole, if anything is.
+    ``dp_replicate`` if that axis is there. Per backward pass that reduces: those of
+    :meth:`~lightning_dist.parallel.unused_parameters.UnusedParameters.agree`, a small one and one of the gradients of
+    what is whole, if anything is.
 
     Args:
         module: to shard, in place.
@@ -93,6 +92,7 @@ class FSDPRunner(SingleProcessRunner):
         """Around a step; None where the networks of the module gather themselves, each when it is called."""
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.unused.before_step()
         gathered = function if self.root is None else functools.partial(self.root.call, function)
         return super().call(gathered, *args, **kwargs)
 
@@ -172,8 +172,11 @@ class FSDPRunner(SingleProcessRunner):
         self.unused.second.free()
         if not self.reduces:
             return
-        all_reduce_tensors([grad_or_zeros(p) for p in self.unused.agree()], self.group, mean=True)
+        self.unused.agree()
         super().after_backward()
+
+    def validate_steps(self) -> None:
+        self.unused.validate()
 
 
 class RootGathering:

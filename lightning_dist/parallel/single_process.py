@@ -96,5 +96,8 @@ class SingleProcessRunner:
     def forget_step(self) -> None:
         """Drops what is left of a step that an exception ended on all ranks alike. Communication: none."""
 
+    def validate_steps(self) -> None:
+        """Raises what this rank has not looked at yet of the steps so far, on all ranks alike. Communication: none."""
+
     def share_buffers(self) -> None:
         """Makes buffers equal on all stages of a pipeline; called after :func:`average_buffers`."""

@@ -7,6 +7,14 @@ if no sample did. Data ranks may differ: a branch that depends on the samples. f
 rank has, so two ranks would send buffers of different parameters to each other, and no error would tell. Here a rank
 that took part in a unit sends zeros for what it did not use, and a parameter that no rank used gets no gradient.
 
+[Note: who reads a verdict]
+What the ranks tell each other of a backward pass lies on the device, and a rank that reads it waits, see
+[Note: the host runs ahead]. What this rank used, some rank used: so only one that lacks a gradient reads whether others
+have it, at once; and one that wrote a buffer, whether all did, so that all send it from the next step on. What all
+ranks have to know alike is read by all at the next backward pass, when the device has the work of that one to do, or
+before a validation, a checkpoint and the end of the run: whether they ran the same units, and buffers that only some
+wrote. In the first pass all read all of it at once, since most of what is refused, or written, is seen there.
+
 [Note: second derivatives under dp_shard]
 fully_shard frees a unit's parameters when its backward has run. With ``create_graph=True`` (a gradient penalty, a
 physics-informed loss) that backward was only the first one: what it computed holds the parameters, and the step's own
@@ -21,12 +29,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.compat import distributed as private
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.divided import as_divided
@@ -35,6 +45,7 @@ from lightning_dist.divided.gathered import is_outdated, watch
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp_units import make_gradients_alike
 from lightning_dist.patches import Patches
+from lightning_dist.transfers import LateRead, to_device
 
 _FLAGS = "flags_of_both"
 
@@ -161,6 +172,31 @@ class SecondBackward:
         self._in_first = self._holds = self._in_step = False
 
 
+class Verdict:
+    """What the ranks of a group told each other: of each number the largest that any of them gave, by name.
+
+    Communication: one all-reduce of 8 bytes a number.
+    """
+
+    def __init__(self, numbers: dict[str, list[int]], group: dist.ProcessGroup, device: torch.device) -> None:
+        self._lengths = {name: len(given) for name, given in numbers.items()}
+        self._largest = to_device([*chain(*numbers.values())], torch.int64, device)
+        dist.all_reduce(self._largest, dist.ReduceOp.MAX, group)
+        self._late = LateRead(self._largest)
+
+    def read(self) -> dict[str, list[int]]:
+        """Waits for all that the device was given."""
+        return self._by_name(self._largest.tolist())
+
+    def read_late(self) -> dict[str, list[int]]:
+        """Waits for what the device was given before the verdict."""
+        return self._by_name(self._late.tolist())
+
+    def _by_name(self, numbers: list[int]) -> dict[str, list[int]]:
+        rest = iter(numbers)
+        return {name: [next(rest) for _ in range(length)] for name, length in self._lengths.items()}
+
+
 class UnusedParameters:
     """Sees which parameters of a module a backward pass does not use, in its sharded units and beside them.
 
@@ -189,7 +225,10 @@ class UnusedParameters:
         self._sharded, self._flags, self._ran = list[Any](), list[Flags](), list[str]()
         self._used, self._had = set[int](), set[int]()
         self._trained = set[int]()
-        """What required a gradient in some backward pass since gradients were reduced."""
+        """What required a gradient in some backward pass since gradients were reduced, alike on all ranks."""
+        self._last: tuple[Verdict, list[str]] | None = None
+        """The verdict that all ranks have to read yet, and the units that this rank ran."""
+        self._is_first = True
         self.second = SecondBackward()
         for name, unit in units.items():
             param_groups = private.param_groups_of(unit)
@@ -231,9 +270,14 @@ class UnusedParameters:
         """This rank's parts of the parameters that are in units; a loss may use them directly."""
         return [parameter.sharded_param for parameter in self._sharded]
 
+    def before_step(self) -> None:
+        """Notes which of the whole parameters train, as hooks of units do of theirs."""
+        self._trained |= {id(p) for p in self.whole if p.requires_grad}
+
     def before_backward(self) -> None:
         """Remembers which gradients are there already, from earlier backward passes."""
         self.second.begin()
+        self.before_step()
         for flags in self._flags:
             flags.agree_if_gathered()
         for parameter in self._sharded:
@@ -264,44 +308,83 @@ class UnusedParameters:
             make_gradients_alike(param_group)
         reduce(*args)
 
-    def agree(self) -> list[nn.Parameter]:
-        """Takes the gradients away that no rank had, and tells which of the whole parameters any rank used.
+    def agree(self) -> None:
+        """Takes the gradients away that no rank had, and averages those of the parameters that are in no unit.
 
-        Returns:
-            The parameters of ``whole`` with a gradient on some rank, in the same order on every rank.
+        Communication over the data ranks: one all-reduce of 8 bytes per parameter, 16 per buffer, and 16; one of the
+        gradients of the parameters in no unit that train. Who waits for it: see [Note: who reads a verdict].
 
-        Communication: one all-reduce of 8 bytes per parameter, and per buffer (and 16), over the data ranks.
-
-        Raises:
-            RuntimeError: on every rank, if the ranks did not run the same units in the same order: what they gathered
-                from each other were then parts of different units.
+        Raises: see :meth:`validate`.
         """
-        flags = [int(id(p) in self._used) for p in self._sharded] + [int(p.grad is not None) for p in self.whole]
-        num_parameters, written = len(flags), set(self._buffers.written())
-        flags += [int(number in written) for number in range(len(self._buffers))]
-        order = int.from_bytes(hashlib.sha256("\n".join(self._ran).encode()).digest()[:7], "little")
-        if not flags:  # a stage of a pipeline that has neither
-            self._ran = []
-            return []
+        ran, written = self._ran, set(self._buffers.written())
+        order = int.from_bytes(hashlib.sha256("\n".join(ran).encode()).digest()[:7], "little")
+        mine = {
+            "used": [int(id(p) in self._used) for p in self._sharded],
+            "whole": [int(p.grad is not None) for p in self.whole],
+            "written": [int(number in written) for number in range(len(self._buffers))],
+            "left": [int(number not in written) for number in range(len(self._buffers))],
+        }
+        self._ran = []
+        if not any(mine.values()):  # a stage of a pipeline that has neither
+            return
         parameters = self.parts or self.whole
         device = parameters[0].device if parameters else self._buffers.device
-        verdict = torch.tensor([*flags, order, -order], dtype=torch.int64, device=device)
-        dist.all_reduce(verdict, dist.ReduceOp.MAX, self.group)
-        *used, most, least = verdict.tolist()
-        ran, self._ran, self._trained = self._ran, [], set()
+        verdict = Verdict({**mine, "order": [order, -order]}, self.group, device)
+        self.validate()
+        self._last = verdict, ran
+        averaged = self._averaged()
+        if self._is_first or written or averaged or self._lacks():
+            self._heed(verdict.read(), written, averaged)
         self._used.clear()
+        self._trained.clear()
+        if self._is_first:
+            self._is_first = False
+            self.validate()
+
+    def _lacks(self) -> bool:
+        """Whether there are gradients of zeros, which no rank may have used."""
+        others = (p for p in self._sharded if id(p) not in self._used and id(p) not in self._had)
+        return any(parameter.sharded_param.grad is not None for parameter in others)
+
+    def _averaged(self) -> dict[int, Tensor]:
+        """Averages the gradients of what is whole and trains; those that this rank lacks, by number."""
+        missing, gradients = dict[int, Tensor](), list[Tensor]()
+        for number, parameter in enumerate(self.whole):
+            if id(parameter) in self._trained:
+                if parameter.grad is None:
+                    missing[number] = torch.zeros_like(parameter)
+                gradients.append(missing[number] if parameter.grad is None else parameter.grad)
+        all_reduce_tensors(gradients, self.group, mean=True)
+        return missing
+
+    def _heed(self, told: dict[str, list[int]], written: set[int], averaged: dict[int, Tensor]) -> None:
+        for parameter, is_used in zip(self._sharded, told["used"], strict=True):
+            if not is_used and id(parameter) not in self._had:
+                parameter.sharded_param.grad = None
+        for number, gradient in averaged.items():
+            if told["whole"][number]:
+                self.whole[number].grad = gradient
+        self._buffers.send(number for number in written if not told["left"][number])
+
+    def validate(self) -> None:
+        """Looks at what the ranks told each other of the last backward pass, once. Communication: none.
+
+        Raises:
+            RuntimeError: on every rank, if they did not run the same units in the same order: what they gathered from
+                each other were then parts of different units.
+        """
+        if self._last is None:
+            return
+        (verdict, ran), self._last = self._last, None
+        told = verdict.read_late()
+        most, least = told["order"]
         if most != -least:
             raise RuntimeError(
                 "under dp_shard every rank has to run the same blocks in a step, in the same order, since each gathers "
                 f"the blocks' parameters from the others; this rank ran {', '.join(ran) or 'none'}. Use dp_replicate "
                 "for a network whose blocks depend on the samples, or shard_units= to shard them as one"
             )
-        for parameter, is_used in zip(self._sharded, used, strict=False):
-            if not is_used and id(parameter) not in self._had:
-                parameter.sharded_param.grad = None
-        self._buffers.send(number for number, is_written in enumerate(used[num_parameters:]) if is_written)
-        whole = used[len(self._sharded) : num_parameters]
-        return [p for p, is_used in zip(self.whole, whole, strict=True) if is_used]
+        self._buffers.send(number for number, is_written in enumerate(told["written"]) if is_written)
 
 
 def _note_used(used: set[int], parameter: int, _: Tensor) -> None:

@@ -210,8 +210,11 @@ class ModuleSetup:
     def share_buffers(self) -> None:
         """Makes the module's buffers equal on all ranks before they are used or saved, those of averages of it too.
 
-        Communication: see :func:`~lightning_dist.parallel.average_buffers`; none for one process.
+        Communication: see :func:`~lightning_dist.parallel.average_buffers`; none for one process. Raises what is wrong
+        with the steps so far, see :meth:`~lightning_dist.parallel.SingleProcessRunner.validate_steps`.
         """
+        if self.runner is not None:
+            self.runner.validate_steps()
         group, module = self._ranks.data_group, self._module
         if group is None or module is None:
             return

@@ -399,6 +399,9 @@ class PipelineRunner(SingleProcessRunner):
     def reshard(self) -> None:
         self.inner.reshard()
 
+    def validate_steps(self) -> None:
+        self.inner.validate_steps()
+
     def share_buffers(self) -> None:
         share_buffers(self.module, self.stages, self.group)
 
