@@ -43,6 +43,7 @@ def host_group(group: dist.ProcessGroup, all_groups: list[list[int]], device: to
     """
     if device.type == "cpu":
         return group
+    made: Any
     made, _ = dist.new_subgroups_by_enumeration(all_groups, timeout_of(group, device), backend="gloo")
     return made
 
@@ -113,7 +114,7 @@ def begin_all_reduce(
     if len(sent) == 1:
         work: Any = dist.all_reduce(sent[0], op, group, async_op=True)
     else:  # dist.all_reduce_coalesced warns that it will be another function
-        options = dist.AllreduceCoalescedOptions()  # type: ignore[attr-defined]
+        options = dist.AllreduceCoalescedOptions()
         options.reduceOp, options.asyncOp = op, True
         work = group.allreduce_coalesced([torch.view_as_real(t) if t.is_complex() else t for t in sent], options)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_dist.collectives import begin_all_reduce, buckets
 from lightning_dist.dtensors import local_part
-from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.unused_parameters import grad_or_zeros
+from lightning_dist.transfers import to_device
 
 BUCKET_BYTES = 25 * 2**20
 """As DistributedDataParallel has it."""
@@ -31,26 +31,28 @@ class GradientAveraging:
     begun in one order, from the last stage to the first, and in a stage from the last parameter to the first.
 
     All that was trained takes part, with zeros where this rank has no gradient, so no rank has to know beforehand what
-    others used. Flags of what was used, and of which buffers were written, travel in the last bucket, which waits for
-    the end; only ranks that have sent zeros, or written a buffer, look at them, and the host waits for the device.
+    others used. Flags of what was used travel in the last bucket, which waits for the end; only ranks that have sent
+    zeros look at them, and their hosts wait for the device.
 
     Communication over ``group``, once per backward pass that reduces: one all-reduce per bucket of gradients (25 MB of
     a dtype, or one tensor), in place, the flags included. Memory: see :func:`begin_all_reduce`.
 
     Args:
         group: the data ranks.
-        buffers: of this rank's stages, of which the ranks agree on what training wrote.
         device: of the flags.
     """
 
-    def __init__(self, group: dist.ProcessGroup, buffers: WrittenBuffers, device: torch.device) -> None:
-        self._group, self._buffers, self._device = group, buffers, device
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
         self._queue = deque[_Bucket]()
         self._planned, self._complete = set[nn.Parameter](), set[int]()
         self._waits: list[Callable[[], None]] = []
         self._unused: list[nn.Parameter] = []
-        self._comes_apart: bool | None = None
-        """Whether a parameter got its gradient in several parts (recomputation inside of a backward); None: unknown."""
+        self._running: int | None = None
+        """The stage whose last microbatch runs backward."""
+        self._whole: dict[int, bool] = {}
+        """Whether each parameter of a stage got its gradient at once, and not in parts (by recomputation inside of a
+        backward), once it was seen."""
 
     def begin(self, trained: dict[int, list[nn.Parameter]]) -> None:
         """A schedule begins that completes gradients; what is trained is given by the stage that completes it."""
@@ -66,13 +68,14 @@ class GradientAveraging:
     @contextmanager
     def last_backward(self, stage: int) -> Iterator[None]:
         """Around the backward of a stage's last microbatch."""
-        handles = [] if self._comes_apart else list(self._watch(stage))
+        handles, self._running = list(self._watch(stage)) if self._whole.get(stage, True) else [], stage
         try:
             yield
         finally:
+            self._running = None
             for handle in handles:
                 handle.remove()
-        self._comes_apart = bool(self._comes_apart)
+        self._whole.setdefault(stage, True)
         self._complete.add(stage)
         self._begin_ready()
 
@@ -85,20 +88,26 @@ class GradientAveraging:
     @torch.no_grad()
     def _note(self, bucket: _Bucket, parameter: nn.Parameter) -> None:
         if parameter not in bucket.missing:
-            self._comes_apart = True
+            self._whole[bucket.stage] = False
             if bucket not in self._queue:
                 raise RuntimeError(
                     "pp: a backward gave a parameter its gradient in several parts, as it did not in the first step; "
                     "use torch.utils.checkpoint with use_reentrant=False"
                 )
         bucket.missing.discard(parameter)
-        if self._comes_apart is False and not bucket.missing:  # in the first step it is only seen
+        if not bucket.missing:
             self._begin_ready()
 
     def _begin_ready(self) -> None:
-        """Begins those whose turn it is; the last waits for :meth:`finish`."""
-        while len(self._queue) > 1 and (self._queue[0].stage in self._complete or not self._queue[0].missing):
+        """Begins those whose turn it is; the last waits for :meth:`finish`. In the first step it is only seen how
+        gradients come.
+        """
+        while len(self._queue) > 1 and self._is_ready(self._queue[0]):
             self._begin(self._gradients(self._queue.popleft()))
+
+    def _is_ready(self, bucket: _Bucket) -> bool:
+        has_come = bucket.stage == self._running and self._whole.get(bucket.stage, False) and not bucket.missing
+        return has_come or bucket.stage in self._complete
 
     def _gradients(self, bucket: _Bucket) -> list[Tensor]:
         self._unused += [parameter for parameter in bucket.parameters if parameter.grad is None]
@@ -114,41 +123,27 @@ class GradientAveraging:
         self._complete |= {bucket.stage for bucket in self._queue}
         self._begin_ready()
         last = self._gradients(self._queue.popleft()) if self._queue else []
-        written = self._buffers.written()
-        flags = self._flags(trained, written, last[0].dtype if last else torch.float32)
+        flags = self._flags(trained, last[0].dtype if last else torch.float32)
         if last and not flags.is_floating_point():
             self._begin(last)
             last, flags = [], flags.abs()
-        if flags.numel():
+        if trained:
             self._begin([*last, flags])
         for wait in self._waits:
             wait()
         self._waits = []
-        if self._unused or written:
-            self._heed(trained, written, flags.tolist())
-        self.forget()
-
-    def _flags(self, trained: list[nn.Parameter], written: list[int], dtype: torch.dtype) -> Tensor:
-        """Whether each parameter was used, and each buffer written."""
-        size = len(trained) + len(self._buffers)
-        flags = torch.ones(size, dtype=dtype, device=self._device)
-        flags[len(trained) :].zero_()
-        if self._unused or written:
-            unused = set(self._unused)
-            marks = [float(p not in unused) for p in trained] + [0.0] * len(self._buffers)
-            for number in written:
-                marks[len(trained) + number] = 1.0
-            flags.copy_(torch.tensor(marks))
-        return flags
-
-    def _heed(self, trained: list[nn.Parameter], written: list[int], flags: list[float]) -> None:
-        used = dict(zip(trained, flags, strict=False))
+        used = dict(zip(trained, flags.tolist() if self._unused else (), strict=False))
         for parameter in self._unused:
             if not used[parameter]:
                 parameter.grad = None
-        # those that all ranks wrote: only they look
-        all_of_them = 1 - 0.5 / dist.get_world_size(self._group)
-        self._buffers.send(number for number in written if flags[len(trained) + number] > all_of_them)
+        self.forget()
+
+    def _flags(self, trained: list[nn.Parameter], dtype: torch.dtype) -> Tensor:
+        """Whether each parameter was used."""
+        if not self._unused:
+            return torch.ones(len(trained), dtype=dtype, device=self._device)
+        unused = set(self._unused)
+        return to_device([float(parameter not in unused) for parameter in trained], dtype, self._device)
 
     def forget(self) -> None:
         """Drops what is left of a step that did not end; waits for what other ranks have begun too."""

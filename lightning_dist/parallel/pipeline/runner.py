@@ -89,10 +89,7 @@ class PipelineRunner(SingleProcessRunner):
         """When stages ran, in the steps that torch's schedules run."""
         divides = isinstance(inner, FSDPRunner) or inner.tensor is not None
         self._plans = StagePlans(module, partitioned, device)
-        averaging = None
-        if data_group is not None:
-            assert self.buffers is not None
-            averaging = GradientAveraging(data_group, self.buffers, device)
+        averaging = None if data_group is None else GradientAveraging(data_group, device)
         self._gradients = StageGradients(module, pipeline, mesh.pipelines, averaging)
         self._view = ParameterView(module, pipeline, divides, patches)
         begin = partial(self._begin, alike=True)
@@ -136,7 +133,8 @@ class PipelineRunner(SingleProcessRunner):
         """Every microbatch forward and backward; gradients are set aside until the loss's backward."""
         self._trained = {}  # what is gathered stays the same while a step lasts
         last_backward = self._gradients.last_backward
-        with self._gradients.aside(self._plain_parameters(), self._view.zeroed(), self.reduces), self._holding():
+        completed_in = step.users if self.reduces else None
+        with self._gradients.aside(self._plain_parameters(), self._view.zeroed(), completed_in), self._holding():
             if step.batch.in_order:
                 InOrder(self._microbatch, step, self._pipeline, last_backward).forward_and_backward()
                 return

@@ -46,7 +46,7 @@ _PARTS = {"forward": "forward_one_chunk", "backward": "backward_one_chunk", "wei
 """Methods of torch's stages that a schedule calls, by what they do."""
 
 
-Around = Callable[[int], AbstractContextManager[None]]
+Around = Callable[[int], AbstractContextManager[Any]]
 """Gives what is to be around the backward of a stage's last microbatch."""
 
 

@@ -39,16 +39,23 @@ class StageGradients:
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._trained: set[str] = set()
         """Names of what required a gradient in some backward pass since gradients were reduced."""
-        self._averages = False
-        """Whether the schedule that runs completes gradients, to be averaged beside it."""
+        self._beside: GradientAveraging | None = None
+        """Where the schedule that runs completes gradients, and they are averaged beside it."""
 
     @contextmanager
-    def aside(self, parameters: list[nn.Parameter], zeroed: set[nn.Parameter] | None, reduces: bool) -> Iterator[None]:
+    def aside(
+        self,
+        parameters: list[nn.Parameter],
+        zeroed: set[nn.Parameter] | None,
+        completed_in: Callable[[str], set[int]] | None = None,
+    ) -> Iterator[None]:
         """While it lasts, a schedule computes gradients of parameters, which are kept for :meth:`hand_over`.
 
-        ``zeroed``: Lightning alone runs between it and the backward, and zeroes these. So they are dropped now, and the
-        schedule adds to those of the others. None: it makes gradients of its own, which take memory beside those that
-        are there. ``reduces``: whether that backward reduces.
+        Args:
+            parameters: whose gradients autograd itself puts in place.
+            zeroed: what Lightning, which alone runs from here to the backward, zeroes: those gradients are dropped now,
+                and the schedule adds to the others. None: it makes gradients of its own, beside those that are there.
+            completed_in: the stages that use a parameter, by its name, where that backward reduces.
         """
         before = [p.grad if zeroed is None else None for p in parameters]
         for parameter in parameters:
@@ -57,29 +64,31 @@ class StageGradients:
         self._note_trained()
         if zeroed is not None:
             self._tied.divide()
-        self._averages = zeroed is not None and reduces and self._averaging is not None
-        if self._averages:
-            self._averaging.begin(self._completed_by_stage())
+        self._beside = None
+        if zeroed is not None and completed_in is not None and self._averaging is not None:
+            self._beside = self._averaging
+            self._beside.begin(self._completed_by_stage(completed_in))
         yield
-        self._averages = False
+        self._beside = None
         self._aside = [(p, p.grad) for p in parameters if p.grad is not None]
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
 
     def last_backward(self, stage: int) -> AbstractContextManager[None]:
         """Around the backward of a stage's last microbatch."""
-        return self._averaging.last_backward(stage) if self._averages and self._averaging else nullcontext()
+        return nullcontext() if self._beside is None else self._beside.last_backward(stage)
 
     def _note_trained(self) -> None:
         self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
 
-    def _completed_by_stage(self) -> dict[int, list[nn.Parameter]]:
-        """What is trained, but for what is tied over a cut, by the own stage whose backward comes last."""
+    def _completed_by_stage(self, users: Callable[[str], set[int]]) -> dict[int, list[nn.Parameter]]:
+        """What is trained in one stage alone, by stage; what several use, tied over a cut, is complete later."""
         found: dict[int, list[nn.Parameter]] = {}
         for name, parameter in self._module.named_parameters():
-            if name in self._trained and name not in self._tied.names and not is_placeholder(parameter):
-                own = set(self._pipeline.own) & set(self._pipeline.stages.owners[name])
-                found.setdefault(min(own), []).append(parameter)
+            if name in self._trained and not is_placeholder(parameter):
+                stages = users(name).union(self._pipeline.stages.owners.get(name, ()))
+                if len(stages) == 1:
+                    found.setdefault(stages.pop(), []).append(parameter)
         return found
 
     @torch.no_grad()

@@ -116,6 +116,10 @@ class StepInFlight:
         """Names of the parameters that the step was seen to write to."""
         return {name for plan in self.plans for name in plan.written}
 
+    def users(self, name: str) -> set[int]:
+        """Stages that use a parameter."""
+        return {stage for plan in set(self.plans) for stage in plan.users.get(name, ())}
+
     @contextmanager
     def failing(self, stage: int) -> Iterator[None]:
         """What is raised inside is raised on all ranks at the end of the step; what comes after it, is not."""

@@ -38,7 +38,6 @@ class TiedGradients:
                 of_holders, _ = dist.new_subgroups_by_enumeration([[ranks[h] for h in holders] for ranks in pipelines])
                 if isinstance(of_holders, dist.ProcessGroup):
                     self.groups.append((tied, of_holders))
-        self.names = {name for tied, _ in self.groups for name in tied}
 
     @torch.no_grad()
     def divide(self) -> None:
