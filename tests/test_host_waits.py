@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
+from lightning_dist.compat.lightning import Metadata, Sync
+from lightning_dist.logs.reductions import LoggedValue, all_reduce_logged
 from tests.support import models
-from tests.support.host_waits import READ, UPLOAD, HostWaits
+from tests.support.host_waits import READ, UPLOAD, HostWaits, hosts_apart
 from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET, slow
-from tests.support.ranks import RankError, run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 DEVICE = torch.device("cpu")
 
@@ -142,7 +146,8 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
         strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)  # type: ignore[assignment]
     of_run = {"log_every_n_steps": logs.every, "max_epochs": 1, "devices": devices, "strategy": strategy}
     training = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "callbacks": [counting], "logger": Reading()}
-    L.Trainer(**{**QUIET, **of_run, **training}).fit(Logging(logs), DataLoader(samples(), batch_size=4))
+    with hosts_apart():
+        L.Trainer(**{**QUIET, **of_run, **training}).fit(Logging(logs), DataLoader(samples(), batch_size=4))
     return [(seen.count.total(), str(seen)) for seen in counting.steps[3:7]]
 
 
@@ -155,3 +160,76 @@ def test_a_steady_step_waits_as_often_as_in_one_process(layout: str, num_ranks: 
     assert (sum(of_one) > 0) == (logs.every == 2)
     for rank in run_on_ranks(num_ranks, _waits, layout, logs):
         assert [number for number, _ in rank] == of_one, "\n".join(places for _, places in rank)
+
+
+# ---------------------------------------------------------------- what is read late
+
+
+class Parting(models.Momentum):
+    """From a batch on, ranks run its blocks in different orders."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first, self.num_batches = first, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.num_batches += 1
+        x, y = batch
+        blocks = list(self.net.blocks)  # type: ignore[arg-type]
+        for block in blocks[:: -1 if batch_idx >= self.first and dist.get_rank() else 1]:
+            x = block(x)
+        return F.cross_entropy(self.net.head(x), y)  # type: ignore[operator]
+
+
+def _parted(first: int, folder: str | None) -> tuple[str, int, list[str]]:
+    """What was raised, in which batch, and what was saved by then."""
+    module = Parting(first)
+    saves = [] if folder is None else [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)]
+    quiet = {**QUIET, "enable_checkpointing": folder is not None, "devices": 2, "max_epochs": 1}
+    trainer = L.Trainer(**quiet, strategy=HybridStrategy("dp_shard=2"), callbacks=saves)
+    with pytest.raises(RuntimeError, match="every rank has to run the same blocks in a step") as error:
+        trainer.fit(module, DataLoader(samples(32), batch_size=4))
+    return str(error.value), module.num_batches, sorted(path.name for path in Path(folder or "").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("first", "saves", "found"),
+    [(0, False, 1), (1, False, 3), (3, False, 4), (2, True, 3)],
+    ids=["at once in the first step", "a step later", "at the end", "before a checkpoint"],
+)
+def test_ranks_that_run_other_blocks_are_all_told(tmp_path: Path, first: int, saves: bool, found: int) -> None:
+    ranks = run_on_ranks(2, _parted, first, str(tmp_path) if saves else None)
+    for message, num_batches, files in ranks:
+        assert message.startswith("under dp_shard every rank has to run the same blocks in a step, in the same order")
+        assert num_batches == found
+        assert files == ([f"epoch=0-step={step}.ckpt" for step in (1, 2)] if saves else [])
+
+
+# ---------------------------------------------------------------- names of logged values
+
+
+def _reduced(num_values: int, others: bool) -> list[dict[str, float]]:
+    """By a group that the hosts have for themselves, and by that of the devices."""
+    rank, hosts = dist.get_rank(), dist.new_group(backend="gloo")
+    names = [f"value {number}" for number in range(num_values)] + [f"of {rank}"] * others
+    values = {}
+    for number, name in enumerate(names):
+        reduce_fx = (torch.mean, torch.sum, torch.max)[number % 3]
+        meta = Metadata("training_step", name, on_step=True, on_epoch=False, reduce_fx=reduce_fx)
+        meta.sync = Sync()
+        values[name] = LoggedValue.of(meta, torch.tensor(float(number + rank)), 1 + rank)
+    reduced = []
+    for group in (hosts, None):
+        with HostWaits() as seen:
+            of_all = all_reduce_logged(values, dist.group.WORLD, DEVICE, hosts=group)
+        assert others or group is None or not seen.count, str(seen)
+        reduced.append({name: float(value) for name, (_, value) in of_all.items() if value is not None})
+    return reduced
+
+
+@pytest.mark.parametrize(("num_values", "others"), [(3, False), (3, True), (70, False), (0, True)])
+def test_hosts_that_agree_on_names_give_the_same_values(num_values: int, others: bool) -> None:
+    ranks = run_on_ranks(2, _reduced, num_values, others)
+    one, *rest = (reduced for rank in ranks for reduced in rank)
+    assert all(reduced == one for reduced in rest)
+    assert len(one) == num_values + 2 * others

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dist.compat.lightning import Metadata, packed_metadata, unpacked_metadata
+from lightning_dist.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class LoggedValue(NamedTuple):
     def neutral(self) -> LoggedValue:
         """What a rank adds that has nothing of it."""
         assert self.reduction is not None
-        return self._replace(value=torch.tensor(self.reduction.neutral, dtype=self.value.dtype), weight=0)
+        return self._replace(value=torch.full_like(self.value, self.reduction.neutral), weight=0)
 
     @property
     def summands(self) -> list[Any]:
@@ -119,29 +120,40 @@ def all_reduce_logged(
     group: dist.ProcessGroup,
     device: torch.device,
     expected: dict[str, LoggedValue] | None = None,
+    hosts: dist.ProcessGroup | None = None,
 ) -> Reduced:
     """The reduced values by key, in order of the keys, of all keys that any rank has; None for a metric.
 
-    Whether the names are the same everywhere is seen in the all-reduce that carries the values: it starts with hashes
-    of the sorted names and with their squares; the sum of n equal hashes and that of their squares give each other
-    away. A rank without a key adds nothing to it.
+    Whether the names are the same everywhere the hosts ask each other, which then need not wait for their devices.
+    Where the values are the hosts' own, it is seen in the all-reduce that carries them: it starts with hashes of the
+    sorted names and with their squares; the sum of n equal hashes and that of their squares give each other away. A
+    rank without a key adds nothing to it.
 
     Args:
         values: what this rank adds, by key.
         group, device: the ranks that hold different samples, all of which call it, and the device of the collectives.
         expected: what other ranks are likely to have of which this one has none, as neutral values: with them the names
             are the same everywhere. They count for nothing.
+        hosts: the group, for tensors on the CPU; None where it is that for the values.
 
     Communication over the group: one all-reduce of 0.5 kB; one more for more than 64 numbers (a mean is two), for
-    minima, for maxima; where the names differ, an all-gather of the values by name instead of those.
+    minima, for maxima; where the names differ, an all-gather of the values by name instead of those. With ``hosts``,
+    one all-reduce of 16 bytes among them, and of 8 bytes a number.
     """
     every = dict(sorted({**(expected or {}), **values}.items(), key=itemgetter(0)))
     sums = [number for value in every.values() for number in value.summands]
     names = hashlib.sha256(repr([(key, value.kind) for key, value in every.items()]).encode()).digest()
+    flat = _flat(sums, device)
+    if hosts is not None and hosts is not group:
+        if not _are_alike(names, hosts):
+            return _by_name(values, group, device)
+        if sums:
+            dist.all_reduce(flat, group=group)
+        return _taken_apart(every, flat, _extremes(every, group, device))
     checks = [int.from_bytes(names[4 * i : 4 * i + 4], "big") >> 12 for i in range(_CHECKS)]
     total = torch.zeros(2 * _CHECKS + _ROOM, dtype=torch.float64)
     total[: 2 * _CHECKS] = torch.tensor([*checks, *(check**2 for check in checks)], dtype=torch.float64)
-    total, flat = total.to(device), _flat(sums, device)
+    total = total.to(device)
     fits = len(sums) <= _ROOM
     if fits:
         total[2 * _CHECKS :][: len(sums)] = flat
@@ -152,6 +164,14 @@ def all_reduce_logged(
     if not fits:
         dist.all_reduce(flat, group=group)
     return _taken_apart(every, total[2 * _CHECKS :] if fits else flat, _extremes(every, group, device))
+
+
+def _are_alike(digest: bytes, hosts: dist.ProcessGroup) -> bool:
+    number = int.from_bytes(digest[:7], "big")
+    extremes = torch.tensor([number, -number])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, hosts)
+    most, least = extremes.tolist()
+    return most == -least
 
 
 def _extremes(values: dict[str, LoggedValue], group: dist.ProcessGroup, device: torch.device) -> dict[str, Tensor]:
@@ -182,8 +202,15 @@ def _taken_apart(values: dict[str, LoggedValue], sums: Tensor, extremes: dict[st
 
 
 def _flat(numbers: list[Any], device: torch.device) -> Tensor:
-    tensors = [torch.as_tensor(n, dtype=torch.float64, device=device).detach() for n in numbers]
-    return torch.stack(tensors) if tensors else torch.zeros(0, dtype=torch.float64, device=device)
+    """One tensor on the device of numbers, and of tensors of one number; the host waits for neither."""
+    if not numbers:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    sent = iter(to_device([n for n in numbers if not isinstance(n, Tensor)], torch.float64, device))
+    tensors = (
+        n.detach().to(device, torch.float64, non_blocking=True) if isinstance(n, Tensor) else next(sent)
+        for n in numbers
+    )
+    return torch.stack([*tensors])
 
 
 def _by_name(values: dict[str, LoggedValue], group: dist.ProcessGroup, device: torch.device) -> Reduced:

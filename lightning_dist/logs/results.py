@@ -27,12 +27,14 @@ class ReducedResults:
     """What was logged since the last reduction, and the reduction, which puts the values of all ranks in place.
 
     Args:
-        trainer, group: see :class:`~lightning_dist.logs.StepLogs`.
+        trainer, group, hosts: see :class:`~lightning_dist.logs.StepLogs`.
         in_stages: whether ranks run different stages of a step.
     """
 
-    def __init__(self, trainer: pl.Trainer, group: dist.ProcessGroup, in_stages: bool) -> None:
-        self._trainer, self._group, self._in_stages = trainer, group, in_stages
+    def __init__(
+        self, trainer: pl.Trainer, group: dist.ProcessGroup, hosts: dist.ProcessGroup, in_stages: bool
+    ) -> None:
+        self._trainer, self._group, self._hosts, self._in_stages = trainer, group, hosts, in_stages
         self.dirty = False
         """Whether a step ran, or a hook that logs, since the last reduction, as all ranks know."""
         self.of_step: dict[int, dict[str, int]] = defaultdict(dict)
@@ -124,7 +126,7 @@ class ReducedResults:
         return metric
 
     def _reduced(self, values: dict[str, LoggedValue], expected: dict[str, LoggedValue] | None = None) -> Reduced:
-        return all_reduce_logged(values, self._group, self._trainer.strategy.root_device, expected)
+        return all_reduce_logged(values, self._group, self._trainer.strategy.root_device, expected, self._hosts)
 
 
 def collections_of(trainer: pl.Trainer) -> list[ResultCollection]:

@@ -58,6 +58,7 @@ class StepLogs:
         trainer: whose results are reduced, from :meth:`attach` until an undo.
         monitored: names by which schedulers and callbacks decide.
         group: the ranks that log different values: of other samples or other stages.
+        hosts: the same, for tensors on the CPU.
         batches: this rank's of an evaluation loader, by its index; None for one that the strategy has not sharded.
         stage: where ranks run different stages of a step: this rank's place, and that of the last stage. Then each
             step's values are reduced, since a rank may have none of its own; and of a sum that every stage's hooks log
@@ -70,13 +71,14 @@ class StepLogs:
         trainer: pl.Trainer,
         monitored: set[str],
         group: dist.ProcessGroup,
+        hosts: dist.ProcessGroup,
         batches: Callable[[int], DistributedBatches | DistributedStream | None],
         stage: tuple[int, int] | None = None,
         is_even: Callable[[], bool] = lambda: False,
     ) -> None:
         self.trainer, self.monitored, self._group, self._batches_of = trainer, monitored, group, batches
         self._in_stages = stage is not None
-        self._results = ReducedResults(trainer, group, self._in_stages)
+        self._results = ReducedResults(trainer, group, hosts, self._in_stages)
         self._noted = NotedLogs(trainer, self._results, is_even, stage is not None and stage[0] != stage[1])
         self._batch_idx = -1
         self._batches: DistributedBatches | DistributedStream | None = None
@@ -273,6 +275,7 @@ def attach_logs(
     patches: Patches,
     monitored: set[str],
     group: dist.ProcessGroup | None,
+    hosts: dist.ProcessGroup | None,
     batches: Callable[[int], DistributedBatches | DistributedStream | None],
     stage: tuple[int, int] | None = None,
     is_even: Callable[[], bool] = lambda: False,
@@ -281,7 +284,7 @@ def attach_logs(
 
     Args:
         trainer: about to run, with its module set up.
-        monitored, group, batches, stage, is_even: see :class:`StepLogs`; no group for one process.
+        monitored, group, hosts, batches, stage, is_even: see :class:`StepLogs`; no groups for one process.
 
     Returns:
         None where one rank logs, or all log the same: then only numbers that ranks hold parts of are made whole.
@@ -291,11 +294,11 @@ def attach_logs(
     module = trainer.lightning_module
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         patches.set(module, TO_TENSOR, partial(to_tensor, trainer.strategy.root_device))
-    if group is None or dist.get_world_size(group) == 1:
+    if group is None or hosts is None or dist.get_world_size(group) == 1:
         for results in collections_of(trainer):
             patches.set(results, "update_metrics", partial(_update_with_whole, results))
         return None
-    logs = StepLogs(trainer, monitored, group, batches, stage, is_even)
+    logs = StepLogs(trainer, monitored, group, hosts, batches, stage, is_even)
     logs.attach(patches)
     return logs
 

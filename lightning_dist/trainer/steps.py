@@ -50,8 +50,9 @@ class Steps:
         self._detach()
         self._trainer, ranks, setup, is_even = trainer, self._ranks, self._setup, self._resume.is_even
         names = monitored | _monitored(trainer)
-        batches_of = self._loaders.batches_of
-        self._logs = attach_logs(trainer, patches, names, ranks.logs_group, batches_of, setup.stage, is_even)
+        batches_of, group = self._loaders.batches_of, ranks.logs_group
+        hosts = None if group is None else ranks.hosts[1]
+        self._logs = attach_logs(trainer, patches, names, group, hosts, batches_of, setup.stage, is_even)
         if trainer.state.fn == TrainerFn.FITTING and ranks.world_size > 1:
             self.control_flow = ControlFlow(trainer, setup.runner, ranks, is_even)
             self.control_flow.attach(patches)

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_dist.ranks import LayoutRanks, groups_of_hosts
 from tests.support.device import device_type
 
 READ, UPLOAD = "read", "upload"
 """Kinds of waits: for a value; for a copy to the device from memory that is not pinned, which goes behind all else."""
+
+
+@contextmanager
+def hosts_apart() -> Iterator[None]:
+    """While it lasts, the hosts of a run have process groups of their own, as where ranks compute on devices."""
+
+    def apart(ranks: LayoutRanks) -> Any:
+        if vars(ranks)["_hosts"] is None:
+            assert ranks.mesh is not None
+            vars(ranks)["_hosts"] = groups_of_hosts(ranks.mesh, ranks.timeout)
+        return vars(ranks)["_hosts"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayoutRanks, "hosts", property(apart))
+        yield
+
 
 _aten = torch.ops.aten
 _READING = {
