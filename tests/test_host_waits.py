@@ -153,7 +153,15 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("logs", [Logs(), Logs(sync=True), Logs(every=2)], ids=["logs", "syncs", "read"])
 @pytest.mark.parametrize(
-    ("layout", "num_ranks"), [("dp_replicate=2", 2), ("dp_shard=2", 2), ("tp=2", 2), slow("dp_shard=2,tp=2", 4)]
+    ("layout", "num_ranks"),
+    [
+        ("dp_replicate=2", 2),
+        ("dp_shard=2", 2),
+        ("tp=2", 2),
+        slow("dp_shard=2,tp=2", 4),
+        ("pp=2", 2),
+        slow("pp=2,dp_replicate=2", 4),
+    ],
 )
 def test_a_steady_step_waits_as_often_as_in_one_process(layout: str, num_ranks: int, logs: Logs) -> None:
     of_one = [number for number, _ in _waits(None, logs)]
