@@ -242,7 +242,7 @@ class PipelineRunner(SingleProcessRunner):
                 payload = pack(output, effects) if shares else b""
             if not step.is_manual:
                 step.logs.replay()
-        whole = loss.double()  # ranks may not know in which dtype the last stage computes it
+        whole = loss.to(torch.float64, copy=True)  # ranks may not know in which dtype the last stage computes it
         shared = dist.all_reduce(whole, group=self.group, async_op=True)
         told = torch.tensor([len(payload), step.failure is not None, self._check.is_new(step)], device="cpu")
         dist.all_reduce(told, group=self._host_group)  # no host waits for its device
@@ -392,6 +392,7 @@ class PipelineRunner(SingleProcessRunner):
 
     def forget_step(self) -> None:
         self._schedules.clear()
+        self._gradients.forget()
         self.inner.forget_step()
 
     def reshard(self) -> None:

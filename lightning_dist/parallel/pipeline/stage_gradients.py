@@ -114,6 +114,12 @@ class StageGradients:
             self._averaging.finish(trained)
         self._trained = set()
 
+    def forget(self) -> None:
+        """Drops what is left of a step that an exception ended on all ranks alike."""
+        self._aside = []
+        if self._averaging is not None:
+            self._averaging.forget()
+
 
 class HandOver(torch.autograd.Function):
     """The loss of a finished schedule, whose backward hands over; see [Note: gradients of a schedule]."""
