@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dist.compat.distributed import timeout_of
+
 T = TypeVar("T")
+N = TypeVar("N", bound=Tensor)
 E = TypeVar("E", bound=type[Exception])
 
 BUCKET_BYTES = 64 * 2**20
@@ -32,12 +35,25 @@ def num_ranks() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in groups of one dtype and at most ``BUCKET_BYTES``, or one tensor."""
-    open_buckets: dict[torch.dtype, list[Tensor]] = {}
+def host_group(group: dist.ProcessGroup, all_groups: list[list[int]], device: torch.device) -> dist.ProcessGroup:
+    """A group of the same ranks for tensors of the host, so that no host waits for its device: on the CPU itself, else
+    one of gloo.
+
+    Communication: makes the groups of gloo; every rank of the world calls it, with the ranks of all groups of a kind.
+    """
+    if device.type == "cpu":
+        return group
+    made: Any
+    made, _ = dist.new_subgroups_by_enumeration(all_groups, timeout_of(group, device), backend="gloo")
+    return made
+
+
+def buckets(tensors: Iterable[N], most: int = BUCKET_BYTES) -> Iterator[list[N]]:
+    """The tensors in groups of one dtype and at most so many bytes, or one tensor."""
+    open_buckets: dict[torch.dtype, list[N]] = {}
     for tensor in tensors:
         bucket = open_buckets.setdefault(tensor.dtype, [])
-        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > most:
             yield bucket
             bucket = open_buckets[tensor.dtype] = []
         bucket.append(tensor)
@@ -65,12 +81,50 @@ def all_reduce_tensors(
 ) -> None:
     """Reduces plain tensors over the group (None: the world) in place; for the mean, divides by its ranks.
 
-    Communication: the tensors' bytes, in all-reduces of one dtype and at most 64 MB (or one tensor) each.
+    Communication: the tensors' bytes, in all-reduces of one dtype and at most 64 MB (or one tensor) each. Memory: see
+    :func:`begin_all_reduce`.
     """
-    for same in buckets(tensors):
-        flat = _flat(same)
-        dist.all_reduce(flat, op, group)
-        _copy_into(same, _split(flat / dist.get_world_size(group) if mean else flat, same))
+    for wait in [begin_all_reduce(same, group, op, mean) for same in buckets(tensors)]:
+        wait()
+
+
+@torch.no_grad()
+def begin_all_reduce(
+    tensors: list[Tensor], group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM, mean: bool = False
+) -> Callable[[], None]:
+    """Begins to reduce plain tensors of one dtype over the group (None: the world) in place, by one all-reduce.
+
+    A mean is divided before it is summed, so that it overflows nowhere that its terms don't.
+
+    Returns:
+        A function that waits for it: the host on a CPU, the stream on an accelerator. Until then nobody may use them.
+
+    Memory: none by itself, also where there are many tensors, but for copies of those that are not contiguous; gloo
+    makes one flat copy of several.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    given = [tensor.detach() for tensor in tensors]
+    sent = [tensor.contiguous() for tensor in given]  # themselves, where they are
+    if mean and sent[0].is_cuda and "nccl" in dist.get_backend(group):
+        op = dist.ReduceOp.AVG
+    elif mean:
+        for tensor in sent:
+            tensor.div_(dist.get_world_size(group))
+    if len(sent) == 1:
+        work: Any = dist.all_reduce(sent[0], op, group, async_op=True)
+    else:  # dist.all_reduce_coalesced warns that it will be another function
+        options = dist.AllreduceCoalescedOptions()
+        options.reduceOp, options.asyncOp = op, True
+        work = group.allreduce_coalesced([torch.view_as_real(t) if t.is_complex() else t for t in sent], options)
+
+    def wait() -> None:
+        work.wait()
+        for tensor, reduced in zip(given, sent, strict=True):
+            if reduced is not tensor:
+                tensor.copy_(reduced)
+
+    return wait
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -37,6 +37,11 @@ class ParallelMesh:
         """The ranks of every pipeline of the world, by stage."""
         return self.root.mesh.movedim(MESH_AXES.index("pp"), -1).flatten(0, -2).tolist()
 
+    @property
+    def data_groups(self) -> list[list[int]]:
+        """The ranks with different samples of what other ranks of the world hold, or compute, alike."""
+        return self.root.mesh.movedim((1, 2), (-2, -1)).flatten(-2).flatten(0, -2).tolist()
+
 
 @dataclass(frozen=True)
 class Layout:

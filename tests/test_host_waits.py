@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -94,6 +95,8 @@ class Logs:
 
     sync: bool = False
     every: int = 1000
+    scales: bool = False
+    """Whether the loss is scaled, for half precision."""
 
 
 class Logging(models.Classifier):
@@ -143,22 +146,46 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
     devices, strategy = 1, "auto"
     if layout is not None:
         devices = dist.get_world_size()
-        strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)  # type: ignore[assignment]
+        plan, reshards = BLOCK_PLAN if "tp" in layout else None, "pp=2,dp_shard" in layout
+        strategy = HybridStrategy(layout, tensor_plan=plan, pipeline_reshard=reshards)  # type: ignore[assignment]
     of_run = {"log_every_n_steps": logs.every, "max_epochs": 1, "devices": devices, "strategy": strategy}
     training = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "callbacks": [counting], "logger": Reading()}
+    plugins = [MixedPrecision("16-mixed", "cpu")] if logs.scales else None
     with hosts_apart():
-        L.Trainer(**{**QUIET, **of_run, **training}).fit(Logging(logs), DataLoader(samples(), batch_size=4))
+        L.Trainer(**{**QUIET, **of_run, **training}, plugins=plugins).fit(
+            Logging(logs), DataLoader(samples(), batch_size=4)
+        )
     return [(seen.count.total(), str(seen)) for seen in counting.steps[3:7]]
 
 
 @pytest.mark.parametrize("logs", [Logs(), Logs(sync=True), Logs(every=2)], ids=["logs", "syncs", "read"])
 @pytest.mark.parametrize(
-    ("layout", "num_ranks"), [("dp_replicate=2", 2), ("dp_shard=2", 2), ("tp=2", 2), slow("dp_shard=2,tp=2", 4)]
+    ("layout", "num_ranks"),
+    [
+        ("dp_replicate=2", 2),
+        ("dp_shard=2", 2),
+        ("tp=2", 2),
+        slow("dp_shard=2,tp=2", 4),
+        ("pp=2", 2),
+        slow("pp=2,dp_replicate=2", 4),
+    ],
 )
 def test_a_steady_step_waits_as_often_as_in_one_process(layout: str, num_ranks: int, logs: Logs) -> None:
     of_one = [number for number, _ in _waits(None, logs)]
     assert (sum(of_one) > 0) == (logs.every == 2)
     for rank in run_on_ranks(num_ranks, _waits, layout, logs):
+        assert [number for number, _ in rank] == of_one, "\n".join(places for _, places in rank)
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_ranks"),
+    [("pp=2", 2), slow("pp=2,dp_shard=2", 4), slow("pp=2,dp_replicate=2", 4)],
+)
+def test_a_step_in_half_precision_waits_as_often_as_in_one_process(layout: str, num_ranks: int) -> None:
+    """A scaler looks at gradients before it lets an optimizer step."""
+    of_one = [number for number, _ in _waits(None, Logs(scales=True))]
+    assert sum(of_one) > 0
+    for rank in run_on_ranks(num_ranks, _waits, layout, Logs(scales=True)):
         assert [number for number, _ in rank] == of_one, "\n".join(places for _, places in rank)
 
 

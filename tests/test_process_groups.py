@@ -16,8 +16,8 @@ from lightning_dist import Layout
 from lightning_dist.compat.distributed import timeout_of
 from lightning_dist.parallel.buffers import share_batch_statistics
 from lightning_dist.parallel.pipeline.schedule import SCHEDULES
-from lightning_dist.parallel.pipeline.stage_gradients import StageGradients
 from lightning_dist.parallel.pipeline.stages import Pipeline, Stages
+from lightning_dist.parallel.pipeline.tied_gradients import TiedGradients
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 from tests.support.ranks import run_on_ranks
@@ -33,8 +33,8 @@ def _tied_and_later(rank: int, layout: Layout) -> tuple[list[list[int]], str]:
         module = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(4))
         owners = {"0": (0,), "1": (0, 2), "2": (1, 2), "3": (0, 2)}
         stages = Stages(SCHEDULES["1F1B"], 3, ("first", "second"), owners=owners, buffers={})
-        gradients = StageGradients(module, Pipeline(stages, mesh.root["pp"].get_group(), CPU), mesh.pipelines)
-        tied = [dist.get_process_group_ranks(group) for _, group in gradients._tied]
+        groups = TiedGradients(module, Pipeline(stages, mesh.root["pp"].get_group(), CPU), mesh.pipelines).groups
+        tied = [dist.get_process_group_ranks(group) for _, group in groups]
         later: Any = dist.new_group(backend="fake")
         return tied, later.group_name
     finally:

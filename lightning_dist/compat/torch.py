@@ -223,6 +223,13 @@ class StandsForLoader:
             self.loader._iterator = value
 
 
+@uses("torch.amp.GradScaler._get_scale_async")
+def scale_on_device(scaler: GradScaler) -> Tensor | float:
+    """What a scaler multiplies losses with, without waiting for it; a number before the first time."""
+    scale = scaler._get_scale_async()
+    return scaler.get_scale() if scale is None else scale
+
+
 @uses("torch.amp.GradScaler._unscale_grads_", "torch._amp_foreach_non_finite_check_and_unscale_")
 class UnscalingGradScaler(GradScaler):
     """A gradient scaler that says itself how gradients are unscaled: torch's own works on plain tensors only."""

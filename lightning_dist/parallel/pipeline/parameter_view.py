@@ -13,6 +13,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from lightning_dist.compat.torch import version_of
 from lightning_dist.logs.code_scan import GRADIENTS, scan_hook
@@ -94,6 +96,34 @@ class ParameterView:
                 parameter.grad = placeholder(parameter) if flag else None
 
     @cached_property
+    def is_undisturbed(self) -> bool:
+        """Whether code of Lightning's alone runs from the end of a training step to the end of its backward: nobody
+        scales the loss, or looks at gradients or zeroes them in a way of their own.
+        """
+        trainer, module = self._module.trainer, self._module
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        plugin = trainer.precision_plugin
+        scaler: Any = type(getattr(plugin, "scaler", None) or GradScaler())
+        return (
+            module.automatic_optimization
+            and not any(is_overridden(hook, module) for hook in _BACKWARD_HOOKS)
+            and not any(is_overridden(hook, one, Callback) for hook in _CALLBACK_HOOKS for one in callbacks)
+            and all(getattr(type(plugin), m).__module__.startswith("lightning.") for m in ("pre_backward", "backward"))
+            and type(trainer.strategy).backward.__module__.startswith("lightning_dist.")
+            and all(getattr(scaler, m) is getattr(GradScaler, m) for m in ("scale", "get_scale"))
+            and all(type(optimizer).zero_grad is Optimizer.zero_grad for optimizer in trainer.optimizers)
+        )
+
+    def zeroed(self) -> set[nn.Parameter] | None:
+        """What Lightning is about to zero, before the backward of the step that begins; None where the user may see."""
+        if not self.is_undisturbed:
+            return None
+        trainer = self._module.trainer
+        if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches:
+            return set()
+        return {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+
+    @cached_property
     def _sees_gradients(self) -> bool:
         """Whether code of the user's looks at gradients between a backward and the next one's zeros."""
         callbacks: list[Any] = self._module.trainer.callbacks  # type: ignore[attr-defined]
@@ -107,5 +137,7 @@ class ParameterView:
 
 
 _GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+_CALLBACK_HOOKS = ("on_before_backward", "on_before_zero_grad")
+_BACKWARD_HOOKS = (*_CALLBACK_HOOKS, "backward", "optimizer_zero_grad")
 _LATER_HOOKS = ("on_train_batch_end", "on_before_zero_grad")
 """In which gradients are still there, and few look."""

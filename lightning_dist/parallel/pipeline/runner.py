@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_dist.collectives import host_group
+from lightning_dist.compat.torch import assert_async, scale_on_device
 from lightning_dist.layout import ParallelMesh
 from lightning_dist.logs.microbatches import RecordedLogs
 from lightning_dist.parallel.buffers import WrittenBuffers
 from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.pipeline import manual_optimization
+from lightning_dist.parallel.pipeline.gradient_averaging import GradientAveraging
 from lightning_dist.parallel.pipeline.microbatch_check import MicrobatchCheck, left_in_parts, outcome
 from lightning_dist.parallel.pipeline.p2p import Ended, Tensors, first_link
 from lightning_dist.parallel.pipeline.parameter_view import ParameterView
@@ -47,10 +50,10 @@ class PipelineRunner(SingleProcessRunner):
     :meth:`_on_all_ranks` gives every rank what the step returned, and a loss whose backward hands over gradients.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
-    training, one back with their gradients; one all-reduce of 32 bytes with the loss, and one broadcast of what else
-    the step returned or kept, if it did. Per backward pass that reduces: one all-reduce of the gradients of parameters
-    that are tied over a cut, among the ranks that hold them. Over the data ranks, where nothing is sharded: one
-    all-reduce of the gradients, flat, and a small one of which were used.
+    training, one back with their gradients; all-reduces of 8 and 24 bytes with the loss and of what went well, and one
+    broadcast of what else the step returned or kept, if it did. Per backward pass that reduces: one all-reduce of the
+    gradients of parameters that are tied over a cut, among the ranks that hold them. Over the data ranks, where nothing
+    is sharded: see :class:`~.gradient_averaging.GradientAveraging`.
 
     Args:
         mesh: of the layout.
@@ -74,14 +77,20 @@ class PipelineRunner(SingleProcessRunner):
         super().__init__(module)
         self.stages, self.group, self.inner = partitioned.stages, mesh.root["pp"].get_group(), inner
         self._pipeline = pipeline = Pipeline(self.stages, self.group, device)
-        self._options, self._device, self._data_group = options, device, data_group
+        self._host_group = host_group(self.group, mesh.pipelines, device)
+        self._hosts_of_data: dist.ProcessGroup | None = None
+        """Data ranks that have to have as many microbatches."""
+        if isinstance(inner, FSDPRunner) and options.reshard:
+            self._hosts_of_data = host_group(inner.group, mesh.data_groups, device)
+        self._options, self._device = options, device
         self.buffers = inner.buffers if data_group is None else WrittenBuffers(module, data_group)
         self._last = self.stages.num_stages - 1
         self.timeline = Timeline(device)
         """When stages ran, in the steps that torch's schedules run."""
         divides = isinstance(inner, FSDPRunner) or inner.tensor is not None
         self._plans = StagePlans(module, partitioned, device)
-        self._gradients = StageGradients(module, pipeline, mesh.pipelines)
+        averaging = None if data_group is None else GradientAveraging(data_group, device)
+        self._gradients = StageGradients(module, pipeline, mesh.pipelines, averaging)
         self._view = ParameterView(module, pipeline, divides, patches)
         begin = partial(self._begin, alike=True)
         self._check = MicrobatchCheck(pipeline, begin, self._rehearsed, divides, options.check)
@@ -123,15 +132,20 @@ class PipelineRunner(SingleProcessRunner):
     def _train(self, step: StepInFlight) -> None:
         """Every microbatch forward and backward; gradients are set aside until the loss's backward."""
         self._trained = {}  # what is gathered stays the same while a step lasts
-        with self._gradients.aside(self._plain_parameters()), self._holding():
+        last_backward = self._gradients.last_backward
+        completed_in = step.users if self.reduces else None
+        with self._gradients.aside(self._plain_parameters(), self._view.zeroed(), completed_in), self._holding():
             if step.batch.in_order:
-                InOrder(self._microbatch, step, self._pipeline).forward_and_backward()
+                InOrder(self._microbatch, step, self._pipeline, last_backward).forward_and_backward()
                 return
             key = len(step.batch.parts), tuple(step.p2p)
-            if key not in self._schedules:
-                made = torch_schedule(self._pipeline, self._microbatch, self._trained_by, step, self.timeline)
-                self._schedules[key] = made
-            self._schedules[key](step)
+            run = self._schedules.pop(key, None) or torch_schedule(
+                self._pipeline, self._microbatch, self._trained_by, step, self.timeline, last_backward
+            )
+            self._schedules[key] = run  # the last used at the end
+            if len(self._schedules) > MOST_SCHEDULES:
+                del self._schedules[next(iter(self._schedules))]
+            run(step)
 
     def _evaluate(self, step: StepInFlight) -> None:
         with self._holding():
@@ -196,7 +210,7 @@ class PipelineRunner(SingleProcessRunner):
             )
         if not step.weights[index]:  # its loss may be a mean over nothing
             return Ended.apply(link, torch.zeros((), device=self._device))
-        share = step.weights[index] / sum(step.weights) * step.loss_scale
+        share = step.loss_scale * (step.weights[index] / sum(step.weights))
         return Ended.apply(link, loss.reshape(()) * share)
 
     def _on_all_ranks(self, step: StepInFlight, trains: bool) -> tuple[Any, Tensor | None]:
@@ -213,9 +227,10 @@ class PipelineRunner(SingleProcessRunner):
     def _shared(self, step: StepInFlight, trains: bool, shares: bool) -> tuple[Tensor, Any]:
         """The loss of a step that has run, and what it returned beside; leaves what the step kept in the module.
 
-        Communication over the axis: one all-reduce of 32 bytes with the loss, a size, and the numbers of ranks that
-        failed, and that took another path than before; and one broadcast of what else there is to share, see
-        [Note: what the last stage made]. Raises what a stage met, see [Note: a step that fails on one stage].
+        Communication over the axis: one all-reduce of 8 bytes with the loss; one of 24, of the hosts, with a size, and
+        the numbers of ranks that failed, and that took another path than before; and one broadcast of what else there
+        is to share, see [Note: what the last stage made]. Raises what a stage met, see [Note: a step that fails on one
+        stage].
         """
         loss, output, effects, payload = torch.zeros((), device=self._device), None, Effects(), b""
         has_last = self._pipeline.has_last
@@ -227,18 +242,20 @@ class PipelineRunner(SingleProcessRunner):
                 payload = pack(output, effects) if shares else b""
             if not step.is_manual:
                 step.logs.replay()
-        # ranks may not know in which dtype the last stage computes it
-        flags = [float(len(payload)), float(step.failure is not None), float(self._check.is_new(step))]
-        header = torch.cat([loss.reshape(1).double(), torch.tensor(flags, dtype=torch.float64, device=self._device)])
-        dist.all_reduce(header, group=self.group)
-        if header[3] and not header[2]:
+        whole = loss.to(torch.float64, copy=True)  # ranks may not know in which dtype the last stage computes it
+        shared = dist.all_reduce(whole, group=self.group, async_op=True)
+        told = torch.tensor([len(payload), step.failure is not None, self._check.is_new(step)], device="cpu")
+        dist.all_reduce(told, group=self._host_group)  # no host waits for its device
+        size, num_failed, num_new = told.tolist()
+        shared.wait()
+        if num_new and not num_failed:
             self._check.after_step(step)
-        if header[2]:
+        if num_failed:
             raise_failure(step.failure, self.group, self._device)
-        if size := int(header[1]):
+        if size:
             output, effects = share(payload, size, self._pipeline)
         step.effects.leave(effects)
-        value = header[0].to(loss.dtype if has_last else torch.get_default_dtype())
+        value = whole.to(loss.dtype if has_last else torch.get_default_dtype())
         return (value.float() if value.dtype.itemsize < 4 else value), output
 
     def _split(self, whole: Any, others: tuple[Any, ...]) -> SplitBatch:
@@ -246,10 +263,9 @@ class PipelineRunner(SingleProcessRunner):
         size = splitter.size(whole)
         number = options.microbatches(size, self.stages.num_ranks)
         num_parts, in_order = number or min(size, options.num_microbatches or size), number is None
-        if isinstance(self.inner, FSDPRunner) and options.reshard:
-            # each microbatch gathers the shards anew, so the data ranks have to have as many
-            agreed = torch.tensor([num_parts, int(not in_order)], device=self._device)
-            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.inner.group)
+        if self._hosts_of_data is not None:  # each microbatch gathers the shards anew
+            agreed = torch.tensor([num_parts, int(not in_order)], device="cpu")
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self._hosts_of_data)
             num_parts, in_order = int(agreed[0]), not int(agreed[1])
         parts, sizes = splitter.split(whole, num_parts)
         return SplitBatch(whole, others, parts, sizes, in_order or len(parts) < num_parts)
@@ -274,12 +290,12 @@ class PipelineRunner(SingleProcessRunner):
                 step.seed = int(torch.randint(2**31, ())) + self._num_evaluated
             yield
 
-    def _scale(self) -> float:
+    def _scale(self) -> Tensor | float:
         """What Lightning will multiply the loss with; half precision needs it before the backward."""
         trainer = self.module.trainer
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        return float(scale) / trainer.accumulate_grad_batches
+        scale = scale_on_device(scaler) if scaler is not None and scaler.is_enabled() else 1.0
+        return scale / trainer.accumulate_grad_batches
 
     def _holding(self) -> AbstractContextManager[None]:
         """FSDPRunner parameters are gathered once for all microbatches, unless the user wants the memory."""
@@ -323,24 +339,23 @@ class PipelineRunner(SingleProcessRunner):
         with super().accumulating(), self.inner.accumulating():
             yield
 
-    def _hand_over(self, applied: float, scale: Tensor) -> None:
+    def _hand_over(self, applied: Tensor | float, scale: Tensor) -> None:
         """Puts the gradients of the last schedule in place; called by the loss's backward."""
-        ratio = float(scale) / applied
-        self._gradients.hand_over(ratio)
-        if isinstance(self.inner, FSDPRunner):
-            if abs(ratio - 1) > 1e-6:
-                raise ValueError(
-                    "pp with dp_shard: the loss was scaled between training_step and its backward, by "
-                    f"{ratio:.6g}; scale it inside of training_step"
-                )
-            if self.reduces:
-                self.inner.reduce_held()
+        ratio = scale / applied
+        if self._view.is_undisturbed:  # so the scale is Lightning's, and the host need not look at it
+            assert_async((ratio - 1).abs() < _ROUNDING, _SCALED.format(layout="pp", by="another number"))
+        elif isinstance(self.inner, FSDPRunner) and abs(float(ratio) - 1) > _ROUNDING:
+            raise ValueError(_SCALED.format(layout="pp with dp_shard", by=f"{float(ratio):.6g}"))
+        alone = self._view.is_undisturbed or isinstance(self.inner, FSDPRunner)
+        self._gradients.hand_over(None if alone else ratio)
+        if isinstance(self.inner, FSDPRunner) and self.reduces:
+            self.inner.reduce_held()
 
     @torch.no_grad()
     def after_backward(self) -> None:
         if self.reduces:
             self.inner.after_backward()
-            self._gradients.reduce(self._data_group, self.buffers)
+            self._gradients.reduce()
             if not self._view.is_scaled:
                 self._view.show_gradients()
 
@@ -377,6 +392,7 @@ class PipelineRunner(SingleProcessRunner):
 
     def forget_step(self) -> None:
         self._schedules.clear()
+        self._gradients.forget()
         self.inner.forget_step()
 
     def reshard(self) -> None:
@@ -387,3 +403,12 @@ class PipelineRunner(SingleProcessRunner):
 
     def share_buffers(self) -> None:
         share_buffers(self.module, self.stages, self.group)
+
+
+MOST_SCHEDULES = 8
+"""How many are kept, each with buffers for what its microbatches send: one a shape of batches."""
+
+_ROUNDING = 1e-6
+_SCALED = (
+    "{layout}: the loss was scaled between training_step and its backward, by {by}; scale it inside of training_step"
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from itertools import product
 from typing import Any, NamedTuple
@@ -45,8 +46,17 @@ _PARTS = {"forward": "forward_one_chunk", "backward": "backward_one_chunk", "wei
 """Methods of torch's stages that a schedule calls, by what they do."""
 
 
+Around = Callable[[int], AbstractContextManager[Any]]
+"""Gives what is to be around the backward of a stage's last microbatch."""
+
+
 def torch_schedule(
-    pipeline: Pipeline, run: RunsMicrobatches, trained_by: Callable[[int], Any], first: Any, timeline: Timeline
+    pipeline: Pipeline,
+    run: RunsMicrobatches,
+    trained_by: Callable[[int], Any],
+    first: Any,
+    timeline: Timeline,
+    last_backward: Around = nullcontext,
 ) -> Callable[[Any], None]:
     """Runs every microbatch of steps of one shape forward and backward, by a schedule of torch; made for the first.
 
@@ -55,7 +65,8 @@ def torch_schedule(
     made = [_torch_stage(pipeline, StageModule(run, stage, trained_by), first.p2p) for stage in pipeline.own]
     for stage in made:
         for part, name in _PARTS.items():
-            setattr(stage, name, timeline.timed(part, stage.stage_index, getattr(stage, name)))
+            timed = timeline.timed(part, stage.stage_index, getattr(stage, name))
+            setattr(stage, name, partial(_run_part, timed, partial(last_backward, stage.stage_index)))
     kind: Any = get_schedule_class(pipeline.stages.schedule.name)
     of_rank, numbers = made if len(made) > 1 else made[0], range(len(first.batch.parts))
     # a microbatch's weight is in its loss
@@ -66,6 +77,16 @@ def torch_schedule(
         schedule.step(kwarg_mbs=[{"step": step, "index": i} for i in numbers], return_outputs=False, **targets)
 
     return run_step
+
+
+def _run_part(
+    own: Callable[..., Any], around: Callable[[], Any], *args: Any, last_backward: bool = False, **kw: Any
+) -> Any:
+    """A method of a stage of torch; its schedules say which call completes the stage's gradients."""
+    if not last_backward:
+        return own(*args, **kw)
+    with around():
+        return own(*args, last_backward=True, **kw)
 
 
 def _torch_stage(pipeline: Pipeline, module: StageModule, p2p: list[P2PTensors]) -> PipelineStage:
@@ -83,7 +104,10 @@ class InOrder:
     See [Note: one stream a communicator].
     """
 
-    def __init__(self, run: RunsMicrobatches, step: Any, pipeline: Pipeline) -> None:
+    def __init__(
+        self, run: RunsMicrobatches, step: Any, pipeline: Pipeline, last_backward: Around = nullcontext
+    ) -> None:
+        self._last_backward = last_backward
         self._run, self._p2p, self._pipeline = partial(run, step), step.p2p, pipeline
         self._num_microbatches = len(step.batch.parts)
         self._local: dict[tuple[int, int], Tensors] = {}
@@ -104,10 +128,13 @@ class InOrder:
             self._to(stage + 1, index, tuple(t.detach() for t in sent))
         for stage, index in self._order(self._pipeline.own[::-1]):
             received, sent = kept.pop((stage, index))
-            torch.autograd.backward(sent, None if stage == len(self._p2p) else self._from(stage + 1, stage, index))
+            gradients = None if stage == len(self._p2p) else self._from(stage + 1, stage, index)
+            is_last = index == self._num_microbatches - 1
+            with self._last_backward(stage) if is_last else nullcontext():
+                torch.autograd.backward(sent, gradients)
             if stage:
-                gradients = (torch.zeros_like(t) if t.grad is None else t.grad for t in received)
-                self._to(stage - 1, index, tuple(gradients))
+                back = (torch.zeros_like(t) if t.grad is None else t.grad for t in received)
+                self._to(stage - 1, index, tuple(back))
         self._finish()
 
     def _order(self, stages: list[int]) -> Iterator[tuple[int, int]]:

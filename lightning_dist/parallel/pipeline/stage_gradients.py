@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.dtensors import local_part
-from lightning_dist.parallel.buffers import WrittenBuffers
+from lightning_dist.parallel.pipeline.gradient_averaging import GradientAveraging
 from lightning_dist.parallel.pipeline.stages import Pipeline
-from lightning_dist.parallel.unused_parameters import grad_or_zeros
-from lightning_dist.placeholder import held
+from lightning_dist.parallel.pipeline.tied_gradients import TiedGradients
+from lightning_dist.placeholder import held, is_placeholder
 
 
 class StageGradients:
@@ -31,40 +28,77 @@ class StageGradients:
         module: cut.
         pipeline: of this rank.
         pipelines: the ranks of every pipeline of the world, by stage; all of them make one at the same time.
+        averaging: over the data ranks; None where gradients are averaged elsewhere, or there is one data rank.
     """
 
-    def __init__(self, module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]]) -> None:
-        self._module, self._device = module, pipeline.device
-        self._tied = _tied_groups(module, pipeline, pipelines)
+    def __init__(
+        self, module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]], averaging: GradientAveraging | None
+    ) -> None:
+        self._module, self._pipeline, self._averaging = module, pipeline, averaging
+        self._tied = TiedGradients(module, pipeline, pipelines)
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
-        self._summed: list[tuple[nn.Parameter, int]] = []
-        """Tied parameters whose gradients hold the sum already, and the number of ranks that hold them."""
         self._trained: set[str] = set()
         """Names of what required a gradient in some backward pass since gradients were reduced."""
+        self._beside: GradientAveraging | None = None
+        """Where the schedule that runs completes gradients, and they are averaged beside it."""
 
     @contextmanager
-    def aside(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """While it lasts, parameters get gradients of their own, which are kept for :meth:`hand_over`."""
-        before = [p.grad for p in parameters]
+    def aside(
+        self,
+        parameters: list[nn.Parameter],
+        zeroed: set[nn.Parameter] | None,
+        completed_in: Callable[[str], set[int]] | None = None,
+    ) -> Iterator[None]:
+        """While it lasts, a schedule computes gradients of parameters, which are kept for :meth:`hand_over`.
+
+        Args:
+            parameters: whose gradients autograd itself puts in place.
+            zeroed: what Lightning, which alone runs from here to the backward, zeroes: those gradients are dropped now,
+                and the schedule adds to the others. None: it makes gradients of its own, beside those that are there.
+            completed_in: the stages that use a parameter, by its name, where that backward reduces.
+        """
+        before = [p.grad if zeroed is None else None for p in parameters]
         for parameter in parameters:
-            parameter.grad = None
+            if zeroed is None or parameter in zeroed:
+                parameter.grad = None
+        self._note_trained()
+        if zeroed is not None:
+            self._tied.divide()
+        self._beside = None
+        if zeroed is not None and completed_in is not None and self._averaging is not None:
+            self._beside = self._averaging
+            self._beside.begin(self._completed_by_stage(completed_in))
         yield
+        self._beside = None
         self._aside = [(p, p.grad) for p in parameters if p.grad is not None]
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
 
-    @torch.no_grad()
-    def hand_over(self, ratio: float) -> None:
-        """Adds what is aside, times a number, to the parameters' gradients."""
-        for parameter, num_ranks in self._summed:
-            # what is summed already must count once when it is summed again with what is added to it
-            if parameter.grad is not None:
-                local_part(parameter.grad).div_(num_ranks)
-        self._summed = []
+    def last_backward(self, stage: int) -> AbstractContextManager[None]:
+        """Around the backward of a stage's last microbatch."""
+        return nullcontext() if self._beside is None else self._beside.last_backward(stage)
+
+    def _note_trained(self) -> None:
         self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
+
+    def _completed_by_stage(self, users: Callable[[str], set[int]]) -> dict[int, list[nn.Parameter]]:
+        """What is trained in one stage alone, by stage; what several use, tied over a cut, is complete later."""
+        found: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in self._module.named_parameters():
+            if name in self._trained and not is_placeholder(parameter):
+                stages = users(name).union(self._pipeline.stages.owners.get(name, ()))
+                if len(stages) == 1:
+                    found.setdefault(stages.pop(), []).append(parameter)
+        return found
+
+    @torch.no_grad()
+    def hand_over(self, ratio: Tensor | None) -> None:
+        """Adds what is aside to the parameters' gradients; times a number, if it is given."""
+        self._tied.divide()
+        self._note_trained()
         for parameter, gradient in self._aside:
-            if ratio != 1:
-                gradient.mul_(ratio)
+            if ratio is not None:
+                local_part(gradient).mul_(ratio)
             if parameter.grad is None:
                 parameter.grad = gradient
             else:
@@ -72,45 +106,19 @@ class StageGradients:
         self._aside = []
 
     @torch.no_grad()
-    def reduce(self, data_group: dist.ProcessGroup | None, buffers: WrittenBuffers | None) -> None:
-        """Sums what is tied over a cut, and averages over the data ranks (None where they are averaged already), which
-        agree on what training wrote of the ``buffers`` of this rank's stages.
-        """
-        self._sum_tied()
-        if data_group is not None:
-            assert buffers is not None
-            self._average(data_group, buffers)
+    def reduce(self) -> None:
+        """Sums what is tied over a cut, and averages over the data ranks, if that is to be done here."""
+        self._tied.sum(self._trained)
+        if self._averaging is not None:
+            trained = held(p for name, p in self._module.named_parameters() if name in self._trained)
+            self._averaging.finish(trained)
         self._trained = set()
 
-    def _sum_tied(self) -> None:
-        """A tied parameter that no rank used has no gradient; flags of which were used travel with the sums."""
-        for names, group in self._tied:
-            parameters = [self._module.get_parameter(name) for name in names if name in self._trained]
-            if not parameters:
-                continue
-            used = [float(p.grad is not None) for p in parameters]
-            gradients = [local_part(grad_or_zeros(p)) for p in parameters]
-            flags = gradients[0].new_tensor(used)
-            all_reduce_tensors([flags, *gradients], group)
-            for parameter, is_used in zip(parameters, flags.tolist(), strict=True):
-                if not is_used:
-                    parameter.grad = None
-            num_ranks = dist.get_world_size(group)
-            self._summed += [(p, num_ranks) for p in parameters if p.grad is not None]
-
-    def _average(self, group: dist.ProcessGroup, buffers: WrittenBuffers) -> None:
-        """Averages what any data rank used; see [Note: a gradient that only some ranks have]."""
-        parameters = held(p for name, p in self._module.named_parameters() if name in self._trained)
-        written = set(buffers.written())
-        flags = [p.grad is not None for p in parameters] + [number in written for number in range(len(buffers))]
-        if not flags:
-            return
-        told = torch.tensor(flags, dtype=torch.int64, device=self._device)
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
-        used = told.tolist()
-        buffers.send(number for number, is_written in enumerate(used[len(parameters) :]) if is_written)
-        gradients = [local_part(grad_or_zeros(p)) for p, is_used in zip(parameters, used, strict=False) if is_used]
-        all_reduce_tensors(gradients, group, mean=True)
+    def forget(self) -> None:
+        """Drops what is left of a step that an exception ended on all ranks alike."""
+        self._aside = []
+        if self._averaging is not None:
+            self._averaging.forget()
 
 
 class HandOver(torch.autograd.Function):
@@ -125,23 +133,3 @@ class HandOver(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         ctx.hand_over(scale)
         return torch.zeros_like(scale), None, None
-
-
-def _tied_groups(
-    module: nn.Module, pipeline: Pipeline, pipelines: list[list[int]]
-) -> list[tuple[list[str], dist.ProcessGroup]]:
-    """Parameters that several ranks of the pipeline hold, by those ranks.
-
-    Every rank of the world makes the groups of all pipelines, in one order: a backend may make them by splitting the
-    world's communicator, and torch names later groups by how many a rank has made.
-    """
-    names = defaultdict(list)
-    for name, _ in module.named_parameters():
-        names[pipeline.stages.holders(name)].append(name)
-    found = []
-    for holders, tied in sorted(names.items()):
-        if len(holders) > 1:
-            of_holders, _ = dist.new_subgroups_by_enumeration([[ranks[h] for h in holders] for ranks in pipelines])
-            if isinstance(of_holders, dist.ProcessGroup):
-                found.append((tied, of_holders))
-    return found

@@ -37,6 +37,9 @@ class StagePlan:
         self.path = frozenset(self.called), flags, tuple(answer for _, answer in trace.guards)
         """What tells it from other paths of the same kind of step: the modules that it runs, the module's flags, and
         what it was told."""
+        bounds = [point.after for point in points]
+        self.users = {name: {bisect_left(bounds, op) for op in ops} for name, ops in trace.parameters.items()}
+        """Stages that use a parameter, by its name."""
         self._trace = trace
 
     @cached_property

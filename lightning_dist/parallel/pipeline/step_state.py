@@ -100,7 +100,7 @@ class StepInFlight:
         self.losses: dict[int, Tensor] = {}
         """What microbatches gave to ``manual_backward``."""
         self.seed = 0
-        self.loss_scale = 1.0
+        self.loss_scale: Tensor | float = 1.0
         """What the losses of the schedule are multiplied with."""
         self.failure: Failure | None = None
         self._index = 0
@@ -115,6 +115,10 @@ class StepInFlight:
     def written(self) -> set[str]:
         """Names of the parameters that the step was seen to write to."""
         return {name for plan in self.plans for name in plan.written}
+
+    def users(self, name: str) -> set[int]:
+        """Stages that use a parameter."""
+        return {stage for plan in set(self.plans) for stage in plan.users.get(name, ())}
 
     @contextmanager
     def failing(self, stage: int) -> Iterator[None]:
