@@ -82,7 +82,7 @@ def apply_layout(
     """Parallelizes a module in place, and shows the user's code what it had before.
 
     Args:
-        module: on this rank's device, or deferred.
+        module: on the host but for its buffers, on this rank's device, or deferred.
         ranks, options, blocks, plan, policy, patches, training: see :func:`~lightning_dist.parallel.parallelize`, also
             for the communication.
         owners, in_lists: who may hold its parameters, see :class:`~lightning_dist.parallel.replaced.Replaced`.

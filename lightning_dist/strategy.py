@@ -29,11 +29,11 @@ from lightning_dist.layout import Layout
 from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
+from lightning_dist.parallel.placing import to_device
 from lightning_dist.plans.tensor import Styles, TensorOptions
 from lightning_dist.ranks import LayoutRanks, shown_of_ranks
 from lightning_dist.report import LayoutReport
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Format
-from lightning_dist.trainer.module_setup import to_device
 from lightning_dist.trainer.parts import Parts
 
 

@@ -26,11 +26,12 @@ from lightning_dist.compat import fabric as private
 from lightning_dist.compat.lightning import Path
 from lightning_dist.fabric import checkpoint as files
 from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
-from lightning_dist.fabric.module import InLayout, bare, named_tensors, set_up
+from lightning_dist.fabric.module import InLayout, bare, frame_of_setup, named_tensors, set_up
 from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout
 from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
 from lightning_dist.parallel import Checkpointing
+from lightning_dist.parallel.placing import all_but_parameters_to_device, to_device
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import Styles, TensorOptions
 from lightning_dist.precision import make_agreeing
@@ -197,7 +198,9 @@ class HybridFabricStrategy(ParallelStrategy):
                 f"{meta} is on the meta device, and nothing says what its values are: build the module without "
                 'torch.device("meta"), under fabric.init_module() if you like'
             )
-        module.to(self.root_device)
+        divides = self.world_size > 1 and (self.layout is None or self.layout.holds_shards)
+        waits = divides and frame_of_setup() is not None
+        (all_but_parameters_to_device if waits else to_device)(module, self.root_device)
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:

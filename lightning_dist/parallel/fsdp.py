@@ -81,7 +81,8 @@ class FSDPRunner(SingleProcessRunner):
         rounded = places(module, cast_by_autocast(module))  # of no effect where the policy rounds nothing
         for unit in units.values():
             if not isinstance(unit, FSDPModule):
-                fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+                with _originals_stay(unit):
+                    fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
                 patches.also(functools.partial(private.remove_fully_shard, unit))
                 make_copyable(unit, patches)
                 pass_for_own_class(unit)
@@ -174,6 +175,19 @@ class FSDPRunner(SingleProcessRunner):
             return
         all_reduce_tensors([grad_or_zeros(p) for p in self.unused.agree()], self.group, mean=True)
         super().after_backward()
+
+
+@contextmanager
+def _originals_stay(unit: nn.Module) -> Iterator[None]:
+    """Leaves the parameters that fully_shard replaces where they were; it moves them to the device before it copies
+    this rank's part, and who holds one still would keep the whole of it there.
+    """
+    before = [(p, p.data) for p in unit.parameters() if not isinstance(p, DTensor)]
+    yield
+    kept = {id(p) for p in unit.parameters()}
+    for parameter, data in before:
+        if id(parameter) not in kept:
+            parameter.data = data
 
 
 class RootGathering:

@@ -16,6 +16,7 @@ from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpo
 from lightning_dist.parallel.ddp import DDPRunner
 from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
+from lightning_dist.parallel.placing import to_device
 from lightning_dist.parallel.single_process import SingleProcessRunner
 from lightning_dist.parallel.tensor import TensorAxis, split, validate_no_compiled_hooks
 from lightning_dist.patches import Patches
@@ -44,9 +45,12 @@ def parallelize(
     In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate. May be
     called again for a module whose patches were not undone: what is done stays.
 
+    Memory of the device: a parameter that is divided goes there alone, one that is sharded with its unit; what this
+    rank does not keep of them is freed before the next. What nothing divides goes at the end.
+
     Args:
-        module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on ``device``, or
-            on meta.
+        module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on the host, on
+            ``device``, or on meta, and its buffers on ``device``.
         layout, mesh: resolved, and its mesh; None for one process.
         sharding_plan: what the tensor axis does; None without that axis.
         blocks: the repeated parts, by name.
@@ -77,6 +81,7 @@ def parallelize(
         one_backward = partitioned is not None
         runner = FSDPRunner(module, sharded, blocks, policy, group, patches, tensor, one_backward)
         group = None  # it averages over them
+    to_device(module, device)
     if partitioned is None:
         return runner if group is None or not training else DDPRunner(module, group, device)
     assert mesh is not None
