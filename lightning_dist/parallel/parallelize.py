@@ -15,6 +15,7 @@ from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpoint_activations
 from lightning_dist.parallel.ddp import DDPRunner
 from lightning_dist.parallel.fsdp import FSDPRunner
+from lightning_dist.parallel.fsdp_units import ShardOptions
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
 from lightning_dist.parallel.placing import to_device
 from lightning_dist.parallel.single_process import SingleProcessRunner
@@ -22,6 +23,8 @@ from lightning_dist.parallel.tensor import TensorAxis, split, validate_no_compil
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, partial_parameters
+
+_DEFAULT = ShardOptions()
 
 
 def parallelize(
@@ -39,6 +42,7 @@ def parallelize(
     patches: Patches,
     partitioned: PartitionedModule | None = None,
     pipeline_options: PipelineOptions | None = None,
+    shard_options: ShardOptions = _DEFAULT,
 ) -> SingleProcessRunner:
     """Applies the layout to a module, in place.
 
@@ -59,6 +63,7 @@ def parallelize(
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
         patches: that all that is put on the module goes through.
+        shard_options: what the user says of the shard axis.
         partitioned: the stages of the module, of which it holds this rank's; None without that axis.
 
     Returns:
@@ -79,7 +84,7 @@ def parallelize(
     if mesh is not None and group is not None and (layout.dp_shard > 1 or (layout.tp > 1 and partitioned is None)):
         sharded = mesh.root["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh.root[("dp_shard",)]
         one_backward = partitioned is not None
-        runner = FSDPRunner(module, sharded, blocks, policy, group, patches, tensor, one_backward)
+        runner = FSDPRunner(module, sharded, blocks, policy, shard_options, group, patches, tensor, one_backward)
         group = None  # it averages over them
     to_device(module, device)
     if partitioned is None:

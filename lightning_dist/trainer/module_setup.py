@@ -306,6 +306,7 @@ class ModuleSetup:
             options.keeps_blocks_whole,
             options.activation_checkpointing,
             batch,
+            options.shards,
         )
 
 
