@@ -60,18 +60,28 @@ def buckets(tensors: Iterable[N], most: int = BUCKET_BYTES) -> Iterator[list[N]]
     yield from open_buckets.values()
 
 
-def broadcast_tensors(tensors: Iterable[Tensor], group: dist.ProcessGroup | None, source: int = 0) -> None:
+def broadcast_tensors(
+    tensors: Iterable[Tensor],
+    group: dist.ProcessGroup | None,
+    source: int = 0,
+    device: torch.device | None = None,
+) -> None:
     """Gives every rank of the group (None: the world) the values of its rank ``source`` in plain tensors, in place.
 
-    Communication: the tensors' bytes, in broadcasts of one dtype and at most 64 MB (or one tensor) each.
+    Communication: the tensors' bytes, in broadcasts of one dtype and at most 64 MB (or one tensor) each, by way of
+    ``device`` where they lie elsewhere.
     """
     for same in buckets(tensors):
-        _copy_into(same, broadcast_parts(same, group, source))
+        _copy_into(same, broadcast_parts(same, group, source, device))
 
 
-def broadcast_parts(tensors: list[Tensor], group: dist.ProcessGroup | None, source: int = 0) -> tuple[Tensor, ...]:
-    """What one rank of the group has in tensors of one dtype, each flat; they stay as they are. One broadcast."""
-    flat = _flat(tensors)
+def broadcast_parts(
+    tensors: list[Tensor], group: dist.ProcessGroup | None, source: int = 0, device: torch.device | None = None
+) -> tuple[Tensor, ...]:
+    """What one rank of the group has in tensors of one dtype, each flat, on their device or another; they stay as they
+    are. One broadcast.
+    """
+    flat = _flat(tensors, device)
     dist.broadcast(flat, group=group, group_src=source)
     return _split(flat, tensors)
 
@@ -127,8 +137,11 @@ def begin_all_reduce(
     return wait
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+def _flat(tensors: list[Tensor], device: torch.device | None = None) -> Tensor:
+    parts = [tensor.detach().reshape(-1) for tensor in tensors]
+    if len({part.device for part in parts}) > 1:
+        parts = [part.to(device or parts[0].device) for part in parts]
+    return torch.cat(parts).to(device or parts[0].device)
 
 
 def _split(flat: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:

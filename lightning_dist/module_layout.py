@@ -16,6 +16,7 @@ from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel import Checkpointing, SingleProcessRunner, parallelize
 from lightning_dist.parallel.buffers import make_copies_equal, share_batch_statistics
+from lightning_dist.parallel.fsdp_units import ShardOptions
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions
 from lightning_dist.parallel.replaced import Replaced
 from lightning_dist.patches import Patches
@@ -37,10 +38,16 @@ class ModuleOptions:
     activation_checkpointing: Checkpointing = "none"
     compile: dict[str, Any] | None = None
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    reshard_after_forward: bool = True
 
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         """The modules that are sharded, recomputed and compiled one by one, by name."""
         return find_blocks(module) if self.shard_units is None else select_blocks(module, self.shard_units)
+
+    @property
+    def shards(self) -> ShardOptions:
+        """Those of the shard axis; who says what the units are has no others."""
+        return ShardOptions(self.reshard_after_forward, large_layers=self.shard_units is None)
 
     def keeps_blocks_whole(self, layout: Layout) -> bool:
         """Whether something is done to blocks that a cut inside of them would break."""
@@ -55,6 +62,13 @@ class ModuleOptions:
 def compile_options(asked: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     """Keyword arguments of ``torch.compile`` that a strategy's ``compile`` stands for; None for False."""
     return None if asked is False else {} if asked is True else dict(asked)
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """The value of a strategy's argument; raises a ValueError for anything else."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be True or False")
+    return value
 
 
 def one_of(name: str, value: str, *choices: str) -> Any:
@@ -82,7 +96,7 @@ def apply_layout(
     """Parallelizes a module in place, and shows the user's code what it had before.
 
     Args:
-        module: on this rank's device, or deferred.
+        module: on the host but for its buffers, on this rank's device, or deferred.
         ranks, options, blocks, plan, policy, patches, training: see :func:`~lightning_dist.parallel.parallelize`, also
             for the communication.
         owners, in_lists: who may hold its parameters, see :class:`~lightning_dist.parallel.replaced.Replaced`.
@@ -109,6 +123,7 @@ def apply_layout(
         patches=patches,
         partitioned=partition(),
         pipeline_options=options.pipeline,
+        shard_options=options.shards,
     )
     if ranks.mesh is None:
         return runner, {}

@@ -26,14 +26,14 @@ from lightning_dist import collectives
 from lightning_dist.checkpoint.lazy_tensors import read_kept_tensors
 from lightning_dist.compat import lightning as private
 from lightning_dist.layout import Layout
-from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
+from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of, true_or_false
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
+from lightning_dist.parallel.placing import to_device
 from lightning_dist.plans.tensor import Styles, TensorOptions
 from lightning_dist.ranks import LayoutRanks, shown_of_ranks
 from lightning_dist.report import LayoutReport
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Format
-from lightning_dist.trainer.module_setup import to_device
 from lightning_dist.trainer.parts import Parts
 
 
@@ -46,6 +46,9 @@ class HybridStrategy(ParallelStrategy):
             ``"dp_replicate=2,dp_shard=4"``, or ``"auto"``: replicate what fits on a device, shard what doesn't.
         shard_units: the modules to shard one by one, by name (with ``*``), class name, class, or a function of name and
             module. Default: the repeated blocks of the network.
+        reshard_after_forward: under ``dp_shard``, free what was gathered for a block's forward, and gather it again for
+            its backward (ZeRO-3). False keeps it until the backward has run (ZeRO-2): fewer bytes sent, more memory.
+            Under ``pp``, ``pipeline_reshard`` says it of steps in training.
         tensor_plan: what ``tp`` divides: ``"colwise"`` or ``"rowwise"`` by name of layer (with ``*``), or a function of
             name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
             transformers model declares.
@@ -102,6 +105,7 @@ class HybridStrategy(ParallelStrategy):
         layout: Layout | Mapping[str, int] | str = "auto",
         *,
         shard_units: ShardUnits | None = None,
+        reshard_after_forward: bool = True,
         tensor_plan: Styles | None = None,
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
@@ -135,7 +139,14 @@ class HybridStrategy(ParallelStrategy):
         pipeline = PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs)
         tensor = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
         recomputing = one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective")
-        self._module_options = ModuleOptions(shard_units, tensor, recomputing, compile_options(compile), pipeline)
+        self._module_options = ModuleOptions(
+            shard_units,
+            tensor,
+            recomputing,
+            compile_options(compile),
+            pipeline,
+            true_or_false("reshard_after_forward", reshard_after_forward),
+        )
         chosen = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
         self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from lightning_dist import HybridStrategy
 from lightning_dist.initialization.install import RecordedInit
-from lightning_dist.trainer.module_setup import to_device
+from lightning_dist.parallel.placing import to_device
 from tests.support import models
 from tests.support.models import BLOCK_PLAN, few_samples, samples
 from tests.support.parity import QUIET, Run, assert_parity, slow

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_dist.initialization import CannotDefer, record_initialization
 from lightning_dist.layout import Layout
 from lightning_dist.parallel import Checkpointing, validate_blocks
+from lightning_dist.parallel.fsdp_units import ShardOptions, large_layers, shard_units
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages, plan_stages
 from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
 from lightning_dist.ranks import choose_layout
@@ -50,6 +51,7 @@ def plan_report(
     keep_whole: Callable[[Layout], bool],
     checkpointing: Checkpointing = "none",
     batch: Any = None,
+    shards: ShardOptions | None = None,
 ) -> LayoutReport:
     """The report of a module that stays as it is, for the rank that holds most of it; a ValueError as a fit would
     raise.
@@ -64,6 +66,7 @@ def plan_report(
         keep_whole: whether a layout leaves no block to be cut inside.
         checkpointing: how much of the activations is computed again in backward.
         batch: for its training step, which cuts a pipeline; None to run its forward on ``example_input_array``.
+        shards: what the user asked of the shard axis.
     """
     reason = ""
     if layout is None:
@@ -78,13 +81,28 @@ def plan_report(
         module,
         layout,
         reason=reason,
-        units=list(blocks) if layout.holds_parts_of_blocks and layout.num_data_ranks > 1 else [],
+        units=_units(module, layout, blocks, sharding_plan, shards),
         recomputed=list(blocks) if checkpointing != "none" else [],
         checkpointing=checkpointing,
         rank_bytes=_most_bytes(module, layout, sharding_plan, stages),
         sharding_plan=None if sharding_plan is None else ShardingPlanReport.of(module, sharding_plan, layout),
         pipeline=None if stages is None else PipelineReport.of(module, stages, pipeline),
     )
+
+
+def _units(
+    module: nn.Module,
+    layout: Layout,
+    blocks: dict[str, nn.Module],
+    sharding_plan: ShardingPlan | None,
+    shards: ShardOptions | None,
+) -> list[str]:
+    """Names of the modules that are sharded one by one."""
+    if not layout.holds_parts_of_blocks or layout.num_data_ranks == 1:
+        return []
+    layers = shard_units(module, large_layers(module, blocks)) if shards is not None and shards.large_layers else {}
+    divided = {} if sharding_plan is None else sharding_plan.tensor_plan
+    return [*blocks, *(name for name in layers if name not in divided)]
 
 
 def _most_bytes(module: nn.Module, layout: Layout, sharding_plan: ShardingPlan | None, stages: Stages | None) -> int:

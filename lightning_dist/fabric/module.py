@@ -22,6 +22,7 @@ from lightning_dist.data import validate_same_batches
 from lightning_dist.logs import attach_metrics
 from lightning_dist.module_layout import ModuleOptions, apply_layout, make_parameters_equal
 from lightning_dist.parallel import SingleProcessRunner, average_buffers, validate_blocks
+from lightning_dist.parallel.placing import to_device
 from lightning_dist.parallel.single_process import CALL
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import parameter_splits
@@ -153,7 +154,7 @@ def set_up(
     """Divides, or replicates, a module in place; all ranks call it, and go on with rank 0's values.
 
     Args:
-        module: on this rank's device.
+        module: its buffers on this rank's device, its parameters too or on the host.
         ranks: of the run.
         options: the user's.
         precision: Fabric's.
@@ -173,7 +174,9 @@ def set_up(
         validate_parameter_kinds(module, layout, parameter_splits(plan.tensor_plan) if plan else ())
         share_random_state(ranks.device)
         if layout.holds_shards:
-            broadcast_tensors([tensor.detach() for _, tensor in named_tensors(module)], None)
+            broadcast_tensors([tensor.detach() for _, tensor in named_tensors(module)], None, device=ranks.device)
+        elif reason:  # parameters waited for it
+            to_device(module, ranks.device)
         vars(module)[CALL] = partial(nn.Module.__call__, module)
         if options.compile is None:
             options = replace(options, compile=_users_compile_options())
@@ -195,10 +198,16 @@ def _users_compile_options() -> dict[str, Any] | None:
     compiles what the strategy made of the module, our own code among it (seen in Lightning 2.6.6). That is left alone,
     see :meth:`InLayout.forward`; a strategy compiles the blocks instead.
     """
+    frame = frame_of_setup()
+    return None if frame is None else frame.f_locals.get("compile_kwargs")
+
+
+def frame_of_setup() -> FrameType | None:
+    """Of Fabric's own setup of a module that is under way, which calls a strategy as the user's code does."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code not in (Fabric.setup.__code__, Fabric.setup_module.__code__):
         frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("compile_kwargs")
+    return frame
 
 
 def _validate_new(module: nn.Module) -> None:

@@ -26,11 +26,12 @@ from lightning_dist.compat import fabric as private
 from lightning_dist.compat.lightning import Path
 from lightning_dist.fabric import checkpoint as files
 from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
-from lightning_dist.fabric.module import InLayout, bare, named_tensors, set_up
+from lightning_dist.fabric.module import InLayout, bare, frame_of_setup, named_tensors, set_up
 from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout
-from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
+from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of, true_or_false
 from lightning_dist.parallel import Checkpointing
+from lightning_dist.parallel.placing import all_but_parameters_to_device, to_device
 from lightning_dist.patches import Patches
 from lightning_dist.plans.tensor import Styles, TensorOptions
 from lightning_dist.precision import make_agreeing
@@ -71,6 +72,7 @@ class HybridFabricStrategy(ParallelStrategy):
         layout: Layout | Mapping[str, int] | str = "auto",
         *,
         shard_units: ShardUnits | None = None,
+        reshard_after_forward: bool = True,
         tensor_plan: Styles | None = None,
         sequence_parallel: bool = False,
         activation_checkpointing: Checkpointing = "none",
@@ -95,7 +97,13 @@ class HybridFabricStrategy(ParallelStrategy):
         self._patches = Patches()
         recomputing = one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective")
         tensor = TensorOptions(tensor_plan, sequence_parallel)
-        self._options = ModuleOptions(shard_units, tensor, recomputing, compile_options(compile))
+        self._options = ModuleOptions(
+            shard_units,
+            tensor,
+            recomputing,
+            compile_options(compile),
+            reshard_after_forward=true_or_false("reshard_after_forward", reshard_after_forward),
+        )
         self._in_play: list[InLayout] = []
         """See [Note: which modules take part in a backward pass]."""
 
@@ -197,7 +205,9 @@ class HybridFabricStrategy(ParallelStrategy):
                 f"{meta} is on the meta device, and nothing says what its values are: build the module without "
                 'torch.device("meta"), under fabric.init_module() if you like'
             )
-        module.to(self.root_device)
+        divides = self.world_size > 1 and (self.layout is None or self.layout.holds_shards)
+        waits = divides and frame_of_setup() is not None
+        (all_but_parameters_to_device if waits else to_device)(module, self.root_device)
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:

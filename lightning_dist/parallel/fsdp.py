@@ -19,7 +19,16 @@ from torch.distributed.tensor import DTensor
 from lightning_dist.compat import distributed as private
 from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
+from lightning_dist.parallel.fsdp_units import (
+    ShardOptions,
+    gather_as_kept,
+    kept_gathered,
+    large_layers,
+    places,
+    shard_roots,
+    shard_units,
+    unsharded_parameters,
+)
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
 from lightning_dist.parallel.tensor.split import TensorAxis
 from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated
@@ -44,8 +53,9 @@ class FSDPRunner(SingleProcessRunner):
     and optimizers step after it.
 
     Communication per unit and pass over ``dp_shard``: one all-gather before the forward and one before the backward
-    (none for a root's backward), one reduce-scatter after the backward, then one all-reduce of the shard over
-    ``dp_replicate`` if that axis is there. Per backward pass that reduces: those of
+    (none for the backward of a root and of what :func:`kept_gathered` names, nor with ``reshard_after_forward=False``,
+    which keeps all that was gathered from forward to backward), one reduce-scatter after the backward, then one
+    all-reduce of the shard over ``dp_replicate`` if that axis is there. Per backward pass that reduces: those of
     :meth:`~lightning_dist.parallel.unused_parameters.UnusedParameters.agree`, a small one and one of the gradients of
     what is whole, if anything is.
 
@@ -54,6 +64,7 @@ class FSDPRunner(SingleProcessRunner):
         mesh: of ``dp_shard``, or of ``dp_replicate`` and ``dp_shard``.
         blocks: the repeated parts, by name.
         policy: dtypes of the units.
+        options: the user's.
         group: the data ranks.
         patches: that what is put on the module goes through; with it fully_shard is taken off again.
         tensor: the tensor axis, where the layout has one.
@@ -66,6 +77,7 @@ class FSDPRunner(SingleProcessRunner):
         mesh: DeviceMesh,
         blocks: dict[str, nn.Module],
         policy: MixedPrecisionPolicy,
+        options: ShardOptions,
         group: dist.ProcessGroup,
         patches: Patches,
         tensor: TensorAxis | None = None,
@@ -74,13 +86,19 @@ class FSDPRunner(SingleProcessRunner):
         super().__init__(module, tensor)
         self.group = group
         self.roots: dict[str, Any] = {"": module} if one_backward else dict(shard_roots(module))
-        self.units: dict[str, Any] = dict(shard_units(module, blocks))
+        layers = large_layers(module, blocks) if options.large_layers else {}
+        layers = {name: layer for name, layer in layers.items() if name not in self.roots}
+        self.units: dict[str, Any] = shard_units(module, {**blocks, **layers})
         units = {**self.units, **self.roots}
+        stay = kept_gathered(module, self.units, blocks) if options.reshard_after_forward else set(self.units)
+        self._reshards = {name: name not in stay for name in self.units}
         whole = unsharded_parameters(module, units)
         rounded = places(module, cast_by_autocast(module))  # of no effect where the policy rounds nothing
-        for unit in units.values():
+        for name, unit in units.items():
             if not isinstance(unit, FSDPModule):
-                fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+                reshards = self._reshards.get(name)  # None for a root, of which fully_shard knows that it stays
+                with _originals_stay(unit):
+                    fully_shard(unit, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy, ignored_params=whole)
                 patches.also(functools.partial(private.remove_fully_shard, unit))
                 make_copyable(unit, patches)
                 pass_for_own_class(unit)
@@ -141,8 +159,8 @@ class FSDPRunner(SingleProcessRunner):
             yield
         finally:
             self.unused.second.refuses = False
-            for unit in self.units.values():
-                unit.set_reshard_after_forward(True, recurse=False)
+            for name, unit in self.units.items():
+                unit.set_reshard_after_forward(self._reshards[name], recurse=False)
 
     def reduce_held(self) -> None:
         """Reduces what backward passes over microbatches added up. Communication: as one backward pass has."""
@@ -177,6 +195,19 @@ class FSDPRunner(SingleProcessRunner):
 
     def validate_steps(self) -> None:
         self.unused.validate()
+
+
+@contextmanager
+def _originals_stay(unit: nn.Module) -> Iterator[None]:
+    """Leaves the parameters that fully_shard replaces where they were; it moves them to the device before it copies
+    this rank's part, and who holds one still would keep the whole of it there.
+    """
+    before = [(p, p.data) for p in unit.parameters() if not isinstance(p, DTensor)]
+    yield
+    kept = {id(p) for p in unit.parameters()}
+    for parameter, data in before:
+        if id(parameter) not in kept:
+            parameter.data = data
 
 
 class RootGathering:

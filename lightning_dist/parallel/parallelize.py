@@ -16,12 +16,16 @@ from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpoint_activations
 from lightning_dist.parallel.ddp import DDPRunner
 from lightning_dist.parallel.fsdp import FSDPRunner
+from lightning_dist.parallel.fsdp_units import ShardOptions
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
+from lightning_dist.parallel.placing import to_device
 from lightning_dist.parallel.single_process import SingleProcessRunner
 from lightning_dist.parallel.tensor import TensorAxis, split, validate_no_compiled_hooks
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.plans.tensor import ShardingPlan, partial_parameters
+
+_DEFAULT = ShardOptions()
 
 
 def parallelize(
@@ -39,15 +43,19 @@ def parallelize(
     patches: Patches,
     partitioned: PartitionedModule | None = None,
     pipeline_options: PipelineOptions | None = None,
+    shard_options: ShardOptions = _DEFAULT,
 ) -> SingleProcessRunner:
     """Applies the layout to a module, in place.
 
     In this order: divide layers, recompute block by block, compile block by block, then shard, or replicate. May be
     called again for a module whose patches were not undone: what is done stays.
 
+    Memory of the device: a parameter that is divided goes there alone, one that is sharded with its unit; what this
+    rank does not keep of them is freed before the next. What nothing divides goes at the end.
+
     Args:
-        module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on ``device``, or
-            on meta.
+        module: as the user wrote it, a LightningModule or, under Fabric, any module; its parameters on the host, on
+            ``device``, or on meta, and its buffers on ``device``.
         layout, mesh: resolved, and its mesh; None for one process.
         sharding_plan: what the tensor axis does; None without that axis.
         blocks: the repeated parts, by name.
@@ -56,6 +64,7 @@ def parallelize(
         compile_options: keyword arguments of ``torch.compile``; None to leave the module as it is.
         training: whether gradients will be asked for.
         patches: that all that is put on the module goes through.
+        shard_options: what the user says of the shard axis.
         partitioned: the stages of the module, of which it holds this rank's; None without that axis.
 
     Returns:
@@ -76,8 +85,9 @@ def parallelize(
     if mesh is not None and group is not None and (layout.dp_shard > 1 or (layout.tp > 1 and partitioned is None)):
         sharded = mesh.root["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh.root[("dp_shard",)]
         one_backward = partitioned is not None
-        runner = FSDPRunner(module, sharded, blocks, policy, group, patches, tensor, one_backward)
+        runner = FSDPRunner(module, sharded, blocks, policy, shard_options, group, patches, tensor, one_backward)
         group = None  # it averages over them
+    to_device(module, device)
     if partitioned is None:
         return runner if group is None or not training else DDPRunner(module, group, device)
     assert mesh is not None

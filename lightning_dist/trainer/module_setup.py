@@ -27,6 +27,7 @@ from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.module_layout import ModuleOptions, apply_layout
 from lightning_dist.parallel import FSDPRunner, average_buffers, pipeline, validate_blocks
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineRunner, partition_of
+from lightning_dist.parallel.placing import all_but_parameters_to_device, to_device
 from lightning_dist.parallel.replaced import give_back, whole_tensors
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import is_placeholder
@@ -138,9 +139,9 @@ class ModuleSetup:
         if self.is_divided(module):
             validation.validate_no_new_parameters(module, self.known_parameters)
         else:
-            to_device(module, self._ranks.device)
+            (all_but_parameters_to_device if layout.holds_shards else to_device)(module, self._ranks.device)
             if self._ranks.world_size > 1 and not (training and not layout.holds_shards):
-                broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None)
+                broadcast_tensors([t for t in _tensors(module) if not t.is_meta], None, device=self._ranks.device)
         if not layout.holds_shards:
             self._materialize(module)
         self.runner = self._apply(module, layout, precision, training)
@@ -308,6 +309,7 @@ class ModuleSetup:
             options.keeps_blocks_whole,
             options.activation_checkpointing,
             batch,
+            options.shards,
         )
 
 
@@ -318,18 +320,3 @@ def _owners(trainer: Any) -> list[object]:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [t.detach() for t in (*module.parameters(), *module.buffers())]
-
-
-def to_device(module: nn.Module, device: torch.device) -> None:
-    """Moves what is real; what is deferred is materialised on the device later."""
-    if not any(tensor.is_meta for tensor in _tensors(module)):
-        module.to(device)
-        return
-    private.set_device(module, device=device)
-    for child in module.modules():
-        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-        if not any(tensor.is_meta for tensor in _tensors(child)):
-            child.to(device)  # also what is neither parameter nor buffer, as the states of a metric
-        elif not any(tensor.is_meta for tensor in own):
-            for tensor in own:
-                tensor.data = tensor.data.to(device)
