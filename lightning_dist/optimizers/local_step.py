@@ -54,7 +54,9 @@ def step_over_local_parts(optimizer: Optimizer, patches: Patches) -> None:
     """
     original: Any = optimizer.step
     own = type(optimizer).step
-    is_own = getattr(original, "__func__", None) is own or getattr(original, "__wrapped__", None) is own  # a scheduler's
+    is_own = (
+        getattr(original, "__func__", None) is own or getattr(original, "__wrapped__", None) is own
+    )  # a scheduler's
     if not is_own or not _is_elementwise(type(optimizer)):
         return
     local = _LocalStep(optimizer)
