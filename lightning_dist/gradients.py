@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_dist.collectives import num_ranks
 from lightning_dist.compat.operators import clamp_each, norm_of_each, scale_each
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.dtensors import local_part, num_pieces
-from lightning_dist.placeholder import PIPELINE_SHARE, is_placeholder
+from lightning_dist.placeholder import PIPELINE_SHARE, held, is_placeholder
 
 
 @torch.no_grad()
@@ -31,9 +32,10 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     parameters = list(parameters)
     in_stages = any(is_placeholder(p) or hasattr(p, PIPELINE_SHARE) for p in parameters)
-    pairs = [(p, p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
-    pieces = [num_pieces(gradient) * getattr(p, PIPELINE_SHARE, 1) for p, gradient in pairs]
-    shards = [local_part(gradient) for _, gradient in pairs]
+    with DisableTorchFunctionSubclass():
+        pairs = [(p, p.grad) for p in held(parameters) if p.grad is not None]
+        pieces = [num_pieces(gradient) * getattr(p, PIPELINE_SHARE, 1) for p, gradient in pairs]
+        shards = [local_part(gradient) for _, gradient in pairs]
     ranks = num_ranks()
     device = parameters[0].device if parameters else torch.device("cpu")
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in shards) else torch.float32
@@ -75,7 +77,7 @@ def clip_by_norm(
             f"the total norm of order {norm_type} of the gradients is {float(total)}, so they can't be clipped; pass "
             "error_if_nonfinite=False to scale them by it all the same"
         )
-    if shards := _shards(parameters):
+    if shards := local_gradients(parameters):
         scale_each(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 
@@ -83,9 +85,11 @@ def clip_by_norm(
 @torch.no_grad()
 def clip_by_value(parameters: Iterable[Tensor], clip_value: float) -> None:
     """Clamps every gradient element to [-clip_value, clip_value] in place. Communication: none."""
-    if shards := _shards(parameters):
+    if shards := local_gradients(parameters):
         clamp_each(shards, -clip_value, clip_value)
 
 
-def _shards(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [local_part(p.grad) for p in parameters if p.grad is not None and not is_placeholder(p)]
+def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of gradients, those that are there, read without asking divided tensors in Python."""
+    with DisableTorchFunctionSubclass():
+        return [local_part(p.grad) for p in held(parameters) if p.grad is not None]

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dist.compat.torch import UnscalingGradScaler
-from lightning_dist.dtensors import local_part
+from lightning_dist.gradients import local_gradients
 from lightning_dist.patches import Patches
 
 SUPPORTED = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
@@ -84,7 +84,7 @@ class AgreeingGradScaler(UnscalingGradScaler):
 
     @override
     def unscale_gradients(self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Tensor:
-        shards = [local_part(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        shards = local_gradients(p for group in optimizer.param_groups for p in group["params"])
         if any(shard.dtype == torch.float16 for shard in shards) and not allow_fp16:
             raise ValueError("Attempting to unscale FP16 gradients.")
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

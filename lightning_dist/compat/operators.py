@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,9 @@ from torch._C import DisableTorchFunction
 from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from lightning_dist.compat.names import getter, hands_on, name_of, setter, uses
 from lightning_dist.compat.torch import tree_leaves
@@ -54,6 +58,13 @@ address_of = getter("torch.UntypedStorage._cdata", "which memory a storage is, a
 all_overloads = getter("torch._ops.OpOverload._overloadpacket", "an operator's overloads; torch lists their cost by it")
 set_local_tensor = setter("torch.distributed.tensor.DTensor._local_tensor", "gives a divided tensor another local part")
 
+LOCAL_PART: Callable[[Any], Tensor] = attrgetter(
+    name_of("torch.distributed.tensor.DTensor._local_tensor", "gives this rank's part of one after the other, fast")
+)
+_SPEC = name_of("torch.distributed.tensor.DTensor._spec", "gives how one after the other is divided, fast")
+LAYOUT: Callable[[Any], tuple[Any, Any]] = attrgetter(f"{_SPEC}.placements", f"{_SPEC}.mesh")
+INIT_GROUP = name_of("torch.optim.SGD._init_group", "collects the tensors of a step, in torch's own optimizers")
+
 DTENSOR_ATTRIBUTES = ("_local_tensor", "_spec")
 """What a DTensor keeps in its ``__dict__``, beside what users write there."""
 
@@ -79,6 +90,15 @@ def divided_tensor(kind: type[D], local: Tensor, like: DTensor) -> D:
         assert spec.tensor_meta is not None
         spec = replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=local.dtype))
     return kind(local, spec, requires_grad=False)
+
+
+@uses("torch.optim.Optimizer._optimizer_step_post_hooks")
+def register_first_step_post_hook(optimizer: Optimizer, hook: Callable[..., Any]) -> RemovableHandle:
+    """Has a hook run after each step before those that are there."""
+    handle = optimizer.register_step_post_hook(hook)
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 @uses("torch._foreach_clamp_min_", "torch._foreach_clamp_max_")

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist import optimizers as settings
 from lightning_dist.checkpoint.checksums import verify_file
 from lightning_dist.checkpoint.lazy_tensors import LazyTensor
 from lightning_dist.checkpoint.locations import as_path, format_of, local_copy, resolve_swap
@@ -193,7 +192,6 @@ def _load_optimizer(
     if not all(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
         stored = with_indices(stored)  # nothing says what the names of its parameters are here
     checkpoints.load_optimizer_state(optimizer, stored, names, path)
-    settings.choose_kernels(optimizer)
 
 
 def _by_index(value: Any) -> Any:

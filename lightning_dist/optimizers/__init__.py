@@ -1,5 +1,6 @@
 """Optimizers over parameters of which a rank holds a part: asked whether they can, on small tensors, and set up."""
 
-from lightning_dist.optimizers.trial import choose_kernels, reads_the_loss, validate_exact
+from lightning_dist.optimizers.local_step import step_over_local_parts
+from lightning_dist.optimizers.trial import reads_the_loss, validate_exact
 
-__all__ = ["choose_kernels", "reads_the_loss", "validate_exact"]
+__all__ = ["reads_the_loss", "step_over_local_parts", "validate_exact"]

@@ -1,4 +1,4 @@
-"""Whether an optimizer, stepping over divided parameters, does what it does over whole ones: it is tried; and how.
+"""Whether an optimizer, stepping over divided parameters, does what it does over whole ones: it is tried.
 
 [Note: the trial of an optimizer]
 Two copies of the optimizer take a few steps by the same gradients over small tensors: one over whole tensors, one over
@@ -22,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dist.dtensors import as_dtensor, local_part
+from lightning_dist.optimizers.local_step import step_over_local_parts
 from lightning_dist.optimizers.twin import Small, Twin, all_parameters, as_divided, representatives, this_ranks_part
-from lightning_dist.placeholder import held, is_placeholder
+from lightning_dist.patches import Patches
+from lightning_dist.placeholder import is_placeholder
 
 SCALES = (1e-2, 1.0, 10.0, 100.0, 100.0, 100.0)
 """Sizes of the gradients, step by step; six, since Lookahead looks every five or six."""
@@ -119,6 +121,7 @@ def _compare(optimizer: Optimizer, smalls: list[Small]) -> Verdict:
         return Verdict(UNKNOWN, error=error)
     try:
         twin = Twin(optimizer, smalls, Small.divided, _divided_state, starts)
+        step_over_local_parts(twin.optimizer, Patches())
         apart = _steps(twin, smalls, losses, whole=False)
     except Exception as error:
         return Verdict(FAILED, error=error)
@@ -216,28 +219,6 @@ def _version(parameter: Tensor) -> int:
 def _name(optimizer: Optimizer) -> str:
     kind = type(optimizer)
     return f"torch's {kind.__name__}" if kind.__module__.startswith("torch.") else kind.__name__
-
-
-def choose_kernels(optimizer: Optimizer) -> None:
-    """Chooses how an optimizer of torch steps over parameters of which some are sharded, where the user did not.
-
-    A step by the horizontal (``foreach``) kernels passes DTensor's dispatch once per operation instead of once per
-    operation and parameter: for AdamW over 40 parameters a sixth of the time, with the same numbers. torch chooses it
-    by itself for plain tensors on accelerators only. Its price is temporary memory of the size of this rank's shards.
-    ``foreach`` and ``fused`` raise on plain and sharded parameters in one group, or on several meshes (seen in 2.14):
-    there they are off.
-
-    Args:
-        optimizer: changed in place; any other than torch's own keeps its settings.
-    """
-    is_torchs = type(optimizer).step.__module__.startswith("torch.optim.")
-    for group in optimizer.param_groups:
-        is_open = group.get("foreach", False) is None and not group.get("fused") and not group.get("differentiable")
-        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in held(group["params"])}
-        if len(meshes) > 1:
-            group.update({name: False for name in ("foreach", "fused") if name in group})
-        elif None not in meshes and is_torchs and is_open:
-            group["foreach"] = True
 
 
 def reads_the_loss(optimizer: Optimizer) -> bool:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_dist import checkpoint as checkpoints
-from lightning_dist import optimizers
 from lightning_dist.checkpoint import StageRanks
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.lazy_tensors import OnDisk
@@ -259,7 +258,6 @@ class Checkpoints:
         names = checkpoints.parameter_names(self._module)
         for optimizer, state in zip(targets, states, strict=False):
             checkpoints.load_optimizer_state(optimizer, state, names, self._source)
-            optimizers.choose_kernels(optimizer)
 
     def before_setup(self) -> None:
         """All hooks have seen the checkpoint."""

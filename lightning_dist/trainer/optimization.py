@@ -55,7 +55,7 @@ class Optimization:
         """
         self._setup.validate_optimizer(optimizer)
         validate_lbfgs(optimizer)
-        optimizers.choose_kernels(optimizer)
+        optimizers.step_over_local_parts(optimizer, self._patches)
         if self._ranks.holds_shards:
             assert self._ranks.layout is not None
             optimizers.validate_exact(optimizer, self._ranks.layout, self._ranks.device)
