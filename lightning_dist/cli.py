@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -15,6 +19,8 @@ from rich.table import Table
 from lightning_dist.checkpoint import convert
 from lightning_dist.doctor.command import add_doctor
 from lightning_dist.explain import Subject, build_deferred, find_recipes, module_maker, parse_arguments
+from lightning_dist.explain.dry_run import dry_run
+from lightning_dist.explain.measured import measured_peak
 from lightning_dist.layout import MESH_AXES, REST, Layout
 from lightning_dist.ranks import resolve
 from lightning_dist.strategy import HybridStrategy
@@ -47,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--layout", help="for a class: degrees by axis (a recipe has strategy.layout)")
     explain.add_argument("--ranks", type=int, help="processes of the whole run; by default those of layout or recipe")
     explain.add_argument("--sequence-parallel", action="store_true", help="of a class: divide positions between blocks")
+    told = "also run steps without memory or other processes, and show what a rank holds at its peak, and for what"
+    explain.add_argument("--memory", action="store_true", help=told)
+    explain.add_argument(
+        "--run", dest="run_steps", action="store_true", help="with --memory: run the steps here too, and measure"
+    )
     explain.set_defaults(run=_explain)
 
     convert = commands.add_parser("convert", help="write a checkpoint, or weights, in another form")
@@ -98,8 +109,25 @@ def _explain(options: argparse.Namespace) -> None:
     module = build_deferred(subject.make)
     asked = strategy.ranks.requested
     has_pipeline = asked is not None and resolve(asked, num_ranks).pp > 1
-    batch = first_batch() if first_batch is not None and has_pipeline else None
-    strategy.explain(module, num_ranks, batch).print()
+    batch = first_batch() if first_batch is not None and (has_pipeline or options.memory) else None
+    report = strategy.explain(module, num_ranks, batch)
+    report.print()
+    if options.memory:
+        batch = _batch_of_loader(module) if batch is None else batch
+        how = subject.make, strategy
+        # first: a process that has run a backward pass, which fakes have too, can't be forked
+        measured = measured_peak(*how, num_ranks, batch, subject.trainer) if options.run_steps else None
+        replace(dry_run(*how, report.layout, batch, subject.trainer), measured=measured).print()
+
+
+def _batch_of_loader(module: pl.LightningModule) -> Any:
+    if not is_overridden("train_dataloader", module):
+        raise ValueError(
+            "--memory runs steps on a batch, and there is none; give the module a train_dataloader, or explain a recipe"
+        )
+    module.prepare_data()
+    module.setup("fit")
+    return next(iter(module.train_dataloader()))
 
 
 def _subject_of_class(options: argparse.Namespace) -> Subject:

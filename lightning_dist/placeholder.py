@@ -30,13 +30,18 @@ def placeholder(tensor: Tensor, device: torch.device | None = None, dtype: torch
 def placeholder_parameter(parameter: nn.Parameter, device: torch.device | None = None) -> nn.Parameter:
     """In place of a parameter that another stage owns: ``parameters()``, its names and an optimizer's groups stay."""
     standin = nn.Parameter(placeholder(parameter.detach(), device), requires_grad=parameter.requires_grad)
-    standin.__dict__.update(vars(parameter))  # transformers and users mark parameters
+    take_marks(standin, parameter)
     return standin
+
+
+def take_marks(tensor: Tensor, of: Tensor) -> None:
+    """Gives a tensor the attributes that transformers and users put on another; those that make it a fake stay."""
+    vars(tensor).update({**vars(of), **vars(tensor)})
 
 
 def is_placeholder(value: Any) -> bool:
     """Whether this is the tensor of another stage."""
-    return isinstance(value, FakeTensor)
+    return isinstance(value, FakeTensor) and value.fake_mode is SHAPES
 
 
 def held(parameters: Iterable[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dist.compat.lightning import detects_anomaly, layer_sync
-from lightning_dist.compat.torch import hooks_after_accumulation
+from lightning_dist.compat.torch import FakeTensor, hooks_after_accumulation
 from lightning_dist.layout import Layout
 from lightning_dist.placeholder import is_placeholder
 from lightning_dist.precision import validate_precision
@@ -120,7 +120,7 @@ def validate_parameter_kinds(module: nn.Module, layout: Layout, split: Collectio
 def _is_wrapper(parameter: nn.Parameter) -> bool:
     """Whether its class does what operations do to it itself."""
     is_plain = type(parameter).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    return not (is_plain or isinstance(parameter, DTensor) or is_placeholder(parameter))
+    return not (is_plain or isinstance(parameter, (DTensor, FakeTensor)))
 
 
 def validate_no_new_parameters(module: nn.Module, known: Mapping[int, nn.Parameter]) -> None:

@@ -15,6 +15,9 @@ from recipes import job, targets
 from recipes.config_errors import explain
 from recipes.train import ROOT, allowed_targets, count_devices
 
+IN_A_STEP = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "sync_batchnorm")
+"""Arguments of the Trainer that change what a rank holds in a step."""
+
 
 def from_overrides(overrides: list[str]) -> Subject:
     """What ``python -m recipes.train`` would train with these overrides; pyproject.toml names this function.
@@ -41,4 +44,5 @@ def from_overrides(overrides: list[str]) -> Subject:
         with targets.allow(allowed):
             return job.first_batch(cfg)
 
-    return Subject(make, strategy, num_ranks, first_batch)
+    trainer = {name: cfg.trainer[name] for name in IN_A_STEP if name in cfg.trainer}
+    return Subject(make, strategy, num_ranks, first_batch, trainer)

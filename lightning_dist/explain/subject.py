@@ -7,7 +7,7 @@ import inspect
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Subject:
         strategy: that would train it.
         num_ranks: of the whole run.
         first_batch: for its training step, which cuts a pipeline; None to run its forward on ``example_input_array``.
+        trainer: arguments of the Trainer that change what a step holds: its precision, micro-steps, clipping.
     """
 
     make: Callable[[], pl.LightningModule]
     strategy: Strategy
     num_ranks: int
     first_batch: Callable[[], Any] | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
 Recipes = Callable[[list[str]], Subject]

@@ -123,6 +123,17 @@ class RecordedInit:
                 "bind() was called, or take() installed nothing; bind the finished module before sharding it"
             )
 
+    def materialize_shapes(self, module: nn.Module, full: Callable[..., Tensor], device: torch.device | None) -> None:
+        """As :meth:`materialize`, with ``full(size, stride, dtype=, device=)`` in place of a parameter's values."""
+        self.materialize(module, None, device, parameters=False)
+        places = _deferred(module, True)
+        for names in _tied(list(places), places):
+            current, slot = places[names[0]].tensor, self._slots[names[0]]
+            built_on = self._tape.storages[slot.storage].device
+            whole = full(slot.size, slot.stride, dtype=slot.dtype, device=built_on)
+            _install(keep_shard(whole, names[0], current, device), current, [places[name] for name in names])
+        _refresh_fsdp(module)
+
     def _check_known(self) -> None:
         plan = ReplayPlan.of(self._tape, {slot.storage for slot in self._slots.values()})
         if plan.unknown:
@@ -167,7 +178,7 @@ def _deferred(module: nn.Module, parameters: bool) -> dict[str, Place]:
     return {name: place for name, place in places.items() if parameters or not isinstance(place.tensor, nn.Parameter)}
 
 
-def _install(kept: Tensor, current: Tensor, places: list[Place]) -> None:
+def _install(kept: Any, current: Tensor, places: list[Place]) -> None:
     if isinstance(current, nn.Parameter):
         if not isinstance(kept, nn.Parameter):
             kept = nn.Parameter(kept.detach(), current.requires_grad)

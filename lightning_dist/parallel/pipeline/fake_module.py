@@ -19,7 +19,7 @@ from lightning_dist.compat.torch import COMPILED_CALL, children_of, own_buffers,
 from lightning_dist.parallel.pipeline.guards import AddGuard, GuardedInt, GuardedTrainer
 from lightning_dist.parallel.pipeline.manual_optimization import IDLE, idle, show_gradients
 from lightning_dist.parallel.rehearsal import is_users_object
-from lightning_dist.placeholder import is_placeholder, placeholder
+from lightning_dist.placeholder import is_placeholder, placeholder, take_marks
 from lightning_dist.precision import cast_by_autocast
 
 
@@ -174,7 +174,7 @@ class FakeModule:
         if id(parameter) not in self._parameters:
             fake = placeholder(parameter.detach(), self._device, self._dtype if id(parameter) in self._cast else None)
             self._parameters[id(parameter)] = standin = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-            vars(standin).update(vars(parameter))
+            take_marks(standin, parameter)
         return self._parameters[id(parameter)]
 
     def _buffer(self, buffer: Tensor | None) -> Tensor | None:

@@ -1,0 +1,129 @@
+"""What a dry run tells of a rank's memory is what ranks hold that run."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dist import HybridStrategy, Layout
+from lightning_dist.explain.dry_run import PeakMemory, Place, fit_steps, peaks_of_rank
+from lightning_dist.explain.live_bytes import LiveBytes
+from recipes.language_model import CausalLM
+from recipes.language_model.decoder import Decoder
+from tests.recipes.runs import Blocks, decoder, digits, vit
+from tests.support.models import Classifier, Momentum, samples
+from tests.support.parity import slow
+from tests.support.ranks import run_on_ranks
+
+DATA: dict[Any, Any] = {decoder: partial(Blocks, 16), vit: digits}
+
+
+def _batch(make: Any) -> Any:
+    return next(iter(DataLoader(DATA.get(make, samples)(), batch_size=8)))
+
+
+def _counted(make: Any, layout: str, options: dict[str, Any], trainer: dict[str, Any]) -> Any:
+    count = LiveBytes()
+    peaks = PeakMemory(count)
+    arguments = {**trainer, "devices": dist.get_world_size(), "strategy": HybridStrategy(layout, **options)}
+    with count:
+        fit_steps(make(), _batch(make), [peaks], accelerator="cpu", **arguments)
+    return peaks.peaks
+
+
+@pytest.mark.parametrize(
+    ("make", "layout", "options", "trainer"),
+    [
+        (decoder, "dp_shard=2", {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
+        (decoder, "tp=2", {"sequence_parallel": True}, {}),
+        (vit, "pp=2", {}, {}),
+        slow(decoder, "dp_replicate=2", {}, {}),
+        slow(decoder, "dp_shard=2", {"activation_checkpointing": "full"}, {"precision": "bf16-mixed"}),
+        slow(decoder, "pp=2", {}, {}),
+        slow(decoder, "dp_shard=2,tp=2", {}, {}),
+        slow(decoder, "pp=2,dp_replicate=2", {}, {}),
+        slow(vit, "dp_replicate=2", {}, {"precision": "bf16-true"}),
+        slow(vit, "dp_shard=2", {}, {}),
+        slow(vit, "tp=2", {}, {}),
+        slow(vit, "pp=2,tp=2", {}, {}),
+        slow(vit, "pp=2,dp_shard=2", {}, {}),
+        slow(Classifier, "dp_replicate=2", {}, {}),
+        slow(Momentum, "dp_shard=2", {}, {}),
+        slow(Classifier, "pp=2", {}, {}),
+    ],
+)
+def test_a_dry_run_counts_what_a_run_holds(make: Any, layout: str, options: Any, trainer: Any) -> None:
+    """The set-up aside, which is a trial of the optimizer where nets are small."""
+    num_ranks = Layout.parse(layout).world_size  # type: ignore[union-attr]
+    for rank, held in enumerate(run_on_ranks(num_ranks, _counted, make, layout, options, trainer)):
+        dry = peaks_of_rank(make, HybridStrategy(layout, **options), Place(rank, num_ranks), _batch(make), trainer)
+        for when in ("first step", "later steps"):
+            assert dry[when].total == pytest.approx(held[when].total, rel=0.03)
+            assert dry[when].parts["optimizer states"] == pytest.approx(held[when].parts["optimizer states"], rel=0.03)
+
+
+WIDTH, LENGTH, VOCABULARY = 512, 128, 8192
+
+
+def _large_decoder() -> L.LightningModule:
+    """29 million parameters."""
+    network = partial(Decoder, VOCABULARY, width=WIDTH, depth=8, num_heads=8, num_kv_heads=4, tie_embedding=False)
+    return CausalLM(network, partial(torch.optim.AdamW, lr=1e-3))
+
+
+class _Wide(L.LightningModule):
+    """29 million parameters in equal layers, whose names tell no plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024) for _ in range(28))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        for layer in self.layers:
+            batch = layer(batch).relu()
+        return batch.square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def _large_batch(make: Any) -> Any:
+    if make is _Wide:
+        return torch.ones(1024, 1024)
+    tokens = torch.randint(VOCABULARY, (4, LENGTH + 1))
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
+def _resident(what: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(what))
+
+
+def _measured(make: Any, layout: str) -> int:
+    """Most resident memory of a rank of a real run, beside what it had before."""
+    batch = _large_batch(make)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the highest is that from now on
+    before = _resident("VmRSS")
+    fit_steps(make(), batch, [], accelerator="cpu", devices=dist.get_world_size(), strategy=HybridStrategy(layout))
+    return _resident("VmHWM") - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [(_large_decoder, "dp_shard=2"), (_large_decoder, "tp=2"), (_large_decoder, "pp=2"), (_Wide, "dp_replicate=2")],
+)
+def test_resident_memory_is_what_a_dry_run_tells(make: Any, layout: str) -> None:
+    measured = run_on_ranks(2, _measured, make, layout)
+    for rank, held in enumerate(measured):
+        dry = peaks_of_rank(make, HybridStrategy(layout), Place(rank, 2), _large_batch(make), {})
+        predicted = max(peak.total for peak in dry.values())
+        assert predicted == pytest.approx(held, rel=0.1)
