@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Callable
@@ -12,68 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
-from lightning_dist.checkpoint.lazy_tensors import leaves
-from lightning_dist.dtensors import local_part
-
-
-class HostMemory:
-    """Host memory for copies of a state, kept from one to the next: to get it from the system takes several times as
-    long as to copy into it. For tensors of an accelerator it is page-locked, and the copies run together.
-
-    torch rounds page-locked memory up to powers of two; ``PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1`` makes it
-    take what larger tensors need, and no more.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}
-        self._lent: list[tuple[tuple[torch.Size, torch.dtype, bool], Tensor]] = []
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy, complete after :meth:`synchronize` and whole until :meth:`reuse`."""
-        tensor = tensor.detach()
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            return tensor.to("cpu", copy=True)
-        locked = tensor.device.type != "cpu" and torch.accelerator.is_available()
-        kind = tensor.shape, tensor.dtype, locked
-        free = self._free.get(kind)
-        memory = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=locked)
-        self._lent.append((kind, memory))
-        # an alias: what is written on the copy, as an attribute, is not there the next time
-        return memory.copy_(tensor, non_blocking=locked).view_as(memory)
-
-    def snapshot(self, tree: Any, of: Any = None) -> Any:
-        """A deep copy, its tensors in host memory: nothing that the training or its callbacks change is shared.
-
-        Where the tree was gathered, ``of`` is what it was gathered from: tensors that share no memory with that were
-        made for this, and are taken as they are.
-        """
-        shared = None if of is None else {_place(value) for _, value in leaves(of) if isinstance(value, Tensor)}
-        copies: dict[int, Any] = {}
-        for _, value in leaves(tree):
-            if isinstance(value, Tensor) and id(value) not in copies:
-                is_ours = shared is not None and value.device.type == "cpu" and _place(value) not in shared
-                copies[id(value)] = value if is_ours else self.copy(value)
-        return copy.deepcopy(tree, copies)
-
-    def synchronize(self) -> None:
-        """Waits for the copies from an accelerator."""
-        if any(locked for (_, _, locked), _ in self._lent):
-            torch.accelerator.synchronize()
-
-    def reuse(self) -> None:
-        """Takes back all that was lent, to be overwritten; what was not lent this time is let go."""
-        self._free = {}
-        for kind, memory in self._lent:
-            self._free.setdefault(kind, []).append(memory)
-        self._lent = []
-
-
-def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    """Where the memory of a tensor, or of a rank's part, begins."""
-    local = local_part(tensor)
-    return local.device, local.untyped_storage().data_ptr() if local.layout == torch.strided else 0
+from lightning_dist.checkpoint.host_memory import HostMemory
 
 
 class BackgroundSaves:

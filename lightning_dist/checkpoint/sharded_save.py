@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.serialization import config as serialization_config
 
 from lightning_dist.checkpoint import locations
-from lightning_dist.checkpoint.background import HostMemory
 from lightning_dist.checkpoint.checksums import ChecksumFileSystem, checksum_of, write_checksums
+from lightning_dist.checkpoint.host_memory import HostMemory
 from lightning_dist.checkpoint.lazy_tensors import LazyTensor
 from lightning_dist.checkpoint.locations import REST, flush, is_remote
 from lightning_dist.collectives import broadcast_object, gather_objects, global_rank, raise_on_all_ranks
