@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from itertools import chain, compress
 from operator import is_
@@ -65,13 +66,17 @@ def step_over_local_parts(optimizer: Optimizer, patches: Patches) -> None:
     def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         return local.run(original, closure)
 
-    @wraps(optimizer.zero_grad)
-    def zero_grad(_: Optimizer, set_to_none: bool = True) -> None:
-        local.zero_grad(set_to_none)
-
     patches.set(optimizer, "step", MethodType(step, optimizer))
-    patches.set(optimizer, "zero_grad", MethodType(zero_grad, optimizer))
     patches.also(register_first_step_post_hook(optimizer, lambda *_: local.leave()).remove)
+    if getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad:
+        patches.set(optimizer, "zero_grad", MethodType(_zero_grad, optimizer))
+
+
+@wraps(Optimizer.zero_grad)
+def _zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
+    """Each gradient that is looked at passes a function in Python, if it is not off; zeros are filled in by it."""
+    with DisableTorchFunctionSubclass() if set_to_none else nullcontext():
+        Optimizer.zero_grad(optimizer, set_to_none)
 
 
 def _is_elementwise(kind: type) -> bool:
@@ -99,14 +104,6 @@ class _LocalStep:
             return original(closure=evaluated)
         finally:
             self.leave()
-
-    def zero_grad(self, set_to_none: bool) -> None:
-        """Natively where nothing is computed: each gradient that is looked at passes a function in Python else."""
-        whole = type(self._optimizer).zero_grad
-        if not set_to_none:
-            return whole(self._optimizer, set_to_none)
-        with DisableTorchFunctionSubclass():
-            return whole(self._optimizer, set_to_none)
 
     def _enter(self) -> None:
         self.leave()  # of a hook that evaluated the closure, too
