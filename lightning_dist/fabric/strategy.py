@@ -233,8 +233,8 @@ class HybridFabricStrategy(ParallelStrategy):
             return optimizer
         assert self.layout is not None
         validate_lbfgs(optimizer)
-        optimizers.step_over_local_parts(optimizer, self._patches)
         if self.layout.holds_shards:
+            optimizers.step_over_local_parts(optimizer, self._patches)
             optimizers.validate_exact(optimizer, self.layout, self.root_device)
         # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
         optimizer.register_step_pre_hook(lambda *_: self._reshard())

@@ -55,9 +55,9 @@ class Optimization:
         """
         self._setup.validate_optimizer(optimizer)
         validate_lbfgs(optimizer)
-        optimizers.step_over_local_parts(optimizer, self._patches)
         if self._ranks.holds_shards:
             assert self._ranks.layout is not None
+            optimizers.step_over_local_parts(optimizer, self._patches)
             optimizers.validate_exact(optimizer, self._ranks.layout, self._ranks.device)
         # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
         self._patches.also(optimizer.register_step_pre_hook(lambda *_: self._setup.reshard()).remove)
