@@ -15,7 +15,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from typing_extensions import TypeIs
 
 from lightning_dist.collectives import BUCKET_BYTES
-from lightning_dist.compat.distributed import StridedShard, compute_local_shape_and_global_offset, local_tensor
+from lightning_dist.compat.distributed import (
+    StridedShard,
+    compute_local_shape_and_global_offset,
+    dtensor_where_it_is,
+    local_tensor,
+)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -38,8 +43,18 @@ def _contiguous_dtensor(local: Tensor, like: DTensor) -> DTensor:
 
 
 def _from_local(local: Tensor, like: DTensor, stride: tuple[int, ...]) -> DTensor:
+    return divided_from(local, like, like.shape, stride)
+
+
+def divided_from(local: Tensor, like: DTensor, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
+    """A tensor of a shape, divided as ``like``, of which this rank holds ``local``; on the device of the mesh, or where
+    ``local`` is if ``like`` is elsewhere too: ``cpu_offload`` keeps parts on the host.
+    """
     mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=stride)
+    elsewhere = mesh.device_type not in (local.device.type, local_tensor(like).device.type)
+    if elsewhere and not local.is_meta:
+        return dtensor_where_it_is(local, mesh, placements, shape, stride)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def place_like(tensor: Tensor, like: Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -77,7 +92,10 @@ def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return local
     mesh = like.device_mesh
-    return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    replicated = [Replicate()] * mesh.ndim
+    if local.device.type != mesh.device_type:
+        return dtensor_where_it_is(local, mesh, replicated, local.shape, local.stride())
+    return DTensor.from_local(local, mesh, replicated, run_check=False)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros((), dtype=wide, device=device)
     if filled:
-        norms = torch.stack([n.to(wide) for n in norm_of_each([s for s, _ in filled], norm_type)])
+        norms = torch.stack([n.to(device, wide) for n in norm_of_each([s for s, _ in filled], norm_type)])
         share = _shares(tuple(n / ranks for _, n in filled), wide, device)
         total = norms.max() if math.isinf(norm_type) else (norms**norm_type * share).sum()
     # Whether to communicate must not depend on what this rank happens to hold: every rank has the same pieces.
@@ -78,7 +78,9 @@ def clip_by_norm(
             "error_if_nonfinite=False to scale them by it all the same"
         )
     if shards := local_gradients(parameters):
-        scale_each(shards, (max_norm / (total + 1e-6)).clamp(max=1.0))
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for device in dict.fromkeys(shard.device for shard in shards):  # two, where some are on the host
+            scale_each([shard for shard in shards if shard.device == device], factor.to(device))
     return total
 
 

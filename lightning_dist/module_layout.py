@@ -16,9 +16,9 @@ from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel import Checkpointing, SingleProcessRunner, parallelize
 from lightning_dist.parallel.buffers import make_copies_equal, share_batch_statistics
-from lightning_dist.parallel.fsdp_units import ShardOptions
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions
 from lightning_dist.parallel.replaced import Replaced
+from lightning_dist.parallel.shard_options import ShardOptions
 from lightning_dist.patches import Patches
 from lightning_dist.placeholder import held
 from lightning_dist.plans import find_blocks, select_blocks
@@ -39,6 +39,7 @@ class ModuleOptions:
     compile: dict[str, Any] | None = None
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     reshard_after_forward: bool = True
+    cpu_offload: bool = False
 
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         """The modules that are sharded, recomputed and compiled one by one, by name."""
@@ -46,8 +47,11 @@ class ModuleOptions:
 
     @property
     def shards(self) -> ShardOptions:
-        """Those of the shard axis; who says what the units are has no others."""
-        return ShardOptions(self.reshard_after_forward, large_layers=self.shard_units is None)
+        """Those of the shard axis; who says what the units are has no others. A weight that a step uses without calling
+        its layer is on the device in the root only, if parts are on the host.
+        """
+        large_layers = self.shard_units is None and not self.cpu_offload
+        return ShardOptions(self.reshard_after_forward, large_layers, self.cpu_offload)
 
     def keeps_blocks_whole(self, layout: Layout) -> bool:
         """Whether something is done to blocks that a cut inside of them would break."""
@@ -64,17 +68,10 @@ def compile_options(asked: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     return None if asked is False else {} if asked is True else dict(asked)
 
 
-def true_or_false(name: str, value: Any) -> bool:
-    """The value of a strategy's argument; raises a ValueError for anything else."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be True or False")
-    return value
-
-
-def one_of(name: str, value: str, *choices: str) -> Any:
+def one_of(name: str, value: Any, *choices: Any) -> Any:
     """The value of a strategy's argument; raises a ValueError for one that is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
     return value
 
 

@@ -35,10 +35,15 @@ class LayoutRanks:
         requested: the user's layout; None for ``"auto"``, which is chosen when the module is known.
         backend: of torch.distributed; None for that of the device.
         timeout: of collectives.
+        on_host: whether ranks also send what lies in the memory of the host.
     """
 
     def __init__(
-        self, requested: Layout | None, backend: str | None = None, timeout: timedelta = default_pg_timeout
+        self,
+        requested: Layout | None,
+        backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        on_host: bool = False,
     ) -> None:
         self.requested, self.timeout = requested, timeout
         self.layout: Layout | None = None
@@ -48,7 +53,7 @@ class LayoutRanks:
         self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
         self.num_processes = self.num_nodes = 1
         """Processes of this node, as Lightning's launchers ask, and machines."""
-        self._backend = backend
+        self._backend, self._on_host = backend, on_host
         self._hosts: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,9 +75,17 @@ class LayoutRanks:
     def join(self, environment: ClusterEnvironment) -> None:
         """Makes the process group of the world, if it is not there; see :func:`share_random_state`."""
         if self.world_size > 1:
-            form_world(environment, self._backend or default_backend(self.device), self.timeout, self.device)
+            form_world(environment, self.backend, self.timeout, self.device)
             _let_threads_end_before_forks()
             share_random_state(self.device)
+
+    @property
+    def backend(self) -> str:
+        """Of torch.distributed, by device where there are two."""
+        backend = self._backend or default_backend(self.device)
+        if not self._on_host or self.device.type == "cpu" or ":" in backend:
+            return backend
+        return f"cpu:gloo,{self.device.type}:{backend}"
 
     def form_mesh(self) -> None:
         """Makes the process groups along the axes, once; nothing for one process or an undecided layout."""

@@ -26,7 +26,7 @@ from lightning_dist import collectives
 from lightning_dist.checkpoint.lazy_tensors import read_kept_tensors
 from lightning_dist.compat import lightning as private
 from lightning_dist.layout import Layout
-from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of, true_or_false
+from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
 from lightning_dist.parallel.placing import to_device
@@ -49,6 +49,8 @@ class HybridStrategy(ParallelStrategy):
         reshard_after_forward: under ``dp_shard``, free what was gathered for a block's forward, and gather it again for
             its backward (ZeRO-3). False keeps it until the backward has run (ZeRO-2): fewer bytes sent, more memory.
             Under ``pp``, ``pipeline_reshard`` says it of steps in training.
+        cpu_offload: under ``dp_shard``, keep parameters, gradients and optimizer states in the memory of the host,
+            where the optimizer steps; a GPU has what is gathered. Processes then also talk by gloo.
         tensor_plan: what ``tp`` divides: ``"colwise"`` or ``"rowwise"`` by name of layer (with ``*``), or a function of
             name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
             transformers model declares.
@@ -106,6 +108,7 @@ class HybridStrategy(ParallelStrategy):
         *,
         shard_units: ShardUnits | None = None,
         reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
         tensor_plan: Styles | None = None,
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
@@ -145,11 +148,12 @@ class HybridStrategy(ParallelStrategy):
             recomputing,
             compile_options(compile),
             pipeline,
-            true_or_false("reshard_after_forward", reshard_after_forward),
+            bool(one_of("reshard_after_forward", reshard_after_forward, True, False)),
+            bool(one_of("cpu_offload", cpu_offload, True, False)),
         )
         chosen = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
-        self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout)
+        self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout, cpu_offload)
         self.parts = Parts(self.ranks, self._module_options, self.checkpoint_options)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,7 +270,7 @@ class HybridStrategy(ParallelStrategy):
         if training:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if training:
+        if training and not self._module_options.cpu_offload:
             private.optimizers_to_device(self.optimizers, self.root_device)
         self.parts.after_setup(trainer, {str(config.monitor) for config in self.lr_scheduler_configs}, training)
 

@@ -13,10 +13,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_dist import Layout, placeholder
 from lightning_dist.data import validate_same_batches
-from lightning_dist.gradients import global_norm
+from lightning_dist.gradients import clip_by_norm, global_norm
 from lightning_dist.placeholder import placeholder_parameter
 from lightning_dist.precision import rounds_products
+from lightning_dist.ranks import LayoutRanks
 
 GPU = torch.device("cuda", 0)
 
@@ -42,6 +44,23 @@ def test_batches_without_tensors_are_compared_on_the_device(devices: list[torch.
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # the answer is read
         validate_same_batches("training_step", (["words"],), dist.group.WORLD, GPU)
     assert devices == [GPU]
+
+
+def test_gradients_on_the_host_and_on_the_device_are_clipped_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placeholder, "FakeTensor", type("OfAnotherStage", (), {}))  # there are none
+    with FakeTensorMode():  # plain ones: nothing is communicated
+        parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device=GPU))]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        assert clip_by_norm(parameters, 1.0).device.type == "cpu"
+        assert [str(p.grad.device) for p in parameters if p.grad is not None] == ["cpu", "cuda:0"]
+
+
+def test_what_lies_on_the_host_travels_beside_what_lies_on_the_device() -> None:
+    ranks = LayoutRanks(Layout.parse("dp_shard=2"), backend="nccl", on_host=True)
+    assert ranks.backend == "nccl"
+    ranks.device = GPU
+    assert ranks.backend == "cpu:gloo,cuda:nccl"
 
 
 def _tf32() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_dist.compat.lightning import set_trainer
 from lightning_dist.compat.torch import FakeTensor
+from lightning_dist.dtensors import as_dtensor, replicate_like
 from lightning_dist.module_layout import ModuleOptions
 from lightning_dist.parallel.pipeline.stages import hide_parameters
 from lightning_dist.parallel.placing import all_but_parameters_to_device, to_device
@@ -100,3 +101,22 @@ def test_a_stage_is_sent_what_it_holds() -> None:
     to_device(module, gpu)
     there = {name: type(p) for name, p in module.named_parameters() if p.device == gpu and not p.is_cpu}
     assert there == {n: FakeTensor if "blocks" in n else nn.Parameter for n, _ in module.named_parameters()}
+
+
+def test_parameters_and_states_of_a_module_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    with a_rank_with_a_gpu(monkeypatch, "dp_shard=8") as (ranks, memory):
+        module = Decoder()
+        _set_up(ranks, module, ModuleOptions(cpu_offload=True))
+        small = sum(b.nbytes for b in module.buffers())
+        assert {p.device.type for p in module.parameters()} == {"cpu"}
+        assert memory.now == small
+        weight: Any = module.head.weight
+        state = as_dtensor(torch.zeros(weight.to_local().shape), weight)  # of a checkpoint
+        assert state.device.type == replicate_like(torch.zeros(()), weight).device.type == "cpu"
+        optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert {v.device.type for s in optimizer.state.values() for v in s.values()} == {"cpu"}
+        assert memory.now == small

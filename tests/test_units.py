@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy
 from lightning_dist.fabric import HybridFabricStrategy
-from lightning_dist.parallel import fsdp_units
-from lightning_dist.parallel.fsdp_units import large_layers, shard_units
+from lightning_dist.parallel import shard_options
+from lightning_dist.parallel.fsdp_units import shard_units
+from lightning_dist.parallel.shard_options import large_layers
 from lightning_dist.plans import find_blocks
 from tests.support import models
 from tests.support.collectives import counting
@@ -25,16 +26,17 @@ from tests.support.parity import QUIET, Run, assert_equal, assert_parity, one_pr
 from tests.support.ranks import run_on_ranks
 
 KEPT = {"reshard_after_forward": False}
+ON_HOST = {"cpu_offload": True}
 
 
 class LargeLayers(models.Momentum):
     """Every dense layer beside the blocks counts as large while a run lasts."""
 
     def setup(self, stage: str) -> None:
-        fsdp_units.LARGE = 1
+        shard_options.LARGE = 1
 
     def teardown(self, stage: str) -> None:
-        fsdp_units.LARGE = 2**24
+        shard_options.LARGE = 2**24
 
 
 class UsedDirectly(LargeLayers):
@@ -65,6 +67,10 @@ PARITY = [
     ("dp_shard=2", 2, TiedLarge, KEPT, {}),
     ("dp_shard=2", 2, models.Unused, KEPT, CLIPPED),
     ("pp=2,dp_shard=2", 4, LargeLayers, KEPT, CLIPPED),
+    ("dp_shard=2", 2, models.Grouped, ON_HOST, CLIPPED),
+    slow("dp_replicate=2,dp_shard=2", 4, models.Unused, ON_HOST, CLIPPED),
+    slow("dp_shard=2", 2, models.Deferred, ON_HOST, {}),
+    slow("dp_shard=2", 2, models.Frozen, ON_HOST, {}),
     ("dp_shard=2,tp=2", 4, LargeLayers, {**KEPT, "tensor_plan": BLOCK_PLAN}, CLIPPED),
     slow("dp_replicate=2,dp_shard=2", 4, UsedDirectly, KEPT, CLIPPED),
     slow("dp_shard=2", 2, LargeLayers, {"activation_checkpointing": "full"}, CLIPPED),
@@ -102,7 +108,7 @@ def _gathers(module: Any, options: dict[str, Any]) -> list[int]:
 def test_large_layers_beside_the_blocks_are_units_where_nothing_shares_their_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fsdp_units, "LARGE", WIDTH * CLASSES)
+    monkeypatch.setattr(shard_options, "LARGE", WIDTH * CLASSES)
     for module, expected in ((UsedDirectly(), ["stem", "head", "frozen"]), (TiedLarge(), [])):
         layers = large_layers(module, find_blocks(module))
         assert list(shard_units(module, layers)) == [f"net.{name}" for name in expected]
@@ -110,7 +116,7 @@ def test_large_layers_beside_the_blocks_are_units_where_nothing_shares_their_wei
 
 
 def test_explain_tells_of_large_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fsdp_units, "LARGE", WIDTH * WIDTH)
+    monkeypatch.setattr(shard_options, "LARGE", WIDTH * WIDTH)
     for options, units in (({}, ["net.stem"]), ({"shard_units": ["Block"]}, [])):
         report = HybridStrategy("dp_shard=2", **options).explain(models.Classifier(), 2)  # type: ignore[arg-type]
         assert report.units == [*(f"net.blocks.{i}" for i in range(3)), *units]
@@ -125,10 +131,10 @@ def test_a_checkpoint_goes_on_with_and_without(tmp_path: Path) -> None:
 
 
 def _resumed(path: str) -> dict[str, Tensor]:
-    for options, steps in (({}, 4), (KEPT, -1)):
+    for options, steps in (({}, 4), ({**KEPT, **ON_HOST}, -1)):
         L.seed_everything(1, verbose=False)
         module = (models.Momentum if steps == 4 else LargeLayers)()
-        strategy = HybridStrategy("dp_shard=2", **options)  # type: ignore[arg-type]
+        strategy = HybridStrategy("dp_shard=2", **options)
         trainer = L.Trainer(**QUIET, devices=2, strategy=strategy, max_steps=steps, max_epochs=1)
         loader = DataLoader(samples(), batch_size=4)
         trainer.fit(module, loader, ckpt_path=None if steps == 4 else path)
@@ -139,5 +145,13 @@ def _resumed(path: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("strategy", [HybridStrategy, HybridFabricStrategy])
 def test_torch_s_sizes_to_reshard_to_are_refused(strategy: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape("reshard_after_forward is 2; it must be True or False")):
+    with pytest.raises(ValueError, match=re.escape("reshard_after_forward is 2; it must be one of True, False")):
         strategy("dp_shard=4", reshard_after_forward=2)
+
+
+@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2,tp=2", "pp=2,dp_shard=2"])
+def test_offload_is_refused_where_nothing_or_another_axis_divides(layout: str) -> None:
+    strategy = HybridStrategy(layout, cpu_offload=True)
+    trainer = L.Trainer(**QUIET, devices=2 ** layout.count("="), strategy=strategy)
+    with pytest.raises(ValueError, match=re.escape(f"cpu_offload=True under layout {layout}: ")):
+        trainer.fit(models.Classifier(), DataLoader(samples()))

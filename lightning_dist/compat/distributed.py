@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from io import IOBase
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, _redistribute
+from torch.distributed.tensor import DTensor, Placement, _redistribute
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
@@ -58,6 +60,15 @@ flattened_mesh = method(
 def local_tensor(tensor: DTensor) -> Tensor:
     """Gives this rank's part of a divided tensor, without autograd."""
     return tensor._local_tensor
+
+
+@uses("torch.distributed.tensor._dtensor_spec.DTensorSpec", "torch.distributed.tensor._dtensor_spec.TensorMeta")
+def dtensor_where_it_is(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: tuple[int, ...]
+) -> DTensor:
+    """A divided tensor whose part stays on its device; ``from_local`` moves it to that of the mesh."""
+    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, stride, local.dtype))
+    return DTensor(local, spec, requires_grad=False)
 
 
 @uses("torch.distributed.checkpoint.utils._create_file_view")

@@ -124,7 +124,8 @@ def logged_tensor(device: torch.device, value: Any, name: str) -> Tensor:
 @uses("lightning.fabric.utilities.distributed._init_dist_connection")
 def form_world(environment: ClusterEnvironment, backend: str, timeout: timedelta, device: torch.device) -> None:
     """Makes the process group of the world as Lightning does, if it is not there."""
-    device_id = None if device.type == "cpu" else device
+    # bound to a device, its groups would be split from it, which gloo beside another backend may not be (torch 2.14)
+    device_id = None if device.type == "cpu" or ":" in backend else device
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
 
 

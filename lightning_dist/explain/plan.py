@@ -13,8 +13,9 @@ from torch import nn
 from lightning_dist.initialization import CannotDefer, record_initialization
 from lightning_dist.layout import Layout
 from lightning_dist.parallel import Checkpointing, validate_blocks
-from lightning_dist.parallel.fsdp_units import ShardOptions, large_layers, shard_units
+from lightning_dist.parallel.fsdp_units import shard_units
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages, plan_stages
+from lightning_dist.parallel.shard_options import ShardOptions, large_layers
 from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
 from lightning_dist.ranks import choose_layout
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport

@@ -29,7 +29,7 @@ from lightning_dist.fabric.loaders import Injected, seed_workers, shard_injected
 from lightning_dist.fabric.module import InLayout, bare, frame_of_setup, named_tensors, set_up
 from lightning_dist.gathering import all_gather
 from lightning_dist.layout import Layout
-from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of, true_or_false
+from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.placing import all_but_parameters_to_device, to_device
 from lightning_dist.patches import Patches
@@ -102,7 +102,7 @@ class HybridFabricStrategy(ParallelStrategy):
             tensor,
             recomputing,
             compile_options(compile),
-            reshard_after_forward=true_or_false("reshard_after_forward", reshard_after_forward),
+            reshard_after_forward=bool(one_of("reshard_after_forward", reshard_after_forward, True, False)),
         )
         self._in_play: list[InLayout] = []
         """See [Note: which modules take part in a backward pass]."""

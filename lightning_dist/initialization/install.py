@@ -156,7 +156,13 @@ class RecordedInit:
                     )
 
 
-def keep_shard(full: Tensor, name: str, current: Tensor, device: torch.device | str | None = None) -> Tensor | None:
+def keep_shard(
+    full: Tensor,
+    name: str,
+    current: Tensor,
+    device: torch.device | str | None = None,
+    of_shards: torch.device | None = None,
+) -> Tensor | None:
     """What a rank keeps of a tensor: all of it, or its slice if the module's tensor is a DTensor.
 
     Args:
@@ -164,11 +170,12 @@ def keep_shard(full: Tensor, name: str, current: Tensor, device: torch.device | 
         name: its name.
         current: the meta tensor in the module, which has the placements.
         device: where it goes; default: where it is, and a slice to the device of its mesh.
+        of_shards: where slices go, if elsewhere.
 
     Communication: none; the slice is cut out locally.
     """
     if isinstance(current, DTensor):
-        return place_like(full, current, device or current.device_mesh.device_type)
+        return place_like(full, current, of_shards or device or current.device_mesh.device_type)
     return full if device is None else full.to(device)
 
 

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dist.compat.distributed import StridedShard
 from lightning_dist.compat.operators import DTENSOR_ATTRIBUTES, HOOKS_OF_OPTIMIZERS
-from lightning_dist.dtensors import held_indices_of, local_part
+from lightning_dist.dtensors import divided_from, held_indices_of, local_part
 from lightning_dist.placeholder import is_placeholder, placeholder_parameter
 
 LEAST_LR = 1e-2
@@ -217,10 +217,7 @@ def as_divided(whole: Tensor, like: Tensor) -> nn.Parameter:
     if not isinstance(like, DTensor):
         return nn.Parameter(whole.clone(), like.requires_grad)
     part = this_ranks_part(whole, like)
-    tensor = DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
-    parameter: Any = nn.Parameter(tensor, like.requires_grad)
+    parameter: Any = nn.Parameter(divided_from(part, like, whole.shape, whole.stride()), like.requires_grad)
     parameter.__class__ = type(like)
     return parameter
 

@@ -19,16 +19,8 @@ from torch.distributed.tensor import DTensor
 from lightning_dist.compat import distributed as private
 from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.fsdp_units import (
-    ShardOptions,
-    gather_as_kept,
-    kept_gathered,
-    large_layers,
-    places,
-    shard_roots,
-    shard_units,
-    unsharded_parameters,
-)
+from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
+from lightning_dist.parallel.shard_options import ShardOptions, kept_gathered, large_layers
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
 from lightning_dist.parallel.tensor.split import TensorAxis
 from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated
@@ -94,11 +86,19 @@ class FSDPRunner(SingleProcessRunner):
         self._reshards = {name: name not in stay for name in self.units}
         whole = unsharded_parameters(module, units)
         rounded = places(module, cast_by_autocast(module))  # of no effect where the policy rounds nothing
+        offload = options.offload_policy(torch.device(mesh.device_type))
         for name, unit in units.items():
             if not isinstance(unit, FSDPModule):
                 reshards = self._reshards.get(name)  # None for a root, of which fully_shard knows that it stays
                 with _originals_stay(unit):
-                    fully_shard(unit, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy, ignored_params=whole)
+                    fully_shard(
+                        unit,
+                        mesh=mesh,
+                        reshard_after_forward=reshards,
+                        mp_policy=policy,
+                        offload_policy=offload,
+                        ignored_params=whole,
+                    )
                 patches.also(functools.partial(private.remove_fully_shard, unit))
                 make_copyable(unit, patches)
                 pass_for_own_class(unit)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,30 +18,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lightning_dist.compat.distributed import gathered_of, param_groups_of, place_of, wrap_decide_dtypes
 from lightning_dist.placeholder import is_placeholder
 
-LARGE = 2**24
-"""Elements of a layer that is a unit of its own: 64 MiB in float32, about as much as is sent at once elsewhere."""
-
 Place = tuple[int, str]
 """A module, by id, and the name of a parameter in it."""
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """What a user says of the shard axis; see :class:`~lightning_dist.HybridStrategy`.
-
-    Args:
-        reshard_after_forward: free what was gathered for a unit's forward, and gather it again for its backward.
-        large_layers: whether large layers beside the blocks are units, see :func:`large_layers`.
-    """
-
-    reshard_after_forward: bool = True
-    large_layers: bool = False
 
 
 def unsharded_parameters(module: nn.Module, units: dict[str, nn.Module]) -> set[nn.Parameter]:
@@ -128,37 +110,6 @@ def shard_units(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn
         for name, block in blocks.items()
         if all(users[parameter] == count for parameter, count in _uses(block).items())
     }
-
-
-def large_layers(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Dense and embedding layers of :data:`LARGE` parameters and more that are in no block, by name.
-
-    In the root an embedding and a head would be gathered together before the step, stay so until its end, and be
-    reduced together after it, with nothing to compute meanwhile. What is tied stays in the root, see
-    :func:`shard_units`; so does what the tensor axis divided, and all of a network without blocks. A weight that a step
-    uses without calling its layer is gathered for that use.
-    """
-    inside = {id(c) for b in blocks.values() for c in b.modules()}
-    inside |= {id(c) for m in module.modules() if isinstance(m, (Metric, nn.MultiheadAttention)) for c in m.modules()}
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if blocks
-        and id(layer) not in inside
-        and isinstance(layer, (nn.Linear, nn.Embedding))
-        and not any(True for _ in layer.children())  # a parametrised one computes its weight of others
-        and not any(isinstance(p, DTensor) or is_placeholder(p) for p in layer.parameters())
-        and sum(p.numel() for p in layer.parameters()) >= LARGE
-    }
-
-
-def kept_gathered(module: nn.Module, units: dict[str, nn.Module], blocks: Collection[str]) -> set[str]:
-    """Names of the units that stay gathered from forward to backward, as a root does: those after the last block, whose
-    backward comes first.
-    """
-    order = [name for name, _ in module.named_modules() if name in units]
-    last = max((index for index, name in enumerate(order) if name in blocks), default=len(order))
-    return set(order[last + 1 :])
 
 
 def _uses(module: nn.Module) -> Counter[nn.Parameter]:

@@ -16,9 +16,9 @@ from lightning_dist.layout import Layout, ParallelMesh
 from lightning_dist.parallel.activation_checkpoint import Checkpointing, checkpoint_activations
 from lightning_dist.parallel.ddp import DDPRunner
 from lightning_dist.parallel.fsdp import FSDPRunner
-from lightning_dist.parallel.fsdp_units import ShardOptions
 from lightning_dist.parallel.pipeline import PartitionedModule, PipelineOptions, PipelineRunner
 from lightning_dist.parallel.placing import to_device
+from lightning_dist.parallel.shard_options import ShardOptions
 from lightning_dist.parallel.single_process import SingleProcessRunner
 from lightning_dist.parallel.tensor import TensorAxis, split, validate_no_compiled_hooks
 from lightning_dist.patches import Patches

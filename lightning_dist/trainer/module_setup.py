@@ -23,6 +23,7 @@ from lightning_dist.compat import lightning as private
 from lightning_dist.divided.copies import copies_of, divide_copies
 from lightning_dist.explain import plan_report
 from lightning_dist.initialization import CannotDefer, RecordedInit, record_initialization
+from lightning_dist.initialization.install import keep_shard
 from lightning_dist.layout import MESH_AXES, Layout
 from lightning_dist.module_layout import ModuleOptions, apply_layout
 from lightning_dist.parallel import FSDPRunner, average_buffers, pipeline, validate_blocks
@@ -76,6 +77,7 @@ class ModuleSetup:
         """Raises a ValueError, before process groups form, where the layout does not fit options or a known network."""
         if self._ranks.layout is not None:
             self.options.pipeline.validate(self._ranks.layout.pp)
+            self.options.shards.validate(self._ranks.layout)
         if (
             is_overridden("configure_model", module)
             or is_overridden("setup", module)
@@ -111,7 +113,9 @@ class ModuleSetup:
     def _materialize(self, module: pl.LightningModule) -> None:
         """Gives what ``configure_model`` deferred the values of plain building; a rank keeps its part."""
         if self._recorded is not None and self._recorded.names:
-            self._recorded.materialize(module, device=self._ranks.device)
+            host = torch.device("cpu") if self.options.cpu_offload else None
+            take = partial(keep_shard, device=self._ranks.device, of_shards=host)
+            self._recorded.materialize(module, take)
         self._recorded = None
 
     def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> None:
@@ -133,6 +137,7 @@ class ModuleSetup:
             self.reason = reason
             private.show_mesh(module, None if self._ranks.mesh is None else self._ranks.mesh.root)
             validation.validate_trainer(module.trainer, layout, self._ranks.device)
+            self.options.shards.validate(layout)
         self._validate_mesh(module, layout)
         self.sharding_plan = plan = self._plan(module)
         validation.validate_parameter_kinds(module, layout, parameter_splits(plan.tensor_plan) if plan else ())
