@@ -135,12 +135,12 @@ def without_values(fakes: Fakes) -> Iterator[None]:
 
     with Patches() as patches, converting_fakes():
         patches.also(partial(setattr, RecordedInit, "materialize", own))
-        RecordedInit.materialize = materialize  # type: ignore[method-assign]
+        setattr(RecordedInit, "materialize", materialize)  # noqa: B010
         patches.set(optimizers, "validate_exact", lambda *_: None)
         patches.set(module_layout, "make_copies_equal", lambda *_: None)
         patches.set(ddp, "allreduce_hook", _reduced)
-        patches.set(microbatch_check, "_compare", lambda *_: "")
-        patches.set(equivalence, "_refuse_differences", lambda *_: None)
+        patches.set(microbatch_check, "compare", lambda *_: "")
+        patches.set(equivalence, "refuse_differences", lambda *_: None)
         yield
 
 
