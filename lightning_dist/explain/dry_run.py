@@ -183,6 +183,7 @@ class Place(LightningEnvironment):
     def world_size(self) -> int:
         return self._num_ranks
 
+    @override
     def set_global_rank(self, global_rank: int) -> None:
         """It is known."""
 
