@@ -153,8 +153,11 @@ def _told_in_a_sentence() -> Iterator[None]:
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)  # type: ignore[arg-type]
         found = next((e for e in causes if isinstance(e, NEED_VALUES)), None)
-        if found is None:
+        if found is None and isinstance(error, ValueError):
             raise
+        if found is None:
+            what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise ValueError(f"the peak can't be told, as a step fails on tensors without values: {what}") from error
         frames = traceback.extract_tb(found.__traceback__)
         users = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
         frame = (users or frames)[-1]
