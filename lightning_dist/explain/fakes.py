@@ -78,7 +78,11 @@ class Fakes(TorchDispatchMode):
         with self._mode:
             fake = func(*args, **kwargs)
         has_values = not name_of_operator(func).startswith("aten::empty")
-        if isinstance(fake, Tensor) and fake.is_floating_point() and (fake.nbytes >= LARGE or not has_values):
+        if (
+            isinstance(fake, Tensor)
+            and fake.is_floating_point()
+            and (fake.nbytes >= LARGE or (fake.numel() and not has_values))
+        ):
             return fake
         return func(*args, **kwargs)
 
