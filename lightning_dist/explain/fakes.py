@@ -77,12 +77,10 @@ class Fakes(TorchDispatchMode):
             return func(*args, **kwargs)
         with self._mode:
             fake = func(*args, **kwargs)
-        has_values = not name_of_operator(func).startswith("aten::empty")
-        if (
-            isinstance(fake, Tensor)
-            and fake.is_floating_point()
-            and (fake.nbytes >= LARGE or (fake.numel() and not has_values))
-        ):
+        if not isinstance(fake, Tensor) or not fake.is_floating_point():
+            return func(*args, **kwargs)
+        has_values = not fake.numel() or not name_of_operator(func).startswith("aten::empty")
+        if fake.nbytes >= LARGE or not has_values:
             return fake
         return func(*args, **kwargs)
 
