@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from functools import partial
 from typing import Any
 
@@ -13,14 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dist import HybridStrategy, Layout
-from lightning_dist.explain.dry_run import PeakMemory, Place, fit_steps, peaks_of_rank
-from lightning_dist.explain.live_bytes import LiveBytes
+from lightning_dist.cli import main
+from lightning_dist.explain.dry_run import PeakMemory, Place, dry_run, fit_steps, peaks_of_rank
+from lightning_dist.explain.live_bytes import PARTS, LiveBytes
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from tests.recipes.runs import Blocks, decoder, digits, vit
 from tests.support.models import Classifier, Momentum, samples
 from tests.support.parity import slow
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import POOL, run_on_ranks
 
 DATA: dict[Any, Any] = {decoder: partial(Blocks, 16), vit: digits}
 
@@ -69,21 +72,81 @@ def test_a_dry_run_counts_what_a_run_holds(make: Any, layout: str, options: Any,
             assert dry[when].parts["optimizer states"] == pytest.approx(held[when].parts["optimizer states"], rel=0.03)
 
 
+def test_memory_counts_until_it_is_freed() -> None:
+    """Once for all views of it, and no more than a storage is resized to."""
+    count = LiveBytes()
+    with count:
+        one = torch.ones(1000)
+        two = (one * 2).view(10, 100)[0]
+        count.label("parameters", [two])
+        assert count.now == count.peak == 8000
+        assert count.parts == {**dict.fromkeys(PARTS, 0), "parameters": 4000, "other": 4000}
+        del one
+        assert count.now == 4000
+        two.untyped_storage().resize_(0)
+        assert count.now == 0
+        count.forget_peak()
+        two.untyped_storage().resize_(400)
+        assert count.now == count.peak == 400
+
+
+class _Deciding(Classifier):
+    """Its step goes by a value that depends on parameters."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss.isfinite() else 0 * loss
+
+
+def test_a_step_that_looks_at_values_can_not_be_told() -> None:
+    layout = Layout(dp_shard=2)
+    with pytest.raises(ValueError, match=r"can't be told: .*test_dry_run.py:\d+ \(return loss if loss.isfinite"):
+        dry_run(_Deciding, HybridStrategy(layout), layout, _batch(_Deciding))
+    assert not dist.is_initialized()
+
+
+def test_the_command_shows_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    what = "tests.test_dry_run:WithData", "--layout", "dp_shard=8", "--memory"
+    assert main(["explain", *what]) == 0
+    shown = capsys.readouterr().out
+    assert "peak memory: " in shown
+    assert "optimizer states" in shown
+    assert main(["explain", "tests.support.models:Huge", "width=64", *what[1:]]) == 2
+    assert "give the module a train_dataloader" in capsys.readouterr().err
+
+
+class WithData(Classifier):
+    """Wide, with a loader of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 2**20), torch.nn.ReLU(), torch.nn.Linear(2**20, 4))
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(samples(), batch_size=8)
+
+
 WIDTH, LENGTH, VOCABULARY = 512, 128, 8192
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 
 
-def _large_decoder() -> L.LightningModule:
-    """29 million parameters."""
-    network = partial(Decoder, VOCABULARY, width=WIDTH, depth=8, num_heads=8, num_kv_heads=4, tie_embedding=False)
+def _large_decoder(small: bool = False) -> L.LightningModule:
+    """29 million parameters; or few of the same kind."""
+    width, depth = (16, 2) if small else (WIDTH, 8)
+    network = partial(Decoder, VOCABULARY, width=width, depth=depth, num_heads=8, num_kv_heads=4, tie_embedding=False)
     return CausalLM(network, partial(torch.optim.AdamW, lr=1e-3))
 
 
 class _Wide(L.LightningModule):
     """29 million parameters in equal layers, whose names tell no plan."""
 
-    def __init__(self) -> None:
+    def __init__(self, small: bool = False) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024) for _ in range(28))
+        self._depth = 2 if small else 28
+
+    def configure_model(self) -> None:
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024) for _ in range(self._depth))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         for layer in self.layers:
@@ -107,12 +170,19 @@ def _resident(what: str) -> int:
 
 
 def _measured(make: Any, layout: str) -> int:
-    """Most resident memory of a rank of a real run, beside what it had before."""
-    batch = _large_batch(make)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the highest is that from now on
-    before = _resident("VmRSS")
-    fit_steps(make(), batch, [], accelerator="cpu", devices=dist.get_world_size(), strategy=HybridStrategy(layout))
+    """Most resident memory of a rank of a real run, beside what it had before, when libraries had run once.
+
+    Tensors that are freed go back to the system, as by themselves they would not all do.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    for small in (True, False):
+        gc.collect()
+        module, batch = make(small), _large_batch(make)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the highest is that from now on
+        before = _resident("VmRSS")
+        strategy = HybridStrategy(layout)
+        fit_steps(module, batch, [], accelerator="cpu", devices=dist.get_world_size(), strategy=strategy)
     return _resident("VmHWM") - before
 
 
@@ -122,6 +192,7 @@ def _measured(make: Any, layout: str) -> int:
     [(_large_decoder, "dp_shard=2"), (_large_decoder, "tp=2"), (_large_decoder, "pp=2"), (_Wide, "dp_replicate=2")],
 )
 def test_resident_memory_is_what_a_dry_run_tells(make: Any, layout: str) -> None:
+    POOL.close()  # processes keep what earlier jobs freed
     measured = run_on_ranks(2, _measured, make, layout)
     for rank, held in enumerate(measured):
         dry = peaks_of_rank(make, HybridStrategy(layout), Place(rank, 2), _large_batch(make), {})

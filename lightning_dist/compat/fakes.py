@@ -21,7 +21,10 @@ hands_on(
         "torch.testing._internal.distributed.fake_pg.FakeStore": "stands for a store over which ranks met",
     }
 )
-__all__ = ["active_fake_mode", "converting_fakes", "form_fake_world"]
+COMMUNICATE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "fsdp", "_dtensor")
+"""Namespaces of operators that communicate, and of fully_shard's copies into and out of what they send."""
+
+__all__ = ["COMMUNICATE", "active_fake_mode", "converting_fakes", "form_fake_world"]
 
 
 @uses("torch.testing._internal.distributed.fake_pg")
@@ -37,7 +40,7 @@ def converting_fakes() -> Iterator[None]:
     own: Any = nn.Module._apply
 
     def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
-        there = module._parameters
+        there: dict[str, Any] = module._parameters
         fakes = {name: p for name, p in there.items() if isinstance(p, FakeTensor)}
         there.update(dict.fromkeys(fakes))
         own(module, function, recurse)
@@ -47,7 +50,7 @@ def converting_fakes() -> Iterator[None]:
             there[name] = p if converted is p else nn.Parameter(converted, requires_grad=p.requires_grad)
         return module
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -118,7 +118,7 @@ def peaks_of_rank(
     """Those of one rank by when, see :func:`dry_run`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     strategy = copy.deepcopy(strategy)
-    strategy.teardown = strategy.on_exception = lambda *_: None  # type: ignore[method-assign]
+    vars(strategy).update(teardown=_leave, on_exception=_leave)
     fakes, count = Fakes(mode), LiveBytes(mode)
     with _alone(place), without_values(fakes), fakes, count:
         peaks = PeakMemory(count)
@@ -132,9 +132,15 @@ def peaks_of_rank(
 
 def fit_steps(module: pl.LightningModule, batch: Any, callbacks: list[Callback], **arguments: Any) -> None:
     """As many steps of the optimizer as :data:`STEPS`, on one batch, with nothing beside them."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     trainer = pl.Trainer(**quiet, **arguments, max_steps=STEPS, limit_val_batches=0, callbacks=callbacks)
     trainer.fit(module, _Batches(batch, STEPS * trainer.accumulate_grad_batches))
+
+
+def _leave(*_: Any) -> None:
+    """Fakes are not moved, nor made whole, at the end."""
 
 
 @contextmanager
@@ -147,8 +153,11 @@ def _told_in_a_sentence() -> Iterator[None]:
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)  # type: ignore[arg-type]
         found = next((e for e in causes if isinstance(e, NEED_VALUES)), None)
-        if found is None:
+        if found is None and isinstance(error, ValueError):
             raise
+        if found is None:
+            what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise ValueError(f"the peak can't be told, as a step fails on tensors without values: {what}") from error
         frames = traceback.extract_tb(found.__traceback__)
         users = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
         frame = (users or frames)[-1]
@@ -177,10 +186,13 @@ class Place(LightningEnvironment):
     def world_size(self) -> int:
         return self._num_ranks
 
-    def set_global_rank(self, rank: int) -> None:
+    @override
+    def set_global_rank(self, global_rank: int) -> None:
         """It is known."""
 
-    set_world_size = set_global_rank
+    @override
+    def set_world_size(self, size: int) -> None:
+        """It is known."""
 
 
 class _Batches:
@@ -201,12 +213,12 @@ def _alone(place: Place) -> Iterator[None]:
     """Makes this process a rank of a world that is not there, and takes all of it back."""
     if dist.is_initialized():
         raise RuntimeError("a dry run makes a process group of its own, and there is one; run it in a process without")
-    before = rank_zero_only.rank
+    of_all: Any = rank_zero_only
     log = logging.getLogger("lightning.pytorch")
     with Patches() as patches, warnings.catch_warnings(), kept_random_states(torch.device("cpu")):
         warnings.simplefilter("ignore")
-        patches.also(lambda: setattr(rank_zero_only, "rank", before))
-        patches.also(lambda level=log.level: log.setLevel(level))
+        patches.also(partial(setattr, of_all, "rank", of_all.rank))
+        patches.also(partial(log.setLevel, log.level))
         log.setLevel(logging.ERROR)
         patches.set(dist, "broadcast_object_list", lambda *_, **__: None)
         form_fake_world(place.global_rank(), place.world_size())

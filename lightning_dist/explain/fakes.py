@@ -37,7 +37,7 @@ from lightning_dist.placeholder import placeholder
 from lightning_dist.pytree import deep_tensors
 
 LARGE = 2**16
-"""Bytes from which on a floating tensor that is created, of no other, is a fake."""
+"""Bytes from which on a floating tensor that is created of no other is a fake; one without values always is."""
 
 
 class Fakes(TorchDispatchMode):
@@ -77,17 +77,22 @@ class Fakes(TorchDispatchMode):
             return func(*args, **kwargs)
         with self._mode:
             fake = func(*args, **kwargs)
-        is_large = isinstance(fake, Tensor) and fake.nbytes >= LARGE and fake.is_floating_point()
-        return fake if is_large else func(*args, **kwargs)
+        if not isinstance(fake, Tensor) or not fake.is_floating_point():
+            return func(*args, **kwargs)
+        has_values = not fake.numel() or not name_of_operator(func).startswith("aten::empty")
+        if fake.nbytes >= LARGE or not has_values:
+            return fake
+        return func(*args, **kwargs)
 
     def _elsewhere(self, leaf: Any) -> Any:
         return placeholder(leaf) if isinstance(leaf, FakeTensor) and leaf.fake_mode is self._mode else leaf
 
     def _read(self, func: Any, tensor: Tensor) -> float:
-        """A number of floating point is a loss or a norm, on which no memory depends."""
+        """A number of floating point is a loss, a norm or a scale, on which no memory depends; in float64 it is one of
+        the flags that stages add to a loss, that something failed."""
         if not tensor.is_floating_point():
             raise DataDependentOutputException(func)
-        return 0.0
+        return 0.0 if tensor.dtype == torch.float64 else 1.0
 
     def empty(self, size: Any, stride: Any, **kwargs: Any) -> Tensor:
         """A fake."""
@@ -135,12 +140,12 @@ def without_values(fakes: Fakes) -> Iterator[None]:
 
     with Patches() as patches, converting_fakes():
         patches.also(partial(setattr, RecordedInit, "materialize", own))
-        RecordedInit.materialize = materialize  # type: ignore[method-assign]
+        setattr(RecordedInit, "materialize", materialize)  # noqa: B010
         patches.set(optimizers, "validate_exact", lambda *_: None)
         patches.set(module_layout, "make_copies_equal", lambda *_: None)
         patches.set(ddp, "allreduce_hook", _reduced)
-        patches.set(microbatch_check, "_compare", lambda *_: "")
-        patches.set(equivalence, "_refuse_differences", lambda *_: None)
+        patches.set(microbatch_check, "compare", lambda *_: "")
+        patches.set(equivalence, "refuse_differences", lambda *_: None)
         yield
 
 

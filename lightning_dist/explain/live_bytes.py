@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_dist.compat.operators import name_of_operator
+from lightning_dist.compat.fakes import COMMUNICATE
+from lightning_dist.compat.operators import address_of, name_of_operator
 from lightning_dist.compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, memory_of, tree_leaves
 from lightning_dist.dtensors import local_part
 
 PARTS = ("parameters", "gradients", "optimizer states", "communication", "activations", "other")
 """What memory is held for. Communication: gathered parameters and what is sent and received. Activations: all else that
 a step makes, also in its backward; other: what was there before, buffers and the batch."""
-
-_COMMUNICATE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "fsdp", "_dtensor")
-"""Namespaces of operators that communicate, and of fully_shard's copies into and out of what they send."""
 
 
 @dataclass(eq=False)
@@ -64,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
             return args[0].fake_device  # which is asked more often than anything is computed
         output = func(*args, **(kwargs or {}))
         self._number += 1
-        communicates = name_of_operator(func).partition("::")[0] in _COMMUNICATE
+        communicates = name_of_operator(func).partition("::")[0] in COMMUNICATE
         for tensor in _tensors(output):
             self._count(tensor)
         if communicates:
@@ -121,7 +119,7 @@ class LiveBytes(TorchDispatchMode):
 
         def resize_(storage: Any, size: int) -> Any:
             result = self._own_resize(storage, size)
-            memory = self._alive.get(storage._cdata)
+            memory = self._alive.get(address_of(storage))
             if memory is not None:
                 self._number += 1
                 self._resize(memory, storage.nbytes())

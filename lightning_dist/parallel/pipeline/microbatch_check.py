@@ -101,7 +101,7 @@ class MicrobatchCheck:
             over_whole = self._begin(step.name, step.batch.unsplit())
             of_whole = self._rehearse(over_whole)
         failure = over_parts.failure or over_whole.failure
-        if failure is None and (difference := _compare(step.name, of_whole, of_parts, len(step.batch.parts))):
+        if failure is None and (difference := compare(step.name, of_whole, of_parts, len(step.batch.parts))):
             failure = Failure(ValueError(difference), self._stages.num_stages)
         self._written_alike |= {n for n in over_parts.written if not is_placeholder(step.module.get_parameter(n))}
         return failure
@@ -136,7 +136,7 @@ ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
 COARSE_ROUNDING = 0.05
 
 
-def _compare(step: str, whole: dict[str, Any], parts: dict[str, Any], num_parts: int) -> str:
+def compare(step: str, whole: dict[str, Any], parts: dict[str, Any], num_parts: int) -> str:
     """What differs between the whole batch and its microbatches put together, in a sentence; empty if nothing does."""
     found = _first_difference((what, value, parts.get(what)) for what, value in whole.items())
     if not found:

@@ -70,7 +70,7 @@ class EquivalenceCheck:
             except PartFailed as error:
                 raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
             gradients = self._gradient_difference(module, region, args, kwargs)
-        _refuse_differences(module, self._largest(module, expected, part), kept, gradients, rounding_of(part[0]))
+        refuse_differences(module, self._largest(module, expected, part), kept, gradients, rounding_of(part[0]))
         # those of another shape are this rank's: of its heads, say
         pairs = enumerate(zip(expected, part, strict=False))
         self.own_outputs[type(module)] = frozenset(i for i, (w, p) in pairs if i and w.shape != p.shape)
@@ -111,7 +111,8 @@ class EquivalenceCheck:
         return float(difference)
 
 
-def _refuse_differences(module: nn.Module, outputs: float, kept: list[str], gradients: float, rounding: float) -> None:
+def refuse_differences(module: nn.Module, outputs: float, kept: list[str], gradients: float, rounding: float) -> None:
+    """Raises a ValueError for what a comparison of a part with the whole found."""
     if not outputs <= rounding:
         what = f"gives another result than the whole module (relative difference {outputs:.1e}): its forward"
         raise ValueError(_told(module, f"that {what} does something with its sizes that tp does not know"))
