@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import traceback
 import warnings
@@ -65,6 +66,8 @@ class PeakMemory(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._count.label("parameters", pl_module.parameters())
         self._note()
+        gc.collect()  # of what the set-up tried and compared, which a run frees at some moment
+        self._count.forget_peak()
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:

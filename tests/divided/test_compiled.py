@@ -21,6 +21,7 @@ from lightning_dist import HybridStrategy
 from lightning_dist.divided.compiled import show_parts_to_compiled
 from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.parallelize import _compile
+from lightning_dist.parallel.shard_options import ShardOptions
 from lightning_dist.patches import Patches
 from tests.support.parity import QUIET, Run, assert_parity
 from tests.support.ranks import RankError, run_on_ranks
@@ -166,7 +167,7 @@ def test_one_graph_is_compiled_for_all_sharded_blocks(block: Callable[[], nn.Mod
         module = Blocks(block)
         units = {f"net.{number}": child for number, child in enumerate(module.net.children())}
         _compile(module, units, {"backend": counter, "fullgraph": True}, patches)
-        runner = FSDPRunner(module, mesh, units, MixedPrecisionPolicy(), mesh.get_group(), patches)
+        runner = FSDPRunner(module, mesh, units, MixedPrecisionPolicy(), ShardOptions(), mesh.get_group(), patches)
         show_parts_to_compiled(module, patches)
         for _ in range(2):
             runner.before_backward(runner.run("training_step", (torch.randn(2, 3, WIDTH),), 0)).backward()
