@@ -206,6 +206,8 @@ class HybridStrategy(ParallelStrategy):
     def set_world_ranks(self) -> None:
         """Called by the Trainer as soon as devices and nodes are known: the layout is checked here."""
         self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
+        if self.ranks.layout is not None:
+            self._module_options.shards.validate(self.ranks.layout)
         if not self.cluster_environment.creates_processes_externally and self.ranks.world_size > 1:
             private.set_launcher(self, self.start_method)
 

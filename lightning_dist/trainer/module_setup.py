@@ -77,7 +77,6 @@ class ModuleSetup:
         """Raises a ValueError, before process groups form, where the layout does not fit options or a known network."""
         if self._ranks.layout is not None:
             self.options.pipeline.validate(self._ranks.layout.pp)
-            self.options.shards.validate(self._ranks.layout)
         if (
             is_overridden("configure_model", module)
             or is_overridden("setup", module)

@@ -20,6 +20,7 @@ def _terminate() -> None:
 
 
 def _interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell runs in the background ignores
     os.kill(os.getpid(), signal.SIGINT)
 
 
