@@ -50,7 +50,7 @@ class PipelineRunner(SingleProcessRunner):
     :meth:`_on_all_ranks` gives every rank what the step returned, and a loss whose backward hands over gradients.
 
     Communication over the axis, per step: for each cut and microbatch one send of the tensors that cross it and, in
-    training, one back with their gradients; all-reduces of 8 and 24 bytes with the loss and of what went well, and one
+    training, one back with their gradients; one all-reduce of 32 bytes with the loss (two, beside devices), and one
     broadcast of what else the step returned or kept, if it did. Per backward pass that reduces: one all-reduce of the
     gradients of parameters that are tied over a cut, among the ranks that hold them. Over the data ranks, where nothing
     is sharded: see :class:`~.gradient_averaging.GradientAveraging`.
@@ -227,10 +227,10 @@ class PipelineRunner(SingleProcessRunner):
     def _shared(self, step: StepInFlight, trains: bool, shares: bool) -> tuple[Tensor, Any]:
         """The loss of a step that has run, and what it returned beside; leaves what the step kept in the module.
 
-        Communication over the axis: one all-reduce of 8 bytes with the loss; one of 24, of the hosts, with a size, and
-        the numbers of ranks that failed, and that took another path than before; and one broadcast of what else there
-        is to share, see [Note: what the last stage made]. Raises what a stage met, see [Note: a step that fails on one
-        stage].
+        Communication over the axis: one all-reduce of 32 bytes with the loss, a size, and the numbers of ranks that
+        failed, and that took another path than before; beside devices, one of 8 and one of 24 among their hosts. One
+        broadcast of what else there is to share, see [Note: what the last stage made]. Raises what a stage met, see
+        [Note: a step that fails on one stage].
         """
         loss, output, effects, payload = torch.zeros((), device=self._device), None, Effects(), b""
         has_last = self._pipeline.has_last
@@ -242,12 +242,8 @@ class PipelineRunner(SingleProcessRunner):
                 payload = pack(output, effects) if shares else b""
             if not step.is_manual:
                 step.logs.replay()
-        whole = loss.to(torch.float64, copy=True)  # ranks may not know in which dtype the last stage computes it
-        shared = dist.all_reduce(whole, group=self.group, async_op=True)
-        told = torch.tensor([len(payload), step.failure is not None, self._check.is_new(step)], device="cpu")
-        dist.all_reduce(told, group=self._host_group)  # no host waits for its device
-        size, num_failed, num_new = told.tolist()
-        shared.wait()
+        numbers = len(payload), int(step.failure is not None), int(self._check.is_new(step))
+        whole, (size, num_failed, num_new) = self._summed(loss, numbers)
         if num_new and not num_failed:
             self._check.after_step(step)
         if num_failed:
@@ -257,6 +253,19 @@ class PipelineRunner(SingleProcessRunner):
         step.effects.leave(effects)
         value = whole.to(loss.dtype if has_last else torch.get_default_dtype())
         return (value.float() if value.dtype.itemsize < 4 else value), output
+
+    def _summed(self, loss: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+        """The loss, in float64, and what the hosts tell, over the stages; see :meth:`_shared`."""
+        loss = loss.to(torch.float64, copy=True)  # ranks may not know in which dtype the last stage computes it
+        if self._host_group is self.group:
+            both = torch.cat([loss.reshape(1), torch.tensor(numbers, dtype=torch.float64)])
+            dist.all_reduce(both, group=self.group)
+            return both[0], [int(number) for number in both[1:].tolist()]
+        shared = dist.all_reduce(loss, group=self.group, async_op=True)
+        told = torch.tensor(numbers, device="cpu")
+        dist.all_reduce(told, group=self._host_group)  # no host waits for its device
+        shared.wait()
+        return loss, told.tolist()
 
     def _split(self, whole: Any, others: tuple[Any, ...]) -> SplitBatch:
         splitter, options = self._options.splitter, self._options
