@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_dist.parallel.pipeline import runner
 from lightning_dist.ranks import LayoutRanks, groups_of_hosts
 from tests.support.device import device_type
 
@@ -35,7 +37,13 @@ def hosts_apart() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LayoutRanks, "hosts", property(apart))
+        patch.setattr(runner, "host_group", lambda _, all_groups, __: _of_hosts(all_groups))
         yield
+
+
+def _of_hosts(all_groups: list[list[int]]) -> Any:
+    made, _ = dist.new_subgroups_by_enumeration(all_groups, backend="gloo")
+    return made
 
 
 _aten = torch.ops.aten
