@@ -155,7 +155,10 @@ def quarter_size_finder() -> BatchSizeFinder:
 SIZE_FINDERS: dict[int, Any] = {1: size_finder, 2: half_size_finder, 4: quarter_size_finder}
 
 
-@pytest.mark.parametrize("finder", [lr_finder, size_finder], ids=["learning_rate", "batch_size"])
+@pytest.mark.parametrize(
+    "finder",
+    [pytest.param(lr_finder, id="learning_rate"), pytest.param(size_finder, id="batch_size", marks=pytest.mark.slow)],
+)
 def test_one_process_finds_what_lightning_finds(finder: Any, tmp_path: Path) -> None:
     found, record, _ = search(None, Sized, finder, str(tmp_path))
     ours, our_record, same = search("dp_replicate=1", Sized, finder, str(tmp_path))

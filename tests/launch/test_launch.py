@@ -54,6 +54,7 @@ def test_killed_rank_restarts_all_ranks(tmp_path: Path):
     assert running(noted_pids(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_killed_rank_is_told_by_its_signal(tmp_path: Path):
     with pytest.raises(WorkerFailed, match=r"rank 1 was killed \(SIGKILL\)"):
         launch(workers.die_once, str(tmp_path), num_processes=2)

@@ -60,6 +60,7 @@ def test_single_failed_job_exits_with_status_1(tmp_path: Path):
     assert done.stderr.rstrip().endswith("ArithmeticError: the probe fails on purpose")
 
 
+@pytest.mark.slow
 def test_interrupt_ends_the_ranks_and_the_sweep(tmp_path: Path):
     notes = tmp_path / "notes"
     notes.mkdir()
