@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ class BackgroundSaves:
         self._thread.start()
 
     def _run(self, save: Callable[[dist.ProcessGroup | None], None], device_index: int | None) -> None:
-        time.sleep(0.001)  # the thread that started this one goes on first: the training stands still until it has
         try:
             if device_index is not None:  # a new thread begins at device 0, and would take memory there
                 torch.accelerator.set_device_index(device_index)
