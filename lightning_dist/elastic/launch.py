@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from lightning_dist.elastic.attempt import DIRECTORY, NUMBER
 from lightning_dist.elastic.failures import Failure, first_failure
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def launch(
     if max_restarts < 0:
         raise ValueError(f"launch can't restart {max_restarts} times; pass max_restarts=0 to never restart")
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_dist-launch-"))
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_dist-launch-", dir=_in_memory()))
         _set_environment(num_processes, stack)
         _silence_agent(stack)
         _keep_signal_handlers(stack)
@@ -124,6 +125,7 @@ def _run_rank(call: tuple[Callable[..., Any], tuple[Any, ...], str, dict[str, st
     end_with_launching_process()
     leave_fork_server(environment)
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    os.environ.update({DIRECTORY: directory, NUMBER: str(attempt)})
     if attempt and rank == 0:
         reason = Failure.first(Path(directory), attempt - 1)
         told = f"rank {reason.rank} {reason.summary}" if reason else "a rank died without an exception"
@@ -143,6 +145,11 @@ def leave_process_group() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _in_memory() -> str | None:
+    """A place for files in memory; None where the machine has none that can be written."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 # What agent and ranks change in a process; the stack puts it back
