@@ -1,6 +1,8 @@
 """What every test shares: one thread, one pool of ranks, no hub."""
 
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,6 +27,21 @@ def pytest_configure(config: pytest.Config) -> None:
     device.choose(config.getoption("--device"))
     if device.device_type() != "cpu" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, and torch sees no CUDA device here; leave the option out")
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of each table of a file that says ``sampled`` the gate takes two cases in five, the same each time; the others
+    are slow. Which ones has no pattern, so that each axis and each feature of a table with both is among them.
+    """
+    tables: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            tables[item.nodeid.partition("[")[0]].append(item)
+    for cases in tables.values():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in cases[-(-2 * len(cases) // 5) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_report_header() -> str:

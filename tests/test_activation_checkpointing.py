@@ -31,6 +31,8 @@ from tests.support.parity import QUIET, Record, Run, assert_equal, once, one_pro
 from tests.support.ranks import RankError, run_on_ranks
 from tests.support.reports import report_of_a_fit
 
+pytestmark = pytest.mark.sampled
+
 MODES = ["full", "selective"]
 LAYOUTS = [("dp_shard=1", 1), ("dp_replicate=2", 2), ("dp_shard=2", 2)]
 IDS = ["alone", "replicate2", "shard2"]

@@ -20,6 +20,8 @@ from tests.support.models import Tied, Words, samples, words
 from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = {"dp_replicate=2": 2, "dp_shard=2": 2, "tp=2": 2, "pp=2": 2, "dp_shard=2,tp=2": 4, "pp=2,dp_shard=2": 4}
 RUNS = ("fit", "validate", "test", "predict", "raise", "raise before the setup")
 GATE = [

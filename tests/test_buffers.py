@@ -18,6 +18,8 @@ from tests.support.models import CLASSES, WIDTH, Block, samples
 from tests.support.parity import QUIET, Run, assert_equal, one_process, train
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = [
     pytest.param("dp_replicate=2", 2, id="replicate2"),
     pytest.param("dp_shard=2", 2, id="shard2"),

@@ -18,6 +18,8 @@ from tests.support.ranks import RankError, run_on_ranks
 from tests.support.scripts import ROOT, assert_no_process_left, finish, start
 from tests.support.stops import Pruned, Stops, fit
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", "dp_shard=2,tp=2"]
 
 

@@ -15,6 +15,8 @@ from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 class Counting(L.Callback):
     """Counts the collectives from the start of one batch to that of the next, hooks and logs included."""

@@ -19,6 +19,8 @@ from tests.support.models import BLOCK_PLAN, few_samples, samples
 from tests.support.parity import QUIET, Run, assert_parity, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 class Buffered(models.Deferred):
     """With a buffer that has values, and BatchNorm's."""

@@ -25,6 +25,8 @@ from tests.support.models import Classifier, Momentum, samples
 from tests.support.parity import slow
 from tests.support.ranks import POOL, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 DATA: dict[Any, Any] = {decoder: partial(Blocks, 16), vit: digits}
 
 

@@ -11,6 +11,8 @@ from lightning_dist import Layout, dtensors
 from lightning_dist.compat.distributed import StridedShard
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     values = torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -37,6 +37,8 @@ from tests.support import models
 from tests.support.parity import QUIET, once, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 SIZE = 44
 
 

@@ -20,6 +20,8 @@ from tests.support.parity import slow
 from tests.support.ranks import run_on_ranks
 from tests.support.reports import report_of_a_fit
 
+pytestmark = pytest.mark.sampled
+
 
 def _reports(layout: str, sequence_parallel: bool) -> tuple[LayoutReport, LayoutReport]:
     """What was planned for this layout, and what this rank holds."""

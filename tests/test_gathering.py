@@ -22,6 +22,8 @@ from tests.support.models import WIDTH, Classifier, samples, wide_samples
 from tests.support.parity import QUIET, Run, assert_parity
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = [
     ("dp_replicate=2", 2),
     ("dp_shard=2", 2),

@@ -23,6 +23,8 @@ from lightning_dist.precision import shard_policy
 from tests.support import models
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dp_shard": ("dp_shard=2", {}),
     "dp_shard, recomputed": ("dp_shard=2", {"activation_checkpointing": "full"}),

@@ -26,6 +26,8 @@ from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 DEVICE = torch.device("cpu")
 
 

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_flatten
 from lightning_dist.initialization import CannotDefer, record_initialization
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 SEED = 3
 
 

@@ -17,6 +17,8 @@ from tests.support.models import CLASSES, WIDTH, Classifier, Momentum, samples
 from tests.support.parity import Record, Run, assert_equal, once, one_process, train
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 PLAN = {"net.blocks.*.up": "colwise", "net.blocks.*.down": "rowwise"}
 
 

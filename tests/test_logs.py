@@ -24,6 +24,8 @@ from tests.support.models import few_samples, samples
 from tests.support.parity import Run, assert_equal, assert_parity, on_layout, one_process, trainer
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = [pytest.param("dp_replicate=2", 2), pytest.param("dp_shard=2", 2)]
 
 

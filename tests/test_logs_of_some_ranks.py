@@ -22,6 +22,8 @@ from tests.support.models import CLASSES, samples
 from tests.support.parity import QUIET, Run, assert_parity, one_process
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

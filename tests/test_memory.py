@@ -22,6 +22,8 @@ from lightning_dist.trainer.module_setup import ModuleSetup
 from tests.support.fake_gpu import GPU, a_rank_with_a_gpu
 from tests.support.models import Classifier
 
+pytestmark = pytest.mark.sampled
+
 VOCABULARY, WIDTH, HIDDEN, DEPTH = 32000, 4096, 11008, 32
 
 

@@ -18,6 +18,8 @@ from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import DATA_AND_TENSOR, Run, assert_equal, in_turn, once, train
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 PIPELINES = [
     pytest.param("pp=2", 2, id="pp2"),
     pytest.param("dp_replicate=2,pp=2", 4, id="replicate2-pp2", marks=pytest.mark.slow),

@@ -19,6 +19,8 @@ from tests.support.models import BLOCK_PLAN, samples
 from tests.support.parity import QUIET, Run, assert_parity, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = {"dp_replicate=2": 2, "dp_shard=2": 2, "tp=2": 2, "dp_shard=2,tp=2": 4, "dp_replicate=2,dp_shard=2": 4}
 BY_COST = [pytest.param(layout, marks=[pytest.mark.slow] * (ranks > 2)) for layout, ranks in LAYOUTS.items()]
 DIVIDING = {layout: ranks for layout, ranks in LAYOUTS.items() if layout != "dp_replicate=2"}

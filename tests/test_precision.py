@@ -31,6 +31,8 @@ from tests.support.models import samples
 from tests.support.parity import QUIET, in_turn, once, slow, whole_weights
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = ["dp_replicate=2", "dp_shard=2"]
 
 

@@ -22,6 +22,8 @@ from tests.support.models import samples
 from tests.support.parity import once, trainer
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 FOUR = pytest.param("pp=2,dp_replicate=2", marks=pytest.mark.slow)
 LAYOUTS = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", FOUR]
 SPLIT = ["dp_replicate=2", "pp=2"]

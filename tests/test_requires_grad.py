@@ -21,6 +21,8 @@ from tests.support.models import BLOCK_PLAN, WIDTH, Block, samples
 from tests.support.parity import DATA_AND_TENSOR, QUIET, Run, assert_equal, in_turn, once, train
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 class PerParameter(Callback):
     """Notes the norm of each parameter's gradient before each step of an optimizer; -1 for none."""

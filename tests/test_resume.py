@@ -21,6 +21,8 @@ from tests.support.models import few_samples, samples
 from tests.support.parity import QUIET, Watch, slow
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 RANKS = {None: 1, "dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "dp_replicate=2,dp_shard=2": 4}
 CASES = [
     ("dp_shard=2", "auto", "dp_replicate=2"),

@@ -23,6 +23,8 @@ from tests.support.models import few_samples, samples
 from tests.support.parity import QUIET, Run, assert_equal, once, one_process, train, trainer, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = ["dp_replicate=2", "dp_shard=2"]
 
 

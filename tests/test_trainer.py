@@ -21,6 +21,8 @@ from tests.support.models import Words, words
 from tests.support.parity import QUIET, Watch, once, slow, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = {"dp_shard=1": 1, "dp_replicate=2": 2, "dp_shard=2": 2, "tp=2": 2, "pp=2": 2}
 EACH = ["dp_shard=1", slow("dp_replicate=2"), "dp_shard=2", slow("tp=2"), slow("pp=2")]
 

@@ -21,6 +21,8 @@ from tests.support import models
 from tests.support.parity import QUIET, Record, Watch, assert_equal, slow, whole_weights
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS = [
     ("dp_replicate=2", 2),
     ("dp_shard=2", 2),

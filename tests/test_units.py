@@ -25,6 +25,8 @@ from tests.support.models import BLOCK_PLAN, CLASSES, WIDTH, few_samples, sample
 from tests.support.parity import QUIET, Run, assert_equal, assert_parity, one_process, slow, train, whole_weights
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 KEPT = {"reshard_after_forward": False}
 ON_HOST = {"cpu_offload": True}
 

@@ -16,6 +16,8 @@ from recipes.benchmark.tensor_parallel import ByHand, own_plan, tutorial_plan
 from recipes.benchmark.workloads import WORKLOADS
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LLAMA = Llama(width=128, depth=2, vocabulary=48, batch=4, length=8)
 
 

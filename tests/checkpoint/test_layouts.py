@@ -26,6 +26,8 @@ from tests.checkpoint.training import (
 )
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LONG = [("shard", True), ("one", False), ("hybrid", True), ("replicate", True), ("shard", False)]
 """Layouts a run goes through, and whether the checkpoint at the end of each is sharded."""
 

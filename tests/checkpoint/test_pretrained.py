@@ -23,6 +23,8 @@ from tests.checkpoint.training import build
 from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 SMALL: Any = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96,
 }  # fmt: skip

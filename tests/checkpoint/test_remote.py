@@ -25,6 +25,8 @@ from tests.support.models import samples
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 FORMS = pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 
 

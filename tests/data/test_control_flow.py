@@ -18,6 +18,8 @@ from tests.support import models
 from tests.support.parity import QUIET, Run, assert_parity, once, whole_weights
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 HOOKS = ["on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_epoch_start"]
 
 

@@ -26,6 +26,8 @@ from lightning_dist.patches import Patches
 from tests.support.parity import QUIET, Run, assert_parity
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 WIDTH = 4
 
 

@@ -20,6 +20,8 @@ from lightning_dist.parallel.tensor.shards import shard_of, shard_placement
 from tests.divided.functions import READS, WHOLE, WRITES
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 def rows(whole: Tensor) -> DTensor:
     """As fully_shard divides."""

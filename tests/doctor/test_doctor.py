@@ -18,6 +18,8 @@ from lightning_dist.doctor import Fault, Report, Settings, examine, versions
 from tests.support.ranks import run_on_ranks
 from tests.support.source import ROOT
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _imported() -> None:

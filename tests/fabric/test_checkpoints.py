@@ -16,6 +16,8 @@ from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Net, Training, fabric_fo
 from tests.support.parity import assert_equal, once, slow, whole_weights
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LOOP = Loop(clip={"max_norm": 0.3}, schedules=True, count=12)
 STEPS = 2  # of an epoch
 FROM = [(None, 1), *LAYOUTS]

@@ -15,6 +15,8 @@ from tests.fabric.loop import LAYOUTS, TOLERANCE
 from tests.support.parity import once, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 DATA = LAYOUTS[:2]
 
 

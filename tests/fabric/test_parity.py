@@ -10,6 +10,8 @@ from tests.fabric.loop import LAYOUTS, TOLERANCE, Loop, Tied, momentum, train
 from tests.support.parity import Record, assert_equal, once, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 LOOPS = {
     "norm": Loop(clip={"max_norm": 0.3}, schedules=True),
     "value": Loop(optimizer=momentum, after=True, clip={"clip_val": 0.01}),

@@ -17,6 +17,8 @@ from lightning_dist.parallel.pipeline.guards import GuardedInt
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 WIDTH = 8
 
 

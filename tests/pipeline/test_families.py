@@ -24,6 +24,8 @@ from lightning_dist.placeholder import is_placeholder
 from tests.pipeline.families import FAMILIES
 from tests.support.parity import slow
 
+pytestmark = pytest.mark.sampled
+
 CPU = torch.device("cpu")
 
 

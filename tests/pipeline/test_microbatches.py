@@ -19,6 +19,8 @@ from lightning_dist.parallel.rehearsal import FixedNumbers, undone
 from tests.support.parity import QUIET
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 WIDTH, IGNORED = 8, -100
 
 

@@ -15,6 +15,8 @@ from lightning_dist.parallel.pipeline.schedule_runs import InOrder, Timeline, to
 from lightning_dist.parallel.pipeline.stages import Pipeline, Stages
 from tests.support.one_stream import Op, recorded, stalled
 
+pytestmark = pytest.mark.sampled
+
 CPU = torch.device("cpu")
 
 

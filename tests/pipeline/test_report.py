@@ -25,6 +25,8 @@ from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 from tests.support.reports import report_of_a_fit
 
+pytestmark = pytest.mark.sampled
+
 
 def _reports(layout: str, schedule: str) -> tuple[LayoutReport, LayoutReport]:
     strategy = HybridStrategy(layout, pipeline_schedule=schedule)

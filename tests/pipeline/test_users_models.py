@@ -19,6 +19,8 @@ from lightning_dist import HybridStrategy
 from tests.support.parity import QUIET, once, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 SIZE = 64
 
 

@@ -7,6 +7,8 @@ import pytest
 from tests.recipes.runs import RUNS
 from tests.support.parity import assert_parity, slow
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.mark.parametrize(
     ("layout", "num_ranks"),

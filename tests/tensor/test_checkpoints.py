@@ -21,6 +21,8 @@ from tests.recipes.runs import RUNS
 from tests.support.parity import QUIET, Watch, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 RANKS = {None: 1, "dp_shard=2": 2, "tp=2": 2, "tp=4": 4, "dp_shard=2,tp=2": 4, "dp_replicate=2,tp=2": 4}
 CASES = [
     ("tp=2", "single", None),

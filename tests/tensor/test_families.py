@@ -20,6 +20,8 @@ from tests.support.ranks import run_on_ranks
 from tests.tensor.families import FAMILIES, WITHOUT_CHAIN
 from tests.tensor.networks import whole
 
+pytestmark = pytest.mark.sampled
+
 
 def _compare(name: str, loss_parallel: bool, sequence_parallel: bool = False) -> dict[str, Any]:
     family = FAMILIES[name]

@@ -19,6 +19,8 @@ from tests.support.models import CLASSES, WIDTH, samples
 from tests.support.parity import QUIET, Run, assert_parity, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 class Gated(nn.Module):
     """``c(f(a(x)) * b(x))``, and what is said of it."""

@@ -16,6 +16,8 @@ from tests.support.ranks import RankError, run_on_ranks
 from tests.tensor.families import FAMILIES
 from tests.tensor.networks import Network, divided_copy, inputs, whole
 
+pytestmark = pytest.mark.sampled
+
 HOOKED = ["timm vit norms", "llama", "bert", "torch transformer", "eva", "t5", "timm swin", "mixer"]
 
 

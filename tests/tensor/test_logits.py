@@ -18,6 +18,8 @@ from lightning_dist.parallel.tensor.vocab_parallel.vocabulary import Vocabulary
 from tests.support.collectives import Collectives
 from tests.support.ranks import RankError, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 ROWS = 6
 
 

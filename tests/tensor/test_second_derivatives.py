@@ -16,6 +16,8 @@ from tests.support.parity import TOLERANCE
 from tests.support.ranks import run_on_ranks
 from tests.tensor.networks import Network, divided_copy, inputs, whole
 
+pytestmark = pytest.mark.sampled
+
 WIDTH, WORDS = 16, 13
 
 

@@ -22,6 +22,8 @@ from lightning_dist.plans.tensor import TensorOptions, partial_parameters
 from tests.support.ranks import run_on_ranks
 from tests.tensor.families import FAMILIES, LAYER
 
+pytestmark = pytest.mark.sampled
+
 CASES = [("gpt2", False), ("t5", False), ("torchvision swin", False), ("torch transformer", False), ("llama", True)]
 OTHERS = [(name, False) for name in FAMILIES if (name, False) not in CASES]
 HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_hooks", "state_dict_hooks", "state_dict_pre_hooks")

@@ -11,6 +11,8 @@ from tests.user_code.case import LAYOUTS, PIPELINES, num_ranks
 from tests.user_code.cases import CASES, ON_DEMAND, REFUSED_IN_PIPELINES, REFUSED_IN_SOME, THEMES, expected
 from tests.user_code.verdict import Outcome, fits, outcomes
 
+pytestmark = pytest.mark.sampled
+
 
 @functools.cache
 def by_default(name: str) -> list[str]:
