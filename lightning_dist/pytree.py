@@ -27,31 +27,41 @@ from lightning_dist.compat.torch import (
     tree_unflatten,
 )
 
-__all__ = ["Path", "deep_leaves", "deep_map", "deep_tensors", "map_leaves", "rebuilt"]
+__all__ = ["PLAIN", "Path", "deep_leaves", "deep_map", "deep_tensors", "map_leaves", "rebuilt"]
 __all__ += ["tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_structure", "tree_unflatten"]
 
 Path = tuple[Any, ...]
 """Where a leaf is: keys of dictionaries and positions in lists, outermost first."""
 
+PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
+"""Types of leaves that can't change. A checkpoint has thousands, of the states of random generators."""
+
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 
 
-def map_leaves(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def map_leaves(
+    tree: Any, function: Callable[[Path, Any], Any], path: Path = (), skip: frozenset[type] = frozenset()
+) -> Any:
     """The tree with ``function(path, leaf)`` in place of every leaf, in the order of the dictionaries.
 
     Containers in which nothing changed are the same objects; the others are copies with their attributes (the
-    ``_metadata`` of a state dict). Only plain containers are entered: what a user's class holds is the user's.
+    ``_metadata`` of a state dict). Only plain containers are entered: what a user's class holds is the user's. Leaves
+    of the types to ``skip`` stay as they are.
     """
     kind = type(tree)
+    if kind in skip:
+        return tree
     if kind in _MAPPINGS:
-        new = {key: map_leaves(value, function, (*path, key)) for key, value in tree.items()}
+        new = {key: map_leaves(value, function, (*path, key), skip) for key, value in tree.items()}
         if all(new[key] is value for key, value in tree.items()):
             return tree
         result = copy.copy(tree)
         result.update(new)
         return result
     if kind in (list, tuple):
-        items = [map_leaves(value, function, (*path, index)) for index, value in enumerate(tree)]
+        if skip.issuperset(map(type, tree)):
+            return tree
+        items = [map_leaves(value, function, (*path, index), skip) for index, value in enumerate(tree)]
         return tree if all(map(lambda a, b: a is b, items, tree)) else kind(items)
     return function(path, tree)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -115,6 +118,20 @@ def test_the_command_shows_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
     assert "optimizer states" in shown
     assert main(["explain", "tests.support.models:Huge", "width=64", *what[1:]]) == 2
     assert "give the module a train_dataloader" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_runs_the_steps_too_and_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
+    """In ranks of its own, and in a process that has run no backward pass, so that it can fork them."""
+    arguments = ["explain", "tests.test_dry_run:WithData", "--layout", "dp_shard=2", "--memory", "--run"]
+    command = f"import sys; from lightning_dist.cli import main; sys.exit(main({arguments}))"
+    told = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
+    (peak,), (measured,) = (
+        re.findall(pattern, told) for pattern in (r"peak memory: ([\d.]+ \w+)", r"measured\W+([\d.]+ \w+)")
+    )
+    number, unit = measured.split()
+    assert unit == peak.split()[1]
+    assert 0.5 < float(number) / float(peak.split()[0]) < 2  # beside what the system keeps of freed memory
 
 
 class WithData(Classifier):

@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn import functional as F
@@ -93,10 +93,11 @@ def test_what_the_host_does_not_wait_for_is_not_counted(asks: Callable[[Tensor],
 
 @dataclass(frozen=True)
 class Logs:
-    """How a step logs, and who reads it: nobody but where a logger writes, at every second step."""
+    """How a step logs, and who reads it: nobody but where a logger writes, at every second step, or a progress bar."""
 
     sync: bool = False
     every: int = 1000
+    bar: bool = False
     scales: bool = False
     """Whether the loss is scaled, for half precision."""
 
@@ -111,7 +112,7 @@ class Logging(models.Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         loss = F.cross_entropy(self(x), y)
-        self.log("loss", loss, sync_dist=self.logs.sync, on_step=True, on_epoch=True)
+        self.log("loss", loss, self.logs.bar, sync_dist=self.logs.sync, on_step=True, on_epoch=True)
         return loss
 
 
@@ -128,6 +129,13 @@ class Counting(L.Callback):
     def on_train_end(self, *args: Any) -> None:
         if self.steps:
             self.steps[-1].__exit__(None, None, None)
+
+
+class Bar(ProgressBar):
+    """Reads what it would show after each batch."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
+        assert isinstance(self.get_metrics(trainer, pl_module)["loss_step"], float)
 
 
 class Reading(L.pytorch.loggers.Logger):
@@ -151,7 +159,9 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
         plan, reshards = BLOCK_PLAN if "tp" in layout else None, "pp=2,dp_shard" in layout
         strategy = HybridStrategy(layout, tensor_plan=plan, pipeline_reshard=reshards)  # type: ignore[assignment]
     of_run = {"log_every_n_steps": logs.every, "max_epochs": 1, "devices": devices, "strategy": strategy}
-    training = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "callbacks": [counting], "logger": Reading()}
+    callbacks = [counting, *([Bar()] if logs.bar else [])]
+    of_run |= {"enable_progress_bar": logs.bar, "callbacks": callbacks}
+    training = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "logger": Reading()}
     plugins = [MixedPrecision("16-mixed", "cpu")] if logs.scales else None
     with hosts_apart():
         L.Trainer(**{**QUIET, **of_run, **training}, plugins=plugins).fit(
@@ -160,7 +170,9 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
     return [(seen.count.total(), str(seen)) for seen in counting.steps[3:7]]
 
 
-@pytest.mark.parametrize("logs", [Logs(), Logs(sync=True), Logs(every=2)], ids=["logs", "syncs", "read"])
+@pytest.mark.parametrize(
+    "logs", [Logs(), Logs(sync=True), Logs(every=2), Logs(bar=True)], ids=["logs", "syncs", "read", "bar"]
+)
 @pytest.mark.parametrize(
     ("layout", "num_ranks"),
     [
@@ -174,7 +186,7 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
 )
 def test_a_steady_step_waits_as_often_as_in_one_process(layout: str, num_ranks: int, logs: Logs) -> None:
     of_one = [number for number, _ in _waits(None, logs)]
-    assert (sum(of_one) > 0) == (logs.every == 2)
+    assert of_one == [1] * 4 if logs.bar else (sum(of_one) > 0) == (logs.every == 2)
     for rank in run_on_ranks(num_ranks, _waits, layout, logs):
         assert [number for number, _ in rank] == of_one, "\n".join(places for _, places in rank)
 

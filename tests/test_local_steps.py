@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,86 @@ def test_a_step_is_that_of_the_local_parts_on_all_meshes_at_once(
             assert ours.names == own.names
         _assert_same(optimizer, other)
     assert all(p.grad is None or isinstance(p.grad, DTensor) == isinstance(p, DTensor) for p in divided)
+
+
+def _change(number: int, optimizer: Any, parameters: list[Any]) -> None:
+    """One thing between two steps that are else alike."""
+    group = optimizer.param_groups[1]
+    if number == 3:
+        group["lr"] = 0.5
+        group.update({"momentum": 0.5} if "momentum" in group else {})
+    elif number == 4:
+        group["weight_decay"] = 0.1
+    elif number == 5:
+        parameters[6].requires_grad_(False).grad = None
+    elif number == 6:
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif number == 7:
+        own = optimizer.state[parameters[3]]
+        own.update({name: value * 2 for name, value in own.items() if value is not None and value.ndim})
+    elif number == 8 and not group.get("fused"):  # torch's own SGD can't begin with some anew (2.14)
+        optimizer.state.pop(parameters[1], None)
+    elif number == 9:
+        parameters[6].requires_grad_(True)
+        parameters.append(parameters[6])
+        optimizer.param_groups[1]["params"].pop(2)
+        optimizer.add_param_group({"params": [parameters[6]], "lr": 0.3})
+
+
+@pytest.mark.parametrize(("kind", "options"), KERNELS)
+def test_what_changes_between_steps_that_are_alike_is_in_the_next_one(kind: Any, options: Any, like: list[Any]) -> None:
+    """Rates, other settings, a frozen parameter, loaded, replaced and dropped states, and groups."""
+    divided, plain = _parameters(like)
+    optimizer, other = _in_groups(kind, divided, options), _in_groups(kind, plain, options)
+    step_over_local_parts(optimizer, Patches())
+    for number in range(12):
+        _change(number, optimizer, divided)
+        _change(number, other, plain)
+        _set_gradients(divided, plain, 100 + 10 * number)  # of all but the first
+        if 5 <= number < 9:
+            divided[6].grad = plain[6].grad = None
+        optimizer.step()
+        other.step()
+        _assert_same(optimizer, other)
+
+
+def test_parameters_are_asked_once_for_what_a_step_is_made_of(like: list[Any], monkeypatch: Any) -> None:
+    calls: list[int] = []
+    collect = optim.AdamW._init_group
+    monkeypatch.setattr(
+        optim.AdamW, "_init_group", lambda self, *lists: calls.append(len(calls)) or collect(self, *lists)
+    )
+    divided, plain = _parameters(like)
+    optimizer = _in_groups(optim.AdamW, divided, {})
+    step_over_local_parts(optimizer, Patches())
+    schedule = LambdaLR(optimizer, lambda step: 0.5**step)
+    counts = []
+    for number in range(4):
+        _set_gradients(divided, plain, 10 * number)
+        gradients = [weakref.ref(local_part(p.grad)) for p in divided if p.grad is not None]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        counts.append(len(calls))
+        assert not any(gradient() is not None for gradient in gradients)
+    assert counts == [2, 4, 4, 4]  # the first makes the states
+
+
+def test_a_step_that_failed_leaves_no_lists(like: list[Any]) -> None:
+    divided, plain = _parameters(like)
+    optimizer = _in_groups(optim.AdamW, divided, {})
+    step_over_local_parts(optimizer, Patches())
+    _set_gradients(divided, plain, 0)
+    optimizer.step()
+    last = divided[-2]  # in the second group
+    average = optimizer.state[last].pop("exp_avg")
+    for _ in range(2):
+        with pytest.raises(KeyError, match="exp_avg"):
+            optimizer.step()
+    optimizer.state[last]["exp_avg"] = average
+    before = local_part(last).clone()
+    optimizer.step()
+    assert not torch.equal(local_part(last), before)
 
 
 def test_a_step_counts_as_a_write(like: list[Any]) -> None:

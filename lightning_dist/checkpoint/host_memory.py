@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dist.checkpoint.lazy_tensors import leaves
 from lightning_dist.dtensors import local_part
+from lightning_dist.pytree import PLAIN
 
 
 class HostMemory:
@@ -43,13 +44,15 @@ class HostMemory:
         Where the tree was gathered, ``of`` is what it was gathered from: tensors that share no memory with that were
         made for this, and are taken as they are.
         """
-        shared = None if of is None else {_place(value) for _, value in leaves(of) if isinstance(value, Tensor)}
+        shared = (
+            None if of is None else {_place(value) for _, value in leaves(of, skip=PLAIN) if isinstance(value, Tensor)}
+        )
         copies: dict[int, Any] = {}
-        for _, value in leaves(tree):
+        for _, value in leaves(tree, skip=PLAIN):
             if isinstance(value, Tensor) and id(value) not in copies:
                 is_ours = shared is not None and value.device.type == "cpu" and _place(value) not in shared
                 copies[id(value)] = value if is_ours else self.copy(value)
-        return copy.deepcopy(tree, copies)
+        return _deep_copy(tree, copies)
 
     def synchronize(self) -> None:
         """Waits for the copies from an accelerator."""
@@ -62,6 +65,29 @@ class HostMemory:
         for kind, memory in self._lent:
             self._free.setdefault(kind, []).append(memory)
         self._lent = []
+
+
+def _deep_copy(tree: Any, copies: dict[int, Any]) -> Any:
+    """``copy.deepcopy``, which asks each number in Python: a tuple of random numbers is what it is.
+
+    Args:
+        tree: is kept by the caller meanwhile.
+        copies: of what has been copied, by its id.
+    """
+    kind = type(tree)
+    if kind in PLAIN or (kind is tuple and PLAIN.issuperset(map(type, tree))):
+        return tree
+    if id(tree) in copies:
+        return copies[id(tree)]
+    if kind is list:
+        items = copies[id(tree)] = []
+        items.extend(_deep_copy(value, copies) for value in tree)
+        return items
+    if kind is dict and PLAIN.issuperset(map(type, tree)):  # keys of other kinds are copied too
+        entries = copies[id(tree)] = {}
+        entries.update((key, _deep_copy(value, copies)) for key, value in tree.items())
+        return entries
+    return copy.deepcopy(tree, copies)
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:

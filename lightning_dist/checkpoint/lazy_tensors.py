@@ -74,7 +74,7 @@ class LazyTensor:
             yield bytes_of(self.read_some(begin, end))
 
 
-def leaves(tree: Any) -> list[tuple[Path, Any]]:
+def leaves(tree: Any, skip: frozenset[type] = frozenset()) -> list[tuple[Path, Any]]:
     """What :func:`~lightning_dist.pytree.map_leaves` meets, with its paths."""
     found: list[tuple[Path, Any]] = []
 
@@ -82,7 +82,7 @@ def leaves(tree: Any) -> list[tuple[Path, Any]]:
         found.append((path, value))
         return value
 
-    map_leaves(tree, note)
+    map_leaves(tree, note, skip=skip)
     return found
 
 

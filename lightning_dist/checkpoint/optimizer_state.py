@@ -15,7 +15,7 @@ from lightning_dist.checkpoint.lazy_tensors import in_layout_of, leaves
 from lightning_dist.checkpoint.module_state import origin
 from lightning_dist.dtensors import is_split, place_like, replicate_like
 from lightning_dist.placeholder import is_placeholder
-from lightning_dist.pytree import Path, map_leaves
+from lightning_dist.pytree import PLAIN, Path, map_leaves
 
 
 def optimizer_state_by_name(optimizer: Optimizer | LightningOptimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
@@ -175,7 +175,11 @@ def _copy_of(_: Path, value: Any) -> Any:
 
 
 def _check_parts(name: str, parameter: Tensor, state: Any, optimizer: Optimizer) -> None:
-    for path, value in leaves(state) if is_split(parameter) else ():
+    if not is_split(parameter):
+        return
+    if isinstance(state, dict) and all(isinstance(value, DTensor) for value in state.values() if _has_elements(value)):
+        return
+    for path, value in leaves(state):
         if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() > 1:
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {path[-1] if path else 'a state'!r} of the sharded parameter "
@@ -183,6 +187,11 @@ def _check_parts(name: str, parameter: Tensor, state: Any, optimizer: Optimizer)
                 "could not be loaded under another layout; use an optimizer that keeps DTensors, or a layout with "
                 "dp_shard=1"
             )
+
+
+def _has_elements(value: Any) -> bool:
+    """Whether an entry of a state may differ by rank: not a number, also not one in a tensor."""
+    return value.ndim > 0 if isinstance(value, Tensor) else type(value) not in PLAIN
 
 
 def _unwrap(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

@@ -39,8 +39,8 @@ from lightning_dist.checkpoint.locations import REST, flush, is_remote
 from lightning_dist.collectives import broadcast_object, gather_objects, global_rank, raise_on_all_ranks
 from lightning_dist.dtensors import held_runs, local_part, on_tensor_axis
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import PLAIN, map_leaves
 from lightning_dist.pytree import Path as TreePath
-from lightning_dist.pytree import map_leaves
 
 MARKER, FORMAT = "lightning_dist", 1
 """The entry of ``meta.pt`` that says whose the directory is, and the version that it has."""
@@ -85,7 +85,7 @@ class Shards:
             places.append((key_of[id(value)], path))
             return None
 
-        rest = map_leaves(dict(checkpoint), take)
+        rest = map_leaves(dict(checkpoint), take, skip=PLAIN)
         return cls(rest, tensors, places)
 
     def copied(self, memory: HostMemory) -> Shards:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain, compress
+from itertools import chain, compress, islice
 from operator import is_
 from typing import Any
 
@@ -28,8 +28,15 @@ class LocalParts:
         self._held = [*map(LOCAL_PART, self._divided)]
         self._local = [held.detach() for held in self._held]
         self._layouts = [*map(LAYOUT, self._divided)]
-        self._given: tuple[list[Tensor], list[DTensor]] = [], []
-        """Local parts that have a gradient for now, and their parameters."""
+        self.gradients: list[list[Tensor]] = []
+        """Local parts of the gradients of a step that there are, group by group."""
+        self.there: list[bool] = []
+        """Which of the parameters have one."""
+        self._taken: list[Tensor] = []
+        """Those of divided parameters."""
+        self._stepped: tuple[list[DTensor], list[Tensor]] = [], []
+        """These parameters, and what this rank holds of them."""
+        self._is_lent = False
         self.local_of = dict(zip(map(id, self._divided), self._local, strict=True))
         self.divided_of = dict(zip(map(id, self._local), self._divided, strict=True))
         self.groups = [[self.local_of.get(id(p), p) for p in group["params"]] for group in groups]
@@ -43,30 +50,49 @@ class LocalParts:
         return is_same and _same([*map(LOCAL_PART, self._divided)], self._held)
 
     def take_gradients(self) -> bool:
-        """Gives the parts their gradients, if all of these are divided as the parameters are."""
-        gradients: list[Any] = [p.grad for p in self._divided]
-        local, divided, layouts = self._local, self._divided, self._layouts
-        there = [gradient is not None for gradient in gradients]
+        """Takes the local parts of gradients, if all of these are divided as the parameters are."""
+        whole: list[Any] = [p.grad for p in self._divided]
+        layouts = self._layouts
+        there = [gradient is not None for gradient in whole]
+        self._stepped = self._divided, self._local
         if not all(there):
-            gradients, local = [*compress(gradients, there)], [*compress(local, there)]
-            divided, layouts = [*compress(divided, there)], [*compress(layouts, there)]
+            whole, layouts = [*compress(whole, there)], [*compress(layouts, there)]
+            self._stepped = [*compress(self._divided, there)], [*compress(self._local, there)]
         try:
-            if [*map(LAYOUT, gradients)] != layouts:
+            if [*map(LAYOUT, whole)] != layouts:
                 return False
         except AttributeError:  # a plain one
             return False
-        for one, part in zip(local, map(LOCAL_PART, gradients), strict=True):
-            one.grad = part
-        self._given = local, divided
+        self._taken = [*map(LOCAL_PART, whole)]
+        self._sort_by_group(there)
         return True
+
+    def _sort_by_group(self, there: list[bool]) -> None:
+        if len(self._divided) == len(self._whole) and all(there):
+            taken = iter(self._taken)
+            self.there, self.gradients = there, [[*islice(taken, size)] for size in self._sizes]
+            return
+        taken, divided = iter(self._taken), iter(there)
+        flat: list[Any] = []
+        for p, own in zip(self._whole, chain(*self.groups), strict=True):
+            flat.append(p.grad if own is p else next(taken) if next(divided) else None)
+        self.there, groups = [gradient is not None for gradient in flat], iter(flat)
+        self.gradients = [[g for g in islice(groups, size) if g is not None] for size in self._sizes]
+
+    def lend_gradients(self) -> None:
+        """Gives the local parts those of the gradients, as torch's optimizers ask for them."""
+        for one, part in zip(self._stepped[1], self._taken, strict=True):
+            one.grad = part
+        self._is_lent = True
 
     def drop_gradients(self) -> None:
         """They are the user's to free; and the parameters have been written to."""
-        local, divided = self._given
-        self._given = [], []
-        for one in local:
-            one.grad = None
+        divided, local = self._stepped
+        if self._is_lent:
+            for one in local:
+                one.grad = None
         increment_version(divided)
+        self.gradients, self._taken, self._stepped, self._is_lent = [], [], ([], []), False
 
 
 class LocalStates:
@@ -75,8 +101,9 @@ class LocalStates:
     def __init__(self, parts: LocalParts) -> None:
         self._parts = parts
         self.local: defaultdict[Any, Any] = defaultdict(dict)
-        self._seen: list[list[Any]] = [[], [], []]
-        """Of the optimizer's: keys, values, and the local parts of these, held, so that a new one is another."""
+        self.seen: list[list[Any]] = [[], [], []]
+        """Of the optimizer's: keys, values, and the local parts of these, held, so that a new one is another. Another
+        list where any of them is another."""
         self._divided: list[DTensor] = []
         self._before: list[Any] = []
         """The values of the local ones."""
@@ -84,7 +111,7 @@ class LocalStates:
     def take(self, state: Mapping[Any, Any]) -> bool:
         """Whether all states of the divided parameters are laid out as these."""
         now = [*state], _values(state), [*map(LOCAL_PART, self._divided)]
-        if not all(map(_same, now, self._seen)):
+        if not all(map(_same, now, self.seen)):
             if not self._localise(state):
                 return False
             self._note(state)
@@ -93,11 +120,11 @@ class LocalStates:
     def _note(self, state: Mapping[Any, Any]) -> None:
         values = _values(state)
         self._divided = [value for value in values if isinstance(value, DTensor)]
-        self._seen = [[*state], values, [*map(LOCAL_PART, self._divided)]]
+        self.seen = [[*state], values, [*map(LOCAL_PART, self._divided)]]
         self._before = _values(self.local)
 
     def _localise(self, state: Mapping[Any, Any]) -> bool:
-        self.local, self._seen = defaultdict(dict), [[], [], []]
+        self.local, self.seen = defaultdict(dict), [[], [], []]
         for key, own in state.items():
             local = self._parts.local_of.get(id(key))
             if local is None:

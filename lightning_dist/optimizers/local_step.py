@@ -5,7 +5,8 @@ An optimizer that works element by element does over this rank's parts what it d
 a dispatch in Python once per operation and parameter, and are no tensors that torch chooses ``foreach`` for. So between
 the closure and the hooks after a step the groups have the local parts in place of the divided parameters, with their
 gradients and states: one step in the kernels that the user asked for, or those that torch chooses on the device, over
-all parameters, whatever their meshes. Then the parameters are back, and states are divided tensors as before.
+all parameters, whatever their meshes. Then the parameters are back, and states are divided tensors as before. The lists
+that torch collects for a step are kept for the next one, see ``collected.py``.
 
 That is shown for torch's own code alone: the user's, in an optimizer or around one, sees wholes. A step in which
 anything is not as here (a gradient of another layout, a ``differentiable`` one) goes over the divided tensors.
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_dist.compat.operators import INIT_GROUP, register_first_step_post_hook
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
+from lightning_dist.optimizers.collected import Collected
 from lightning_dist.optimizers.local_parts import LocalParts, LocalStates
 from lightning_dist.patches import Patches
 
@@ -46,7 +48,7 @@ def step_over_local_parts(optimizer: Optimizer, patches: Patches) -> None:
     own = type(optimizer).step
     # a scheduler that counts steps wraps the function itself
     is_own = own in (getattr(original, "__func__", None), getattr(original, "__wrapped__", None))
-    if not is_own or not _is_elementwise(type(optimizer)):
+    if not is_own or INIT_GROUP in vars(optimizer) or not _is_elementwise(type(optimizer)):
         return
     local = _LocalStep(optimizer)
 
@@ -79,6 +81,7 @@ class _LocalStep:
         self._optimizer = optimizer
         self._parts = LocalParts([])
         self._states = LocalStates(self._parts)
+        self._collected = Collected(getattr(optimizer, INIT_GROUP))
         self._whole: tuple[Any, Any] | None = None
         """The groups and the states of the optimizer, while local ones are in their place."""
 
@@ -95,7 +98,8 @@ class _LocalStep:
 
     def _enter(self) -> None:
         self.leave()  # of a hook that evaluated the closure, too
-        groups, state = self._optimizer.param_groups, self._optimizer.state
+        optimizer = self._optimizer
+        groups, state = optimizer.param_groups, optimizer.state
         if any(group.get("differentiable") for group in groups):
             return
         with DisableTorchFunctionSubclass():
@@ -104,18 +108,24 @@ class _LocalStep:
                 self._states = LocalStates(self._parts)
             if not (self._parts.can_step and self._states.take(state) and self._parts.take_gradients()):
                 return
+            local = [{**group, "params": own} for group, own in zip(groups, self._parts.groups, strict=True)]
+            parts, sources = self._parts, (self._parts, self._states.seen)
+            if not self._collected.begin(local, parts.gradients, parts.there, sources):
+                parts.lend_gradients()
         self._whole = groups, state
-        self._optimizer.state = self._states.local
-        self._optimizer.param_groups = [
-            {**group, "params": local} for group, local in zip(groups, self._parts.groups, strict=True)
-        ]
+        optimizer.param_groups, optimizer.state = local, self._states.local
+        setattr(optimizer, INIT_GROUP, self._collected.collect)
 
     def leave(self) -> None:
         """The parameters are in their place again."""
         if self._whole is None:
             return
-        self._optimizer.param_groups, self._optimizer.state = self._whole
+        optimizer = self._optimizer
+        delattr(optimizer, INIT_GROUP)
+        optimizer.param_groups, optimizer.state = self._whole
         self._whole = None
+        self._collected.end()
         with DisableTorchFunctionSubclass():
-            self._states.give_back(self._optimizer.state)
+            if not self._collected.holds:  # else the step made no states
+                self._states.give_back(optimizer.state)
             self._parts.drop_gradients()

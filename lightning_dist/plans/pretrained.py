@@ -19,7 +19,8 @@ DESCRIPTIONS = "lightning_dist_pretrained"
 
 def pretrained_models(module: Module) -> dict[str, Any]:
     """The outermost models of transformers in a module, by their name in it; none where transformers is not in use."""
-    transformers = sys.modules.get("transformers")
+    # not transformers itself, which reads its files when it is asked for what is in them: half a second of a first save
+    transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return {}
     found: dict[str, Any] = {}

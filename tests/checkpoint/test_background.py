@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import HybridStrategy, checkpoint
 from lightning_dist.checkpoint.background import BackgroundSaves
 from lightning_dist.checkpoint.checksums import ChecksumFileSystem
+from lightning_dist.checkpoint.host_memory import HostMemory
 from lightning_dist.dtensors import full
 from tests.checkpoint.training import build, damage
 from tests.support import models
@@ -93,6 +96,23 @@ def _single(path: Path) -> tuple[int, int, dict[str, Any], dict[str, Any]]:
         tensor.data.zero_()
     saves.end()
     return sum(copied), sum(b.nbytes for b in module.buffers()), expected, torch.load(path)["state_dict"]
+
+
+def test_a_copy_shares_nothing_that_can_change() -> None:
+    shared, tensor, numbers = [1, {"a": 2}], torch.ones(3), tuple(range(700))
+    tree: Any = {"one": shared, "two": (shared, tensor), "random": (3, numbers, None), 3: {"same": tensor}}
+    tree |= {"ordered": OrderedDict(a=[1]), "odd keys": {(1, 2): [3]}, "users": Namespace(values=[4, tensor])}
+    copied = HostMemory().snapshot(tree)
+    shared[1]["a"], tree["ordered"]["a"][0], tree["odd keys"][1, 2][0], tree["users"].values[0] = 9, 9, 9, 9
+    tensor.zero_()
+    tree["new"] = None
+    assert copied["one"] is copied["two"][0] == [1, {"a": 2}]
+    assert copied["random"] == (3, numbers, None)
+    assert copied["two"][1] is copied[3]["same"] is copied["users"].values[1]
+    assert torch.equal(copied["two"][1], torch.ones(3))
+    assert (copied["ordered"], copied["odd keys"]) == (OrderedDict(a=[1]), {(1, 2): [3]})
+    assert copied["users"].values[0] == 4
+    assert "new" not in copied
 
 
 def test_what_was_gathered_for_a_file_is_not_copied_again(tmp_path: Path) -> None:

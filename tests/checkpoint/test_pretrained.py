@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dist import HybridStrategy, checkpoint
+from lightning_dist.plans.pretrained import pretrained_models
 from tests.checkpoint.training import build
 from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
@@ -183,6 +186,17 @@ def test_a_directory_of_transformers_is_copied_whole(tmp_path: Path) -> None:
     checkpoint.convert(source, tmp_path / "copy", to="transformers")
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "copy")
     assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
+
+
+def test_models_that_nobody_made_are_not_imported_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where something imported transformers, which reads its files as it is asked for what is in them."""
+    lazy = ModuleType("transformers")
+    asked: list[str] = []
+    lazy.__getattr__ = asked.append  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "transformers", lazy)
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils")
+    assert not pretrained_models(nn.Linear(2, 2))
+    assert not asked
 
 
 def test_weights_are_no_run_to_go_on_with(tmp_path: Path) -> None:
