@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -200,7 +200,7 @@ def test_parameters_are_asked_once_for_what_a_step_is_made_of(like: list[Any], m
     divided, plain = _parameters(like)
     optimizer = _in_groups(optim.AdamW, divided, {})
     step_over_local_parts(optimizer, Patches())
-    schedule = LambdaLR(optimizer, lambda step: 0.5**step)
+    schedule = OneCycleLR(optimizer, 0.1, total_steps=9)  # changes rates and averages
     counts = []
     for number in range(4):
         _set_gradients(divided, plain, 10 * number)

@@ -55,8 +55,7 @@ class Collected:
             self._gradients[id(group["params"])] = own
             facts.append(any(map(_IS_SPARSE, own)))
             for name, value in group.items():
-                is_number = type(value) is float and value != 0  # which is not collected, as a rate that changes
-                objects += [name, None if is_number else value]
+                objects += [name, None if _is_rate(value) else value]
         before = self._objects
         self.holds = facts == self._facts and len(objects) == len(before) and all(map(is_, objects, before))
         if not self.holds:
@@ -80,6 +79,13 @@ class Collected:
         if len(self._noted) < len(self._gradients):
             self._objects = []
         self._gradients = {}
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a setting is a number, or some, that schedulers change and that nothing is collected by, if it is not 0:
+    a rate of learning, of decay, of an average.
+    """
+    return value != 0 if type(value) is float else type(value) is tuple and all(map(_is_rate, value))
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
