@@ -18,10 +18,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_dist.fabric import HybridFabricStrategy
 from lightning_dist.layout import Layout
+from lightning_dist.numbers import Spikes
 from lightning_dist.report import PipelineTimeline, Throughput
 from lightning_dist.strategy import HybridStrategy
 
-__all__ = ["HybridFabricStrategy", "HybridStrategy", "Layout", "PipelineTimeline", "Throughput"]
+__all__ = ["HybridFabricStrategy", "HybridStrategy", "Layout", "PipelineTimeline", "Spikes", "Throughput"]
 __version__ = "0.1.0"
 
 _DESCRIPTION = "any layout of data and model parallelism of an unmodified LightningModule"

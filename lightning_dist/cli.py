@@ -18,6 +18,8 @@ from rich.table import Table
 
 from lightning_dist.checkpoint import convert
 from lightning_dist.doctor.command import add_doctor
+from lightning_dist.elastic.run import add_run
+from lightning_dist.elastic.store import add_store
 from lightning_dist.explain import Subject, build_deferred, find_recipes, module_maker, parse_arguments
 from lightning_dist.explain.dry_run import dry_run
 from lightning_dist.explain.measured import measured_peak
@@ -77,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     add_doctor(commands)
+    add_run(commands)
+    add_store(commands)
     return parser
 
 

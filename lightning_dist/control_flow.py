@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_dist.compat import lightning as private
@@ -26,13 +24,24 @@ LONGEST_WAIT = timedelta(minutes=2)
 """For the other ranks, where one leaves a step or an epoch that they may be in."""
 
 
+class Told(Protocol):
+    """What this rank was asked by signals and the clock, and takes what all ranks were."""
+
+    @property
+    def asked(self) -> int:
+        """By this rank's own signals and clock; 0 for nothing."""
+
+    def agreed(self, asked: int) -> None:
+        """The largest of all ranks."""
+
+
 class ControlFlow:
     """Keeps the ranks together where one of them stops, skips a step, or has no batch left.
 
     [Note: what is agreed]
     ``trainer.should_stop``, set anywhere on any rank, stops all ranks where it would stop one process. Lightning
     broadcasts before each batch whether rank 0 was told to end (a SIGTERM); that broadcast is replaced by an all-reduce
-    of both after the batch, so a step costs what it did.
+    of both after the batch, so a step costs what it did. What any rank was told goes to ``preemption``.
 
     Loaders that a user shards, of unknown or of different length, may end apart: where a rank has its last batch, the
     epoch ends for all. That is agreed on before the step, in an all-reduce that other loaders do not have.
@@ -54,13 +63,18 @@ class ControlFlow:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, runner: SingleProcessRunner, ranks: LayoutRanks, is_even: Callable[[], bool]
+        self,
+        trainer: pl.Trainer,
+        runner: SingleProcessRunner,
+        ranks: LayoutRanks,
+        is_even: Callable[[], bool],
+        preemption: Told,
     ) -> None:
         self.trainer, self._runner, self._hosts, self._is_even = trainer, runner, ranks.hosts[0], is_even
+        self._preemption = preemption
         self._longest_wait = min(ranks.timeout, LONGEST_WAIT)
         self._end_apart = False
         """Whether the training loaders may end on some ranks before they do on others, as all ranks know."""
-        self._told_to_end = False
 
     def attach(self, patches: Patches) -> None:
         """Starts to agree, until an undo."""
@@ -71,23 +85,24 @@ class ControlFlow:
         patches.wrap(fit, "on_advance_end", self._after)
         patches.wrap(epoch, "on_run_start", self._begin_epoch)
         patches.wrap(epoch.val_loop, "run", self._after)
-        patches.set(epoch, private.SIGTERM_BROADCAST, self._end_if_told)
+        patches.set(epoch, private.SIGTERM_BROADCAST, lambda: None)
         patches.wrap(epoch, "advance", self._advance)
         patches.wrap(private.logger_connector(self.trainer), "on_batch_end", self._on_batch_end)
         patches.set(epoch.automatic_optimization, private.AUTOMATIC_STEP, self._training_step)
 
-    def _any(self, *decisions: bool) -> list[bool]:
-        """Whether any rank says so, for each. One all-reduce between the hosts of the world."""
-        verdict = torch.tensor(decisions, dtype=torch.int32)
-        dist.all_reduce(verdict, dist.ReduceOp.MAX, self._hosts)
-        return list(map(bool, verdict.tolist()))
+    def _most(self, *numbers: int) -> list[int]:
+        """The largest of any rank, of each. One all-reduce between the hosts of the world."""
+        most = torch.tensor(numbers, dtype=torch.int32)
+        dist.all_reduce(most, dist.ReduceOp.MAX, self._hosts)
+        return most.tolist()
 
     def _agree(self) -> None:
         buffers = self._runner.buffers
         wrote = buffers is not None and bool(buffers.written())
-        told = self._any(self.trainer.should_stop, self.trainer.received_sigterm, wrote)
-        self.trainer.should_stop, self._told_to_end, wrote = told
-        if wrote and buffers is not None:
+        stop, told, written = self._most(self.trainer.should_stop, self._preemption.asked, wrote)
+        self.trainer.should_stop = bool(stop)
+        self._preemption.agreed(told)
+        if written and buffers is not None:
             buffers.agree()
 
     def _before(self, own: Callable[..., Any], *args: Any) -> Any:
@@ -109,12 +124,6 @@ class ControlFlow:
             self._agree()
         own()
 
-    def _end_if_told(self) -> None:
-        if self._told_to_end:
-            with contextlib.suppress(RuntimeError):
-                dist.barrier()
-            raise SIGTERMException
-
     def _begin_epoch(self, own: Callable[[Any], None], data_fetcher: Any) -> None:
         own(data_fetcher)
         self._agree()
@@ -132,7 +141,7 @@ class ControlFlow:
         if not self._end_apart:
             return
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        (is_last,) = self._any(progress.is_last_batch)
+        (is_last,) = self._most(progress.is_last_batch)
         if is_last and not progress.is_last_batch:
             progress.is_last_batch = True
             rank_zero_warn(

@@ -30,6 +30,22 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
 
     Communication: one all-reduce of one float64 over the world, none when nothing is sharded.
     """
+    total, dtype, is_divided = share_of_powers(parameters, norm_type)
+    if is_divided:
+        dist.all_reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM)
+    elif not math.isinf(norm_type):
+        total = total * num_ranks()
+    return (total if math.isinf(norm_type) else total ** (1 / norm_type)).to(dtype)
+
+
+@torch.no_grad()
+def share_of_powers(parameters: Iterable[Tensor], norm_type: float = 2.0) -> tuple[Tensor, torch.dtype, bool]:
+    """This rank's share of the sum of powers of all gradients: the shares of all ranks add up to it. No communication.
+
+    Returns:
+        In float64, for ``inf`` the largest of this rank; the dtype of the norm; and whether ranks hold different
+        pieces, which is the same on every rank, whatever it happens to hold.
+    """
     parameters = list(parameters)
     in_stages = any(is_placeholder(p) or hasattr(p, PIPELINE_SHARE) for p in parameters)
     with DisableTorchFunctionSubclass():
@@ -45,14 +61,10 @@ def global_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     total = torch.zeros((), dtype=wide, device=device)
     if filled:
         norms = torch.stack([n.to(device, wide) for n in norm_of_each([s for s, _ in filled], norm_type)])
-        share = _shares(tuple(n / ranks for _, n in filled), wide, device)
+        shares = _shares if type(norms) is Tensor else _shares.__wrapped__  # what a dry run makes is not for steps
+        share = shares(tuple(n / ranks for _, n in filled), wide, device)
         total = norms.max() if math.isinf(norm_type) else (norms**norm_type * share).sum()
-    # Whether to communicate must not depend on what this rank happens to hold: every rank has the same pieces.
-    if in_stages or any(n > 1 for n in pieces):
-        dist.all_reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM)
-    elif not math.isinf(norm_type):
-        total = total * ranks
-    return (total if math.isinf(norm_type) else total ** (1 / norm_type)).to(dtype)
+    return total, dtype, in_stages or any(n > 1 for n in pieces)
 
 
 @lru_cache(maxsize=16)

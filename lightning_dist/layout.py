@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -103,6 +103,15 @@ class Layout:
         for axis in value:
             _check_axis(axis)
         return cls(**dict(value))
+
+    @classmethod
+    def parse_all(cls, values: Iterable[Layout | Mapping[str, Any] | str]) -> list[Layout]:
+        """Layouts that a user typed to fall back on; raises as :meth:`parse`, and for ``"auto"``."""
+        values = [values] if isinstance(values, (str, Mapping, Layout)) else list(values)
+        layouts = [layout for value in values if (layout := cls.parse(value)) is not None]
+        if len(layouts) < len(values):
+            raise ValueError('fallback_layouts holds "auto", which fits any number of ranks: pass it as layout=')
+        return layouts
 
     def items(self) -> Iterator[tuple[str, int]]:
         """Pairs of axis and degree, in the order of the fields."""

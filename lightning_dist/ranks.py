@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 from operator import attrgetter
@@ -19,6 +20,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_dist.collectives import reduce_tensor
 from lightning_dist.compat.lightning import default_backend, form_world
+from lightning_dist.elastic.adapt import adapted_layout
+from lightning_dist.elastic.attempt import Attempt
 from lightning_dist.layout import MESH_AXES, Layout, ParallelMesh
 from lightning_dist.random_states import part_random_streams, share_random_state
 
@@ -36,6 +39,8 @@ class LayoutRanks:
         backend: of torch.distributed; None for that of the device.
         timeout: of collectives.
         on_host: whether ranks also send what lies in the memory of the host.
+        fallbacks: layouts for a run that goes on with another number of ranks, see :func:`adapted_layout`; None for who
+            does not go on so.
     """
 
     def __init__(
@@ -44,8 +49,9 @@ class LayoutRanks:
         backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
         on_host: bool = False,
+        fallbacks: Sequence[Layout] | None = None,
     ) -> None:
-        self.requested, self.timeout = requested, timeout
+        self.requested, self.timeout, self._fallbacks = requested, timeout, fallbacks
         self.layout: Layout | None = None
         """Resolved; None while ``"auto"`` is undecided."""
         self.mesh: ParallelMesh | None = None
@@ -53,6 +59,8 @@ class LayoutRanks:
         self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
         self.num_processes = self.num_nodes = 1
         """Processes of this node, as Lightning's launchers ask, and machines."""
+        self.first_data_ranks: int | None = None
+        """Of a run that began with another number of ranks, which its batch size is for; else None."""
         self._backend, self._on_host = backend, on_host
         self._hosts: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
@@ -61,16 +69,31 @@ class LayoutRanks:
         return {**vars(self), "mesh": None, "_hosts": None}
 
     def place(self, environment: ClusterEnvironment, devices: list[torch.device], num_nodes: int) -> None:
-        """Says which rank this is, once devices and nodes are known; a layout that does not fit is a ValueError."""
-        self.num_processes, self.num_nodes = len(devices), num_nodes
-        self.world_size = self.num_processes * num_nodes
+        """Says which rank this is, once devices and nodes are known; a layout that does not fit is a ValueError.
+
+        Where nodes come and go, how many there are is known to who started the ranks, and not to the user's script.
+        """
+        first = None if (attempt := Attempt.current()) is None else attempt.first_ranks
+        self.num_processes = len(devices)
+        self.num_nodes = num_nodes if first is None else max(1, environment.world_size() // len(devices))
+        self.world_size = self.num_processes * self.num_nodes
         self.device = devices[environment.local_rank()]
         environment.set_world_size(self.world_size)
         environment.set_global_rank(environment.node_rank() * self.num_processes + environment.local_rank())
         self.rank = environment.global_rank()
         rank_zero_only.rank = self.rank  # type: ignore[attr-defined]
+        changed = first if self._fallbacks is not None and first != self.world_size else None
         if self.requested is not None:
-            self.layout = resolve(self.requested, self.world_size)
+            self.layout = self._resolve(self.requested, changed)
+        if changed is not None:
+            at_first = None if self.requested is None else resolve(self.requested, changed)
+            self.first_data_ranks = changed if at_first is None else at_first.num_data_ranks
+
+    def _resolve(self, requested: Layout, first: int | None) -> Layout:
+        """``first`` ranks were there when the run began, if there are others now."""
+        if first is None:
+            return resolve(requested, self.world_size)
+        return resolve(adapted_layout(requested, first, self.world_size, self._fallbacks or ()), self.world_size)
 
     def join(self, environment: ClusterEnvironment) -> None:
         """Makes the process group of the world, if it is not there; see :func:`share_random_state`."""

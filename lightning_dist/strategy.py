@@ -27,6 +27,7 @@ from lightning_dist.checkpoint.lazy_tensors import read_kept_tensors
 from lightning_dist.compat import lightning as private
 from lightning_dist.layout import Layout
 from lightning_dist.module_layout import ModuleOptions, ShardUnits, compile_options, one_of
+from lightning_dist.numbers import BadStep, NumberChecks, OnNonfinite, OnSpike
 from lightning_dist.parallel import Checkpointing
 from lightning_dist.parallel.pipeline import BatchSplit, PipelineOptions
 from lightning_dist.parallel.placing import to_device
@@ -35,6 +36,9 @@ from lightning_dist.ranks import LayoutRanks, shown_of_ranks
 from lightning_dist.report import LayoutReport
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Format
 from lightning_dist.trainer.parts import Parts
+from lightning_dist.trainer.preemption import MaxTime
+from lightning_dist.trainer.snapshots import SnapshotOptions
+from lightning_dist.trainer.survival import SurvivalOptions
 
 
 @private.told_of_module
@@ -44,6 +48,8 @@ class HybridStrategy(ParallelStrategy):
     Args:
         layout: degrees of the axes: a :class:`~lightning_dist.Layout`, a mapping, a string such as
             ``"dp_replicate=2,dp_shard=4"``, or ``"auto"``: replicate what fits on a device, shard what doesn't.
+        fallback_layouts: where a run goes on with another number of ranks than it began with, and ``layout`` does not
+            fit those: layouts to try, in their order. Default: the data axes change, and ``pp`` and ``tp`` stay.
         shard_units: the modules to shard one by one, by name (with ``*``), class name, class, or a function of name and
             module. Default: the repeated blocks of the network.
         reshard_after_forward: under ``dp_shard``, free what was gathered for a block's forward, and gather it again for
@@ -80,19 +86,27 @@ class HybridStrategy(ParallelStrategy):
             writes what it holds; ``"auto"``, sharded where parameters are, but for a user's ``CheckpointIO``.
         async_save: write checkpoints while the training goes on; it stops for the copy to host memory only, which takes
             as much of that as the rank's part of the checkpoint (of a single file, rank 0 takes the whole).
-        pretrained: weights that a fit begins from: of torch, safetensors, transformers, Lightning or this strategy.
-            The names may lack what the module puts before them; ``strict_loading = False`` of the module allows missing
-            and unexpected ones.
-        start_method: how Lightning starts the other processes of a script: ``"popen"``, ``"spawn"``, ``"fork"`` or
-            ``"forkserver"``. Under torchrun, SLURM and the like they are there already.
-        process_group_backend, timeout: of torch.distributed; by default those of the device and of torch.
+        pretrained: weights that a fit begins from: of torch, safetensors, transformers, Lightning or this strategy. The
+            names may lack what the module puts before them; ``strict_loading = False`` allows missing and others.
+        snapshot_every_n_steps: after so many optimizer steps, copy what each rank holds of a checkpoint to memory that
+            outlives it, from which ranks that are started again go on; nothing where nobody would start them.
+        max_time: of one start of a run, in the forms of Lightning's ``Timer``, after which it is preempted as by
+            SIGTERM, to be started again. ``Trainer(max_time=...)`` ends a training for good.
+        report_stragglers: log, on rank 0, a rank that is slower than those that do the same work, or whose loader is.
+        on_nonfinite: what is done with a step whose loss, or gradient norm, is not finite on any rank: ``"train"``, as
+            one process of Lightning does; ``"skip"``, no rank takes it, and all counts go on; ``"raise"``.
+        on_spike: what is done with one whose loss or gradient norm is far above those before: ``"ignore"``,
+            ``"report"``, or ``"rewind"`` to the last good state; or :class:`~lightning_dist.Spikes`.
+        replay_every_n_steps: compute every n-th step twice, and end the run with the name of a rank that differs.
+        start_method: how Lightning starts other processes: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        process_group_backend, timeout: of torch.distributed; by default those of the device and of torch. All ranks end
+            where one waits as long as the timeout, with the name of that for which it does.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: the Trainer sets them.
 
-    A layout that does not fit the number of processes is a ValueError when the Trainer is made; see
-    :class:`~lightning_dist.Layout`.
+    A layout that does not fit the number of processes is a ValueError when the Trainer is made.
 
-    What is communicated: see the runners in :mod:`lightning_dist.parallel` for a step,
-    :func:`~lightning_dist.gradients.global_norm` for clipping, :class:`~lightning_dist.logs.StepLogs` for logs.
+    What is communicated: see the runners in :mod:`lightning_dist.parallel`,
+    :func:`~lightning_dist.gradients.global_norm` and :class:`~lightning_dist.logs.StepLogs`.
     """
 
     strategy_name = "hybrid"
@@ -106,6 +120,7 @@ class HybridStrategy(ParallelStrategy):
         self,
         layout: Layout | Mapping[str, int] | str = "auto",
         *,
+        fallback_layouts: Iterable[Layout | Mapping[str, int] | str] = (),
         shard_units: ShardUnits | None = None,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
@@ -125,6 +140,12 @@ class HybridStrategy(ParallelStrategy):
         checkpoint_format: Format = "auto",
         async_save: bool = False,
         pretrained: str | Path | None = None,
+        snapshot_every_n_steps: int | None = None,
+        max_time: MaxTime = None,
+        report_stragglers: bool = True,
+        on_nonfinite: OnNonfinite = "train",
+        on_spike: OnSpike = "ignore",
+        replay_every_n_steps: int | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
@@ -153,8 +174,18 @@ class HybridStrategy(ParallelStrategy):
         )
         chosen = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
-        self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout, cpu_offload)
-        self.parts = Parts(self.ranks, self._module_options, self.checkpoint_options)
+        self._survival = SurvivalOptions(
+            SnapshotOptions(snapshot_every_n_steps),
+            NumberChecks.of(on_nonfinite, on_spike, replay_every_n_steps),
+            bool(one_of("report_stragglers", report_stragglers, True, False)),
+            max_time,
+        )
+        fallbacks = Layout.parse_all(fallback_layouts)
+        self.ranks = LayoutRanks(Layout.parse(layout), process_group_backend, timeout, cpu_offload, fallbacks)
+        self.parts = self._new_parts()
+
+    def _new_parts(self) -> Parts:
+        return Parts(self.ranks, self._module_options, self.checkpoint_options, self._survival)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, and for what is sent elsewhere: without what belongs to the processes of a run."""
@@ -162,13 +193,18 @@ class HybridStrategy(ParallelStrategy):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.parts = Parts(self.ranks, self._module_options, self.checkpoint_options)
+        self.parts = self._new_parts()
 
     def __repr__(self) -> str:
         """What Fabric shows when it is given one."""
         return f"<{type(self).__name__}, for a Trainer; for Fabric there is HybridFabricStrategy>"
 
     layout, mesh, num_data_ranks, num_processes, data_rank, data_group = shown_of_ranks
+
+    @property
+    def bad_steps(self) -> list[BadStep]:
+        """Steps of the last fit whose numbers were bad; the same on every rank. See ``on_nonfinite``, ``on_spike``."""
+        return self.parts.numbers.bad_steps
 
     @property
     def gradient_norm(self) -> Tensor | None:
@@ -192,20 +228,19 @@ class HybridStrategy(ParallelStrategy):
     @property
     @override
     def global_rank(self) -> int:
-        if self.parts.steps.world_calls is not None:
-            self.parts.steps.world_calls.note_place("global_rank")
+        self.parts.steps.note_place("global_rank")
         return super().global_rank
 
     @property
     @override
     def world_size(self) -> int:
-        if self.parts.steps.world_calls is not None:
-            self.parts.steps.world_calls.note_place("world_size")
+        self.parts.steps.note_place("world_size")
         return super().world_size
 
     def set_world_ranks(self) -> None:
         """Called by the Trainer as soon as devices and nodes are known: the layout is checked here."""
         self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
+        self.num_nodes = self.ranks.num_nodes
         if self.ranks.layout is not None:
             self._module_options.shards.validate(self.ranks.layout)
         if not self.cluster_environment.creates_processes_externally and self.ranks.world_size > 1:
@@ -233,6 +268,7 @@ class HybridStrategy(ParallelStrategy):
         if name == "run-stage":  # all that Lightning restores has been restored (seen in 2.6.6)
             read_kept_tensors()
         self.parts.tuning.raise_if_broken()
+        self.parts.preemption.at_barrier(name)
         if name != "Trainer.save_checkpoint" or not self.checkpoint_options.in_background:  # else there is none yet
             collectives.barrier(self.root_device)
 
@@ -250,7 +286,7 @@ class HybridStrategy(ParallelStrategy):
         self.parts.validate(self.lightning_module, self.start_method, self.checkpoint_io)
         super().setup_environment()
         self.ranks.place(self.cluster_environment, self.parallel_devices, self.num_nodes)
-        self.parts.join(self.lightning_module, self.cluster_environment)
+        self.parts.join(self.lightning_module, self.cluster_environment, self.launcher)
 
     @contextmanager
     @override
@@ -294,7 +330,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self.parts.optimization.before_training_step()
+        self.parts.optimization.before_training_step(args, kwargs)
         with self.precision_plugin.train_step_context():
             return self.parts.steps.run("training_step", args, kwargs)
 
@@ -336,11 +372,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def on_train_start(self) -> None:
-        # until here all data ranks draw the same random numbers: hooks may have initialised parameters
-        self.ranks.part_random_streams()
-        self.parts.resume.on_train_start()
-        self.parts.checkpoints.on_train_start()
-        self.parts.tuning.watch_losses()
+        self.parts.on_train_start()
 
     @override
     def on_validation_start(self) -> None:
@@ -354,14 +386,15 @@ class HybridStrategy(ParallelStrategy):
     @override
     def on_train_end(self) -> None:
         self.on_validation_start()
-        self.parts.checkpoints.saves.wait()
+        self.parts.checkpoints.callback_saves.finish()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self.parts.module_setup.share_buffers()
+        if not self.parts.snapshots.is_taking:
+            self.parts.module_setup.share_buffers()
         return self.parts.checkpoints.model_state(self.lightning_module)
 
     @override
@@ -391,10 +424,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def remove_checkpoint(self, filepath: private.Path) -> None:
-        ends = self.parts.tuning.ends_with(filepath)
-        self.parts.checkpoints.remove(self.parts.tuning.path(filepath) if ends else filepath)
-        if ends:
-            self.parts.resume.last_step = self.parts.tuning.end()
+        self.parts.remove_checkpoint(filepath)
 
     def whole_state(self) -> dict[str, Any]:
         """The module's state dict, whole, on rank 0: for the process that started the others."""

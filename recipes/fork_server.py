@@ -1,32 +1,19 @@
-"""A process that imports what a job needs while Hydra's process still works, and from which the ranks are forked.
-
-[Note: ranks from a fork server]
-Importing torch and Lightning takes seconds, and every spawned rank would do it again after the process that starts it
-has done it. :mod:`multiprocessing`'s fork server imports once, beside the main process; a rank forked from it begins at
-once. The server runs no code but imports: it has one thread and no CUDA context, so forking it is safe. A sweep uses
-one server for all its jobs; each rank is still a process of its own.
+"""Which modules of a config the fork server holds, see [Note: ranks from a fork server].
 
 This module imports nothing that is slow itself.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
-import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-ALWAYS = ("lightning_dist.elastic", "recipes.job", "torch.utils.tensorboard")
-"""Modules that every job needs."""
-
-TRUSTED = ("lightning", "lightning_dist", "recipes", "torch", "torchmetrics")
-"""Packages whose import starts no thread and no device. Anything else is imported by the ranks."""
+ALWAYS = ("recipes.job",)
+"""Modules that every job needs, beside those of every run."""
 
 
 def start(cfg: DictConfig) -> None:
@@ -36,11 +23,7 @@ def start(cfg: DictConfig) -> None:
         cfg: the config of the job; modules of its ``_target_`` are imported by the server.
     """
     named = _target_modules(OmegaConf.to_container(cfg, resolve=False))
-    trusted = [module for module in named if module.split(".")[0] in TRUSTED]
-    forkserver.set_forkserver_preload(list(dict.fromkeys([*ALWAYS, *trusted])))
-    with _environment_of_server():
-        forkserver.ensure_running()
-    atexit.register(_end)
+    _of_package().start([*ALWAYS, *named])
 
 
 def _target_modules(node: Any) -> Iterator[str]:
@@ -52,32 +35,17 @@ def _target_modules(node: Any) -> Iterator[str]:
         yield from _target_modules(item)
 
 
-@contextmanager
-def _environment_of_server() -> Iterator[None]:
-    """What the server inherits.
-
-    One thread: a pool of threads that a library makes when it is imported would not survive the fork; ``launch`` gives
-    the ranks their number. The import path: the server is handed it but leaves it unused (seen in Python 3.11). No
-    Ctrl-C: the server would show a traceback of its own if it came during the imports.
+def _of_package() -> Any:
+    """``lightning_dist.elastic.fork_server``, from its file: the package's own imports take the seconds in which the
+    server can import already.
     """
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    before = {name: os.environ.get(name) for name in settings}
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _end() -> None:
-    """Ends a server that still imports; otherwise it ends by itself, a few seconds after this process."""
-    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # not public (seen in Python 3.11)
-    if pid is not None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+    package = find_spec("lightning_dist")
+    assert package is not None
+    assert package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "elastic" / "fork_server.py"
+    spec = spec_from_file_location("fork_server_of_lightning_dist", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

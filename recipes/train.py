@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # `python recipes/train.py`, the form that Hydra's tab completion knows
     sys.path[0] = str(ROOT)
 
-from recipes import fork_server, targets  # noqa: E402
+from recipes import fork_server, launchers, targets  # noqa: E402
 from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
 from recipes.sweep import JobResult  # noqa: E402
 
@@ -52,7 +52,11 @@ def train(cfg: DictConfig) -> float | None:
     """
     hydra_cfg = HydraConfig.get()
     try:
-        metrics = _run(cfg)
+        # once more: a launcher of Hydra's may have brought this to another process
+        with targets.allow(allowed_targets(hydra_cfg.overrides.task)):
+            metrics = _run(cfg)
+        if metrics is None:
+            return None
         optimized = _optimized(cfg, metrics)
     except Exception as error:
         failure = _describe(error)
@@ -92,28 +96,92 @@ def allowed_targets(arguments: Sequence[str]) -> tuple[str, ...]:
     return targets.allowed_by_user(conf, arguments)
 
 
-def _run(cfg: DictConfig) -> dict[str, float]:
+def _run(cfg: DictConfig) -> dict[str, float] | None:
+    """The metrics of a job; None if it was only handed to others."""
     targets.check(cfg)
+    # tasks of SLURM that are to meet somewhere are agents, one a machine
+    is_agent = "SLURM_PROCID" not in os.environ or cfg.launcher.get("rdzv_endpoint") is not None
+    if cfg.launcher.name == "local" and "RANK" not in os.environ and is_agent:
+        return _start(cfg)
+    from lightning_dist.elastic import is_launched, leave_process_group  # See [Note: late imports]
+
+    if is_launched():
+        _check_layout(cfg, _settle_launched(cfg))
+        result = _run_here(_resolve(cfg))
+        leave_process_group()
+        return result
+    if cfg.launcher.name == "local":
+        return _start(cfg)
+    if cfg.launcher.name == "torchrun":
+        raise ConfigError("launcher=torchrun, but neither torchrun nor srun started this process; use launcher=local")
+    num_nodes, ranks_per_node = launchers.shape(cfg)
+    _check_layout(cfg, num_nodes * ranks_per_node)
+    return launchers.start(_resolve(cfg))
+
+
+def _start(cfg: DictConfig) -> dict[str, float]:
+    """Starts the ranks of this machine."""
     # In a sweep even one rank gets a process of its own, so that no job finds what an earlier one left.
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     start_method = cfg.start_method or ("forkserver" if sys.platform == "linux" else "spawn")
-    if start_method == "forkserver" and (in_sweep or cfg.trainer.devices != 1) and "RANK" not in os.environ:
+    is_alone = cfg.trainer.devices == 1 and not in_sweep and cfg.launcher.max_restarts == 0
+    if start_method == "forkserver" and not is_alone:
         fork_server.start(cfg)
-    from lightning_dist.elastic import is_launched, launch, leave_process_group  # See [Note: late imports]
+    from lightning_dist.elastic import Rendezvous, launch, leave_process_group  # See [Note: late imports]
 
-    num_processes = _settle_processes(cfg)
-    _check_layout(cfg, num_processes)
     try:
-        resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from None
-    if is_launched() or (num_processes == 1 and not in_sweep):
+        rendezvous = Rendezvous.parse(cfg.launcher.nnodes, cfg.launcher.rdzv_endpoint, cfg.launcher.rdzv_id)
+    except ValueError as error:
+        raise ConfigError(f"launcher: {error}") from None
+    num_processes = _settle_started(cfg)
+    _check_layout(cfg, num_processes * rendezvous.max_nodes)
+    resolved = _resolve(cfg)
+    is_watched = in_sweep or cfg.launcher.max_restarts > 0 or not rendezvous.is_alone
+    if num_processes == 1 and not is_watched:
         result = _run_here(resolved)
         leave_process_group()
         return result
     hydra_cfg = HydraConfig.instance().cfg
     arguments = resolved, hydra_cfg, targets.allowed()
-    return launch(_run_rank, *arguments, num_processes=num_processes, start_method=start_method)[0]
+    return launch(
+        _run_rank,
+        *arguments,
+        num_processes=num_processes,
+        max_restarts=cfg.launcher.max_restarts,
+        rendezvous=rendezvous,
+        start_method=start_method,
+        shutdown_timeout=cfg.launcher.shutdown_timeout,
+    )[0]
+
+
+def _resolve(cfg: DictConfig) -> DictConfig:
+    try:
+        return DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+
+
+def join(cfg: DictConfig, hydra_cfg: DictConfig, allowed: tuple[str, ...]) -> dict[str, float]:
+    """What a rank does that SLURM or Ray has started: the job of a config that was composed and resolved elsewhere.
+
+    Where this job has left checkpoints, it has been started again: it goes on from the last.
+
+    Args:
+        cfg: the resolved config of the job.
+        hydra_cfg: Hydra's own.
+        allowed: what the config may name, see [Note: targets].
+    """
+    HydraConfig.instance().set_config(hydra_cfg)
+    cfg.trainer.num_nodes, cfg.trainer.devices = _launched_shape()
+    if cfg.ckpt_path is None and any(Path(HydraConfig.get().runtime.output_dir).rglob("*.ckpt")):
+        cfg.ckpt_path = "last"
+    try:
+        metrics = _run_rank(cfg, hydra_cfg, allowed)
+    except Exception as error:
+        _save_result(cfg, _describe(error).splitlines()[0], {})
+        raise
+    _save_result(cfg, None, metrics)
+    return metrics
 
 
 def _run_here(cfg: DictConfig) -> dict[str, float]:
@@ -127,6 +195,7 @@ def _run_here(cfg: DictConfig) -> dict[str, float]:
 def _run_rank(cfg: DictConfig, hydra_cfg: DictConfig, allowed: tuple[str, ...]) -> dict[str, float]:
     setup_globals()
     HydraConfig.instance().set_config(hydra_cfg)
+    cfg.trainer.num_nodes = _launched_shape()[0]
     with targets.allow(allowed):
         configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
         if not _is_first_rank():
@@ -134,23 +203,24 @@ def _run_rank(cfg: DictConfig, hydra_cfg: DictConfig, allowed: tuple[str, ...]) 
         return _run_here(cfg)
 
 
-def _settle_processes(cfg: DictConfig) -> int:
-    """Writes the ranks of this machine into the trainer's config and returns the number of all ranks."""
-    from lightning_dist.elastic import is_launched
+def _settle_launched(cfg: DictConfig) -> int:
+    """Writes into the trainer's config what ranks are there, and returns their number."""
+    num_nodes, num_local = _launched_shape()
+    if cfg.trainer.devices != "auto" and count_devices(cfg.trainer.devices, cfg.trainer.accelerator) != num_local:
+        raise ConfigError(
+            f"trainer.devices={cfg.trainer.devices} but {num_local} ranks were started on this machine; "
+            "leave trainer.devices out, or start as many ranks"
+        )
+    cfg.trainer.devices, cfg.trainer.num_nodes = num_local, num_nodes
+    return num_local * num_nodes
 
-    if is_launched():
-        num_nodes, num_local = _launched_shape()
-        if cfg.trainer.devices != "auto" and count_devices(cfg.trainer.devices, cfg.trainer.accelerator) != num_local:
-            raise ConfigError(
-                f"trainer.devices={cfg.trainer.devices} but {num_local} ranks were started on this machine; "
-                "leave trainer.devices out, or start as many ranks"
-            )
-        cfg.trainer.devices, cfg.trainer.num_nodes = num_local, num_nodes
-        return num_local * num_nodes
+
+def _settle_started(cfg: DictConfig) -> int:
+    """Writes into the trainer's config how many ranks to start on this machine, and returns it."""
     if cfg.trainer.num_nodes != 1:
         raise ConfigError(
             f"trainer.num_nodes={cfg.trainer.num_nodes}, but this command starts ranks on one machine only; "
-            "for several machines start it with torchrun or SLURM"
+            "for several machines pass launcher=slurm, kubernetes or ray, or start it with torchrun or srun"
         )
     num_processes = count_devices(cfg.trainer.devices, cfg.trainer.accelerator)
     if not OmegaConf.is_list(cfg.trainer.devices):
@@ -256,4 +326,6 @@ def _join_quietly() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from recipes import train as by_its_name  # by which processes elsewhere find what they are to call
+
+    by_its_name.main()

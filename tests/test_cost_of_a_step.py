@@ -39,9 +39,9 @@ class Counting(L.Callback):
             self.steps.append(dict(self._open.count))
 
 
-def _steady(layout: str) -> list[dict[str, int]]:
+def _steady(layout: str, **options: Any) -> list[dict[str, int]]:
     counting = Counting()
-    strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None)
+    strategy = HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None, **options)
     quiet = {**QUIET, "log_every_n_steps": 1000, "max_epochs": 1}
     trainer = L.Trainer(**quiet, devices=2, strategy=strategy, callbacks=[counting])
     trainer.fit(models.Classifier(), DataLoader(samples(), batch_size=4))
@@ -64,3 +64,16 @@ def _steady(layout: str) -> list[dict[str, int]]:
 def test_a_plain_step_costs_no_more_than_its_layout(layout: str, expected: dict[str, int]) -> None:
     for steps in run_on_ranks(2, _steady, layout):
         assert steps == [expected] * 3
+
+
+def _looked_at() -> list[list[dict[str, int]]]:
+    return [
+        _steady("dp_replicate=2", on_nonfinite="skip", on_spike="report"),
+        _steady("dp_replicate=2", replay_every_n_steps=5),
+    ]
+
+
+def test_looking_at_a_step_costs_one_all_reduce_and_a_replay_the_step_once_more() -> None:
+    for looked_at, replayed in run_on_ranks(2, _looked_at):
+        assert looked_at == [{"all-reduce": 3}] * 3
+        assert replayed == [{"all-reduce": 2}, {"all-reduce": 3, "all-gather": 2}, {"all-reduce": 2}]

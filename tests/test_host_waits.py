@@ -132,7 +132,10 @@ class Counting(L.Callback):
 
 
 class Bar(ProgressBar):
-    """Reads what it would show after each batch."""
+    """Reads what it would show after each batch, on each rank."""
+
+    def disable(self) -> None:
+        """Not on any."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
         assert isinstance(self.get_metrics(trainer, pl_module)["loss_step"], float)
@@ -186,7 +189,7 @@ def _waits(layout: str | None, logs: Logs) -> list[tuple[int, str]]:
 )
 def test_a_steady_step_waits_as_often_as_in_one_process(layout: str, num_ranks: int, logs: Logs) -> None:
     of_one = [number for number, _ in _waits(None, logs)]
-    assert of_one == [1] * 4 if logs.bar else (sum(of_one) > 0) == (logs.every == 2)
+    assert min(of_one) > 0 if logs.bar else (sum(of_one) > 0) == (logs.every == 2)
     for rank in run_on_ranks(num_ranks, _waits, layout, logs):
         assert [number for number, _ in rank] == of_one, "\n".join(places for _, places in rank)
 

@@ -47,7 +47,7 @@ def foreign(folder: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("lightning_dist", ["timeline", "weights"]),
+        ("lightning_dist", ["timeline", "weights", "slurm", "ray"]),
         ("recipes", ["recipes", "huggingface", "benchmark"]),
         ("tests", ["test"]),
     ],

@@ -22,13 +22,14 @@ class BackgroundSaves:
 
     Attributes:
         memory: for the copy of the state that is written; held as long as this is.
+        path: of the last one.
     """
 
     def __init__(self) -> None:
         self.memory = HostMemory()
         self._group: Any = None
         self._thread: threading.Thread | None = None
-        self._path: Path | None = None
+        self.path: Path | None = None
         self._error: BaseException | None = None
         self._afterwards: list[Callable[[], None]] = []
 
@@ -40,7 +41,7 @@ class BackgroundSaves:
         self.memory.synchronize()
         if self._group is None and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
-        self._path = path
+        self.path = path
         index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._thread = threading.Thread(target=self._run, args=(save, index), name="save checkpoint")
         self._thread.start()
@@ -65,8 +66,13 @@ class BackgroundSaves:
     def _act(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except (OSError, ValueError) as error:  # on one rank: raised, it would leave the others waiting
+        except Exception as error:  # on one rank: raised, it would leave the others waiting
             rank_zero_warn(str(error))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a save in flight, or one that has ended and was not waited for."""
+        return self._thread is not None
 
     def wait(self) -> None:
         """Returns when nothing is in flight; an OSError or RuntimeError on every rank if the save failed."""
@@ -78,7 +84,7 @@ class BackgroundSaves:
         actions, self._afterwards = self._afterwards, []
         error, self._error = self._error, None
         if error is not None:
-            error.add_note(f"in the background, while {self._path} was saved; earlier checkpoints are left")
+            error.add_note(f"in the background, while {self.path} was saved; earlier checkpoints are left")
             raise error
         for action in actions:
             self._act(action)

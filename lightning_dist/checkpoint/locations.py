@@ -36,6 +36,9 @@ METADATA = ".metadata"
 CHECKSUMS = "checksums.json"
 """Size in bytes and CRC-32 of each file of a directory, by name."""
 
+SNAPSHOT = "snapshot.pkl"
+"""What a snapshot in memory has beside the parts of its ranks, see :mod:`lightning_dist.checkpoint.snapshot_read`."""
+
 SAFETENSORS, CONFIG, WEIGHTS = ".safetensors", "config.json", "model.safetensors"
 
 _WEIGHTS = (WEIGHTS, "pytorch_model.bin")
@@ -288,6 +291,8 @@ def format_of(path: Path) -> Format:
         raise FileNotFoundError(f"Checkpoint file not found: {path}")
     if not path.is_dir():
         return "weights" if path.suffix == SAFETENSORS else "single"
+    if (path / SNAPSHOT).is_file():
+        return "sharded"
     has_rest, has_index = (path / REST).is_file(), (path / METADATA).is_file()
     if has_rest and has_index:
         return "sharded"

@@ -91,10 +91,14 @@ def load_model_state(
 
 def parameter_names(module: Module) -> dict[Tensor, str]:
     """The plain model's name of each of the module's parameters, of a tied one the first."""
-    for part in module.modules():
+    # without torch's sets of modules: one of torchmetrics takes long to be hashed
+    for _, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, FSDPModule):  # which may still hold, after a forward, gathered parameters for its own
             part.reshard()
-    return {parameter: _plain(name) for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, _plain(name))
+    return names
 
 
 def origin(source: object) -> str:

@@ -17,6 +17,7 @@ from lightning_dist.checkpoint.module_state import model_state, parameter_names
 from lightning_dist.checkpoint.sharded_load import open_sharded, read_sharded
 from lightning_dist.checkpoint.sharded_save import Shards, save_sharded
 from lightning_dist.checkpoint.single_file import StageRanks, gather_state, read_single, save_single, with_other_stages
+from lightning_dist.checkpoint.snapshot_read import on_this_node
 from lightning_dist.checkpoint.weights import for_module, read_safetensors
 from lightning_dist.collectives import broadcast_object, global_rank, raise_on_all_ranks
 
@@ -29,6 +30,7 @@ def save(
     write: Callable[[dict[str, Any], Path], None] | None = None,
     stages: StageRanks | None = None,
     background: BackgroundSaves | None = None,
+    then: Callable[[], None] | None = None,
 ) -> None:
     """Writes Lightning's checkpoint dictionary. Every rank calls this; the path is rank 0's.
 
@@ -44,6 +46,7 @@ def save(
         stages: the ranks that hold the stages of the module; None without a pipeline.
         background: writes while the training goes on, once the checkpoint has been copied to host memory. Default: this
             returns when the checkpoint is written.
+        then: called on every rank when the checkpoint is complete; in the background, in its thread.
 
     Raises:
         OSError, RuntimeError: on every rank, if any can't write, or could not write the last one in the background.
@@ -54,19 +57,25 @@ def save(
         background.wait()
     if stages is not None:
         checkpoint = with_other_stages(checkpoint, stages)
+    write_it: Callable[..., None]
     if sharded:
         shards = Shards.of(checkpoint, global_rank() == 0 if stages is None else stages.writes)
-        if background is None:
-            save_sharded(shards, path)
-        else:
-            background.start(path, partial(save_sharded, shards.copied(background.memory), path))
-        return
-    whole = gather_state(checkpoint, stages)
-    if background is None:
-        save_single(whole, path, write)
+        write_it = partial(save_sharded, shards if background is None else shards.copied(background.memory), path)
     else:
-        copied = background.memory.snapshot(whole, of=dict(checkpoint))
-        background.start(path, partial(save_single, copied, path, write))
+        whole = gather_state(checkpoint, stages)
+        if background is not None:
+            whole = background.memory.snapshot(whole, of=dict(checkpoint))
+        write_it = partial(save_single, whole, path, write)
+    if background is None:
+        _write(write_it, then)
+    else:
+        background.start(path, partial(_write, write_it, then))
+
+
+def _write(write: Callable[..., None], then: Callable[[], None] | None, *group: Any) -> None:
+    write(*group)
+    if then is not None:
+        then()
 
 
 def load(
@@ -102,7 +111,7 @@ def load(
     """
     path = locations.as_path(broadcast_object(path))
     with raise_on_all_ranks(f"read checkpoint {path}"):
-        path = locations.resolve_swap(path)
+        path = locations.resolve_swap(on_this_node(path))
         format = locations.format_of(path)
     if format == "sharded":
         if when_used:

@@ -15,16 +15,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from lightning_dist.checkpoint.checksums import UNRELATED, ChecksumFileSystem, verify_directory
 from lightning_dist.checkpoint.lazy_tensors import OnDisk
 from lightning_dist.checkpoint.locations import CHECKSUMS, METADATA, REST, DamagedCheckpoint
 from lightning_dist.checkpoint.sharded_save import FORMAT, MARKER, checkpointable, put_at
 from lightning_dist.checkpoint.single_file import check_sizes, load_pickled
+from lightning_dist.checkpoint.snapshot_read import is_snapshot, read_snapshot
 from lightning_dist.collectives import global_rank, num_ranks, raise_on_all_ranks
 from lightning_dist.compat.torch import CLASSES_OF_A_DCP_INDEX
-from lightning_dist.dtensors import empty_like_layout, on_tensor_axis
+from lightning_dist.dtensors import empty_like_layout, local_part, on_tensor_axis
 from lightning_dist.placeholder import is_placeholder, placeholder
 from lightning_dist.pytree import Path as TreePath
 from lightning_dist.pytree import map_leaves
@@ -57,6 +59,8 @@ class Directory:
         Raises:
             ValueError: incomplete, damaged, of a newer format, or one that claims what its files do not hold.
         """
+        if is_snapshot(path):
+            return cls(path, *read_snapshot(path))
         verify_directory(path, {REST, METADATA}, 0, 1)
         rest = load_pickled(path / REST, weights_only)
         check_sizes(rest, path / REST)
@@ -324,7 +328,8 @@ def read_into_targets(path: Path, targets: dict[str, Any], index: Metadata, weig
     """Fills tensors in place; placeholders stay, and ``None`` becomes what is no tensor. Nothing is communicated."""
     held = {key: target for key, target in sorted(targets.items()) if not is_placeholder(target)}
     memory = {key: checkpointable(target) if on_tensor_axis(target) else target for key, target in held.items()}
-    reader, planner = _IndexedReader(path), _FlatPlanner(weights_only)
+    reader = _MappedReader(path, memory) if is_snapshot(path) else _IndexedReader(path)
+    planner = _FlatPlanner(weights_only)
     try:
         # the steps of dcp.load in one process, which warns then: a filter of warnings would hold for all threads
         planner.set_up_planner(memory, index, is_coordinator=True)
@@ -345,6 +350,36 @@ class _IndexedReader(dcp.FileSystemReader):
     def __init__(self, path: Path) -> None:
         super().__init__("")
         self.fs, self.path = ChecksumFileSystem(), path
+
+
+class _MappedReader(_IndexedReader):
+    """Copies what a snapshot has mapped.
+
+    Args:
+        path: of the snapshot.
+        targets: what is filled, by key.
+    """
+
+    def __init__(self, path: Path, targets: Mapping[str, Any]) -> None:
+        super().__init__(path)
+        self._targets = targets
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills all that is planned, and no less."""
+        values: dict[str, int] = {}
+        for item in plan.items:
+            ranges = zip(item.storage_offsets, item.lengths, strict=True)
+            block = self.storage_data[item.storage_index][tuple(slice(begin, begin + n) for begin, n in ranges)]
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(block)
+            planner.commit_tensor(item, target)
+            values[item.dest_index.fqn] = values.get(item.dest_index.fqn, 0) + block.numel()
+        for key, target in self._targets.items():
+            if values.get(key, 0) != local_part(target).numel():
+                raise ValueError(f"of {key} it has {values.get(key, 0)} values of {local_part(target).numel()}")
+        done = Future[None]()
+        done.set_result(None)
+        return done
 
 
 class _FlatPlanner(DefaultLoadPlanner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -209,3 +210,17 @@ def remove_fully_shard(unit: nn.Module) -> None:
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """The timeout of a group's collectives for tensors of a device."""
     return group._get_backend(device).options._timeout
+
+
+@uses("torch._C._distributed_c10d._dump_fr_trace_json", "torch._C._distributed_c10d._dump_nccl_trace_json")
+def unfinished_collectives() -> list[dict[str, Any]]:
+    """What torch's flight recorder has of collectives that this rank has not seen the end of, oldest first: with
+    ``profiling_name``, ``process_group`` (name and description), ``time_created_ns``, ``timeout_ms``.
+
+    On gloo, one that is done stays among them until somebody waits for it, and ``send`` and ``recv`` are not recorded.
+    """
+    recorder: Any = torch._C._distributed_c10d
+    names = ("_dump_fr_trace_json", "_dump_nccl_trace_json")  # a build without NCCL lacks the second
+    dumps = [json.loads(getattr(recorder, name)()) for name in names if hasattr(recorder, name)]
+    entries = [entry for dump in dumps for entry in dump.get("entries", ()) if not entry["retired"]]
+    return sorted(entries, key=lambda entry: entry["time_created_ns"])

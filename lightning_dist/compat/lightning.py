@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from datetime import timedelta
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties as set_device
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device as default_backend
 from lightning.fabric.utilities.distributed import _init_dist_connection
@@ -79,6 +81,12 @@ logger_connector = getter(f"{_PL}.Trainer._logger_connector", "what is told of b
 running_hook = getter(f"{_PL}.LightningModule._current_fx_name", "the hook that Lightning runs now, or None")
 results_of = getter(f"{_PL}.Trainer._results", "what a loop, or the one that runs, has logged; or None")
 epoch_names = method(f"{_RESULT}._ResultCollection._forked_name", "the names of a value; on_step=False")
+
+
+callback_metrics_of = getter(f"{_LOGGERS}._callback_metrics", "the values that callbacks and schedulers read, kept")
+set_has_batches = setter(
+    f"{_LOGGERS}._first_loop_iter", "says before a batch whether it is the epoch's first: False lets values add up"
+)
 
 
 @uses(f"{_LOGGERS}._first_loop_iter")
@@ -158,6 +166,31 @@ class _GatheringLauncher(_MultiProcessingLauncher):
 def started_processes(launcher: Any) -> list[Any]:
     """The processes that a script's launcher has started, of this machine."""
     return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+_OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script._ChildProcessObserver"
+
+
+@uses(_OBSERVER, f"{_OBSERVER}._child_processes")
+def stop_observing_processes() -> None:
+    """Lets processes that a script's launcher started end before this one: Lightning kills it where one of them has
+    ended with another status than 0.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
+
+
+signal_connector = getter(f"{_PL}.Trainer._signal_connector", "what handles signals while a run goes on")
+checkpoint_connector = getter(
+    f"{_PL}.Trainer._checkpoint_connector", "what loads the checkpoint that a run goes on from"
+)
+
+
+@uses(f"{_PL}.Trainer._signal_connector")
+def set_received_sigterm(trainer: Any, received: bool) -> None:
+    """Sets what ``trainer.received_sigterm`` gives."""
+    trainer._signal_connector.received_sigterm = received
 
 
 # --- the strategy, its module and optimizers ---
@@ -263,6 +296,18 @@ def limits_of(loop: Any) -> list[int | float]:
     return loop.max_batches if hasattr(loop, "_predictions") else loop._max_batches
 
 
+@uses(f"{_EVALUATION}._evaluation_step", f"{_PREDICTION}._predict_step")
+def batch_method(loop: Any) -> str:
+    """The name of the method by which an evaluation or prediction loop runs a batch, hooks and logs included."""
+    return "_predict_step" if hasattr(loop, "_predictions") else "_evaluation_step"
+
+
+@uses(f"{_EVALUATION}._data_fetcher", f"{_PREDICTION}._data_fetcher")
+def is_last_evaluated(loop: Any) -> bool:
+    """Whether an evaluation or prediction loop has no batch left after the one that ran."""
+    return bool(loop._data_fetcher.done)
+
+
 # --- loaders ---
 
 DATASET_LENGTH = name_of(f"{_COMBINED}._dataset_length", "the method by which a finder knows the largest batch")
@@ -319,6 +364,38 @@ def forget_loader_states(fit_loop: Any) -> None:
 
 is_of_tuner = getter(f"{_PL}.callbacks.LearningRateFinder._early_exit", "whether a Tuner made it, which ends the run")
 hands_on({f"{_PL}.callbacks.BatchSizeFinder._early_exit": "whether a Tuner made the finder"})
+checkpoint_connector = getter(f"{_PL}.Trainer._checkpoint_connector", "what restores a checkpoint of ckpt_path")
+
+
+def dump_checkpoint(trainer: Any) -> dict[str, Any]:
+    """All that Lightning puts into a checkpoint, hooks of the user's called."""
+    checkpoint: dict[str, Any] = checkpoint_connector(trainer).dump_checkpoint(weights_only=False)
+    return checkpoint
+
+
 last_checkpoints = method(
     f"{_PL}.callbacks.ModelCheckpoint._find_last_checkpoints", "the files to choose from for ckpt_path='last'"
 )
+
+_CHECKPOINTS = f"{_PL}.callbacks.ModelCheckpoint"
+SAVE_LAST = name_of(f"{_CHECKPOINTS}._save_last_checkpoint", "the method by which a callback saves the last checkpoint")
+SAVE_METHODS = (
+    name_of(f"{_CHECKPOINTS}._save_topk_checkpoint", "the method by which a callback saves one of the best, or each"),
+    SAVE_LAST,
+)
+monitor_candidates = method(f"{_CHECKPOINTS}._monitor_candidates", "the values by which a callback names its files")
+
+_KEPT = ("current_score", "best_k_models", "kth_best_model_path", "kth_value", "best_model_score", "best_model_path")
+_SAVED = ("last_model_path", "_last_checkpoint_saved", "_last_global_step_saved")
+
+
+@uses(f"{_CHECKPOINTS}._last_checkpoint_saved", f"{_CHECKPOINTS}._last_global_step_saved")
+def kept_files(callback: Any) -> dict[str, Any]:
+    """What a checkpoint callback knows of the files that it keeps; see :func:`set_kept_files`."""
+    known = {name: vars(callback)[name] for name in (*_KEPT, *_SAVED) if name in vars(callback)}
+    return {**known, "best_k_models": dict(callback.best_k_models)}
+
+
+def set_kept_files(callback: Any, known: dict[str, Any]) -> None:
+    """Puts back what :func:`kept_files` gave."""
+    vars(callback).update(known)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_dist.compat.fabric import Stateful
 from lightning_dist.compat.torch import StandsForLoader
+from lightning_dist.data.global_batch import Division
 from lightning_dist.data.samplers import loader_seed
 from lightning_dist.data.sharding import distributed_sampler, items_of_batch
 from lightning_dist.data.streams import DistributedStream
@@ -250,9 +251,25 @@ class TrainingData:
     def _batches_of(self, items: float) -> float:
         if not math.isfinite(items):
             return items
-        drops = getattr(getattr(self.loader, "batch_sampler", None), "drop_last", False)
+        batches = getattr(self.loader, "batch_sampler", None)
+        drops = getattr(batches, "drop_last", False)
         each = math.ceil(items / self._num_data_ranks) if self.order is None else self.order.of_each(int(items))
+        if self.order is not None and (count := getattr(batches, "batches_of", None)) is not None:
+            return count(each)
         return each // self.batch_size if drops else math.ceil(each / self.batch_size)
+
+    def weight(self, division: Division, given: int) -> float:
+        """See :meth:`Division.weight`, of this rank's next batch after so many since it began here; 1 where nothing
+        says how many items an epoch has.
+        """
+        if self.order is not None:
+            size, drops = sized_len(self.order.source), self.order.drops_last
+        else:
+            each = sized_len(getattr(self._user_loader, "sampler", None))
+            size, drops = each and each * self._num_data_ranks, bool(getattr(self._user_loader, "drop_last", False))
+        return (
+            1.0 if size is None else division.weight(self._start // self._step + given, size, drops, self.order is None)
+        )
 
     def taken(self, given: int, starts_over: bool) -> int:
         """By all ranks of the epoch, after so many batches of this rank since it began here.
@@ -263,6 +280,15 @@ class TrainingData:
         if starts_over and given > self.left:
             given, start = int((given - self.left) % self._batches_of(self._size)), 0
         return int(min(start + given * self._step, self._size))
+
+    def samples_of(self, first: int, last: int) -> list[Any] | None:
+        """The indices of this rank's samples in batches of this epoch, by Lightning's count of them; None where the
+        loader is not sharded by the strategy, or has come to its end and begun again.
+        """
+        if self.order is None:
+            return None
+        items = self.order.mine[max(0, first - self.done) * self.batch_size : (last + 1 - self.done) * self.batch_size]
+        return [index for item in items for index in (item if isinstance(item, list) else [item])] or None
 
     def state(self, done: int, ended: bool, ahead: bool) -> Any:
         """The loader's own state at Lightning's count of batches; where the strategy shards it, that of its order.

@@ -28,13 +28,17 @@ class Shares:
     rank: int
     total: float = math.inf
     """Of the last iteration, once they are known."""
-    _drop_last = False
+    unit: int | None = None
+    """What is left over at the end is filled up, or cut, to a multiple of this; None: of the number of data ranks."""
+    drops_last = False
     _limit: float | None = math.inf
     """Of all ranks together; None until it is said."""
 
     def of_each(self, items: int) -> int:
         """How many of so many items each data rank takes."""
-        return items // self.num_replicas if self._drop_last else math.ceil(items / self.num_replicas)
+        unit = self.unit or self.num_replicas
+        units = items // unit if self.drops_last else math.ceil(items / unit)
+        return units * unit // self.num_replicas
 
     def limit(self, items: float) -> float:
         """All ranks together take the first so many items; returns how many this one takes at most."""
@@ -62,6 +66,8 @@ class DistributedOrder(Shares, Sampler[Any]):
         """What all ranks together took of the epoch before; the next iteration shards the rest."""
         self.told_by_lightning: Any = None
         """A sampler that Lightning finds by itself, and tells the epoch."""
+        self.mine: list[Any] = []
+        """This rank's, of the iteration that began last."""
         self._source: Iterator[Any] | None = None
         """The user's sampler's, in the iteration that runs."""
         self._drawn: dict[str, Any] | None = None
@@ -79,12 +85,12 @@ class DistributedOrder(Shares, Sampler[Any]):
                 inner(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_source": None}  # an iteration that runs can't be sent, or copied
+        return {**vars(self), "_source": None, "mine": []}  # an iteration that runs can't be sent, or copied
 
     def __iter__(self) -> Iterator[Any]:
         order = self._repeat() if self._to_repeat is not None else self._draw(self.epoch)
         rest, self.taken = order[self.taken :], 0
-        mine = self._mine(order, rest)
+        self.mine = mine = self._mine(order, rest)
         if len(mine) * self.num_replicas > len(rest):  # one process comes to the end within a batch
             self._end_source()
         return self._until_end(mine)
@@ -178,7 +184,7 @@ class DistributedSamples(DistributedOrder):
 
     def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__(source, num_replicas, rank, seed)
-        self._drop_last = drop_last
+        self.drops_last = drop_last
 
     def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
         total = self.of_each(len(rest)) * self.num_replicas
@@ -216,9 +222,7 @@ class DistributedBatches(DistributedOrder):
             rest = rest[: int(self._limit)]
         self.total = len(rest)
         mine = rest[self.rank :: self.num_replicas]
-        if len(mine) < self.of_each(len(rest)):
-            mine.append(order[0])
-        return mine
+        return mine + order[:1] * (self.of_each(len(rest)) - len(mine))
 
     def __getattr__(self, name: str) -> Any:
         # what Lightning and users ask of a batch sampler: batch_size, drop_last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from lightning_dist.data.streams import tensor_bytes
 from lightning_dist.pytree import tree_leaves
 
 
-def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: RunningStage | None) -> DataLoader:
+def shard_loader(
+    loader: DataLoader,
+    num_replicas: int,
+    rank: int,
+    stage: RunningStage | None,
+    divide: Callable[[DataLoader], DataLoader] = lambda loader: loader,
+) -> DataLoader:
     """The loader of this data rank: the user's own order, with each rank's part of it.
 
     An evaluation loader has the length of one process until :meth:`DistributedBatches.limit` was called.
@@ -36,6 +43,7 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
         loader: the user's.
         num_replicas, rank: the number of data ranks, and this one.
         stage: Lightning's stage that the loader is for.
+        divide: gives a training loader's batches their size, once its samples are sharded.
 
     Raises:
         ValueError: there are fewer training samples than data ranks, or a ``DistributedSampler`` for other ranks.
@@ -53,16 +61,16 @@ def shard_loader(loader: DataLoader, num_replicas: int, rank: int, stage: Runnin
         for name in ("sampler", "batch_size", "drop_last"):  # a prediction writer may ask for them
             if hasattr(own, name):
                 vars(wrapper)[name] = getattr(own, name)
-        return _with_batch_sampler(loader, wrapper)
+        return with_batch_sampler(loader, wrapper)
     if stage == RunningStage.TRAINING:
-        loader = _shard_training(loader, num_replicas, rank, seed)
+        loader = divide(_shard_training(loader, num_replicas, rank, seed))
     elif loader.batch_sampler is None:  # automatic batching is off: the sampler yields whole batches or single samples
         batches = DistributedBatches(loader.sampler, num_replicas, rank, seed, limited=True)
         loader = with_sampler(loader, batches, stage)
     else:
         batches = DistributedBatches(loader.batch_sampler, num_replicas, rank, seed, limited=True)
         batches.told_by_lightning = loader.sampler
-        loader = _with_batch_sampler(loader, batches)
+        loader = with_batch_sampler(loader, batches)
     return _with_seeds(loader)
 
 
@@ -80,14 +88,14 @@ def _with_seeds(loader: DataLoader) -> DataLoader:
     own = loader.worker_init_fn is not None or "PL_GLOBAL_SEED" not in os.environ
     if own or order is None or not loader.num_workers or loader.batch_sampler is None:
         return loader
-    return _with_batch_sampler(loader, SeededBatches(loader.batch_sampler, order, items_of_batch(loader)))
+    return with_batch_sampler(loader, SeededBatches(loader.batch_sampler, order, items_of_batch(loader)))
 
 
 def _shard_training(loader: DataLoader, num_replicas: int, rank: int, seed: int) -> DataLoader:
     # a loader that made its batch sampler itself knows its batch size
     if loader.batch_sampler is not None and loader.batch_size is None:
         _validate_count(sized_len(loader.batch_sampler), "batches", num_replicas)
-        return _with_batch_sampler(loader, DistributedBatches(loader.batch_sampler, num_replicas, rank, seed))
+        return with_batch_sampler(loader, DistributedBatches(loader.batch_sampler, num_replicas, rank, seed))
     _validate_count(sized_len(loader.sampler), "samples", num_replicas)
     samples = DistributedSamples(loader.sampler, num_replicas, rank, seed, loader.drop_last)
     return with_sampler(loader, samples)
@@ -101,7 +109,8 @@ def _validate_count(count: int | None, what: str, num_replicas: int) -> None:
         )
 
 
-def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
+def with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
+    """The same loader, whose batches are others from here on."""
     # DataLoader forbids setting it; Lightning would make the sampler anew from its class, which loses the user's
     object.__setattr__(loader, "batch_sampler", batch_sampler)
     return loader

@@ -49,7 +49,7 @@ class DistributedStream(StandsForLoader, Shares):
     ) -> None:
         super().__init__(loader)
         self.num_replicas, self.rank, self._random = num_replicas, rank, random
-        self._drop_last, self._limit = drop_last, None if limited else math.inf
+        self.drops_last, self._limit = drop_last, None if limited else math.inf
         if sized_len(loader) is not None:
             self.__class__ = _SizedStream
 
@@ -61,7 +61,7 @@ class DistributedStream(StandsForLoader, Shares):
             mine, size = self._round(batches, done)
             if size < self.num_replicas:
                 self.total = done + size
-                if not size or self._drop_last:
+                if not size or self.drops_last:
                     return
                 mine = mine or first or self._head
             first = first or mine

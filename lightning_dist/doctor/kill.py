@@ -24,9 +24,8 @@ from lightning_dist.elastic import WorkerFailed, launch
 KILLED_IN = 4
 """The step in whose middle the rank ends; those before are saved, the last of them within an epoch."""
 
-PROMPT = 60.0
-"""Seconds in which the others have to end. Those that wait for the dead rank in a collective take the 30 that
-torch.multiprocessing gives them between SIGTERM and SIGKILL (seen in torch 2.14)."""
+PROMPT = 10.0
+"""Seconds in which the others have to end; the agent kills them at once."""
 
 
 class Killed(Callback):

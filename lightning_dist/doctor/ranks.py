@@ -25,7 +25,7 @@ from typing import Any
 
 from lightning_dist.doctor.failures import RankFailure, failures_told, silence_told
 from lightning_dist.doctor.settings import Settings, num_cores
-from lightning_dist.elastic.launch import end_with_launching_process, leave_fork_server, leave_process_group
+from lightning_dist.elastic.rank import end_with_launching_process, leave_fork_server, leave_process_group
 
 PATIENCE = 10.0
 """Seconds that the other ranks get when one has failed."""

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from lightning_dist.compat.distributed import default_store, num_collectives
 from lightning_dist.compat.lightning import started_processes
+from lightning_dist.elastic.failures import is_of_lost_peer
 
 # In seconds
 GRACE = 5.0  # for the other processes of a script to end by themselves, so that the first to fail can say why
@@ -35,9 +36,6 @@ AT_ONCE = 2.0  # within which ranks that met an exception alike leave the run
 PATIENCE = 30.0  # for others to leave a run too that a rank left by an exception, and lives on
 LONGEST = 600.0  # the same, for others that are leaving it
 _POLL = 0.05
-
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
-"""Gloo's words (seen in torch 2.14)."""
 
 
 class _Runs:
@@ -93,11 +91,10 @@ def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, l
         exception: by which it leaves, if it does.
         launcher: of the strategy. Where it started processes and this run fails, they end with this process.
     """
-    if started := started_processes(launcher):
-        _Runs.children = started
+    note_children(launcher)
     if exception is not None and _Runs.children:
-        atexit.unregister(_end_children)
-        atexit.register(_end_children)
+        atexit.unregister(end_children)
+        atexit.register(end_children)
     if not _Runs.is_on:
         return
     _Runs.is_on = bool(_Runs.outer)
@@ -110,12 +107,18 @@ def end_run(groups: Mapping[str, Any], exception: BaseException | None = None, l
         _Runs.number = _Runs.outer.pop()
 
 
+def note_children(launcher: Any) -> None:
+    """The launcher of a strategy may have started the processes of the other ranks."""
+    if started := started_processes(launcher):
+        _Runs.children = started
+
+
 def _say_how_it_left(groups: Mapping[str, Any], exception: BaseException | None) -> None:
     if (store := _store()) is None:
         return
     counts = {name: num_collectives(group) for name, group in groups.items()}
     store.set(_key(dist.get_rank()), json.dumps({"by": _Runs.left, "collectives": counts}))
-    if exception is not None and not _is_of_lost_peer(exception):
+    if exception is not None and not is_of_lost_peer(exception):
         threading.Thread(target=_watch, args=(_Runs.number, _words(exception)), daemon=True).start()
 
 
@@ -146,7 +149,7 @@ def _meet_after(left: str) -> None:
             "together; start the processes anew, or raise what ends a run on all ranks at the same place "
             "(trainer.strategy.reduce_boolean_decision)"
         )
-    atexit.unregister(_end_children)
+    atexit.unregister(end_children)
 
 
 def left_together() -> bool:
@@ -208,7 +211,7 @@ def _watch(number: int, left: str) -> None:
             absent, longest = _still_in(number)
         if absent:
             print(f"\n{_told_of(absent, left)}. It ends now.", file=sys.stderr, flush=True)
-            _end_children(0)
+            end_children(0)
             os._exit(1)
 
 
@@ -221,7 +224,7 @@ def _still_in(number: int) -> tuple[list[int], float]:
     return absent, _longest(store, number, absent)
 
 
-def _end_children(grace: float = GRACE) -> None:
+def end_children(grace: float = GRACE) -> None:
     """Ends the processes that this one started, when it ends after it failed, some seconds later: where the backend
     notices a lost peer (gloo), they fail by themselves and show why; elsewhere they wait for a collective's timeout.
     """
@@ -251,7 +254,7 @@ def _tell_why_it_ended(exception: BaseException) -> None:
     with contextlib.suppress(RuntimeError):  # the store may be gone as well
         if (store := _store()) is None:
             return
-        if _is_of_lost_peer(exception):
+        if is_of_lost_peer(exception):
             with contextlib.suppress(RuntimeError):
                 store.wait([_key()], timedelta(seconds=2))
         if store.check([_key()]):
@@ -275,7 +278,3 @@ def _key(rank: int | None = None, number: int | None = None) -> str:
     """The key of the first words that ended a run, or of how one rank left it."""
     run = f"lightning_dist/ended/{_Runs.number if number is None else number}"
     return run if rank is None else f"{run}/{rank}"
-
-
-def _is_of_lost_peer(exception: BaseException) -> bool:
-    return isinstance(exception, RuntimeError) and any(words in str(exception) for words in _LOST)

@@ -132,6 +132,10 @@ class StepLogs:
         for results in collections_of(self.trainer):
             self._noted.attach(results, patches)
 
+    def note_epoch(self, keys: list[str]) -> None:
+        """Of values of a training epoch that an earlier run logged."""
+        self._results.of_epoch[id(private.results_of(self.trainer.fit_loop.epoch_loop))].update(keys)
+
     @property
     def repeats(self) -> bool:
         """Whether the evaluation batch that runs is one that another rank counts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,13 +33,21 @@ def undone(module: nn.Module, writes: Iterable[nn.Parameter] = ()) -> Iterator[N
     """Puts back what a module changes meanwhile: buffers, attributes, what is in them, states of metrics; and the
     parameters that it ``writes`` to.
     """
+    undo = undo_of(module, writes)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def undo_of(module: nn.Module, writes: Iterable[nn.Parameter] = ()) -> Callable[[], None]:
+    """What puts all that :func:`undone` names back to how it is now."""
     kept = [_Attributes(child) for child in module.modules()]
     tensors = [*(b for b in module.buffers() if not is_placeholder(b)), *writes]
     values = [tensor.detach().clone() for tensor in tensors]
     states = [(m, {k: copy.copy(v) for k, v in metric_state(m).values.items()}) for m in metrics_in(module)]
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for attributes in kept:
             attributes.restore()
         with torch.no_grad():
@@ -49,6 +57,8 @@ def undone(module: nn.Module, writes: Iterable[nn.Parameter] = ()) -> Iterator[N
         for metric, state in states:
             for name, before in state.items():
                 setattr(metric, name, before)
+
+    return undo
 
 
 class _Attributes:

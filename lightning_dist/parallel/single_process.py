@@ -27,6 +27,8 @@ class SingleProcessRunner:
 
     buffers: WrittenBuffers | None = None
     """Those that training writes, where there are several data ranks."""
+    weight = 1.0
+    """What the loss of the batch that runs is multiplied with before its backward."""
 
     def __init__(self, module: nn.Module, tensor: TensorAxis | None = None) -> None:
         self.module, self.tensor = module, tensor
@@ -98,6 +100,10 @@ class SingleProcessRunner:
 
     def validate_steps(self) -> None:
         """Raises what this rank has not looked at yet of the steps so far, on all ranks alike. Communication: none."""
+
+    def buffers_of_others(self) -> set[str]:
+        """Names of buffers that other stages of a pipeline change, which are not up to date here."""
+        return set()
 
     def share_buffers(self) -> None:
         """Makes buffers equal on all stages of a pipeline; called after :func:`average_buffers`."""

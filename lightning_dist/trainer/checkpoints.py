@@ -29,6 +29,8 @@ from lightning_dist.collectives import broadcast_object, raise_on_all_ranks
 from lightning_dist.compat import lightning as private
 from lightning_dist.plans.pretrained import DESCRIPTIONS, descriptions
 from lightning_dist.ranks import LayoutRanks
+from lightning_dist.trainer.callback_saves import CallbackSaves
+from lightning_dist.trainer.restart import Restart
 from lightning_dist.trainer.resume import Resume
 
 Format = Literal["auto", "single", "sharded"]
@@ -53,11 +55,13 @@ class Checkpoints:
         self,
         ranks: LayoutRanks,
         resume: Resume,
+        restart: Restart,
         options: CheckpointOptions,
         names_of_parts: Callable[[], Mapping[Tensor, str]] = dict,
     ) -> None:
         self.options, self.saves = options, BackgroundSaves()
-        self._ranks, self._resume, self._names_of_parts = ranks, resume, names_of_parts
+        self.callback_saves = CallbackSaves(ranks, self.saves)
+        self._ranks, self._resume, self._restart, self._names_of_parts = ranks, resume, restart, names_of_parts
         self._trainer: Any = None
         self._io: CheckpointIO = TorchCheckpointIO()
         self._begun = WeakSet[pl.LightningModule]()
@@ -136,7 +140,8 @@ class Checkpoints:
         """Every rank calls it. See :func:`lightning_dist.checkpoint.save` for what is communicated.
 
         In the background, it returns when the state has been copied to host memory; the next save, the end of the run,
-        an exception and a signal wait for the one in flight, and raise what it met.
+        an exception and a signal wait for the one in flight, and raise what it met. A callback's that the store refuses
+        is tried again, see :class:`CallbackSaves`.
         """
         checkpoint = self._resume.added_to(checkpoint)
         if described := descriptions(module):
@@ -146,14 +151,17 @@ class Checkpoints:
                 "Trainer.save_checkpoint(..., storage_options=...) needs a CheckpointIO that knows what to do with "
                 "them: pass one to the Trainer's plugins"
             )
-        checkpoints.save(
-            checkpoint,
-            path,
-            sharded=self.are_sharded,
-            write=partial(self._write, path, storage_options) if self._has_own_io else None,
-            stages=stage_ranks(self._ranks),
-            background=self.saves if self.options.in_background else None,
-        )
+        self.callback_saves.settle()
+        with self.callback_saves.refusals(path):
+            checkpoints.save(
+                checkpoint,
+                path,
+                sharded=self.are_sharded,
+                write=partial(self._write, path, storage_options) if self._has_own_io else None,
+                stages=stage_ranks(self._ranks),
+                background=self.saves if self.options.in_background else None,
+                then=self._restart.recorder(path, checkpoint),
+            )
 
     def _write(self, path: private.Path, storage_options: Any | None, checkpoint: dict[str, Any], _: Path) -> None:
         self._io.save_checkpoint(checkpoint, path, storage_options=storage_options)
@@ -206,7 +214,7 @@ class Checkpoints:
             with raise_on_all_ranks(f"read checkpoint {path}"):
                 return self._io.load_checkpoint(path, weights_only=weights_only)
         is_whole = not self._is_set_up and not any(isinstance(p, DTensor) for p in self._module.parameters())
-        paths = [path, *self._older_than_last(path)]
+        paths = [path, *self._restart.older_than(path), *self._older_than_last(path)]
         while True:
             self._source = path = paths.pop(0)
             try:

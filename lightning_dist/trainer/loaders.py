@@ -16,13 +16,14 @@ from lightning_dist.compat import lightning as private
 from lightning_dist.data import DistributedBatches, DistributedStream, seed_loader, share_generator
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
+from lightning_dist.trainer.global_batch import GlobalBatch
 
 
 class Loaders:
     """Shards the loaders of a run over the data ranks, and knows whose each batch of an evaluation is."""
 
-    def __init__(self, ranks: LayoutRanks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: LayoutRanks, batch: GlobalBatch) -> None:
+        self._ranks, self._batch = ranks, batch
         self._trainer: Any = None
         self._prepared = WeakKeyDictionary[object, object]()
         """Loaders as Lightning prepared them, by what is iterated in their place."""
@@ -59,10 +60,13 @@ class Loaders:
         if wanted and data.is_stream(dataloader):
             dataloader = self._shard_stream(dataloader, mode)
         elif wanted and isinstance(dataloader, DataLoader):
-            dataloader = data.shard_loader(dataloader, ranks.num_data_ranks, ranks.data_rank, mode)
+            divide = self._batch.divided
+            dataloader = data.shard_loader(dataloader, ranks.num_data_ranks, ranks.data_rank, mode, divide)
             share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, ranks.data_rank)
+        if mode == RunningStage.TRAINING:
+            self._batch.take(dataloader)
         if ranks.num_data_ranks == 1 and dataloader is not prepared:
             self._prepared[dataloader] = prepared
             if isinstance(prepared, DataLoader) and isinstance(dataloader, DataLoader):

@@ -21,14 +21,22 @@ from lightning_dist.patches import Patches
 from lightning_dist.precision import make_agreeing
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.module_setup import ModuleSetup
+from lightning_dist.trainer.numbers import Numbers
 from lightning_dist.validation import validate_gradient_hooks, validate_lbfgs
 
 
 class Optimization:
-    """Stands between Lightning's optimisation of a fit and the gradients of the layout."""
+    """Stands between Lightning's optimisation of a fit and the gradients of the layout.
 
-    def __init__(self, ranks: LayoutRanks, setup: ModuleSetup) -> None:
-        self._ranks, self._setup = ranks, setup
+    ``weight_of_batch`` gives what the loss of the batch that runs counts beside others; but for the end of an epoch in
+    a run that goes on with other ranks, 1.
+    """
+
+    def __init__(
+        self, ranks: LayoutRanks, setup: ModuleSetup, numbers: Numbers, weight_of_batch: Callable[[], float]
+    ) -> None:
+        self._ranks, self._setup, self._numbers = ranks, setup, numbers
+        self._weight_of_batch = weight_of_batch
         self.gradient_norm: Tensor | None = None
         """Norm of the gradients before the last clipping by norm; the same on every rank."""
         self._precision: Any = None
@@ -62,7 +70,7 @@ class Optimization:
         # a forward pass without a backward leaves a root gathered: the step must not go on beside the gathered copy
         self._patches.also(optimizer.register_step_pre_hook(lambda *_: self._setup.reshard()).remove)
 
-    def before_training_step(self) -> None:
+    def before_training_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps buffers equal on the data ranks and, at an epoch's first step, what hooks drew for parameters."""
         runner, ranks = self._setup.runner, self._ranks
         if ranks.mesh is not None and self._epoch_of_copies != (epoch := runner.module.trainer.current_epoch):
@@ -70,7 +78,9 @@ class Optimization:
             self._epoch_of_copies = epoch
             validate_gradient_hooks(runner.module, ranks.layout)
             make_parameters_equal(runner.module, ranks.mesh)
+        runner.weight = self._weight_of_batch()
         runner.before_training_step()
+        self._numbers.before_step(args, kwargs)
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Around a step whose gradients are only added up; but where a hook of the user's looks at them, reduced."""
@@ -86,12 +96,14 @@ class Optimization:
                 f"manual_backward(..., inputs=) under layout {self._ranks.layout}: gradients of some parameters alone "
                 "can't be reduced over the data ranks; freeze the others meanwhile (toggle_optimizer, requires_grad_)"
             )
-        self._has_run_backward = True
-        return self._setup.runner.before_backward(loss)
+        self._has_run_backward, runner = True, self._setup.runner
+        self._numbers.note_loss(loss)
+        return runner.before_backward(loss if runner.weight == 1 else loss * runner.weight)
 
     def _after_backward(self, original: Callable[..., Tensor], *args: Any) -> Tensor:
         """Wraps the plugin's method that calls ``on_after_backward``, which sees finished gradients."""
         self._setup.runner.after_backward()
+        self._numbers.after_backward()
         return original(*args)
 
     @contextmanager
@@ -143,6 +155,7 @@ class Optimization:
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         self.gradient_norm = gradients.clip_by_norm(self._precision.main_params(optimizer), clip_val)
+        self._numbers.note_norm(self.gradient_norm)
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         gradients.clip_by_value(self._precision.main_params(optimizer), clip_val)

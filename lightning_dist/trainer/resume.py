@@ -8,20 +8,18 @@ microsteps again.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lightning_dist.collectives import gather_objects
 from lightning_dist.compat import lightning as private
@@ -29,21 +27,9 @@ from lightning_dist.data import TrainingData
 from lightning_dist.patches import Patches
 from lightning_dist.random_states import RandomStates, kept_random_states, seed_generators
 from lightning_dist.ranks import LayoutRanks
+from lightning_dist.trainer.global_batch import GlobalBatch
 from lightning_dist.trainer.loaders import Loaders
-
-RESUME = "lightning_dist_resume"
-"""The entry of a checkpoint that says where the data and the random generators stood."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """How things stood when the batch after an optimizer step was asked for, or when the run began."""
-
-    random: RandomStates
-    batches: int
-    """That were done by then, of all epochs."""
-    buffers: dict[str, Tensor]
-    """Copies; only where gradients of several batches add up."""
+from lightning_dist.trainer.resume_entry import RESUME, Place, Step, copied, joined, set_back
 
 
 class Resume:
@@ -52,8 +38,10 @@ class Resume:
     ``share_buffers`` makes the module's buffers equal on all ranks, before they are saved.
     """
 
-    def __init__(self, ranks: LayoutRanks, loaders: Loaders, share_buffers: Callable[[], None]) -> None:
-        self._ranks, self._loaders, self._share_buffers = ranks, loaders, share_buffers
+    def __init__(
+        self, ranks: LayoutRanks, loaders: Loaders, batch: GlobalBatch, share_buffers: Callable[[], None]
+    ) -> None:
+        self._ranks, self._loaders, self._batch, self._share_buffers = ranks, loaders, batch, share_buffers
         self._trainer: Any = None
         self._patches = Patches()
         self.training_data: list[TrainingData] = []
@@ -69,12 +57,18 @@ class Resume:
         """Puts the loaders where the run goes on, until its first batch has begun."""
         self._is_plain = self._begun_in_place = False
         """Whether the checkpoint does not say where its data stood; whether the loaders have begun where it goes on."""
+        self._saves_at: dict[str, Any] = {}
+        self._random_of_save: RandomStates | None = None
+        """While the fit saves where it leaves, its place, and the generators that count instead of those of now."""
+        self._place: tuple[Place, Any] | None = None
+        """Where this run goes on, and with what its epoch has logged, until it has."""
 
     def attach(self, trainer: pl.Trainer, patches: Patches) -> None:
         """A run begins: from here on its loaders begin where it goes on, and each batch is noted."""
         self.training_data, self.last_step, self._to_resume, self._epoch = [], None, None, 0
         self._random_at_start = self._begin_again = None
         self._is_plain = self._begun_in_place = False
+        self._place = None
         self._trainer, self._patches = trainer, patches
         loop = trainer.fit_loop
         patches.wrap(loop, private.LOAD_LOADER_STATES, self._begin_loaders)
@@ -86,17 +80,33 @@ class Resume:
         """Whether each training batch has as many samples on every data rank, as all of them know."""
         return all(data.is_even for data in self.training_data)
 
+    def samples_of(self, first: int, last: int) -> list[Any] | None:
+        """Indices of this rank's samples in batches ``first`` to ``last`` of the epoch that runs, of one loader or of
+        several one after the other; None where the strategy does not shard them. Communication: none.
+        """
+        every = [data.samples_of(first, last) for data in self.training_data]
+        return None if None in every else [index for samples in every for index in samples or ()]
+
     def on_train_start(self) -> None:
         """Hooks have drawn what they draw before the first batch."""
         if self._random_at_start is not None:
             self._random_at_start.restore(self._ranks.device)
         self._to_resume = self._random_at_start = None
+        self._batch.on_train_start()
         self._note_step()
 
     def on_train_batch_start(self) -> None:
         """A batch begins."""
         self._begin_again = None
         self._note_epoch()
+
+    def weight_of_batch(self) -> float:
+        """What the loss of the batch that runs counts, see :meth:`~lightning_dist.data.Division.weight`."""
+        division = self._batch.division
+        if division is None or len(self.training_data) != 1:
+            return 1.0
+        data = self.training_data[0]
+        return data.weight(division, self._batches.current.ready - 1 - data.done)
 
     def _note_epoch(self) -> None:
         if (epoch := self._epochs.processed) > self._epoch:
@@ -122,7 +132,7 @@ class Resume:
         self.last_step = Step(RandomStates.now(self._ranks.device), self._batches.total.processed, buffers)
 
     @property
-    def _since_step(self) -> int:
+    def since_step(self) -> int:
         """Batches that were done since the last optimizer step, whose gradients are not in a checkpoint."""
         if self.last_step is None or not self._saves_training:
             return 0
@@ -156,24 +166,50 @@ class Resume:
             return {**checkpoint, RESUME: self._to_resume}
         if not self._saves_training or "optimizer_states" not in checkpoint:
             return checkpoint
+        checkpoint, own = self.of_this_rank(checkpoint)
+        every = gather_objects(own, self._ranks.data_group) if self._ranks.num_data_ranks > 1 else [own]
+        self._tell_of_other_orders([of_rank["loaders"] for of_rank in every])
+        return {**checkpoint, RESUME: {**joined(every), **self._saves_at}}
+
+    def of_this_rank(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The checkpoint with the loops taken back to the last optimizer step, and what :func:`joined` makes an entry
+        of it from: this rank's random states and place in its data. Nothing is communicated.
+        """
         assert self.last_step is not None
-        batches, since = self._batches, self._since_step
+        batches, since = self._batches, self.since_step
         at_step = since == 0 and self._between_batches
-        states = RandomStates.now(self._ranks.device) if at_step else self.last_step.random
+        now = self._random_of_save or RandomStates.now(self._ranks.device)
+        states = now if at_step else self.last_step.random
         position = self._position(since)
         done, ended = batches.current.processed - since, position["epoch"] > self._epoch
         ahead = private.fetches_ahead(self._trainer.fit_loop)
-        own = states.to_state(), [data.state(done, ended, ahead) for data in self.training_data]
-        every = gather_objects(own, self._ranks.data_group) if self._ranks.num_data_ranks > 1 else [own]
-        loops = copy.deepcopy(checkpoint["loops"])
-        _set_back(loops, since, self._ended_early)
-        random, loaders = (list(part) for part in zip(*every, strict=True))
-        self._tell_of_other_orders(loaders)
-        resume = {"random": random, "loaders": loaders, **position}
+        loaders = [data.state(done, ended, ahead) for data in self.training_data]
+        own = {"random": states.to_state(), "loaders": loaders, "data_rank": self._ranks.data_rank, **position}
+        loops = copied(checkpoint["loops"])
+        set_back(loops, since, self._ended_early)
         states_of_loaders = (data.plain_state(done, ended) for data in self.training_data)
         if plain := [state for state in states_of_loaders if state is not None]:
             loops["fit_loop"]["state_dict"]["combined_loader"] = plain
-        return {**checkpoint, "loops": loops, RESUME: resume}
+        return {**checkpoint, "loops": loops}, own
+
+    @contextmanager
+    def saving_at(self, place: Place, random: RandomStates | None, logged: Any) -> Iterator[None]:
+        """While it lasts, what is saved goes on at this place, with these generators if they are not as now, and with
+        what the epoch has logged. Within an accumulation it goes on with the batch after the last optimizer step.
+        """
+        self._saves_at = {"place": (Place.BATCH if self.since_step else place).value, "logged": logged}
+        self._random_of_save = random
+        try:
+            yield
+        finally:
+            self._saves_at, self._random_of_save = {}, None
+
+    def take_place(self) -> tuple[Place, Any] | None:
+        """Where the run goes on and what its epoch has logged, for its first batch; None from then on, and where
+        Lightning knows.
+        """
+        place, self._place = self._place, None
+        return place
 
     def _tell_of_other_orders(self, loaders: list[list[Any]]) -> None:
         """Where the ranks' samplers drew apart; said at a save, which has gathered what each drew."""
@@ -210,7 +246,7 @@ class Resume:
     def buffers_at_step(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's state dict, with the buffers of the last optimizer step, which may have to be made equal."""
         step = self.last_step
-        if step is None or not step.buffers or not self._since_step:
+        if step is None or not step.buffers or not self.since_step:
             return state
         buffers = dict(self._trainer.lightning_module.named_buffers())
         now = {name: buffer.detach().clone() for name, buffer in buffers.items()}
@@ -228,6 +264,8 @@ class Resume:
         if self._trainer.state.fn == TrainerFn.FITTING:
             self._to_resume = checkpoint.get(RESUME)
             self._is_plain = self._to_resume is None
+            saved = self._to_resume or {}
+            self._place = (Place(saved["place"]), saved["logged"]) if "place" in saved else None
 
     def _before_epoch(self, original: Callable[[Any], None], data_fetcher: Any) -> None:
         """Wraps Lightning's method that begins the loaders anew for all epochs but the first of a run.
@@ -237,6 +275,12 @@ class Resume:
         loop = self._trainer.fit_loop
         if self._begin_again is not None and not loop.is_resuming and not loop.epoch_loop.restarting:
             self._begin_again()
+        epochs = loop.epoch_progress
+        if epochs.current.started == epochs.current.processed:
+            # the first epoch after a checkpoint of the last batch of one: left uncounted, a checkpoint of its own last
+            # batch would be taken for one of the epoch before, and that epoch trained twice (seen in 2.6.6)
+            epochs.increment_ready()
+            epochs.increment_started()
         original(data_fetcher)
 
     def _set_up_data(self, original: Callable[[], None]) -> None:
@@ -245,10 +289,11 @@ class Resume:
         if self._goes_on and not self._begun_in_place:
             private.forget_loaders(loop)  # that somebody asked for (estimated_stepping_batches) before
         original()
+        self._batch.after_data()
         saved = self._to_resume if self._goes_on else None
         if saved is not None and self._random_at_start is None:
             # within an epoch that batch was there already when the run was saved
-            within = bool(saved["batches"])
+            within = bool(saved["batches"]) or saved.get("place") == Place.VALIDATION
             self._random_at_start = self._saved_random(saved) if within else RandomStates.now(self._ranks.device)
 
     @property
@@ -330,8 +375,9 @@ class Resume:
         if not saved["batches"]:
             self._begin_again = lambda: self._begin_at(saved, same_ranks)
         same_batches = saved["batch_sizes"] == [data.batch_size for data in self.training_data]
-        if saved["batches"] and not (same_ranks and same_batches):
-            self._count_from(max(self.training_data, key=lambda data: data.left))
+        if not (same_ranks and same_batches):
+            longest = max(self.training_data, key=lambda data: data.left)
+            self._count(saved["epoch"], self._done(longest) if saved["batches"] else None)
         for data in self.training_data:
             data.done = self._batches.current.processed if saved["batches"] else 0
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
@@ -344,17 +390,36 @@ class Resume:
             states = None if are_new else [of_rank[number] for of_rank in saved["loaders"]]
             data.begin(saved["epoch"], saved["taken"][number], states, same_ranks)
 
-    def _count_from(self, longest: TrainingData) -> None:
-        """Lets Lightning's count of batches end with what is left of the epoch, under other ranks or batch sizes."""
-        combined, current = private.loaders_of(self._trainer.fit_loop), self._batches.current
-        size = max(combined.limits or [math.inf])
+    def _done(self, longest: TrainingData) -> int:
+        """Lightning's count of batches at which what is left of the epoch is left, with these ranks and batch sizes."""
+        size = self._batches_of_epoch
+        length = sized_len(longest.loader)
         if not math.isfinite(size):
+            return longest.before
+        is_limited = length is None or size < length  # limit_train_batches
+        return min(int(size), longest.before) if is_limited else max(0, int(size - longest.left))
+
+    @property
+    def _batches_of_epoch(self) -> float:
+        return max(private.loaders_of(self._trainer.fit_loop).limits or [math.inf])
+
+    def _count(self, epoch: int, done: int | None) -> None:
+        """Lets Lightning's counts of batches be those of epochs as long as they are with these ranks and batch sizes.
+
+        Args:
+            epoch: of the batch that is next.
+            done: batches of it that are done; None where it has not begun, and what is counted is the one before.
+        """
+        size, current, total = self._batches_of_epoch, self._batches.current, self._batches.total
+        if done is None and (not math.isfinite(size) or not current.processed):
             return
-        is_limited = size < len(longest.loader)  # limit_train_batches
-        done = min(int(size), longest.before) if is_limited else max(0, int(size - longest.left))
-        unfinished = current.processed - current.completed
-        current.ready = current.started = current.processed = done
-        current.completed = max(0, done - unfinished)
+        before = epoch * int(size) if math.isfinite(size) else total.processed - current.processed
+        done_of_all = before + (done or 0)
+        done = int(size) if done is None else done
+        for progress, processed in ((current, done), (total, done_of_all)):
+            unfinished = progress.processed - progress.completed
+            progress.ready = progress.started = progress.processed = processed
+            progress.completed = max(0, processed - unfinished)
 
     def _saved_random(self, saved: dict[str, Any]) -> RandomStates:
         """The states of this data rank; one that the saved run did not have draws on from another one's, apart."""
@@ -366,25 +431,6 @@ class Resume:
             random.restore(self._ranks.device)
             seed_generators(int(torch.randint(2**31, ())) + self._ranks.data_rank, self._ranks.device)
             return RandomStates.now(self._ranks.device)
-
-
-def _set_back(loops: dict[str, Any], batches: int, reopens_epoch: bool) -> None:
-    """Sets Lightning's states of a fit's loops, as a checkpoint has them, to what they were so many batches before.
-
-    Args:
-        loops: the states, after a batch that has ended (2.6.6).
-        batches: to take back.
-        reopens_epoch: the epoch goes on.
-    """
-    fit = loops["fit_loop"]
-    for part in ("total", "current"):
-        progress, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"][part]
-        if batches:
-            progress[part] = dict.fromkeys(progress[part], progress[part]["processed"] - batches)
-        if reopens_epoch:
-            epochs["processed"] = epochs["completed"] = epochs["started"] - 1
-        # as on_train_epoch_start sees them, Lightning would take the batches of the epoch before for those of the next
-        epochs["ready"] = min(epochs["ready"], epochs["started"])
 
 
 def _remove_filter(ignored: Any) -> None:

@@ -7,14 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_dist.control_flow import ControlFlow
+from lightning_dist.collectives import gather_objects
+from lightning_dist.control_flow import ControlFlow, Told
 from lightning_dist.data import validate_same_batches
 from lightning_dist.gathering import UnevenAllGather, WorldCalls, all_gather, validate_even
 from lightning_dist.logs import RepeatedBatch, StepLogs, attach_logs, attach_metrics
+from lightning_dist.logs.kept import logged_so_far, on_host, restore_logged
 from lightning_dist.patches import Patches
+from lightning_dist.pytree import map_leaves
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.loaders import Loaders
 from lightning_dist.trainer.module_setup import ModuleSetup
@@ -45,7 +49,7 @@ class Steps:
         self._compared: set[str] = set()
         """Steps whose first batch was seen to be the same on the ranks that share samples."""
 
-    def attach(self, trainer: pl.Trainer, monitored: set[str], patches: Patches) -> None:
+    def attach(self, trainer: pl.Trainer, monitored: set[str], preemption: Told, patches: Patches) -> None:
         """The loops are about to begin; ``monitored`` are names of logged values by which schedulers decide."""
         self._detach()
         self._trainer, ranks, setup, is_even = trainer, self._ranks, self._setup, self._resume.is_even
@@ -54,7 +58,7 @@ class Steps:
         hosts = None if group is None else ranks.hosts[1]
         self._logs = attach_logs(trainer, patches, names, group, hosts, batches_of, setup.stage, is_even)
         if trainer.state.fn == TrainerFn.FITTING and ranks.world_size > 1:
-            self.control_flow = ControlFlow(trainer, setup.runner, ranks, is_even)
+            self.control_flow = ControlFlow(trainer, setup.runner, ranks, is_even, preemption)
             self.control_flow.attach(patches)
         module, group = trainer.lightning_module, ranks.data_group
         if ranks.logs_group is not None:
@@ -65,6 +69,26 @@ class Steps:
             self.world_calls = WorldCalls(ranks.layout)
             self.world_calls.attach(patches)
         patches.also(self._detach)
+
+    def logged_here(self) -> dict[str, Any]:
+        """What the training epoch has logged on this rank."""
+        here = logged_so_far(self._trainer)
+        has_begun = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return here if has_begun else {**here, "epoch": {}}
+
+    def gather_logged(self, here: dict[str, Any]) -> list[Any]:
+        """Of all ranks that log different values, in host memory. One all-gather of objects."""
+        own = map_leaves(here, on_host)
+        return [own] if self._logs is None else gather_objects(own, self._ranks.logs_group)
+
+    def restore_logged(self, states: list[Any]) -> None:
+        """Puts it back in a run that goes on; nothing where it was saved by another number of ranks."""
+        group = None if self._logs is None else self._ranks.logs_group
+        if len(states) != (1 if group is None else dist.get_world_size(group)):
+            return
+        keys = restore_logged(self._trainer, states[0 if group is None else dist.get_rank(group)])
+        if self._logs is not None:
+            self._logs.note_epoch(keys)
 
     def _counts(self) -> bool:
         """Whether the batch that runs is this rank's own."""
@@ -107,6 +131,11 @@ class Steps:
         """Drops what is left of a step that an exception ended on all ranks alike."""
         if self._setup.runner is not None:
             self._setup.runner.forget_step()
+
+    def note_place(self, asked: str) -> None:
+        """Somebody asks for this rank's place in the world, or its size."""
+        if self.world_calls is not None:
+            self.world_calls.note_place(asked)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """From the ranks with different samples, unless another group than the world is given. One all-gather.

@@ -153,7 +153,7 @@ def _failing(rank: int, folder: Path) -> None:
 def test_an_error_in_the_background_ends_all_ranks_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="no space left on device") as error:
         run_on_ranks(2, _failing, 1, tmp_path)
-    assert str(error.value).count("while") >= 2  # told on both
+    assert "StoreRefused: the last checkpoint of this fit" in str(error.value)
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
     assert checkpoint.load(tmp_path / "step=3.ckpt")["global_step"] == 3
 

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_dist.compat import names
 
-for project in ("distributed", "fabric", "lightning", "operators", "torch", "torchmetrics", "transformers"):
+for project in ("distributed", "elastic", "fabric", "lightning", "operators", "torch", "torchmetrics", "transformers"):
     importlib.import_module(f"lightning_dist.compat.{project}")
 
 

@@ -81,6 +81,21 @@ def test_interrupt_ends_the_ranks_and_the_sweep(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_ranks_start_again_as_often_as_the_launcher_may(tmp_path: Path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    fails = ["recipe.fail_rank=1", "recipe.fail_how=kill", f"recipe.notes={notes}"]
+    done = run(command("launcher.max_restarts=1", *fails, directory=tmp_path))
+
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert output.count("starting all ranks again (restart 1): rank 1 was killed (SIGKILL)") == 1
+    assert result(tmp_path)["error"].startswith("rank 1 was killed (SIGKILL)")
+    assert len(noted_pids(notes)) == 4
+    assert running(noted_pids(notes)) == []
+
+
+@pytest.mark.slow
 def test_under_torchrun_the_ranks_join(tmp_path: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
     done = run([*torchrun, *command(directory=tmp_path)[2:]])
@@ -107,6 +122,7 @@ def test_sweep_under_torchrun_is_refused():
         slow("model=", ["Available options in 'model'"]),
         slow("model.in_features=???", ["needs a value for model.in_features"]),
         slow("trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
+        slow("launcher.nnodes=2", ["launcher: several nodes need an endpoint"]),
     ],
 )
 def test_wrong_config_is_told_in_one_message(wrong: str, told: list[str], tmp_path: Path):

@@ -43,3 +43,15 @@ def die_once(directory: str) -> int:
 
 def _note_pid(directory: str) -> None:
     (Path(directory) / f"rank-{os.getpid()}").touch()
+
+
+def die_at_first(directory: str) -> float:
+    """The second rank is killed while the first waits for it, unless that has happened before."""
+    _note_pid(directory)
+    torch.distributed.init_process_group("gloo")
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    if torch.distributed.get_rank() == 1 and len(list(Path(directory).glob("rank-*"))) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+    return total.item()

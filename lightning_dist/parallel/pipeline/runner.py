@@ -300,11 +300,11 @@ class PipelineRunner(SingleProcessRunner):
             yield
 
     def _scale(self) -> Tensor | float:
-        """What Lightning will multiply the loss with; half precision needs it before the backward."""
+        """What the loss will be multiplied with; half precision needs it before the backward."""
         trainer = self.module.trainer
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = scale_on_device(scaler) if scaler is not None and scaler.is_enabled() else 1.0
-        return scale / trainer.accumulate_grad_batches
+        return scale * self.weight / trainer.accumulate_grad_batches
 
     def _holding(self) -> AbstractContextManager[None]:
         """FSDPRunner parameters are gathered once for all microbatches, unless the user wants the memory."""
@@ -409,6 +409,10 @@ class PipelineRunner(SingleProcessRunner):
 
     def validate_steps(self) -> None:
         self.inner.validate_steps()
+
+    def buffers_of_others(self) -> set[str]:
+        rank, stages = dist.get_rank(self.group), self.stages
+        return {name for name, users in stages.buffers.items() if stages.rank_of(users[-1]) != rank}
 
     def share_buffers(self) -> None:
         share_buffers(self.module, self.stages, self.group)

@@ -1,0 +1,1 @@
+"""Starting the ranks of a job on machines that others hand out: SLURM, Kubernetes, Ray."""
