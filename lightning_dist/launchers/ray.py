@@ -102,10 +102,16 @@ class Ray:
 
 def _first(failures: Mapping[int, Exception]) -> WorkerFailed:
     """That of the rank that failed first: the others usually only lost their connection to it, a RuntimeError."""
-    last = {rank: str(error).rstrip().rpartition("\n")[2] for rank, error in failures.items()}
+    last = {rank: _last_line(error) for rank, error in failures.items()}
     rank = min(last, key=lambda rank: (last[rank].startswith(("RuntimeError", "torch.distributed.")), rank))
     whole = str(failures[rank])
     return WorkerFailed(rank, f"failed: {last[rank]}", whole, whole)
+
+
+def _last_line(error: Exception) -> str:
+    """Kind and message of what a rank raised; Ray tells the traceback as text, or only the message."""
+    text = str(error).rstrip()
+    return text.rpartition("\n")[2] if "\n" in text else f"{type(error).__name__}: {text}"
 
 
 def _import_ray() -> Any:
