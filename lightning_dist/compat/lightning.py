@@ -364,7 +364,6 @@ def forget_loader_states(fit_loop: Any) -> None:
 
 is_of_tuner = getter(f"{_PL}.callbacks.LearningRateFinder._early_exit", "whether a Tuner made it, which ends the run")
 hands_on({f"{_PL}.callbacks.BatchSizeFinder._early_exit": "whether a Tuner made the finder"})
-checkpoint_connector = getter(f"{_PL}.Trainer._checkpoint_connector", "what restores a checkpoint of ckpt_path")
 
 
 def dump_checkpoint(trainer: Any) -> dict[str, Any]:
