@@ -249,6 +249,7 @@ CASES = [
     pytest.param(Run("pp=2,dp_replicate=2", size=41), (4, 2, 4), (3, 5), id="pp-replicate"),
     pytest.param(Run("dp_replicate=4", accumulate=1, size=36), (4, 3, 1, 4), (2, 4, 8), id="other-batch-size"),
     pytest.param(Run(**TWO, size=40), (2, 4, 2), (2, 7), id="more-than-at-first"),
+    pytest.param(Run(**TWO, size=40, strategy={"replay_every_n_steps": 1}), (2, 4, 2), (2, 7), id="computed-twice"),
     pytest.param(Run("dp_shard=2", ranks=2, scheduling={0: 2, 1: 4}), (2, 1, 2), (1, 7), id="scheduled"),
     pytest.param(Run("dp_replicate=4", manual=True, size=48), (4, 2, 4), (1, 5), id="manual"),
     pytest.param(Run(**TWO, data="batches", size=41), (2, 1, 2), (3, 6), id="batch-sampler"),

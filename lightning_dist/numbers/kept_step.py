@@ -22,11 +22,12 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Microstep:
-    """One call of ``training_step``, to be made again."""
+    """One call of ``training_step``, to be made again; ``weight`` is what its loss counts beside others."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random: RandomStates
+    weight: float
 
 
 @dataclass

@@ -63,6 +63,10 @@ class SingleProcessRunner:
         finally:
             self.reduces = True
 
+    def weighted(self, loss: Tensor) -> Tensor:
+        """The loss of the step that runs, as much as it counts beside others."""
+        return loss if self.weight == 1 else loss * self.weight
+
     def before_backward(self, loss: Tensor) -> Tensor:
         """The loss to start a backward pass from; called before each."""
         return loss

@@ -98,7 +98,7 @@ class Optimization:
             )
         self._has_run_backward, runner = True, self._setup.runner
         self._numbers.note_loss(loss)
-        return runner.before_backward(loss if runner.weight == 1 else loss * runner.weight)
+        return runner.before_backward(runner.weighted(loss))
 
     def _after_backward(self, original: Callable[..., Tensor], *args: Any) -> Tensor:
         """Wraps the plugin's method that calls ``on_after_backward``, which sees finished gradients."""

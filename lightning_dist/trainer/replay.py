@@ -57,11 +57,11 @@ class Replay:
         self._trainer: Any = None
         self._microsteps: list[Microstep] = []
         self._before: Before | None = None
-        self._is_replaying = False
+        self._is_replaying = self._has_run = False
 
     def attach(self, trainer: pl.Trainer) -> None:
-        """A fit begins."""
-        self._trainer, self._is_replaying = trainer, False
+        """A fit begins. Its first step is not computed again: DDP then orders anew what it adds up over the ranks."""
+        self._trainer, self._is_replaying, self._has_run = trainer, False, False
         self.forget()
 
     def forget(self) -> None:
@@ -78,11 +78,13 @@ class Replay:
         """``training_step`` is about to run; ``is_first`` where gradients begin from nothing."""
         if is_first:
             self.forget()
-            if (self._trainer.global_step + 1) % self._every == 0:
+            if self._has_run and (self._trainer.global_step + 1) % self._every == 0:
                 self._before = self._kept()
+            self._has_run = True
         if self._before is not None:
             random = RandomStates.now(self._ranks.device)
-            self._microsteps.append(Microstep(*copy.deepcopy((args, kwargs)), random))
+            batch = copy.deepcopy((args, kwargs))
+            self._microsteps.append(Microstep(*batch, random, self._setup.runner.weight))
 
     def _kept(self) -> Before:
         self._setup.reshard()
@@ -182,11 +184,12 @@ class Replay:
         """As the loop, the strategy and the precision plugin do, without hooks."""
         runner, precision = self._setup.runner, self._trainer.precision_plugin
         microstep.random.restore(self._ranks.device)
+        runner.weight = microstep.weight
         with precision.train_step_context():
             output = runner.run("training_step", *microstep.args, **microstep.kwargs)
         loss = (output if isinstance(output, Tensor) else output["loss"]) / self._trainer.accumulate_grad_batches
         seen = loss.detach()
-        loss = runner.before_backward(loss)
+        loss = runner.before_backward(runner.weighted(loss))
         scaler = getattr(precision, "scaler", None)
         precision.backward(loss if scaler is None else scaler.scale(loss), self._module, self._trainer.optimizers[0])
         runner.after_backward()
