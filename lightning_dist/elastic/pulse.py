@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning_dist.compat.distributed import num_collectives, unfinished_collectives
@@ -16,7 +17,7 @@ from lightning_dist.elastic import stacks
 
 _SHORTEST, _LONGEST = 0.02, 0.25
 """Seconds between two looks at the thread."""
-_LOOKS_A_STEP = 8
+_LOOKS_A_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -63,37 +64,37 @@ class Pulse:
         self.pause = _SHORTEST
         self._counted: tuple[Any, ...] = ()
         self._still_since = time.monotonic()
-        self._looked = time.monotonic()
+        self._last = _Moment(self._still_since, stacks.OWN, False, 0.0, 0.0)
         self._open: _OpenStep | None = None
 
     def look(self) -> None:
         """Once more."""
-        now, frame = time.monotonic(), stacks.frame_of(self._thread)
-        elapsed, before, self._looked = now - self._looked, self._looked, now
+        frame = stacks.frame_of(self._thread)
         if frame is None:
             return
-        does = stacks.what_it_does(self._thread, frame)
+        now = _Moment.of(self._thread, frame)
         batch = self._batch()
-        counted = (batch, does, *self._counts())
+        counted = (batch, now.does, *self._counts())
         if counted != self._counted:
-            self._counted, self._still_since = counted, before
-        self._note_step(batch, does, elapsed, now)
+            self._counted, self._still_since = counted, self._last.seconds
+        self._note_step(batch, now)
+        self._last = now
 
     def _counts(self) -> list[int]:
         with contextlib.suppress(RuntimeError, AttributeError, KeyError, ValueError):  # groups that form, or are gone
             return [num_collectives(group) for group in self.groups.values()]
         return []
 
-    def _note_step(self, batch: int | None, does: str, elapsed: float, now: float) -> None:
+    def _note_step(self, batch: int | None, now: _Moment) -> None:
         step = self._open
-        if step is not None and batch == step.batch:
-            step.seconds[does] += elapsed
-            return
-        times = _ThreadTimes.of(self._thread)
-        if step is not None and batch is not None and batch == step.batch + 1:
-            self.steps.append(step.ended(now, times))
-            self.pause = min(max(self.steps[-1].whole / _LOOKS_A_STEP, _SHORTEST), _LONGEST)
-        self._open = None if batch is None else _OpenStep(batch, now, times)
+        if step is not None:
+            step.add(self._last, now)
+            if batch == step.batch:
+                return
+            if batch == step.batch + 1:
+                self.steps.append(step.ended(now))
+                self.pause = min(max(self.steps[-1].whole / _LOOKS_A_STEP, _SHORTEST), _LONGEST)
+        self._open = None if batch is None else _OpenStep(batch, now)
 
     @property
     def still(self) -> float:
@@ -134,30 +135,55 @@ class Pulse:
 
 
 class _OpenStep:
-    def __init__(self, batch: int, begin: float, times: _ThreadTimes) -> None:
-        self.batch, self._begin, self._times = batch, begin, times
-        self.seconds = dict.fromkeys((stacks.OWN, stacks.DATA, stacks.WAITS), 0.0)
+    def __init__(self, batch: int, begin: _Moment) -> None:
+        self.batch, self._begin = batch, begin
+        self._own = self._data = 0.0
 
-    def ended(self, now: float, times: _ThreadTimes) -> StepTimes:
-        computed, queued = times.computed - self._times.computed, times.queued - self._times.queued
-        data = self.seconds[stacks.DATA]
-        own = max(self.seconds[stacks.OWN] - queued, computed - data)
-        return StepTimes(self.batch, now - self._begin, own, data)
+    def add(self, before: _Moment, now: _Moment) -> None:
+        """What lies between two looks.
+
+        What a thread computes is its own, but where it loads. What it sleeps belongs to the looks at which it slept, in
+        equal parts; where it did at neither, it slept in between, in code of its own.
+        """
+        computed = now.computed - before.computed
+        slept = now.seconds - before.seconds - (now.queued - before.queued) - computed
+        sleeping = [look for look in (before, now) if look.sleeps] or [before, now]
+        for look in (before, now):
+            share = slept / len(sleeping) if look in sleeping else 0.0
+            if look.does == stacks.DATA:
+                self._data += computed / 2 + share
+            else:
+                self._own += computed / 2 + (share if look.does == stacks.OWN else 0.0)
+
+    def ended(self, now: _Moment) -> StepTimes:
+        return StepTimes(self.batch, now.seconds - self._begin.seconds, max(self._own, 0.0), max(self._data, 0.0))
 
 
 @dataclass(frozen=True)
-class _ThreadTimes:
-    """Seconds that a thread has computed, and has waited for a core while it could have computed."""
+class _Moment:
+    """When a thread was looked at, and what it did.
 
+    Attributes:
+        seconds: of the clock.
+        does: what it did.
+        sleeps: whether it was off its core for that, as always where it waits for other ranks.
+        computed, queued: seconds in which it had computed, and waited for a core while it could have computed; zeros
+            where the system does not tell.
+    """
+
+    seconds: float
+    does: str
+    sleeps: bool
     computed: float
     queued: float
 
     @staticmethod
-    def of(thread: threading.Thread) -> _ThreadTimes:
-        """Zeros where the system does not tell."""
+    def of(thread: threading.Thread, frame: FrameType) -> _Moment:
+        does, seconds = stacks.what_it_does(thread, frame), time.monotonic()
+        sleeps = does == stacks.WAITS or stacks.sleeps(thread)
         try:
             text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text()
         except OSError:
-            return _ThreadTimes(0.0, 0.0)
+            return _Moment(seconds, does, sleeps, 0.0, 0.0)
         computed, queued = (int(number) / 1e9 for number in text.split()[:2])
-        return _ThreadTimes(computed, queued)
+        return _Moment(seconds, does, sleeps, computed, queued)

@@ -57,13 +57,16 @@ def is_waiting(thread: threading.Thread, frame: FrameType) -> bool:
     sleep waits, where the system tells.
     """
     if frame.f_code.co_filename == _BACKWARD:
-        return _sleeps(thread)
+        return sleeps(thread)
     while frame.f_code.co_filename == _OPERATORS and frame.f_back is not None:
+        if "c10d" in getattr(frame.f_locals.get("self"), "namespace", ""):  # whoever called it
+            return True
         frame = frame.f_back
     return _waits(frame.f_code, frame.f_lineno)
 
 
-def _sleeps(thread: threading.Thread) -> bool:
+def sleeps(thread: threading.Thread) -> bool:
+    """Whether the system has put a thread to sleep; False where it does not tell."""
     try:
         text = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
     except OSError:
@@ -72,11 +75,12 @@ def _sleeps(thread: threading.Thread) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _waits(code: CodeType, line: int) -> bool:
+def _waits(code: CodeType, line: int | None) -> bool:
+    """A frame that moves may be at no line."""
     name = code.co_filename
     if name in _COLLECTIVES:
         return True
-    source = linecache.getline(name, line)
+    source = linecache.getline(name, line or 0)
     return "wait_tensor" in source or (name.startswith((_TORCH, _OURS)) and ".wait(" in source)
 
 

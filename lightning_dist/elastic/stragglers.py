@@ -6,8 +6,9 @@ where it waits neither for other ranks nor for its data, nor for a core of a mac
 compared with those that do the same work: of its stage under ``pp``. Those that are alone in their stages are compared
 with themselves as they were at first, and with each other in how much longer they take.
 
-Single steps are noisy. Over a window of :data:`WINDOW` steps a rank is slow if it was slower than :data:`SLOWER` times
-their median in most of them, by a share of the step that matters, and in the window before as well.
+Single steps are noisy. Over a window of :data:`WINDOW` steps a rank is slow if it took :data:`SLOWER` times their
+median in the middle, and was slower in all but one of them, by a share of the step that matters; and in the window
+before as well.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from lightning_dist.elastic.pulse import StepTimes
 WINDOW = 7
 """Steps."""
 SLOWER = 1.25
+"""In the middle of a window."""
+SLOWER_EACH = 1.2
 MOST = 6
 """Of a window's steps."""
 SHARE = 0.08
 """Of a step's whole time."""
+FIRST = 6 * WINDOW
+"""Steps with which a rank is compared that is alone in its stage; as many as there are before the windows."""
 WARM_UP = 3
 """First steps of a run, which compile and allocate."""
 KEPT = 128
@@ -101,7 +106,9 @@ class Stragglers:
         slow = [self._is_slow(rank, loads, batch, usual(batch)) for batch in last]
         if sum(slow[WINDOW:]) <= WINDOW - MOST:
             self._named.discard((rank, loads))
-        is_slow = all(sum(window) >= MOST for window in (slow[:WINDOW], slow[WINDOW:]))
+        times = [_seconds(self._steps[rank][batch], loads) / max(usual(batch), 1e-9) for batch in last]
+        windows = slice(WINDOW), slice(WINDOW, None)
+        is_slow = all(sum(slow[window]) >= MOST and median(times[window]) > SLOWER for window in windows)
         if not is_slow or (rank, loads) in self._named:
             return None
         self._named.add((rank, loads))
@@ -126,10 +133,13 @@ class Stragglers:
         return of
 
     def _at_first(self, rank: int, loads: bool, batches: list[int]) -> float:
-        if (rank, loads) not in self._before:
-            first = (_seconds(self._steps[rank][batch], loads) for batch in batches[:WINDOW])
-            self._before[rank, loads] = max(median(first), 1e-3)
-        return self._before[rank, loads]
+        if (rank, loads) in self._before:
+            return self._before[rank, loads]
+        first = batches[: min(max(len(batches) - 2 * WINDOW, WINDOW), FIRST)]
+        usual = max(median(_seconds(self._steps[rank][batch], loads) for batch in first), 1e-3)
+        if len(first) == FIRST:
+            self._before[rank, loads] = usual
+        return usual
 
     def _growth(self, loads: bool, batches: list[int], batch: int) -> float:
         """By what ranks that are alone in their stages take longer than at first: batches may have become longer."""
@@ -139,7 +149,7 @@ class Stragglers:
     def _is_slow(self, rank: int, loads: bool, batch: int, usual: float) -> bool:
         step = self._steps[rank][batch]
         seconds = _seconds(step, loads)
-        return seconds > SLOWER * usual and seconds - usual > SHARE * step.whole
+        return seconds > SLOWER_EACH * usual and seconds - usual > SHARE * step.whole
 
 
 def _seconds(step: StepTimes, loads: bool) -> float:

@@ -113,6 +113,8 @@ class Watch:
                 thread.join(GRACE)
             if self._line is not None:
                 self._line.close()
+        elif failed:  # the backend gave up first: the hang by which the run ends is told within a few questions
+            self._threads[1].join(GRACE)
 
     def _refresh(self) -> None:
         groups = self._groups()
@@ -120,7 +122,10 @@ class Watch:
 
     def _look(self) -> None:
         while not self._ended.wait(self._pulse.pause):
-            self._pulse.look()
+            try:
+                self._pulse.look()
+            except Exception:  # a frame that moves while it is read: the next look finds another
+                log.debug("a look at the thread that trains failed", exc_info=True)
             if (verdict := self._hangs.overdue()) is not None:
                 self._end_by(verdict, verdict.rank)
 

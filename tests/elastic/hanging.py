@@ -52,6 +52,7 @@ class Sleeps(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.sleep("validation")
+        self(batch[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.sleep("save")

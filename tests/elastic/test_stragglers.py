@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -88,6 +90,11 @@ def test_where_a_thread_is_is_told_by_its_stack() -> None:
         thread.join()
 
 
+def test_a_frame_without_a_line_is_looked_at() -> None:
+    frame: Any = SimpleNamespace(f_code=run_on_ranks.__code__, f_lineno=None, f_back=None)
+    assert stacks.what_it_does(threading.current_thread(), frame) == stacks.OWN
+
+
 # ---------------------------------------------------------------- in runs
 
 
@@ -106,7 +113,7 @@ def test_where_a_thread_is_is_told_by_its_stack() -> None:
     ],
 )
 def test_a_rank_that_lags_is_named(layout: str, num_ranks: int, how: str, rank: int) -> None:
-    first, seconds = 8, 0.1
+    first, seconds = 8, 0.2
     lines, *others = run_on_ranks(num_ranks, lag, layout, rank, how, first, first + 25, seconds)
     assert len(lines) == 1, lines
     told, batch = lines[0]
