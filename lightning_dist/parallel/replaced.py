@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import CellType, FrameType
 from typing import Any
@@ -35,7 +36,9 @@ OF_ENDED_RUNS = WeakSet[Optimizer]()
 
 _DEEPEST = 4
 """Containers inside of containers that are looked into."""
-_ROUNDS = 3
+_ROUNDS = 4
+_MOMENT = 0.05
+"""Seconds."""
 _IN_HOOKS = "in configure_optimizers, in on_fit_start"
 _OWN = {*MODULE_REGISTRIES, *MODULE_ATTRIBUTES}
 """Attributes of modules that are torch's or Lightning's."""
@@ -96,6 +99,8 @@ class Replaced:
             if not left:
                 return
             gc.collect()
+            # a thread that looks at this one's frames keeps their variables after they have returned
+            time.sleep(_MOMENT)
         known = [held, *(optimizer.state for optimizer in OF_ENDED_RUNS)]
         known += [group["params"] for optimizer in OF_ENDED_RUNS for group in optimizer.param_groups]
         for index in left:

@@ -32,7 +32,7 @@ class Slow(Classifier):
 
 def main():
     strategy = HybridStrategy("dp_shard=2", max_time={max_time!r})
-    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=60, logger=False, max_epochs=-1,
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps={max_steps}, logger=False, max_epochs=-1,
                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Slow(), DataLoader(samples(), batch_size=4))
 
@@ -44,7 +44,7 @@ STARTS = {"script": "main()", "torchrun": "main()", "launch": "launch(main, num_
 
 
 def script(how: str, max_time: str | None = None) -> str:
-    return SCRIPT.format(root=ROOT, start=STARTS[how], max_time=max_time)
+    return SCRIPT.format(root=ROOT, start=STARTS[how], max_time=max_time, max_steps=60 if max_time is None else -1)
 
 
 def preempted(folder: Path, how: str, max_time: str | None = None) -> tuple[int, str]:
@@ -86,7 +86,7 @@ def test_a_signal_to_the_first_process(how: str, status: int, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_deadline(tmp_path: Path) -> None:
-    left, output = preempted(tmp_path, "script", "00:00:00:03")
+    left, output = preempted(tmp_path, "script", "00:00:00:25")  # from the start of the process
     assert left == REQUEUE, output
     assert "Preempted" in output
 
@@ -102,6 +102,7 @@ def test_a_recipe(tmp_path: Path) -> None:
         "recipe=language_model",
     ]
     command += ["model=decoder_tiny", "trainer.devices=2", "trainer.max_epochs=-1", "test=false", "callbacks=none"]
+    command += ["scheduler=constant"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ}
     )
