@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_dist.collectives import host_group
+from lightning_dist.compat.lightning import running_loop
 from lightning_dist.compat.torch import assert_async, scale_on_device
 from lightning_dist.layout import ParallelMesh
 from lightning_dist.logs.microbatches import RecordedLogs
@@ -97,7 +98,6 @@ class PipelineRunner(SingleProcessRunner):
         self._schedules: dict[Any, Any] = {}
         self._trained: dict[int, list[nn.Parameter]] = {}
         """Parameters of each stage of this rank, once a schedule asked."""
-        self._num_evaluated = 0
 
     @property
     def place(self) -> tuple[int, int]:
@@ -289,15 +289,19 @@ class PipelineRunner(SingleProcessRunner):
     @contextmanager
     def _own_random_streams(self, step: StepInFlight, trains: bool) -> Iterator[None]:
         """Draws the step's seed from the data rank's stream, which goes on after it on every stage alike. Steps that
-        evaluate leave the stream where it was, as they would in one process without random numbers.
+        evaluate leave the stream where it was, as they would in one process without random numbers; each takes another
+        seed by its number in its loop, with which a run goes on that was interrupted.
         """
         if trains:
             step.seed = int(torch.randint(2**31, ()))
         with kept_random_states(self._device):
             if not trains:
-                self._num_evaluated += 1
-                step.seed = int(torch.randint(2**31, ())) + self._num_evaluated
+                step.seed = int(torch.randint(2**31, ())) + self._num_evaluated()
             yield
+
+    def _num_evaluated(self) -> int:
+        loop = running_loop(self.module.trainer)
+        return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready)
 
     def _scale(self) -> Tensor | float:
         """What the loss will be multiplied with; half precision needs it before the backward."""
