@@ -429,10 +429,13 @@ def test_a_checkpoint_before_a_batch_goes_on_with_it(loader: Any, batches: int, 
     assert again[0] == whole[0][batches:]
 
 
+@pytest.mark.parametrize("ends", [{}, {"max_epochs": -1, "max_steps": 66}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("watch", [ValidationWatch, EpochWatch])
 @pytest.mark.parametrize("loader", EVERY_KIND)
-def test_a_checkpoint_between_epochs_goes_on_with_the_next(watch: type[Watch], loader: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"watch": watch, "norm": nn.LayerNorm, **limit_of(loader)}
+def test_a_checkpoint_between_epochs_goes_on_with_the_next(
+    watch: type[Watch], loader: Any, ends: dict[str, int], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"watch": watch, "norm": nn.LayerNorm, **limit_of(loader), **ends}
     whole = train("dp_shard=1", loader, (tmp_path / "a.ckpt", 22), None, options)
     again = train("dp_shard=1", loader, None, tmp_path / "a.ckpt", options)
     assert again[0] == whole[0][22:]

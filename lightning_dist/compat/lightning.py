@@ -18,6 +18,7 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.init import _EmptyInit as empty_init
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
 from lightning.fabric.utilities.types import _PATH as Path
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper as IndexBatchSamplerWrapper
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
@@ -276,6 +277,15 @@ def is_last(trainer: pl.Trainer) -> bool:
 def accumulates(trainer: Any) -> bool:
     """Whether the optimizer does not step after the batch that runs."""
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+
+@uses(f"{_PL}.loops.loop._Loop")
+def end_restart(fit: Any) -> None:
+    """What Lightning leaves out of an epoch that it goes on with is done: none of it had been.
+
+    Where ``max_steps`` alone ends a fit, its own setter takes it for one that restarts whatever it is told (2.6.6).
+    """
+    _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]
 
 
 @uses(f"{_PL}.trainer.call._call_strategy_hook")

@@ -171,7 +171,7 @@ class Preemption:
         fit = self._trainer.fit_loop
         if (goes_on := self._resume.take_place()) is not None:
             place, logged = goes_on
-            fit.restarting = False  # what Lightning leaves out after a restart has not been done
+            private.end_restart(fit)
             self._steps.restore_logged(logged)
             if place == Place.VALIDATION:
                 return

@@ -65,10 +65,12 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=6.0, help="seconds to a kill, at most")
     parser.add_argument("--snapshots", type=int, help="take one in memory every so many steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="for what the runs write, which is kept (default: it is not)")
     options = parser.parse_args()
     began = time.time()
     steps = options.steps or 5 * options.count
     with tempfile.TemporaryDirectory() as where:
+        where = options.folder or where
         rest = {"steps": steps, "longest": options.longest, "seed": options.seed, "snapshots": options.snapshots}
         num_kills, lost, seconds, parts = kill_many(options.count, options.layout, Path(where), **rest)
     print(

@@ -41,8 +41,9 @@ def assert_exact(verdicts: list[Verdict], files: list[str] | None = SAVED) -> No
         assert verdict.seconds < 10, verdict
 
 
-def test_one_process_goes_on_bitwise_from_every_place(tmp_path: Path) -> None:
-    (verdicts,) = on("dp_shard=1", tmp_path, PLACES, {})
+@pytest.mark.parametrize("ends", [{}, {"max_epochs": -1, "max_steps": 24}], ids=["epochs", "steps"])
+def test_one_process_goes_on_bitwise_from_every_place(ends: dict[str, int], tmp_path: Path) -> None:
+    (verdicts,) = on("dp_shard=1", tmp_path, PLACES, ends)
     assert_exact(verdicts)
     assert [verdict.handled for verdict in verdicts] == [1] * len(PLACES)
 

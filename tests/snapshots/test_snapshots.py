@@ -64,9 +64,15 @@ def test_a_fit_goes_on_from_its_last_step_to_the_bit(layout: str, at: str, tmp_p
     assert_goes_on(whole, ended, again, 4)
 
 
-@pytest.mark.parametrize(("at", "steps", "first"), [("validation", 6, 5), ("epoch", 6, 5), ("batch", 6, 6)])
-def test_nothing_of_an_epochs_end_is_left_out(at: str, steps: int, first: int, tmp_path: Path) -> None:
-    options = {"num_sanity_val_steps": 0}
+ENDS = {"epochs": {"max_epochs": 3}, "steps": {"max_epochs": -1, "max_steps": 18}}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("at", "steps", "first"), [("validation", 6, 5), ("epoch", 6, 5), ("batch", 6, 6), ("batch", 9, 9)]
+)
+def test_nothing_of_an_epochs_end_is_left_out(end: str, at: str, steps: int, first: int, tmp_path: Path) -> None:
+    options = {"num_sanity_val_steps": 0, **ENDS[end]}
     whole = on("dp_shard=1", tmp_path / "whole", 0, (), options)
     ended = on("dp_shard=1", tmp_path / "run", 0, (at, steps), options)
     again = on("dp_shard=1", tmp_path / "run", 1, (), options)
@@ -78,9 +84,13 @@ def test_nothing_of_an_epochs_end_is_left_out(at: str, steps: int, first: int, t
     ]
 
 
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("layout", ["dp_shard=1", "dp_shard=2", slow("dp_replicate=2")])
-def test_it_goes_on_again_and_again(layout: str, tmp_path: Path) -> None:
-    options, end = {"max_epochs": 3}, 6 if layout == "dp_shard=1" else 3  # of the first epoch
+def test_it_goes_on_again_and_again(layout: str, ends: str, validates: bool, tmp_path: Path) -> None:
+    options, end = {**ENDS[ends]}, 6 if layout == "dp_shard=1" else 3  # of the first epoch
+    if not validates:
+        options["limit_val_batches"] = 0
     whole = on(layout, tmp_path / "whole", 0, (), options)
     first = 0
     for number, step in enumerate([end - 1, end, end, end + 1, end + 2, 2 * end, 2 * end + 1]):

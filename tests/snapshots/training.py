@@ -77,7 +77,11 @@ class Net(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.7)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+        return [optimizer], [
+            {"scheduler": schedule, "interval": "step"},
+            {"scheduler": plateau, "monitor": "val", "strict": False},
+        ]
 
 
 class Late(Net):
