@@ -292,7 +292,7 @@ class Resume:
             private.forget_loaders(loop)  # that somebody asked for (estimated_stepping_batches) before
         original()
         self._batch.after_data()
-        if self._goes_on and self._is_between_epochs:
+        if self._goes_on and self._is_between_epochs():
             private.end_restart(loop)  # Lightning would take the first batch of the next epoch for a whole one
         saved = self._to_resume if self._goes_on else None
         if saved is not None and self._random_at_start is None:
@@ -305,12 +305,13 @@ class Resume:
         """Whether the training goes on from a checkpoint whose progress Lightning has restored by now."""
         return (self._to_resume is not None or self._is_plain) and private.goes_on(self._trainer.fit_loop)
 
-    @property
     def _is_between_epochs(self) -> bool:
         """Whether all that comes at the end of an epoch has been done, and nothing of the next."""
         epochs, batches = self._trainer.fit_loop.epoch_progress.total, self._batches
         is_whole = batches.is_last_batch or batches.current.processed >= self._trainer.fit_loop.max_batches
-        return bool(is_whole and epochs.ready == epochs.completed > 0 and batches.total.ready == batches.total.completed)
+        return bool(
+            is_whole and epochs.ready == epochs.completed > 0 and batches.total.ready == batches.total.completed
+        )
 
     def _begin_loaders(self, original: Callable[[], None]) -> None:
         """Wraps Lightning's method that is called when loaders are there, and not yet asked."""
