@@ -36,6 +36,20 @@ def test_killed_in_a_collective_and_in_a_save_a_run_goes_on_as_if_never_disturbe
     assert "starting all ranks again (restart 2): rank 0 was killed (SIGKILL)" in text
 
 
+def test_killed_after_an_epochs_end_and_again_within_the_next_it_goes_on(tmp_path: Path) -> None:
+    """From snapshots; the first epoch has seven steps."""
+    options: dict[str, Any] = {"layout": "dp_shard=2", "ranks": 2, "steps": [16], "every": 4, "snapshots": 1}
+    faults = [
+        (0, {"kind": "kill", "rank": 0, "when": "batch", "step": 7, "attempt": 0}),
+        (0, {"kind": "kill", "rank": 1, "when": "collective", "step": 8, "attempt": 1}),
+    ]
+    assert runs.run(tmp_path / "reference", max_restarts=0, **options)[0]
+    ended, text = runs.run(tmp_path / "killed", faults=faults, **options)
+    assert ended, text
+    runs.assert_equal(tmp_path / "killed", tmp_path / "reference", 2)
+    assert max(runs.lost_steps(tmp_path / "killed", 2)) <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("async_save", [False, True])
 def test_each_of_several_fits_goes_on_from_its_own_state(async_save: bool, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ class Slow(Classifier):
 def main():
     strategy = HybridStrategy("dp_shard=2", max_time={max_time!r})
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps={max_steps}, logger=False,
-                        max_epochs=-1, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+                        max_epochs=-1, enable_checkpointing=False, enable_progress_bar=False,
+                        enable_model_summary=False)
     trainer.fit(Slow(), DataLoader(samples(), batch_size=4))
 
 if __name__ == "__main__":
