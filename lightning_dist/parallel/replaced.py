@@ -94,13 +94,13 @@ class Replaced:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
     def _refuse_held(self, held: list[Any], names: list[str]) -> None:
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
             left = [index for index in range(len(held)) if sys.getrefcount(held[index]) > 2]
             if not left:
                 return
+            if number:  # a thread that looks at this one's frames keeps their variables after they have returned
+                time.sleep(_MOMENT)
             gc.collect()
-            # a thread that looks at this one's frames keeps their variables after they have returned
-            time.sleep(_MOMENT)
         known = [held, *(optimizer.state for optimizer in OF_ENDED_RUNS)]
         known += [group["params"] for optimizer in OF_ENDED_RUNS for group in optimizer.param_groups]
         for index in left:
