@@ -1,7 +1,15 @@
-"""Where a thread is, as its Python stack says: in code of its own, waiting for its data, or for other ranks."""
+"""Where a thread is, as its Python stack says: in code of its own, waiting for its data, or for other ranks.
+
+[Note: frames of a thread that runs]
+Python makes the object of a frame when it is asked for. Before 3.12 that may collect garbage, whose end may let other
+threads run: the frame returns meanwhile, and the object points to memory that is gone. A walk over it ends the process
+(seen in 3.11.7). So the objects of a whole stack are made at once, while nothing is collected; ``gc.disable`` would be
+seen by code that asks whether it is.
+"""
 
 from __future__ import annotations
 
+import gc
 import linecache
 import os
 import re
@@ -39,8 +47,16 @@ _HOOK = re.compile(
 
 
 def frame_of(thread: threading.Thread) -> FrameType | None:
-    """The innermost frame of a thread; None if it has ended."""
-    return sys._current_frames().get(thread.ident or 0)
+    """The innermost frame of a thread; None if it has ended. See [Note: frames of a thread that runs]."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        frame = sys._current_frames().get(thread.ident or 0)
+        for _ in _outwards(frame):
+            pass
+        return frame
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def what_it_does(thread: threading.Thread, frame: FrameType) -> str:

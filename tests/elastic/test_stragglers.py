@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -88,6 +89,35 @@ def test_where_a_thread_is_is_told_by_its_stack() -> None:
     event.set()
     for thread in threads:
         thread.join()
+
+
+def _deep(depth: int, thread: threading.Thread) -> None:
+    if depth:
+        _deep(depth - 1, thread)
+    else:
+        thread.start()
+        thread.join()
+
+
+def test_no_garbage_is_collected_while_frames_are_looked_at() -> None:
+    """One that ends there may let the thread run on whose frames they are."""
+    found, main = list[str](), threading.current_thread()
+
+    def look() -> None:
+        thresholds = gc.get_threshold()
+        gc.callbacks.append(note)
+        gc.set_threshold(1)
+        stacks.frame_of(main)
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(note)
+
+    def note(phase: str, _: Any) -> None:
+        found.append(phase)
+
+    thread = threading.Thread(target=look)
+    _deep(100, thread)
+    assert len(found) < 10  # that before the look, and after it
+    assert gc.get_threshold()[0] > 1
 
 
 def test_a_frame_without_a_line_is_looked_at() -> None:
