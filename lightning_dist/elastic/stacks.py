@@ -30,6 +30,7 @@ from lightning_dist.compat.distributed import functional_collectives
 OWN, DATA, WAITS = "own", "data", "waits"
 """What a thread does: what the user and the libraries compute, fetch a batch, wait for other ranks."""
 
+_COLLECTS_ANYWHERE = sys.version_info < (3, 12)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OPERATORS = f"{_TORCH}_ops.py"
 _BACKWARD = f"{_TORCH}autograd{os.sep}graph.py"
@@ -48,6 +49,8 @@ _HOOK = re.compile(
 
 def frame_of(thread: threading.Thread) -> FrameType | None:
     """The innermost frame of a thread; None if it has ended. See [Note: frames of a thread that runs]."""
+    if not _COLLECTS_ANYWHERE:
+        return sys._current_frames().get(thread.ident or 0)
     thresholds = gc.get_threshold()
     gc.set_threshold(0)
     try:
@@ -56,7 +59,8 @@ def frame_of(thread: threading.Thread) -> FrameType | None:
             pass
         return frame
     finally:
-        gc.set_threshold(*thresholds)
+        if not gc.get_threshold()[0]:  # else somebody has set others meanwhile
+            gc.set_threshold(*thresholds)
 
 
 def what_it_does(thread: threading.Thread, frame: FrameType) -> str:

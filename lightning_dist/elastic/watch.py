@@ -121,11 +121,14 @@ class Watch:
         self._pulse.groups = {name: group for name, group in groups.items() if group.size() > 1}
 
     def _look(self) -> None:
+        is_told = False
         while not self._ended.wait(self._pulse.pause):
             try:
                 self._pulse.look()
-            except Exception:  # a frame that moves while it is read: the next look finds another
-                log.debug("a look at the thread that trains failed", exc_info=True)
+            except Exception:  # the next look may find another frame, and a hang must still be seen
+                if not is_told:
+                    log.warning("the thread that trains can't be looked at; stragglers may be missed", exc_info=True)
+                is_told = True
             if (verdict := self._hangs.overdue()) is not None:
                 self._end_by(verdict, verdict.rank)
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dist import HybridStrategy
 from lightning_dist.parallel.pipeline.batch_split import EACH, Splitter
 from lightning_dist.parallel.rehearsal import FixedNumbers, undone
+from tests.support.models import Classifier, samples
 from tests.support.parity import QUIET
 from tests.support.ranks import RankError, run_on_ranks
 
@@ -254,3 +255,21 @@ def test_batches_with_time_first_are_split_where_the_user_says() -> None:
             2, _on_pipeline, TimeFirst, (0, _time_first), {"num_microbatches": 3, "pipeline_schedule": "GPipe"}
         )
     _expect(TimeFirst, 0, _time_first, batch_split={"x": 1, "y": 0})
+
+
+class Draws(Classifier):
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0] + torch.randn(batch[0].shape))
+
+
+def _predict_twice() -> list[list[Tensor]]:
+    L.seed_everything(1, verbose=False)
+    trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy("pp=2"))
+    module, loader = Draws(), DataLoader(samples(8), batch_size=4)
+    return [trainer.predict(module, loader) for _ in range(2)]  # type: ignore[misc]
+
+
+def test_predictions_that_draw_do_so_apart_each_time() -> None:
+    """As where a dropout that stays on is to tell how sure a model is."""
+    first, second = run_on_ranks(2, _predict_twice)[0]
+    assert not any(torch.equal(one, other) for one, other in zip(first, second, strict=True))

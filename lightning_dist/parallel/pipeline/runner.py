@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_dist.collectives import host_group
@@ -300,8 +301,11 @@ class PipelineRunner(SingleProcessRunner):
             yield
 
     def _num_evaluated(self) -> int:
-        loop = running_loop(self.module.trainer)
-        return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready)
+        """Of its validation in a fit, which goes on with that; else of all runs of its loop, so that two differ."""
+        trainer = self.module.trainer
+        loop = running_loop(trainer)
+        progress = getattr(loop, "epoch_loop", loop).batch_progress
+        return int((progress.current if trainer.state.fn == TrainerFn.FITTING else progress.total).ready)
 
     def _scale(self) -> Tensor | float:
         """What the loss will be multiplied with; half precision needs it before the backward."""
