@@ -21,10 +21,11 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="of the tests' ranks and Trainers")
+    parser.addoption("--share-devices", action="store_true", help="ranks take the GPUs that there are, several to one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    device.choose(config.getoption("--device"))
+    device.choose(config.getoption("--device"), config.getoption("--share-devices"))
     if device.device_type() != "cpu" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, and torch sees no CUDA device here; leave the option out")
 

@@ -20,7 +20,15 @@ EVERY = 4
 
 
 def kill_many(
-    count: int, layout: str, folder: Path, *, steps: int, longest: float, seed: int = 0, snapshots: int | None = None
+    count: int,
+    layout: str,
+    folder: Path,
+    *,
+    steps: int,
+    longest: float,
+    seed: int = 0,
+    snapshots: int | None = None,
+    device: str = "cpu",
 ) -> tuple[int, list[int], list[float], dict[str, float]]:
     """How many were killed, the steps lost each time, the seconds from each kill to the next finished step, and the
     median of each part of a restart that the log tells.
@@ -30,10 +38,11 @@ def kill_many(
         steps: of the training.
         longest: up to how many seconds after a rank's script has begun it is killed.
         snapshots: every how many steps one is taken in memory; no more than those are lost.
+        device: of the ranks: "cpu" or "cuda", where they take the GPUs that there are, several to one.
     """
     ranks = LAYOUTS[layout]
     options = {"layout": layout, "ranks": ranks, "steps": [steps], "every": EVERY, "pause": 0.02}
-    options["snapshots"] = snapshots
+    options |= {"snapshots": snapshots, "device": device}
     assert runs.run(folder / "reference", max_restarts=0, **options)[0]
     run = runs.start(folder / "killed", max_restarts=10 * count, **options)
     try:
@@ -65,6 +74,7 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=6.0, help="seconds to a kill, at most")
     parser.add_argument("--snapshots", type=int, help="take one in memory every so many steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", type=Path, help="for what the runs write, which is kept (default: it is not)")
     options = parser.parse_args()
     began = time.time()
@@ -72,6 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as where:
         where = options.folder or where
         rest = {"steps": steps, "longest": options.longest, "seed": options.seed, "snapshots": options.snapshots}
+        rest["device"] = options.device
         num_kills, lost, seconds, parts = kill_many(options.count, options.layout, Path(where), **rest)
     print(
         f"{options.layout}: {num_kills} kills in {steps} steps, {time.time() - began:.0f} s; steps lost: {sum(lost)}, "

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dist import HybridStrategy
 from tests.faults.fault import Fault, Faults
 from tests.faults.strikes import note_rank
+from tests.support import device
 
 WIDTH, CLASSES, SIZE = 16, 4, 56
 
@@ -76,11 +77,15 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     L.seed_everything(1, verbose=False)
     module = Network(options.get("pause", 0.0))
+    accelerator = options.get("device", "cpu")
+    if accelerator != "cpu":
+        device.choose(accelerator, shared=True)
+        device.take(int(os.environ["LOCAL_RANK"]))
     for fit, steps in enumerate(options["steps"]):
         saves = ModelCheckpoint(folder / f"saves-{fit}", every_n_train_steps=options["every"], save_top_k=1)
         faults = [Fault(**fault) for of_fit, fault in options.get("faults", ()) if of_fit == fit]
         trainer = L.Trainer(
-            accelerator="cpu",
+            accelerator=accelerator,
             devices=options["ranks"],
             strategy=HybridStrategy(
                 options["layout"],

@@ -103,7 +103,8 @@ class ParameterView:
         trainer, module = self._module.trainer, self._module
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         plugin = trainer.precision_plugin
-        scaler: Any = type(getattr(plugin, "scaler", None) or GradScaler())
+        scales: Any = getattr(plugin, "scaler", None)
+        scaler: Any = GradScaler if scales is None else type(scales)
         return (
             module.automatic_optimization
             and not any(is_overridden(hook, module) for hook in _BACKWARD_HOOKS)
