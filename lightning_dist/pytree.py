@@ -37,6 +37,8 @@ PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(
 """Types of leaves that can't change. A checkpoint has thousands, of the states of random generators."""
 
 _MAPPINGS = (dict, OrderedDict, defaultdict)
+CONTAINERS: frozenset[type] = frozenset({*_MAPPINGS, list, tuple})
+"""Types that are entered."""
 
 
 def map_leaves(

@@ -53,6 +53,9 @@ class Header:
         rank: whose part it is.
         arrangement: the layout, and on which node each rank was.
         num_ranks: that wrote parts of this snapshot.
+        place: what its rank holds of the state; replicas hold the same.
+        num_places: different ones.
+        holders: ranks of its node whose parts together have all of that.
         tensors, table, small: bytes of each.
         checksum: of the three.
     """
@@ -65,6 +68,9 @@ class Header:
     rank: int
     arrangement: str
     num_ranks: int
+    place: str
+    num_places: int
+    holders: tuple[int, ...]
     tensors: int
     table: int
     small: int
@@ -93,7 +99,7 @@ class Header:
         if zlib.crc32(content) != crc:
             return None
         values = json.loads(content)
-        return Header(**{**values, "order": tuple(values["order"])})
+        return Header(**{**values, "order": tuple(values["order"]), "holders": tuple(values["holders"])})
 
 
 class Slot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import pickle
@@ -17,8 +18,8 @@ from lightning_dist.checkpoint.sharded_save import dcp_path, is_large
 from lightning_dist.compat.torch import NormBase
 from lightning_dist.dtensors import held_runs, local_part
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.pytree import CONTAINERS, PLAIN, map_leaves
 from lightning_dist.pytree import Path as TreePath
-from lightning_dist.pytree import map_leaves
 
 ALIGNED = 64
 """Bytes of which each tensor begins at a multiple."""
@@ -60,24 +61,45 @@ class Found:
     """Tensors of a state, by key, and where those belong that layouts divide.
 
     Args:
-        names: for each place of a tensor its key, and whether layouts divide it; from one step to the next.
+        names: in dictionaries like those of the state, for each place of a tensor its key, the place, and whether
+            layouts divide it; from one step to the next.
     """
 
-    names: dict[TreePath, tuple[str, bool]]
+    names: dict[Any, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: list[tuple[str, TreePath]] = field(default_factory=list)
     are_known: bool = True
     """Whether all of them were where they were."""
 
-    def take(self, path: TreePath, value: Any) -> Any:
-        """What stands for a leaf in what is pickled. A tied parameter is one object under two names."""
-        if not isinstance(value, Tensor):
+    def take(self, tree: Any, names: dict[Any, Any]) -> Any:
+        """The tree with what stands for tensors in what is pickled. As :func:`map_leaves`, in a third of the time."""
+        is_list = type(tree) in (list, tuple)
+        new: dict[Any, Any] = {}
+        for key, value in enumerate(tree) if is_list else tree.items():
+            if type(value) in PLAIN:
+                continue
+            if type(value) in CONTAINERS:
+                taken = self.take(value, names.get(key) or {})
+            elif isinstance(value, Tensor):
+                taken = self._take_tensor(value, names.get(key))
+            else:
+                continue
+            if taken is not value:
+                new[key] = taken
+        if not new:
+            return tree
+        if is_list:
+            return type(tree)(new.get(key, value) for key, value in enumerate(tree))
+        result = copy.copy(tree)
+        result.update(new)
+        return result
+
+    def _take_tensor(self, value: Tensor, name: tuple[str, TreePath, bool] | None) -> Any:
+        """A tied parameter is one object under two names."""
+        if type(name) is not tuple:
+            self.are_known = self.are_known and _is_pickled(value)
             return value
-        name = self.names.get(path)
-        if name is None:
-            self.are_known = False
-            return value
-        key, placed = name
+        key, path, placed = name
         if self.tensors.setdefault(key, value) is not value:
             self.are_known = False  # no longer tied
         if placed:
@@ -86,18 +108,26 @@ class Found:
         return Reference(key)
 
 
-def _names(checkpoint: Mapping[str, Any]) -> dict[TreePath, tuple[str, bool]]:
+def _is_pickled(value: Tensor) -> bool:
+    """Whether it is no matter of bytes in a row."""
+    return not is_placeholder(value) and _local(value).layout != torch.strided
+
+
+def _names(checkpoint: Mapping[str, Any]) -> dict[Any, Any]:
     """As of :class:`Found`."""
-    names: dict[TreePath, tuple[str, bool]] = {}
+    names: dict[Any, Any] = {}
     keys: dict[int, str] = {}
 
     def name(path: TreePath, value: Any) -> Any:
-        if not isinstance(value, Tensor) or (not is_placeholder(value) and _local(value).layout != torch.strided):
+        if not isinstance(value, Tensor) or _is_pickled(value):
             return value
         key = ".".join(map(str, dcp_path(path)))
         while id(value) not in keys and key in keys.values():  # names that have dots
             key += "'"
-        names[path] = keys.setdefault(id(value), key), isinstance(value, DTensor) or is_large(path, value)
+        node = names
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = keys.setdefault(id(value), key), path, isinstance(value, DTensor) or is_large(path, value)
         return value
 
     map_leaves(dict(checkpoint), name)
@@ -117,7 +147,7 @@ class PartOfState:
     def __init__(self, module: nn.Module, replica: tuple[int, int], stale: Collection[str] = ()) -> None:
         self._module, self._replica, self._stale = module, replica, stale
         self._signature: Any = None
-        self._names: dict[TreePath, tuple[str, bool]] = {}
+        self._names: dict[Any, Any] = {}
         self.rows: list[Row] = []
         self.written: list[Row] = []
         """Of the tensors that this rank writes."""
@@ -133,10 +163,10 @@ class PartOfState:
             own: of this rank alone.
         """
         found = Found(self._names)
-        rest = map_leaves(dict(checkpoint), found.take)
+        rest = found.take(dict(checkpoint), found.names)
         if not found.are_known or self._signature != _signature(found):
             found = Found(_names(checkpoint))
-            rest = map_leaves(dict(checkpoint), found.take)
+            rest = found.take(dict(checkpoint), found.names)
             self._names, self._signature = found.names, _signature(found)
             self._lay_out(found)
         small = _pickled({"rest": rest, "own": own})

@@ -141,6 +141,11 @@ def _drawn_from(random: dict[str, Any], batches: Iterator[Any]) -> Any:
         return next(batches)
 
 
+def keeps_a_place(state: Any) -> bool:
+    """Whether a loader's state, of :meth:`TrainingData.state`, is one that no other data rank has."""
+    return state is not None and any(state.get(name) is not None for name in ("owner", "lasting"))
+
+
 class TrainingData:
     """A training loader, as Lightning prepared it: what was taken of it in this epoch, and where it begins.
 
@@ -176,7 +181,7 @@ class TrainingData:
             if epoch or self.order.epoch:  # of the first, Lightning tells the samplers itself
                 self.order.set_epoch(epoch)
             self.order.taken = taken
-            self.order.go_on(None if states is None else states[0])
+            self.order.go_on(next((state for state in states or () if state is not None), None))
             return
         # ranks that read the same stream draw alike
         self.loader.begin(epoch, 0 if isinstance(self._user_loader, DistributedStream) else self._data_rank)

@@ -399,7 +399,7 @@ class Resume:
         every = self._trainer.reload_dataloaders_every_n_epochs
         are_new = every and not saved["batches"] and saved["epoch"] % every == 0
         for number, data in enumerate(self.training_data):
-            states = None if are_new else [of_rank[number] for of_rank in saved["loaders"]]
+            states = None if are_new else [of_rank and of_rank[number] for of_rank in saved["loaders"]]
             data.begin(saved["epoch"], saved["taken"][number], states, same_ranks)
 
     def _done(self, longest: TrainingData) -> int:
@@ -435,13 +435,13 @@ class Resume:
 
     def _saved_random(self, saved: dict[str, Any]) -> RandomStates:
         """The states of this data rank; one that the saved run did not have draws on from another one's, apart."""
-        states = saved["random"]
-        random = RandomStates.from_state(states[self._ranks.data_rank % len(states)])
-        if self._ranks.data_rank < len(states):
-            return random
+        states, rank = saved["random"], self._ranks.data_rank
+        if rank < len(states) and states[rank] is not None:
+            return RandomStates.from_state(states[rank])
+        random = RandomStates.from_state(next(state for state in states if state is not None))
         with kept_random_states(self._ranks.device):
             random.restore(self._ranks.device)
-            seed_generators(int(torch.randint(2**31, ())) + self._ranks.data_rank, self._ranks.device)
+            seed_generators(int(torch.randint(2**31, ())) + rank, self._ranks.device)
             return RandomStates.now(self._ranks.device)
 
 

@@ -35,11 +35,12 @@ class Step:
 
 
 def joined(every: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entry :data:`RESUME` of what each data rank had, of one or more of its ranks."""
-    by_rank = {own["data_rank"]: own for own in every}
-    in_order = [by_rank[rank] for rank in sorted(by_rank)]
-    position = {name: value for name, value in in_order[0].items() if name not in ("random", "loaders", "data_rank")}
-    return {**{name: [own[name] for own in in_order] for name in ("random", "loaders")}, **position}
+    """The entry :data:`RESUME` of what each data rank had, of one or more of its ranks; None of those that are lost."""
+    by_rank: dict[int, Any] = {own["data_rank"]: own for own in every}
+    position = {name: value for name, value in every[0].items() if name not in ("random", "loaders", "data_rank")}
+    in_order = [by_rank.get(rank) for rank in range(position["num_data_ranks"])]
+    of_ranks = {name: [own and own[name] for own in in_order] for name in ("random", "loaders")}
+    return {**of_ranks, **position}
 
 
 def copied(tree: Any) -> Any:

@@ -1,4 +1,10 @@
-"""The newest snapshot that all ranks together have whole, found when ranks start again."""
+"""The newest snapshot that all ranks together have whole, found when ranks start again.
+
+[Note: parts that are lost]
+Where a node and its partner are lost together, what they held of parameters and optimizer states may still be there,
+in the parts of other replicas. Of the lost ranks' random states and loaders nothing is: they draw anew, and take the
+place in the data that all have. Where loaders keep a place of their own on each rank, a fit goes on from a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_dist.checkpoint.locations import SNAPSHOT
 from lightning_dist.checkpoint.slots import PIECE, Header, is_intact, read_header, read_part, reserve
 from lightning_dist.checkpoint.snapshot_read import PART, Info
 from lightning_dist.collectives import gather_objects, global_rank
+from lightning_dist.data.position import keeps_a_place
 from lightning_dist.elastic.states import SavedState
 from lightning_dist.trainer.resume_entry import RESUME, joined
 
@@ -84,7 +92,8 @@ class Found:
 
 
 def find_snapshot(folder: Path, fit: str, nodes: Nodes, arrangement: str, group: Any, in_parts: bool) -> Found:
-    """The newest snapshot of a fit whose parts are all there and intact, on this node or another.
+    """The newest snapshot of a fit whose parts are all there and intact, on this node or another, or of which the parts
+    that are there have all; see [Note: parts that are lost].
 
     Every rank calls it. What a node lacks is sent, over the group: all parts, but where the module is read ``in_parts``
     by ranks that stand as those stood that wrote it; they need what was on their own node.
@@ -98,14 +107,15 @@ def find_snapshot(folder: Path, fit: str, nodes: Nodes, arrangement: str, group:
     damaged: set[tuple[int, str]] = set()
     while (newest := _newest(by_node, damaged)) is not None:
         header, files = newest
-        is_same = header.arrangement == arrangement
+        is_same = header.arrangement == arrangement and len(files) == header.num_ranks
         sources = _sources(files, nodes, is_same and in_parts)
         found = _damaged_here(sources, files, nodes, folder)
         every = {name for of_rank in gather_objects(found) for name in of_rank}
         if not every:
             place = folder / f"{fit}{OF_STEP}{header.step}"
-            _assemble(place, sources, files, nodes, is_same, group)
-            return Found(SavedState(str(place), header.step, header.batches, header.time), header.order, attempt)
+            if _assemble(place, sources, files, nodes, is_same, group):
+                return Found(SavedState(str(place), header.step, header.batches, header.time), header.order, attempt)
+            every = {(node, name) for by_node_of_rank in files.values() for node, name in by_node_of_rank.items()}
         damaged |= every
     return Found(None, None, attempt)
 
@@ -117,14 +127,24 @@ def _header_of(file: Path, fit: str) -> Header | None:
 
 def _newest(by_node: dict[int, dict[str, Header]], damaged: set[tuple[int, str]]) -> tuple[Header, Files] | None:
     """The header of a part of the newest snapshot that is there, and the files of all."""
-    found: dict[tuple[int, int], tuple[Header, Files]] = {}
+    found: dict[tuple[int, int], tuple[dict[int, Header], Files]] = {}
     for node, headers in by_node.items():
         for name, header in headers.items():
             if (node, name) not in damaged:
-                files = found.setdefault(header.order, (header, {}))[1]
+                of_ranks, files = found.setdefault(header.order, ({}, {}))
+                of_ranks[header.rank] = header
                 files.setdefault(header.rank, {})[node] = name
-    whole = [order for order, (header, files) in found.items() if len(files) == header.num_ranks]
-    return found[max(whole)] if whole else None
+    whole = [order for order, (of_ranks, _) in found.items() if _is_whole(of_ranks)]
+    if not whole:
+        return None
+    of_ranks, files = found[max(whole)]
+    return next(iter(of_ranks.values())), files
+
+
+def _is_whole(of_ranks: dict[int, Header]) -> bool:
+    """Whether parts of these ranks have, of each place, what all who hold it on some node wrote."""
+    places = {header.place for header in of_ranks.values() if of_ranks.keys() >= set(header.holders)}
+    return len(places) == next(iter(of_ranks.values())).num_places
 
 
 def _sources(files: Files, nodes: Nodes, in_parts: bool) -> dict[tuple[int, int], int]:
@@ -144,8 +164,10 @@ def _damaged_here(
 
 def _assemble(
     place: Path, sources: dict[tuple[int, int], int], files: Files, nodes: Nodes, is_same: bool, group: Any
-) -> None:
-    """Brings the parts that this node needs to one directory, from which it is read as a checkpoint."""
+) -> bool:
+    """Brings the parts that this node needs to one directory, from which it is read as a checkpoint. False where a lost
+    rank's loader had a place of its own.
+    """
     is_first, folder = nodes.is_first, place.parent
     if is_first:
         for earlier in folder.glob(f"*{OF_STEP}*"):  # of an attempt that ended while it read
@@ -162,9 +184,18 @@ def _assemble(
         parts = sorted(place.glob(f"*{PART}")) if is_first else []
     own = [read_part(path).small["own"] for path in parts]
     every = [part for of_rank in gather_objects(own if is_same or global_rank() == 0 else []) for part in of_rank]
+    entry = joined(every)
+    if lost := [rank for rank, states in enumerate(entry["random"]) if states is None]:
+        if any(keeps_a_place(of_loader) for of_rank in every for of_loader in of_rank["loaders"]):
+            return False
+        rank_zero_info(
+            f"the snapshot of step {place.name.rpartition('-')[2]} is put together from other replicas: the states of "
+            f"the random generators of data ranks {lost} are lost, and they draw anew"
+        )
     if is_first:
-        (place / SNAPSHOT).write_bytes(pickle.dumps(Info(is_same, {RESUME: joined(every)})))
+        (place / SNAPSHOT).write_bytes(pickle.dumps(Info(is_same, {RESUME: entry})))
     gather_objects(None)
+    return True
 
 
 def _transfers(

@@ -71,6 +71,8 @@ class Snapshots:
         self._found: Found | None = None
         self._group: Any = None
         self._state: PartOfState | None = None
+        self._holders: list[int] = []
+        """The ranks of this node that hold the same as this one, each of which writes its share of it."""
         self._writer: SnapshotWriter | None = None
 
     def begin(self, trainer: pl.Trainer, attempt: Attempt, fit: int) -> SavedState | None:
@@ -112,7 +114,10 @@ class Snapshots:
             )
         runner = self._setup.runner
         stale = () if runner is None else runner.buffers_of_others()
-        self._state = PartOfState(trainer.lightning_module, self._replica(), stale)
+        place = self._place_of(self._ranks.rank)
+        self._holders = [rank for rank in self._nodes.beside if self._place_of(rank) == place]
+        replica = self._holders.index(self._ranks.rank), len(self._holders)
+        self._state = PartOfState(trainer.lightning_module, replica, stale)
         kept, partner = self._found.order, None
         if self._nodes.count > 1:
             partner = Partner(self._nodes, self._group, self._folder, self._fit, kept)
@@ -124,17 +129,11 @@ class Snapshots:
         patches.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", self._after_batch)
         patches.wrap(trainer.fit_loop, "on_advance_end", self._after_epoch)
 
-    def _replica(self) -> tuple[int, int]:
-        """Which one this rank is of those of its node that hold the same, and how many they are."""
-        layout, nodes = self._ranks.layout, self._nodes
-        assert layout is not None
-        assert nodes is not None
-
-        def place(rank: int) -> dict[str, int]:
-            return {axis: index for axis, index in layout.coordinates(rank).items() if axis != "dp_replicate"}
-
-        alike = [rank for rank in nodes.beside if place(rank) == place(self._ranks.rank)]
-        return alike.index(self._ranks.rank), len(alike)
+    def _place_of(self, rank: int) -> str:
+        """Ranks of the same place hold the same of parameters and optimizer states."""
+        assert self._ranks.layout is not None
+        coordinates = self._ranks.layout.coordinates(rank)
+        return ",".join(f"{axis}={index}" for axis, index in coordinates.items() if axis != "dp_replicate")
 
     def on_train_start(self) -> None:
         """Everything is restored, but for what differs by rank and was made equal since: buffers. All ranks have read
@@ -207,6 +206,9 @@ class Snapshots:
             rank=self._ranks.rank,
             arrangement=self._arrangement,
             num_ranks=self._ranks.world_size,
+            place=self._place_of(self._ranks.rank),
+            num_places=len({self._place_of(rank) for rank in range(self._ranks.world_size)}),
+            holders=tuple(self._holders),
             tensors=self._state.nbytes,
             table=len(self._state.table),
             small=len(small),

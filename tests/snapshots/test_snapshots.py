@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist import HybridStrategy
 from lightning_dist.checkpoint.slots import Slot, read_header
@@ -255,6 +255,57 @@ def test_what_a_lost_node_had_comes_from_its_partner(layout: str, module: Any, t
         assert after.losses == one.losses[4:5]
     shutil.rmtree(tmp_path / "run" / "node0")
     assert_goes_on(whole, ended, on(layout, tmp_path / "run", 2, (), options, per_node), 5)
+
+
+def lose(directory: Path, *nodes: int) -> None:
+    for node in nodes:
+        shutil.rmtree(directory / f"node{node}")
+
+
+def test_what_a_node_lost_together_with_its_partner_comes_from_another_replica(tmp_path: Path) -> None:
+    """Rank 1 alone has no part left: its random numbers are others, its samples and the weights are not."""
+    options = {"norm": False}
+    whole = on("dp_replicate=2,dp_shard=2", tmp_path / "whole", 0, (), options, 1)
+    on("dp_replicate=2,dp_shard=2", tmp_path / "run", 0, ("backward", 4), options, 1)
+    lose(tmp_path / "run", 1, 2)
+    again = on("dp_replicate=2,dp_shard=2", tmp_path / "run", 1, (), options, 1)
+    for rank, (one, after) in enumerate(zip(whole, again, strict=True)):
+        assert after.first == 4
+        assert after.seen == one.seen[4:]
+        assert (after.losses[0] == one.losses[4]) == (rank != 1)
+
+
+def test_what_no_replica_has_is_not_put_together(tmp_path: Path) -> None:
+    on("dp_shard=2,tp=2", tmp_path, 0, ("backward", 4), {"norm": False}, 1)
+    lose(tmp_path, 1, 2)
+    again = on("dp_shard=2,tp=2", tmp_path, 1, ("backward", 2), {"norm": False}, 1)
+    assert [one.first for one in again] == [0] * 4
+
+
+class Placed(IterableDataset):
+    """A stream whose place each rank keeps for itself."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Any:
+        while self.at < 12:
+            self.at += 1
+            yield Numbered()[self.at]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def test_a_lost_place_of_a_loader_is_not_made_up(tmp_path: Path) -> None:
+    options = {"norm": False, "data": Placed}
+    on("dp_replicate=2,dp_shard=2", tmp_path, 0, ("backward", 4), options, 1)
+    lose(tmp_path, 1, 2)
+    again = on("dp_replicate=2,dp_shard=2", tmp_path, 1, ("backward", 2), options, 1)
+    assert [one.first for one in again] == [0] * 4
 
 
 def test_ranks_that_are_left_go_on_with_what_the_lost_node_had(tmp_path: Path) -> None:

@@ -207,13 +207,13 @@ def _leg(layout: str, world: int, stop: tuple[Any, ...], options: dict[str, Any]
     module, watch, average = options.pop("module", Net)(norm), Stop(*stop), Average()
     first: list[int] = []
     watch.on_train_start = lambda trainer, *_: first.append(trainer.global_step)  # type: ignore[method-assign]
-    others = options.pop("callbacks", [])
+    others, source = options.pop("callbacks", []), options.pop("data", Numbered)()
     trainer = L.Trainer(
         **{**QUIET, **options, "devices": world, "strategy": strategy, "callbacks": [watch, average, *others]}
     )
     state: dict[str, Tensor] = {}
     watch.on_train_end = lambda *_: state.update(whole_state(trainer))  # type: ignore[method-assign]
-    data = DataLoader(Numbered(), batch_size=batch_size, shuffle=True)
+    data = DataLoader(source, batch_size=batch_size, shuffle=isinstance(source, Numbered))
     with suppress(Stopped):
         trainer.fit(module, data, DataLoader(Numbered(), batch_size=4))
     return Leg(watch.seen, watch.losses, watch.hooks, *(first or [-1]), trainer.global_step, state, average.mean)
