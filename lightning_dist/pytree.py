@@ -54,7 +54,10 @@ def map_leaves(
     if kind in skip:
         return tree
     if kind in _MAPPINGS:
-        new = {key: map_leaves(value, function, (*path, key), skip) for key, value in tree.items()}
+        new = {
+            key: value if type(value) in skip else map_leaves(value, function, (*path, key), skip)
+            for key, value in tree.items()
+        }
         if all(new[key] is value for key, value in tree.items()):
             return tree
         result = copy.copy(tree)

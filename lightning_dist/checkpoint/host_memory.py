@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -75,17 +77,24 @@ def _deep_copy(tree: Any, copies: dict[int, Any]) -> Any:
         copies: of what has been copied, by its id.
     """
     kind = type(tree)
-    if kind in PLAIN or (kind is tuple and PLAIN.issuperset(map(type, tree))):
+    if kind in PLAIN:
         return tree
+    if kind is tuple:
+        if PLAIN.issuperset(map(type, tree)):
+            return tree
+        values = tuple(_deep_copy(value, copies) for value in tree)
+        return tree if all(map(operator.is_, values, tree)) else values
     if id(tree) in copies:
         return copies[id(tree)]
     if kind is list:
         items = copies[id(tree)] = []
         items.extend(_deep_copy(value, copies) for value in tree)
         return items
-    if kind is dict and PLAIN.issuperset(map(type, tree)):  # keys of other kinds are copied too
-        entries = copies[id(tree)] = {}
+    if kind in (dict, OrderedDict) and PLAIN.issuperset(map(type, tree)):  # keys of other kinds are copied too
+        entries = copies[id(tree)] = kind()
         entries.update((key, _deep_copy(value, copies)) for key, value in tree.items())
+        if kind is OrderedDict:  # a state dict's has metadata
+            vars(entries).update(_deep_copy(vars(tree), copies))
         return entries
     return copy.deepcopy(tree, copies)
 
