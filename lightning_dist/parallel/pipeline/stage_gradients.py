@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.pipeline.gradient_averaging import GradientAveraging
 from lightning_dist.parallel.pipeline.stages import Pipeline
@@ -79,7 +80,8 @@ class StageGradients:
         return nullcontext() if self._beside is None else self._beside.last_backward(stage)
 
     def _note_trained(self) -> None:
-        self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
+        with DisableTorchFunctionSubclass():  # tensors in a user's hands take long to answer
+            self._trained.update(name for name, p in self._module.named_parameters() if p.requires_grad)
 
     def _completed_by_stage(self, users: Callable[[str], set[int]]) -> dict[int, list[nn.Parameter]]:
         """What is trained in one stage alone, by stage; what several use, tied over a cut, is complete later."""

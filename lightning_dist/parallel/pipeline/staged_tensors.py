@@ -48,7 +48,8 @@ from lightning_dist.pytree import tree_leaves, tree_map
 
 def on_this_rank(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs it on what this rank has: without memory, whole, or a part."""
-    leaves = tree_leaves((args, kwargs))
+    is_asked_alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # as often, for its attributes
+    leaves = args if is_asked_alone else tree_leaves((args, kwargs))
     if any(map(is_placeholder, leaves)) and any(_is_whole_here(leaf) for leaf in leaves):
         # tensors without memory take torch's own classes only beside them
         args, kwargs = tree_map(lambda leaf: leaf.as_subclass(Tensor) if _is_whole_here(leaf) else leaf, (args, kwargs))
