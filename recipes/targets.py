@@ -42,6 +42,7 @@ ALLOWED = (
     "lightning_dist.Throughput",
     "lightning_dist.data.*",
     "recipes.benchmark.first_step.*",
+    "recipes.credit_risk.*",
     "recipes.image_classification.*",
     "recipes.language_model.*",
     "recipes.optimization.*",

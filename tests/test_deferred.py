@@ -68,6 +68,24 @@ def _deferred(layout: str) -> tuple[set[str], set[str]]:
     return bound, {name for name in module.state_dict() if name.startswith("net.")}
 
 
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
+def test_what_is_refused_at_set_up_is_told_as_it_is(layout: str) -> None:
+    """And not that what is deferred can't leave the meta device."""
+    for error in run_on_ranks(2, _refused, layout):
+        assert error.startswith("ValueError: tp finds nothing" if "tp" in layout else "ValueError: pp runs a step")
+
+
+def _refused(layout: str) -> str:
+    module = Buffered()
+    module.configure_model = lambda: setattr(module, "net", nn.Linear(models.WIDTH, models.CLASSES))  # type: ignore[method-assign]
+    try:
+        trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy(layout), max_steps=1)
+        trainer.fit(module, DataLoader(samples(), batch_size=8))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
 def test_metrics_and_what_is_ready_go_to_the_device_beside_what_is_deferred() -> None:
     """``meta`` stands for the device; the network that is deferred is on it before."""
     module = L.LightningModule()

@@ -276,9 +276,17 @@ class ModuleSetup:
         return [name for name, parts in kept.items() if all(other.get(name) == parts for other in others)]
 
     def move_to_cpu(self) -> None:
-        """Where it is whole again; as Lightning's strategies leave a module."""
-        if self._module is not None and not self.is_divided(self._module):
-            self._module.cpu()
+        """Where it is whole again; as Lightning's strategies leave a module. What has no values yet, since a refusal kept
+        it from being set up, stays.
+        """
+        module = self._module
+        if (
+            module is None
+            or self.is_divided(module)
+            or any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+        ):
+            return
+        module.cpu()
 
     @staticmethod
     def is_divided(module: nn.Module) -> bool:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import gzip
 import math
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as L
 import sklearn.datasets
 import sklearn.model_selection
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
+
+from recipes.parts import PartsData
 
 SPLIT_SEED = 0
 """Seed of the fixed splits; the run's own seed does not move a sample from one part to another."""
@@ -73,47 +73,8 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         return image, self.labels[index]
 
 
-class ImageData(L.LightningDataModule):
-    """Loaders over the parts ``train``, ``val`` and ``test`` that a subclass puts in :attr:`parts`.
-
-    Args:
-        batch_size: samples per process and step.
-        num_workers: processes that read ahead; 0 reads in the training process.
-        eval_batch_size: samples per process and batch of evaluation, by default ``batch_size``.
-    """
-
-    def __init__(self, batch_size: int, num_workers: int = 0, eval_batch_size: int | None = None) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers = num_workers
-        self.parts: dict[str, Dataset[Any]] = {}
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches; an incomplete last one is dropped, so every step has the same number of samples."""
-        return self._loader("train", self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation sample once."""
-        return self._loader("val", self.eval_batch_size)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Every test sample once."""
-        return self._loader("test", self.eval_batch_size)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test samples."""
-        return self._loader("test", self.eval_batch_size)
-
-    def _loader(self, part: str, batch_size: int, **arguments: Any) -> DataLoader[Any]:
-        return DataLoader(
-            self.parts[part],
-            batch_size=batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.accelerator.is_available(),
-            **arguments,
-        )
+class ImageData(PartsData):
+    """Parts of images in memory."""
 
     def _split(
         self,

@@ -1,13 +1,18 @@
-"""Runs of both recipes, twenty steps each on data that is small."""
+"""Runs of the recipes, twenty steps each on data that is small."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from recipes.credit_risk import CreditScorer
+from recipes.credit_risk.data import Applicants
+from recipes.credit_risk.models import ColumnMLP
+from recipes.credit_risk.table import Encoding
 from recipes.image_classification import Digits, ImageClassifier
 from recipes.image_classification.models import vision_transformer
 from recipes.language_model import CausalLM
@@ -77,8 +82,33 @@ class Blocks(Dataset):
         }
 
 
+def scorer() -> L.LightningModule:
+    """The network of the experiment, without dropout."""
+    network = partial(ColumnMLP, 2, 2, 10, width=32, dropout=0.0)
+    return CreditScorer(network, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05, eps=1e-6), warmup_cosine)
+
+
+def applicants(count: int) -> Dataset:
+    """Some of whose values are missing."""
+    rows: list[dict[str, Any]] = [
+        {
+            "age": None if index % 7 == 0 else 20 + 13 * index % 50,
+            "amount": 100 * (index % 11),
+            "purpose": ["car", "house", "boat", None][index % 4],
+            "has_phone": ["yes", "no"][index // 3 % 2],
+        }
+        for index in range(count)
+    ]
+    encoding = Encoding(["age", "amount"], ["purpose", "has_phone"])
+    encoding.learn(rows)
+    return Applicants(rows, encoding, [int((index % 11 + index % 4) > 7) for index in range(count)])
+
+
 RUNS = {
     "image_classification": Run(vit, digits, held_out_digits, batch_size=16, trainer={"gradient_clip_val": 1.0}),
+    "credit_risk": Run(
+        scorer, partial(applicants, 320), partial(applicants, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
+    ),
     "language_model": Run(
         decoder, partial(Blocks, 320), partial(Blocks, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
     ),

@@ -1,4 +1,4 @@
-"""Twenty steps of both recipes give the numbers of one process under every layout of the data axes, and a pipeline."""
+"""Twenty steps of each recipe give the numbers of one process under every layout of the data axes, and a pipeline."""
 
 from __future__ import annotations
 
