@@ -48,7 +48,7 @@ def foreign(folder: str) -> Iterator[tuple[str, str]]:
     ("folder", "extras"),
     [
         ("lightning_dist", ["timeline", "weights", "slurm", "ray"]),
-        ("recipes", ["recipes", "huggingface", "benchmark"]),
+        ("recipes", ["recipes", "huggingface", "parquet", "benchmark"]),
         ("tests", ["test"]),
     ],
 )

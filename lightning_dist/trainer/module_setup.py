@@ -276,8 +276,8 @@ class ModuleSetup:
         return [name for name, parts in kept.items() if all(other.get(name) == parts for other in others)]
 
     def move_to_cpu(self) -> None:
-        """Where it is whole again; as Lightning's strategies leave a module. What has no values yet, since a refusal kept
-        it from being set up, stays.
+        """Where it is whole again; as Lightning's strategies leave a module. What a refusal kept from being set up has
+        no values yet, and stays.
         """
         module = self._module
         if (

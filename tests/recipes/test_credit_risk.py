@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from omegaconf import OmegaConf
+from pyarrow import parquet
 from sklearn.metrics import brier_score_loss, roc_auc_score, roc_curve
 
 from recipes.credit_risk import Baselines, CreditScorer, TableData
@@ -85,6 +87,19 @@ def test_each_row_is_tested_in_one_fold_and_parts_have_the_same_share_of_bad_one
 def test_what_a_config_says_wrongly_is_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         table(tmp_path, **changes).setup("fit")
+
+
+def test_a_parquet_file_is_read_as_a_csv_file_is(tmp_path: Path) -> None:
+    from_csv = table(tmp_path)
+    from_csv.setup("fit")
+    rows = [
+        {**row, "age": None if row["age"] is None else int(row["age"])} for row in read_table(tmp_path / "table.csv")
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table.parquet")
+    from_parquet = table(tmp_path, path=tmp_path / "table.parquet")
+    from_parquet.setup("fit")
+    for one, other in zip(from_csv.parts.values(), from_parquet.parts.values(), strict=True):
+        torch.testing.assert_close(vars(one), vars(other), equal_nan=True)
 
 
 def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
