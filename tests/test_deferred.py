@@ -16,7 +16,7 @@ from lightning_dist.initialization.install import RecordedInit
 from lightning_dist.parallel.placing import to_device
 from tests.support import models
 from tests.support.models import BLOCK_PLAN, few_samples, samples
-from tests.support.parity import QUIET, Run, assert_parity, slow
+from tests.support.parity import QUIET, Run, assert_parity, slow, whole_weights
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.sampled
@@ -78,6 +78,45 @@ def test_what_is_refused_at_set_up_is_told_as_it_is(layout: str) -> None:
 def _refused(layout: str) -> str:
     module = Buffered()
     module.configure_model = lambda: setattr(module, "net", nn.Linear(models.WIDTH, models.CLASSES))  # type: ignore[method-assign]
+    return _error_of(module, layout)
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2", "pp=2", "dp_replicate=2"])
+def test_a_module_that_one_layout_refused_trains_under_another(layout: str) -> None:
+    for refused, (weights, first) in run_on_ranks(2, _refused_then, layout):
+        assert refused.startswith("ValueError: tp finds nothing")
+        for name, value in weights.items():
+            assert torch.equal(value, first[name]), name
+
+
+class Plain(models.Deferred):
+    """Has nothing that the tensor axis divides."""
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(models.WIDTH, 32), nn.LayerNorm(32), nn.Linear(32, models.CLASSES))
+
+
+def _refused_then(layout: str) -> tuple[str, Any]:
+    """What the first run said, and the weights that the second began with, beside those of plain building."""
+    L.seed_everything(3, verbose=False)
+    plain = Plain()
+    plain.configure_model()
+    L.seed_everything(3, verbose=False)
+    module = Plain()
+    refused = _error_of(module, "tp=2")
+    began = _Began()
+    trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy(layout), max_steps=2, callbacks=[began])
+    trainer.fit(module, DataLoader(samples(), batch_size=8))
+    return refused, (began.weights, plain.net.state_dict())  # type: ignore[union-attr]
+
+
+class _Began(L.Callback):
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.weights = {name: value.detach().clone() for name, value in whole_weights(pl_module.net).items()}
+
+
+def _error_of(module: L.LightningModule, layout: str) -> str:
     try:
         trainer = L.Trainer(**QUIET, devices=2, strategy=HybridStrategy(layout), max_steps=1)
         trainer.fit(module, DataLoader(samples(), batch_size=8))

@@ -71,6 +71,11 @@ class RecordedInit:
         """Names of the deferred parameters, buffers and other tensors of the module."""
         return list(self._slots)
 
+    def has_all_of(self, module: nn.Module) -> bool:
+        """Whether what a module has on the meta device was remembered of it, by names and sizes."""
+        sizes = {name: tuple(place.tensor.shape) for name, place in _deferred(module, True).items()}
+        return bool(sizes) and sizes.items() <= {name: slot.size for name, slot in self._slots.items()}.items()
+
     def materialize(
         self,
         module: nn.Module,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -36,6 +37,9 @@ from lightning_dist.plans.tensor import ShardingPlan, parameter_splits
 from lightning_dist.precision import shard_policy
 from lightning_dist.ranks import LayoutRanks, resolve
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
+
+_UNFINISHED: WeakKeyDictionary[nn.Module, RecordedInit] = WeakKeyDictionary()
+"""How modules are to be initialised that a run has built; where it was refused then, the next one does it."""
 
 
 class ModuleSetup:
@@ -94,9 +98,10 @@ class ModuleSetup:
     @contextmanager
     def deferring(self, module: pl.LightningModule) -> Iterator[None]:
         """While it lasts, what ``configure_model`` builds is deferred if the layout shards; see ``initialization``."""
-        layout = self._ranks.layout
+        layout, earlier = self._ranks.layout, _UNFINISHED.pop(module, None)
         if self._ranks.world_size == 1 or (layout is not None and not layout.holds_shards):
             yield
+            self._recorded = earlier if earlier is not None and earlier.has_all_of(module) else None
             return
         try:
             with record_initialization() as self._recorded:
@@ -107,7 +112,14 @@ class ModuleSetup:
             module.configure_model()
             validation.validate_built(module)
         else:
-            self._recorded.bind(module)
+            try:
+                self._recorded.bind(module)
+            except CannotDefer:
+                if earlier is None or not earlier.has_all_of(module):
+                    raise
+                self._recorded = earlier
+        if self._recorded is not None and self._recorded.names:
+            _UNFINISHED[module] = self._recorded
 
     def _materialize(self, module: pl.LightningModule) -> None:
         """Gives what ``configure_model`` deferred the values of plain building; a rank keeps its part."""
@@ -116,6 +128,7 @@ class ModuleSetup:
             take = partial(keep_shard, device=self._ranks.device, of_shards=host)
             self._recorded.materialize(module, take)
         self._recorded = None
+        _UNFINISHED.pop(module, None)
 
     def build(self, module: pl.LightningModule, precision: Precision, training: bool) -> None:
         """Applies the layout to the module, as hooks left it, in place; what an earlier run did to it stays.
