@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from recipes.credit_risk import CreditScorer
 from recipes.credit_risk.data import Applicants
-from recipes.credit_risk.models import ColumnMLP
+from recipes.credit_risk.models import ColumnTransformer
 from recipes.credit_risk.table import Encoding
 from recipes.image_classification import Digits, ImageClassifier
 from recipes.image_classification.models import vision_transformer
@@ -83,8 +83,8 @@ class Blocks(Dataset):
 
 
 def scorer() -> L.LightningModule:
-    """The network of the experiment, without dropout."""
-    network = partial(ColumnMLP, 2, 2, 10, width=32, dropout=0.0)
+    """A transformer over few columns, without dropout."""
+    network = partial(ColumnTransformer, 2, 2, 10, dropout=0.0)
     return CreditScorer(network, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05, eps=1e-6), warmup_cosine)
 
 
