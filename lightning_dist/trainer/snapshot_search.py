@@ -134,11 +134,17 @@ def _newest(by_node: dict[int, dict[str, Header]], damaged: set[tuple[int, str]]
                 of_ranks, files = found.setdefault(header.order, ({}, {}))
                 of_ranks[header.rank] = header
                 files.setdefault(header.rank, {})[node] = name
-    whole = [order for order, (of_ranks, _) in found.items() if _is_whole(of_ranks)]
+    # one that is there with all parts goes on to the bit, and is at most a snapshot older
+    complete = [order for order, (of_ranks, _) in found.items() if _is_complete(of_ranks)]
+    whole = complete or [order for order, (of_ranks, _) in found.items() if _is_whole(of_ranks)]
     if not whole:
         return None
     of_ranks, files = found[max(whole)]
     return next(iter(of_ranks.values())), files
+
+
+def _is_complete(of_ranks: dict[int, Header]) -> bool:
+    return len(of_ranks) == next(iter(of_ranks.values())).num_ranks
 
 
 def _is_whole(of_ranks: dict[int, Header]) -> bool:

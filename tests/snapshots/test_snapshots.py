@@ -275,6 +275,16 @@ def test_what_a_node_lost_together_with_its_partner_comes_from_another_replica(t
         assert (after.losses[0] == one.losses[4]) == (rank != 1)
 
 
+def test_one_with_all_parts_is_taken_before_a_newer_that_replicas_have(tmp_path: Path) -> None:
+    """To the bit: rank 1 was killed in its last snapshot, which rank 0 on another node has whole."""
+    whole = on("dp_replicate=2", tmp_path / "whole", 0, (), {}, 1)
+    ended = on("dp_replicate=2", tmp_path / "run", 0, ("backward", 4), {}, 1)
+    for node in ("node0", "node1"):
+        parts = (tmp_path / "run" / node / "snapshots").glob("*-1.[01]")
+        max(parts, key=slots_order).unlink()
+    assert_goes_on(whole, ended, on("dp_replicate=2", tmp_path / "run", 1, (), {}, 1), 3)
+
+
 def test_what_no_replica_has_is_not_put_together(tmp_path: Path) -> None:
     on("dp_shard=2,tp=2", tmp_path, 0, ("backward", 4), {"norm": False}, 1)
     lose(tmp_path, 1, 2)
