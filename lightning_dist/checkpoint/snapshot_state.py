@@ -79,7 +79,8 @@ class Found:
             if type(value) in PLAIN:
                 continue
             if type(value) in CONTAINERS:
-                taken = self.take(value, names.get(key) or {})
+                known = names.get(key)
+                taken = self.take(value, known if type(known) is dict else {})
             elif isinstance(value, Tensor):
                 taken = self._take_tensor(value, names.get(key))
             else:

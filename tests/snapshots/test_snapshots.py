@@ -6,6 +6,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist import HybridStrategy
 from lightning_dist.checkpoint.slots import Slot, read_header
+from lightning_dist.checkpoint.snapshot_state import PartOfState, Reference
+from lightning_dist.pytree import map_leaves
 from lightning_dist.trainer.snapshot_writer import SnapshotWriter
 from tests.snapshots.training import Late, Leg, Net, Numbered, leg
 from tests.support.parity import QUIET, slow
@@ -133,6 +136,17 @@ def test_a_changed_bit_is_found_and_the_snapshot_before_taken(where: str, tmp_pa
     at = {"header": 40, "tensors": 5000, "last word": 4096 + header.tensors - 64, "small": header.nbytes - 3}
     flip(newest, at[where])
     assert_goes_on(whole, ended, on("dp_shard=1", tmp_path / "run", 1), 3)
+
+
+def test_what_a_callback_keeps_may_become_something_else() -> None:
+    """From one snapshot to the next: a tensor, a container, a number, more tensors."""
+    part, one = PartOfState(torch.nn.Linear(2, 2), (0, 1)), torch.ones(3)
+    kept: list[Any] = [one, {"a": one, "b": [one + 1, 2]}, 5, [one, one + 2], one + 3, {"a": (one + 4, None)}]
+    for value in kept:
+        tensors, small = part.find({"callbacks": {"C": value}}, {"rank": 0})
+        by_key = dict(zip([row.key for row in part.written], tensors, strict=True))
+        rest = pickle.loads(small)["rest"]["callbacks"]["C"]
+        assert str(map_leaves(rest, lambda _, x, of=by_key: of[x.key] if isinstance(x, Reference) else x)) == str(value)
 
 
 @pytest.mark.parametrize("layout", ["dp_replicate=2", slow("dp_shard=2"), slow("pp=2")])
