@@ -193,6 +193,8 @@ def _assemble(
     entry = joined(every)
     if lost := [rank for rank, states in enumerate(entry["random"]) if states is None]:
         if any(keeps_a_place(of_loader) for of_rank in every for of_loader in of_rank["loaders"]):
+            if is_first:
+                shutil.rmtree(place)
             return False
         rank_zero_info(
             f"the snapshot of step {place.name.rpartition('-')[2]} is put together from other replicas: the states of "

@@ -37,7 +37,7 @@ class ColumnTransformer(nn.Module):
 
     Args:
         num_numeric: columns of numbers.
-        num_categorical: columns of categories.
+        num_categorical: columns of categories; any number of them will do here.
         num_categories: of all columns together.
         width: features of a token; ``num_heads`` divides it.
         depth: number of blocks.

@@ -330,6 +330,7 @@ def test_a_lost_place_of_a_loader_is_not_made_up(tmp_path: Path) -> None:
     lose(tmp_path, 1, 2)
     again = on("dp_replicate=2,dp_shard=2", tmp_path, 1, ("backward", 2), options, 1)
     assert [one.first for one in again] == [0] * 4
+    assert not list(tmp_path.glob("node*/snapshots/*-of-step-*"))  # nor is what was put together left in memory
 
 
 def test_ranks_that_are_left_go_on_with_what_the_lost_node_had(tmp_path: Path) -> None:
