@@ -111,7 +111,7 @@ class TableData(PartsData):
         rest, test = list(folds)[self.fold]
         stratify = [labels[index] for index in rest]
         train, val = train_test_split(rest, test_size=self.val_fraction, random_state=SPLIT_SEED, stratify=stratify)
-        encoding = Encoding(self.numeric, self.categorical)
+        self.encoding = encoding = Encoding(self.numeric, self.categorical)
         encoding.learn(rows[index] for index in train)
         if len(encoding.categories) > self.num_categories:
             raise ValueError(
