@@ -40,6 +40,14 @@ class ModuleOptions:
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     reshard_after_forward: bool = True
     cpu_offload: bool = False
+    max_unit_parameters: int | None = None
+    prefetch_units: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("activation_checkpointing", self.activation_checkpointing, "none", "full", "selective")
+        one_of("reshard_after_forward", self.reshard_after_forward, True, False)
+        one_of("cpu_offload", self.cpu_offload, True, False)
+        _ = self.shards  # which refuses what is no number
 
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         """The modules that are sharded, recomputed and compiled one by one, by name."""
@@ -51,7 +59,8 @@ class ModuleOptions:
         its layer is on the device in the root only, if parts are on the host.
         """
         large_layers = self.shard_units is None and not self.cpu_offload
-        return ShardOptions(self.reshard_after_forward, large_layers, self.cpu_offload)
+        limits = self.max_unit_parameters, self.prefetch_units
+        return ShardOptions(bool(self.reshard_after_forward), large_layers, bool(self.cpu_offload), *limits)
 
     def keeps_blocks_whole(self, layout: Layout) -> bool:
         """Whether something is done to blocks that a cut inside of them would break."""

@@ -57,6 +57,9 @@ class HybridStrategy(ParallelStrategy):
             Under ``pp``, ``pipeline_reshard`` says it of steps in training.
         cpu_offload: under ``dp_shard``, keep parameters, gradients and optimizer states in the memory of the host,
             where the optimizer steps; a GPU has what is gathered. Processes then also talk by gloo.
+        max_unit_parameters: under ``dp_shard``, a block of more elements is gathered in parts: its largest layers on
+            their own, until none has more, but for single layers. Default: whole blocks.
+        prefetch_units: under ``dp_shard``, how many units are gathered ahead of the one that runs.
         tensor_plan: what ``tp`` divides: ``"colwise"`` or ``"rowwise"`` by name of layer (with ``*``), or a function of
             name and module. Default: attention and feed-forward layers, found by what they are made of, and what a
             transformers model declares.
@@ -124,6 +127,8 @@ class HybridStrategy(ParallelStrategy):
         shard_units: ShardUnits | None = None,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        max_unit_parameters: int | None = None,
+        prefetch_units: int = 1,
         tensor_plan: Styles | None = None,
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
@@ -162,16 +167,9 @@ class HybridStrategy(ParallelStrategy):
         stages = (pipeline_schedule, num_microbatches, cuts, pipeline_reshard)
         pipeline = PipelineOptions(*stages, batch_split, microbatch_weight, pipeline_check, pipeline_outputs)
         tensor = TensorOptions(tensor_plan, sequence_parallel, loss_parallel)
-        recomputing = one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective")
-        self._module_options = ModuleOptions(
-            shard_units,
-            tensor,
-            recomputing,
-            compile_options(compile),
-            pipeline,
-            bool(one_of("reshard_after_forward", reshard_after_forward, True, False)),
-            bool(one_of("cpu_offload", cpu_offload, True, False)),
-        )
+        blocks = shard_units, tensor, activation_checkpointing, compile_options(compile), pipeline
+        sharding = reshard_after_forward, cpu_offload, max_unit_parameters, prefetch_units
+        self._module_options = ModuleOptions(*blocks, *sharding)
         chosen = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.checkpoint_options = CheckpointOptions(chosen, async_save, pretrained)
         self._survival = SurvivalOptions(

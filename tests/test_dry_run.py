@@ -24,7 +24,7 @@ from lightning_dist.explain.live_bytes import PARTS, LiveBytes
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from tests.recipes.runs import Blocks, decoder, digits, vit
-from tests.support.models import Classifier, Momentum, samples
+from tests.support.models import Block, Classifier, Momentum, samples
 from tests.support.parity import slow
 from tests.support.ranks import POOL, run_on_ranks
 
@@ -217,3 +217,34 @@ def test_resident_memory_is_what_a_dry_run_tells(make: Any, layout: str) -> None
         dry = peaks_of_rank(make, HybridStrategy(layout), Place(rank, 2), _large_batch(make), {})
         predicted = max(peak.total for peak in dry.values())
         assert predicted == pytest.approx(held, rel=0.1)
+
+
+class Wide(Classifier):
+    """Blocks of two large layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net: Any = self.net
+        net.blocks = torch.nn.Sequential(Widened(), Widened())
+
+
+class Widened(Block):
+    """Of three layers that matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.middle, self.down = (torch.nn.Linear(*size) for size in ((16, 2048), (2048, 2048), (2048, 16)))
+        self.more = torch.nn.Linear(2048, 2048)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.more(self.middle(self.up(self.norm(x)))))
+
+
+def test_a_limit_of_parameters_gathered_at_once_lowers_the_peak() -> None:
+    layer = 4 * 2048**2  # bytes; a block holds two such, of which one at a time is whole with the limit
+    peaks = [
+        peaks_of_rank(Wide, HybridStrategy("dp_shard=2", max_unit_parameters=limit), Place(0, 2), _batch(Wide), {})
+        for limit in (None, 2048**2)
+    ]
+    whole, parts = (peak["later steps"].total for peak in peaks)
+    assert whole - parts > 0.9 * layer

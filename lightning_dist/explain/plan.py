@@ -15,7 +15,7 @@ from lightning_dist.layout import Layout
 from lightning_dist.parallel import Checkpointing, validate_blocks
 from lightning_dist.parallel.fsdp_units import shard_units
 from lightning_dist.parallel.pipeline import PipelineOptions, Stages, plan_stages
-from lightning_dist.parallel.shard_options import ShardOptions, large_layers
+from lightning_dist.parallel.shard_options import ShardOptions, large_layers, parts_of_blocks
 from lightning_dist.plans.tensor import ShardingPlan, TensorOptions, parameter_splits
 from lightning_dist.ranks import choose_layout
 from lightning_dist.report import LayoutReport, PipelineReport, ShardingPlanReport
@@ -101,7 +101,9 @@ def _units(
     """Names of the modules that are sharded one by one."""
     if not layout.holds_parts_of_blocks or layout.num_data_ranks == 1:
         return []
-    layers = shard_units(module, large_layers(module, blocks)) if shards is not None and shards.large_layers else {}
+    shards = ShardOptions() if shards is None else shards
+    beside = large_layers(module, blocks) if shards.large_layers else {}
+    layers = shard_units(module, {**parts_of_blocks(blocks, shards.max_unit_parameters), **beside})
     divided = {} if sharding_plan is None else sharding_plan.tensor_plan
     return [*blocks, *(name for name in layers if name not in divided)]
 

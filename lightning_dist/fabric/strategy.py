@@ -73,6 +73,8 @@ class HybridFabricStrategy(ParallelStrategy):
         *,
         shard_units: ShardUnits | None = None,
         reshard_after_forward: bool = True,
+        max_unit_parameters: int | None = None,
+        prefetch_units: int = 1,
         tensor_plan: Styles | None = None,
         sequence_parallel: bool = False,
         activation_checkpointing: Checkpointing = "none",
@@ -95,14 +97,15 @@ class HybridFabricStrategy(ParallelStrategy):
         self.checkpoint_format = one_of("checkpoint_format", checkpoint_format, "auto", "single", "sharded")
         self.sync_control = _SyncControl()
         self._patches = Patches()
-        recomputing = one_of("activation_checkpointing", activation_checkpointing, "none", "full", "selective")
         tensor = TensorOptions(tensor_plan, sequence_parallel)
         self._options = ModuleOptions(
             shard_units,
             tensor,
-            recomputing,
+            activation_checkpointing,
             compile_options(compile),
-            reshard_after_forward=bool(one_of("reshard_after_forward", reshard_after_forward, True, False)),
+            reshard_after_forward=reshard_after_forward,
+            max_unit_parameters=max_unit_parameters,
+            prefetch_units=prefetch_units,
         )
         self._in_play: list[InLayout] = []
         """See [Note: which modules take part in a backward pass]."""

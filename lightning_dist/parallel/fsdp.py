@@ -19,8 +19,15 @@ from torch.distributed.tensor import DTensor
 from lightning_dist.compat import distributed as private
 from lightning_dist.divided.copies import ROOT_GATHERING, make_copyable, pass_for_own_class
 from lightning_dist.parallel.buffers import WrittenBuffers
-from lightning_dist.parallel.fsdp_units import gather_as_kept, places, shard_roots, shard_units, unsharded_parameters
-from lightning_dist.parallel.shard_options import ShardOptions, kept_gathered, large_layers
+from lightning_dist.parallel.fsdp_units import (
+    gather_as_kept,
+    places,
+    prefetch,
+    shard_roots,
+    shard_units,
+    unsharded_parameters,
+)
+from lightning_dist.parallel.shard_options import ShardOptions, kept_gathered, large_layers, parts_of_blocks
 from lightning_dist.parallel.single_process import CALL, STEPS, SingleProcessRunner
 from lightning_dist.parallel.tensor.split import TensorAxis
 from lightning_dist.parallel.unused_parameters import UnusedParameters, free_outdated
@@ -80,7 +87,8 @@ class FSDPRunner(SingleProcessRunner):
         self.roots: dict[str, Any] = {"": module} if one_backward else dict(shard_roots(module))
         layers = large_layers(module, blocks) if options.large_layers else {}
         layers = {name: layer for name, layer in layers.items() if name not in self.roots}
-        self.units: dict[str, Any] = shard_units(module, {**blocks, **layers})
+        parts = parts_of_blocks(blocks, options.max_unit_parameters)  # to be sharded before what they are in
+        self.units: dict[str, Any] = shard_units(module, {**dict(reversed(parts.items())), **blocks, **layers})
         units = {**self.units, **self.roots}
         stay = kept_gathered(module, self.units, blocks) if options.reshard_after_forward else set(self.units)
         self._reshards = {name: name not in stay for name in self.units}
@@ -103,6 +111,7 @@ class FSDPRunner(SingleProcessRunner):
                 make_copyable(unit, patches)
                 pass_for_own_class(unit)
                 gather_as_kept(unit, rounded)
+        prefetch(module, self.units, options.prefetch_units)
         left = [n for n, p in module.named_parameters() if not isinstance(p, DTensor) and not is_placeholder(p)]
         self.buffers = WrittenBuffers(module, group)
         self.unused = UnusedParameters(module, units, set(self.roots), left, group, self.buffers, patches)

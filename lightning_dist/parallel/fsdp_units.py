@@ -140,6 +140,16 @@ def _decide_dtypes(param_group: Any, rounded: set[Place], decide: Callable[[], N
             parameter.param_dtype = None
 
 
+def prefetch(module: nn.Module, units: dict[str, Any], number: int) -> None:
+    """Has each sharded unit of a module start to gather so many of those after it in the module before it runs, and of
+    those before it before its backward. One, which torch does by itself, changes nothing.
+    """
+    ordered: list[Any] = [unit for name, unit in module.named_modules() if name in units]
+    for index, unit in enumerate(ordered if number > 1 else ()):
+        unit.set_modules_to_forward_prefetch(ordered[index + 1 : index + 1 + number])
+        unit.set_modules_to_backward_prefetch(ordered[max(0, index - number) : index][::-1])
+
+
 def make_gradients_alike(param_group: Any) -> None:
     """Casts gradients of 16 bits before their unit reduces them, if others are not; see [Note: dtypes in a unit]."""
     if len({parameter.param_dtype for parameter in param_group.fsdp_params}) < 2:

@@ -1,16 +1,18 @@
-"""What a user says of the shard axis, and the units that this gives beside the blocks: large layers."""
+"""What a user says of the shard axis, and the units that this gives beside the blocks: large layers, blocks' parts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 from torchmetrics import Metric
 
+from lightning_dist.dtensors import local_part
 from lightning_dist.layout import Layout
 from lightning_dist.placeholder import is_placeholder
 
@@ -26,11 +28,20 @@ class ShardOptions:
         reshard_after_forward: free what was gathered for a unit's forward, and gather it again for its backward.
         large_layers: whether large layers beside the blocks are units, see :func:`large_layers`.
         cpu_offload: keep what is divided on the host: parameters, gradients, and with them optimizer states.
+        max_unit_parameters: of how many elements a unit is at most, see :func:`parts_of_blocks`.
+        prefetch_units: how many units are gathered ahead of the one that runs, in their order in the module.
     """
 
     reshard_after_forward: bool = True
     large_layers: bool = False
     cpu_offload: bool = False
+    max_unit_parameters: int | None = None
+    prefetch_units: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_unit_parameters", self.max_unit_parameters), ("prefetch_units", self.prefetch_units)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
     def validate(self, layout: Layout) -> None:
         """Raises a ValueError where what is asked has no meaning under the layout, or is to come."""
@@ -38,6 +49,11 @@ class ShardOptions:
             raise ValueError(
                 f"cpu_offload=True under layout {layout}: what dp_shard divides is kept on the host, alone or beside "
                 "dp_replicate; leave it out, or use those axes"
+            )
+        if self.cpu_offload and self.max_unit_parameters is not None:
+            raise ValueError(
+                f"max_unit_parameters={self.max_unit_parameters} with cpu_offload=True: a block may use the weight of "
+                "a layer that it does not call, which would be on the host then; choose smaller units by shard_units="
             )
 
     def offload_policy(self, device: torch.device) -> OffloadPolicy:
@@ -67,10 +83,43 @@ def large_layers(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, n
     }
 
 
+def parts_of_blocks(blocks: dict[str, nn.Module], limit: int | None) -> dict[str, nn.Module]:
+    """What is a unit of its own so that none has more elements than ``limit``, by name: of a block that has more, the
+    largest children, and of those the largest of theirs, until what is left fits. A layer is not divided further.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, block in blocks.items() if limit is not None else ():
+        assert limit is not None
+        left = _held_elements(block)
+        children = [(f"{name}.{key}", child) for key, child in _called_children(block) if _held_elements(child)]
+        for key, child in sorted(children, key=lambda item: -_held_elements(item[1])):
+            if left <= limit:
+                break
+            left -= _held_elements(child)
+            found |= {key: child, **parts_of_blocks({key: child}, limit)}
+    return found
+
+
+def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those that run by being called; what a container without a forward holds in place of it."""
+    if isinstance(module, nn.MultiheadAttention) or is_parametrized(module):
+        return  # which computes with its children's weights
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from ((f"{name}.{key}", inner) for key, inner in _called_children(child))
+        elif not isinstance(child, (Metric, nn.ParameterList, nn.ParameterDict)):
+            yield name, child
+
+
+def _held_elements(module: nn.Module) -> int:
+    return sum(local_part(p).numel() for p in module.parameters() if not is_placeholder(p))
+
+
 def kept_gathered(module: nn.Module, units: dict[str, nn.Module], blocks: Collection[str]) -> set[str]:
     """Names of the units that stay gathered from forward to backward, as a root does: those after the last block, whose
     backward comes first.
     """
-    order = [name for name, _ in module.named_modules() if name in units]
+    inside = tuple(f"{block}." for block in blocks)
+    order = [name for name, _ in module.named_modules() if name in units and not name.startswith(inside)]
     last = max((index for index, name in enumerate(order) if name in blocks), default=len(order))
     return set(order[last + 1 :])
