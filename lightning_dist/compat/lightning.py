@@ -18,6 +18,7 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.init import _EmptyInit as empty_init
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
 from lightning.fabric.utilities.types import _PATH as Path
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper as IndexBatchSamplerWrapper
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -370,6 +371,17 @@ def fetches_ahead(fit_loop: Any) -> bool:
 def forget_loader_states(fit_loop: Any) -> None:
     """Takes off the loop the states of loaders that plain Lightning would go on by."""
     fit_loop._combined_loader_states_to_load = []
+
+
+_MONITOR = f"{_PL}.callbacks.throughput_monitor"
+compute_dtype = _plugin_to_compute_dtype
+hands_on({f"{_MONITOR}._plugin_to_compute_dtype": "the dtype in which a precision plugin has most computed"})
+_throughputs = getter(f"{_MONITOR}.ThroughputMonitor._throughputs", "what a monitor measures, by stage")
+
+
+def throughputs_of(monitor: Any) -> list[Any]:
+    """What a ``ThroughputMonitor`` has begun to measure."""
+    return list(_throughputs(monitor).values())
 
 
 is_of_tuner = getter(f"{_PL}.callbacks.LearningRateFinder._early_exit", "whether a Tuner made it, which ends the run")

@@ -19,6 +19,7 @@ from lightning_dist.module_layout import ModuleOptions
 from lightning_dist.parallel.replaced import OF_ENDED_RUNS
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
+from lightning_dist.report.throughput import count_samples_once
 from lightning_dist.trainer.checkpoints import CheckpointOptions, Checkpoints
 from lightning_dist.trainer.global_batch import GlobalBatch
 from lightning_dist.trainer.hpc_checkpoints import HpcCheckpoints
@@ -162,6 +163,7 @@ class Parts:
             self.numbers.attach(trainer, self._is_searching, self._setup_patches)
         else:
             self.ranks.part_random_streams()
+        count_samples_once(trainer, self.ranks.num_data_ranks, self._setup_patches)
         self.is_set_up = True
         self.watching.loops_begin()
         self.module_setup.report(trainer.lightning_module).show(trainer)
