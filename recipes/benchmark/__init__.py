@@ -9,6 +9,7 @@
 - ``export``: the memory of a converting process;
 - ``start``: whole processes up to their first step;
 - ``turns``: options of the timing, and whose time counts;
+- ``overview``: all of them in one page;
 - ``results``: lines, printed and kept as soon as they are measured; tables, a picture;
 - ``data_parallel``, ``data_parallel_collectives``, ``tensor_parallel``, ``pipeline``, ``checkpoint``: what is measured;
 - ``versions``, ``version_process`` and ``version_rank``: this checkout beside another one.

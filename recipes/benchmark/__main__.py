@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from recipes.benchmark import overview
 from recipes.benchmark.results import Record, machine
 
 BENCHMARKS = {
@@ -27,9 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m recipes.benchmark", description="What the product costs.")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    overview.add_arguments(names.add_parser("all", help="each of them that has peers, and one page of all"))
     for name, compares in BENCHMARKS.items():
         add_options(names.add_parser(name, help=compares, description=compares), name, "--quick" in arguments)
     options = parser.parse_args(arguments)
+    if options.name == "all":
+        return overview.measure_all(options)
     record = Record(options.output, options.name, {"options": vars(options), "before": machine()})
     finished = False
     before = signal.signal(signal.SIGTERM, _end)

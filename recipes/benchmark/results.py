@@ -119,8 +119,7 @@ class Record:
     @property
     def lines(self) -> list[Line]:
         """What was measured."""
-        rows = json.loads(self._file.read_text())["lines"]
-        return [Line(**{name: value for name, value in row.items() if name != "verdict"}) for row in rows]
+        return lines_of(json.loads(self._file.read_text()))
 
     def extend(self, lines: Iterable[Line]) -> None:
         """Keeps and prints each line as it comes; among ranks the first one does."""
@@ -131,7 +130,7 @@ class Record:
     def add(self, line: Line) -> None:
         """Keeps and prints a line."""
         self._write([*self.lines, line])
-        text = escape(f"{line.group}: {line.what}: {line.ours} against {line.peer}, {_ratio(line)}")
+        text = escape(f"{line.group}: {line.what}: {line.ours} against {line.peer}, {ratio_in_words(line)}")
         _console().print(f"{text} [{COLOURS[line.verdict]}]{line.verdict}[/]", soft_wrap=True)
 
     def close(self, finished: bool) -> None:
@@ -157,13 +156,20 @@ class Record:
         return self.folder / f"{self.name}.json"
 
 
+def lines_of(content: dict[str, Any]) -> list[Line]:
+    """Those of a record's file; none of an empty one."""
+    rows = content.get("lines", [])
+    return [Line(**{name: value for name, value in row.items() if name != "verdict"}) for row in rows]
+
+
+def ratio_in_words(line: Line) -> str:
+    """By each estimate."""
+    return " / ".join(f"{ratio:.3f}" for ratio in line.ratios.values())
+
+
 def _console() -> Console:
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=140, highlight=False)
-
-
-def _ratio(line: Line) -> str:
-    return " / ".join(f"{ratio:.3f}" for ratio in line.ratios.values())
 
 
 def show(lines: Sequence[Line], console: Console | None = None) -> None:
@@ -177,7 +183,12 @@ def show(lines: Sequence[Line], console: Console | None = None) -> None:
             if line.group == group:
                 must = "" if line.at_most is None else f"<= {line.at_most:g}"
                 table.add_row(
-                    line.what, line.ours, line.peer, _ratio(line), must, f"[{COLOURS[line.verdict]}]{line.verdict}"
+                    line.what,
+                    line.ours,
+                    line.peer,
+                    ratio_in_words(line),
+                    must,
+                    f"[{COLOURS[line.verdict]}]{line.verdict}",
                 )
         console.print(table)
 

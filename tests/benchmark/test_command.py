@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from recipes.benchmark import __main__ as command
+from recipes.benchmark import overview
 from recipes.benchmark.results import Record, counted
 
 
@@ -86,3 +87,39 @@ def test_quick_names_options_of_its_benchmark(name: str) -> None:
     assert options | changed == options
     actions = {action.dest for action in parser._actions}
     assert changed.keys() <= actions
+
+
+def test_all_of_them_make_one_page_which_says_what_did_not_end(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(name: str, arguments: list[str]) -> None:
+        asked.append(name)
+        if name == "data_parallel":
+            Record(tmp_path, name, {}).add(counted("bytes", "a | b", 3, 2, 2.0))  # and no more: it was killed
+        if name == "pipeline":
+            record = Record(tmp_path, name, {})
+            record.add(counted("steps", "ours", 1, 2, 1.0))
+            record.close(finished=True)
+
+    monkeypatch.setattr(overview, "run", run)
+    names = ["--names", "data_parallel", "pipeline", "checkpoint", "--output", str(tmp_path)]
+    assert command.main(["all", *names]) == 1
+    rows = (tmp_path / "all.md").read_text().splitlines()
+    assert "| a \\| b | 3 | 2 | 1.500 | at most 2 | reached |" in rows
+    assert "| ours | 1 | 2 | 0.500 | at most 1 | reached |" in rows
+    after = {name: rows[rows.index(f"## {name}") + 2] for name in ("data_parallel", "pipeline", "checkpoint")}
+    assert after == {
+        "data_parallel": "It did not come to its end.",
+        "pipeline": "**steps**",
+        "checkpoint": "Not measured.",
+    }
+    assert command.main(["all", *names, "--missing"]) == 1
+    assert asked == ["data_parallel", "pipeline", "checkpoint", "data_parallel", "checkpoint"]
+    assert command.main(["all", *names[:1], "pipeline", *names[-2:], "--missing"]) == 0
+
+
+def test_each_of_all_is_a_process_of_its_own(tmp_path: Path) -> None:
+    assert overview.run("pipeline", ["--output", str(tmp_path), "--rounds", "none"]) == 2
+    assert set(overview.NAMES) == command.BENCHMARKS.keys() - {"versions"}
