@@ -26,6 +26,7 @@ from lightning_dist.explain.measured import measured_peak
 from lightning_dist.layout import MESH_AXES, REST, Layout
 from lightning_dist.ranks import resolve
 from lightning_dist.strategy import HybridStrategy
+from lightning_dist.verify.command import add_verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--trust", action="store_true", help="load objects that execute code from the checkpoint")
     convert.set_defaults(run=_convert)
 
+    add_verify(commands)
     add_doctor(commands)
     add_run(commands)
     add_store(commands)
@@ -97,8 +99,7 @@ def _layout(options: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     for rank in range(options.ranks):
         place = resolved.coordinates(rank)
-        data_rank = place["dp_replicate"] * resolved.dp_shard + place["dp_shard"]
-        table.add_row(str(rank), *(str(place[axis]) for axis in axes), str(data_rank))
+        table.add_row(str(rank), *(str(place[axis]) for axis in axes), str(resolved.data_rank(rank)))
     Console().print(table)
 
 

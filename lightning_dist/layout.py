@@ -148,6 +148,11 @@ class Layout:
         """Number of groups of ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
 
+    def data_rank(self, rank: int) -> int:
+        """Which of :attr:`num_data_ranks` a rank of a resolved layout is in."""
+        place = self.coordinates(rank)
+        return place["dp_replicate"] * self.dp_shard + place["dp_shard"]
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where a rank of a resolved layout lies along each axis of the mesh."""
         place = {}

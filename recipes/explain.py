@@ -1,4 +1,4 @@
-"""The recipes as ``lightning-dist explain`` takes them: the module and the strategy of a config."""
+"""The recipes as ``lightning-dist explain`` and ``verify`` take them: module, data and strategy of a config."""
 
 from __future__ import annotations
 
@@ -44,5 +44,9 @@ def from_overrides(overrides: list[str]) -> Subject:
         with targets.allow(allowed):
             return job.first_batch(cfg)
 
+    def data() -> pl.LightningDataModule:
+        with targets.allow(allowed):
+            return job.build_data(cfg)
+
     trainer = {name: cfg.trainer[name] for name in IN_A_STEP if name in cfg.trainer}
-    return Subject(make, strategy, num_ranks, first_batch, trainer)
+    return Subject(make, strategy, num_ranks, first_batch, trainer, data)

@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """
     if cfg.seed is not None:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = _build("data", cfg.data)
+    data = build_data(cfg)
     module = build_module(cfg)
     trainer = _build_trainer(cfg)
 
@@ -67,9 +67,14 @@ def build_module(cfg: DictConfig) -> pl.LightningModule:
     return _build("recipe", cfg.recipe, **parts)
 
 
+def build_data(cfg: DictConfig) -> pl.LightningDataModule:
+    """The LightningDataModule of a config."""
+    return _build("data", cfg.data)
+
+
 def first_batch(cfg: DictConfig) -> Any:
     """The first batch of a config's training data."""
-    data = _build("data", cfg.data)
+    data = build_data(cfg)
     data.prepare_data()
     data.setup("fit")
     return next(iter(data.train_dataloader()))

@@ -28,9 +28,11 @@ from lightning_dist.doctor.settings import Settings, num_cores
 from lightning_dist.elastic.rank import end_with_launching_process, leave_fork_server, leave_process_group
 
 PATIENCE = 10.0
-"""Seconds that the other ranks get when one has failed."""
+"""Seconds that a rank has to leave."""
 
-IMPORTED = ["lightning_dist", "lightning_dist.doctor.training"]
+IMPORTED = ["lightning_dist", "lightning_dist.doctor.training", "lightning_dist.verify.training"]
+LARGE = ("sklearn", "timm", "torchmetrics", "torchvision", "transformers")
+"""Packages that ranks find imported too, where this process has them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Ranks:
     def start(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Starts all."""
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
+        context.set_forkserver_preload([*IMPORTED, *(name for name in LARGE if name in sys.modules)])
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else imports may keep forks from using devices
         environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // self.num_ranks)), **os.environ}
         for rank, place in enumerate(self._places):
@@ -91,7 +93,7 @@ class Ranks:
                 failure, answers[rank] = self._answer(rank)
                 if failure is not None:
                     failures.append(failure)
-                    limit = min(limit, time.monotonic() + PATIENCE)
+                    limit = min(limit, time.monotonic() + self.settings.patience)
         silent = sorted(waiting.values())
         if failures:
             raise failures_told(failures, silent)

@@ -38,6 +38,7 @@ class Settings:
         device_type: ``"cpu"``, or of the accelerator.
         timeout: seconds for one check.
         directory: where checkpoints are written; what is written is removed.
+        patience: seconds that the other ranks get to say what they met when one has failed.
         fault: see :class:`Fault`.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     timeout: float
     directory: Path
     fault: Fault | None = None
+    patience: float = 10.0
 
     def has_fault(self, kind: str, rank: int | None = None) -> bool:
         """Whether this rank, or any, is to be wrong in this way."""

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -90,7 +90,10 @@ class Job:
         return 1 if layout is None else layout.resolve(self.settings.num_ranks).num_data_ranks
 
 
-Squares = dict[tuple[int, tuple[int, ...]], float]
+Piece = tuple[int, ...]
+"""Where a piece of a gradient is in the whole; empty for the whole."""
+
+Squares = dict[tuple[int, Piece], float]
 
 
 @dataclass
@@ -128,18 +131,25 @@ class Watch(Callback):
 
 
 def _squares(module: pl.LightningModule) -> Squares:
-    held: Squares = {}
-    for number, parameter in enumerate(module.parameters()):
+    numbers = {name: number for number, (name, _) in enumerate(module.named_parameters())}
+    by_name = pieces_of_gradients(module)
+    return {(numbers[name], piece): value for name, held in by_name.items() for piece, value in held.items()}
+
+
+def pieces_of_gradients(module: nn.Module) -> dict[str, dict[Piece, float]]:
+    """The sum of squares of each piece of a gradient that this rank holds, by the parameter's name."""
+    found: dict[str, dict[Piece, float]] = {}
+    for name, parameter in module.named_parameters():
         gradient = None if is_placeholder(parameter) else parameter.grad
         if gradient is None:
             continue
-        piece: tuple[int, ...] = ()
+        piece: Piece = ()
         if isinstance(gradient, DTensor):
             place = gradient.device_mesh.get_coordinate() or ()
             piece = tuple(c for c, p in zip(place, gradient.placements, strict=True) if not p.is_replicate())
             gradient = local_tensor(gradient)
-        held[number, piece] = float(gradient.detach().square().sum())
-    return held
+        found[name] = {piece: float(gradient.detach().double().square().sum())}
+    return found
 
 
 class WrongWeight(Callback):

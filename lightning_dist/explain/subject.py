@@ -29,6 +29,7 @@ class Subject:
         num_ranks: of the whole run.
         first_batch: for its training step, which cuts a pipeline; None to run its forward on ``example_input_array``.
         trainer: arguments of the Trainer that change what a step holds: its precision, micro-steps, clipping.
+        data: makes the LightningDataModule that it would be trained on.
     """
 
     make: Callable[[], pl.LightningModule]
@@ -36,6 +37,7 @@ class Subject:
     num_ranks: int
     first_batch: Callable[[], Any] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    data: Callable[[], pl.LightningDataModule] | None = None
 
 
 Recipes = Callable[[list[str]], Subject]
@@ -57,23 +59,51 @@ def find_recipes(directory: Path) -> Recipes:
     )
 
 
-def module_maker(target: str, arguments: Mapping[str, Any]) -> Callable[[], pl.LightningModule]:
+@dataclass(frozen=True)
+class Target:
+    """Calls what ``"package.module:Class"``, or a function, names, with keyword arguments; other processes can too.
+
+    Args:
+        target: as a user typed it.
+        arguments: by name.
+        kind: what it has to give.
+        purpose: for the error where it gives something else.
+    """
+
+    target: str
+    arguments: Mapping[str, Any]
+    kind: type = object
+    purpose: str = ""
+
+    def __call__(self) -> Any:
+        """What it gives; a ValueError where that is of another kind."""
+        made = self.found()(**self.arguments)
+        if not isinstance(made, self.kind):
+            raise ValueError(
+                f"{self.target} gives a {type(made).__name__}; a {self.kind.__name__} is what can be {self.purpose}"
+            )
+        return made
+
+    def found(self) -> Any:
+        """The class or function; a ValueError where there is none."""
+        return _import(self.target, self.target)
+
+    def validate(self) -> Target:
+        """This one; a ValueError where there is no such thing, or it wants other arguments."""
+        try:
+            inspect.signature(self.found()).bind(**self.arguments)
+        except TypeError as error:
+            raise ValueError(f"{self.target}: {error}; give its arguments as name=value") from None
+        return self
+
+
+def module_maker(
+    target: str, arguments: Mapping[str, Any], purpose: str = "explained"
+) -> Callable[[], pl.LightningModule]:
     """Makes the LightningModule that ``"package.module:Class"``, or a function, gives for keyword arguments; a
     ValueError where there is no such thing, or it wants other arguments.
     """
-    found = _import(target, target)
-    try:
-        inspect.signature(found).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{target}: {error}; give its arguments as name=value") from None
-
-    def make() -> pl.LightningModule:
-        module = found(**arguments)
-        if not isinstance(module, pl.LightningModule):
-            raise ValueError(f"{target} gives a {type(module).__name__}; a LightningModule is what can be explained")
-        return module
-
-    return make
+    return Target(target, arguments, pl.LightningModule, purpose).validate()
 
 
 def _import(target: str, what: str) -> Any:

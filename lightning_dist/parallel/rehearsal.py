@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,17 @@ def _same_items(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 class FixedNumbers(TorchDispatchMode):
     """While it lasts, random operations give numbers that depend on their arguments only, alike for every sample."""
+
+    running: ClassVar[list[FixedNumbers]] = []
+    """Those that last now: something runs for a look at what it gives."""
+
+    def __enter__(self) -> Any:
+        self.running.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.running.remove(self)
+        super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -58,7 +58,12 @@ class Splitter:
         return _part(batch, self._dims(batch), 0, count)
 
     def _dims(self, batch: Any) -> Any:
-        return _places(batch, batch_size(batch), True) if self._how is None else self._how
+        return sample_places(batch) if self._how is None else self._how
+
+
+def sample_places(batch: Any) -> Any:
+    """Where a batch has its samples, as a tree that :class:`Splitter` takes; raises as :func:`batch_size`."""
+    return _places(batch, batch_size(batch), True)
 
 
 def batch_size(batch: Any) -> int:

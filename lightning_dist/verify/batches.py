@@ -1,0 +1,195 @@
+"""Batches as the steps of data ranks got them, joined to those of one process.
+
+[Note: the batches of one process]
+Under data axes each data rank has a batch of its own, made by whatever the user has: samplers, collate functions,
+augmentation, streams. So the layout trains first, and what its steps were given is written down, after all hooks of
+the transfer to the device. One process is then given those batches, joined along their samples in the order of the
+data ranks, in the same epochs, with the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dist.parallel.pipeline.batch_split import EACH, batch_size, sample_places
+from lightning_dist.pytree import deep_leaves, deep_map, rebuilt
+
+_ADVICE = "give every data rank batches of one form and size (padding to a fixed length, drop_last=True, fewer steps)"
+
+
+@dataclass
+class Recorded:
+    """What the steps of a training were given.
+
+    Args:
+        batches: on the CPU.
+        epochs: the epoch of each.
+        length: batches of an epoch, where it has an end.
+    """
+
+    batches: list[Any] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    length: float = float("inf")
+
+    def loader(self) -> Any:
+        """What gives them again, epoch by epoch."""
+        return _Endless(self) if self.length == float("inf") else _Finite(self)
+
+    def is_like(self, other: Recorded) -> bool:
+        """Whether a step was given the same by both, epoch by epoch."""
+        places = self.epochs == other.epochs and self.length == other.length
+        mine, theirs = deep_leaves(self.batches), deep_leaves(other.batches)
+        return places and len(mine) == len(theirs) and all(map(_is_same, mine, theirs))
+
+
+class _Endless:
+    def __init__(self, recorded: Recorded) -> None:
+        self._recorded, self._epoch = recorded, -1
+
+    def __iter__(self) -> Iterator[Any]:
+        self._epoch += 1  # at the first batch: Lightning tries whether loaders can be iterated
+        for epoch, batch in zip(self._recorded.epochs, self._recorded.batches, strict=True):
+            if epoch == self._epoch:
+                yield batch
+
+
+class _Finite(_Endless):
+    def __len__(self) -> int:
+        return int(self._recorded.length)
+
+
+class BatchRecorder(Callback):
+    """Writes down what the steps of this rank are given."""
+
+    def __init__(self) -> None:
+        self.recorded = Recorded()
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        self.recorded.length = trainer.num_training_batches
+        self.recorded.epochs.append(trainer.current_epoch)
+        self.recorded.batches.append(deep_map(batch, _kept))
+
+
+def _kept(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().to("cpu", copy=True)
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
+def give_again(recorded: Recorded, module: pl.LightningModule, data: Any) -> Any:
+    """The data of a fit whose steps are given what was recorded; hooks before and after the transfer have run then.
+
+    Args:
+        recorded: by a fit.
+        module: of the next one; its hooks are taken off.
+        data: a LightningDataModule, which stays the trainer's, or anything else.
+    """
+    loader = recorded.loader()
+    is_module = isinstance(data, pl.LightningDataModule)
+    for owner in (module, data) if is_module else (module,):
+        vars(owner).update(on_before_batch_transfer=_as_it_is, on_after_batch_transfer=_as_it_is)
+    if not is_module:
+        return loader
+    vars(data)["train_dataloader"] = lambda: loader
+    return data
+
+
+def _as_it_is(batch: Any, dataloader_idx: int) -> Any:
+    return batch
+
+
+def joined(of_ranks: list[Recorded]) -> Recorded:
+    """The batches of one process.
+
+    Args:
+        of_ranks: by data rank.
+
+    Raises:
+        ValueError: they can't be joined, in one sentence.
+    """
+    first = of_ranks[0]
+    if len(of_ranks) == 1:
+        return first
+    if any(other.epochs != first.epochs for other in of_ranks):
+        raise ValueError(f"the data ranks had other numbers of batches in an epoch: {_ADVICE}")
+    steps = zip(*(one.batches for one in of_ranks), strict=True)
+    batches = [_joined_batch(step, list(parts)) for step, parts in enumerate(steps, 1)]
+    return Recorded(batches, first.epochs, first.length)
+
+
+def _joined_batch(step: int, parts: list[Any]) -> Any:
+    where = f"the batches of the data ranks in step {step} can't be joined"
+    try:
+        sizes = [batch_size(part) for part in parts]
+        places = [sample_places(part) for part in parts]
+    except ValueError:
+        kind = type(parts[0]).__name__
+        raise ValueError(f"{where}: this {kind} has no tensor whose first dim could be the samples") from None
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{where}: they have {sizes} samples, whose mean is not the mean of all; {_ADVICE}")
+    if any(other != places[0] for other in places):
+        raise ValueError(f"{where}: they have their samples in different places; {_ADVICE}")
+    return _join(parts, places[0], partial(_refuse, where))
+
+
+def _refuse(where: str, why: str) -> Any:
+    raise ValueError(f"{where}: {why}; {_ADVICE}")
+
+
+def _join(parts: list[Any], places: Any, refuse: Callable[[str], Any]) -> Any:
+    """The parts of a value as one, by where it has its samples, see :func:`~..batch_split.sample_places`."""
+    first = parts[0]
+    if places == EACH:
+        return [item for part in parts for item in part]
+    if isinstance(places, int):
+        return _concatenated(parts, places, refuse)
+    if isinstance(places, list):
+        items = [_join([part[i] for part in parts], place, refuse) for i, place in enumerate(places)]
+        return first._make(items) if hasattr(first, "_make") else type(first)(items)
+    if isinstance(places, dict):
+        new = {key: _join([part[key] for part in parts], place, refuse) for key, place in places.items()}
+        return new if type(first) is dict else rebuilt(first, new)
+    leaves = [deep_leaves(part) for part in parts]
+    if places is not None and len({len(found) for found in leaves}) == 1:  # the fields of an object
+        new_leaves = iter([_joined_leaf(list(items), refuse) for items in zip(*leaves, strict=True)])
+        return deep_map(first, lambda _: next(new_leaves))
+    if not all(_is_same(leaf, mine) for found in leaves for leaf, mine in zip(found, leaves[0], strict=False)):
+        refuse(f"a {type(first).__name__} that is no tensor of all samples differs between them")
+    return first
+
+
+def _joined_leaf(leaves: list[Any], refuse: Callable[[str], Any]) -> Any:
+    if isinstance(leaves[0], (Tensor, np.ndarray)) and leaves[0].ndim:
+        return _concatenated(leaves, 0, refuse)
+    if not all(_is_same(leaf, leaves[0]) for leaf in leaves):
+        refuse(f"a {type(leaves[0]).__name__} that is no tensor of all samples differs between them")
+    return leaves[0]
+
+
+def _concatenated(parts: list[Any], dim: int, refuse: Callable[[str], Any]) -> Any:
+    shapes = [tuple(part.shape) for part in parts]
+    if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1:
+        refuse(f"a tensor is of shape {', '.join(map(str, shapes))}")
+    return torch.cat(parts, dim) if isinstance(parts[0], Tensor) else np.concatenate(parts, dim)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return bool(np.array_equal(one, other))
+    try:
+        return bool(one == other)
+    except Exception:
+        return False

@@ -1,0 +1,238 @@
+"""Losses, gradient norms, weights and logged values of a layout beside those of one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dist.doctor.parity import TINY, Difference
+from lightning_dist.layout import Layout
+from lightning_dist.verify.departure import SMALL, Departure
+from lightning_dist.verify.training import Pieces, Record
+
+Values = dict[str, tuple[float, float]]
+"""By what they are: of the layout, and of one process."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative differences that are rounding.
+
+    Args:
+        numbers: of losses, gradients, logged values.
+        weights: of weights after the last step. An optimizer divides gradients by their size, and so makes rounding
+            of those that would be zero (of biases of keys, say) larger.
+    """
+
+    numbers: float
+    weights: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Tolerance:
+        """For what is computed in a dtype."""
+        return _TOLERANCES.get(dtype, _COARSE)
+
+
+_TOLERANCES = {torch.float64: Tolerance(1e-9, 1e-7), torch.float32: Tolerance(1e-4, 5e-2)}
+_COARSE = Tolerance(5e-2, 0.5)
+
+
+@dataclass
+class Comparison:
+    """Of one layout.
+
+    Args:
+        differences: the largest one of each kind.
+        bounds: of each kind.
+        values: side by side.
+        first_batch: where losses or gradients differ first; None where none do.
+        departure: of what was recorded in all steps: a weight's gradient, a weight, a logged value.
+    """
+
+    differences: dict[str, Difference] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+    first_batch: int | None = None
+    departure: Departure | None = None
+
+    @property
+    def wrong(self) -> list[Difference]:
+        """Those that are no rounding."""
+        return [d for kind, d in self.differences.items() if d.relative > self.bounds[kind]]
+
+
+def compare(records: Sequence[Record], one: Record, layout: Layout, tolerance: Tolerance) -> Comparison:
+    """The records of all ranks, in their order, beside that of one process on the same batches."""
+    compared = Comparison()
+    for kind, bound in (("loss", tolerance.numbers), ("gradient norm", tolerance.numbers)):
+        compared.bounds[kind] = bound
+    compared.bounds |= {"gradients": 10 * tolerance.numbers, "weights": tolerance.weights}
+    compared.bounds["logged values"] = tolerance.numbers
+    _compare_losses(compared, records, one, layout)
+    gradients = _compare_gradients(compared, records, one)
+    weights = _compare_weights(compared, records, one, tolerance)
+    logged = _compare_logged(compared, records[0].logged, one.logged)
+    compared.departure = gradients or weights or logged
+    return compared
+
+
+def _note(compared: Comparison, kind: str, relative: float, sentence: str, batch: int | None = None) -> None:
+    before = compared.differences.get(kind, Difference(kind))
+    compared.differences[kind] = before.larger(relative, sentence)
+    if batch is not None and not relative <= compared.bounds[kind]:
+        earlier = compared.first_batch
+        compared.first_batch = batch if earlier is None else min(earlier, batch)
+
+
+def _compare_losses(compared: Comparison, records: Sequence[Record], one: Record, layout: Layout) -> None:
+    scale = max((abs(loss) for loss in one.losses.values()), default=0.0)
+    for batch, expected in one.losses.items():
+        of_ranks: dict[int, list[float]] = {}
+        for rank, record in enumerate(records):
+            of_ranks.setdefault(layout.data_rank(rank), []).append(record.losses.get(batch, math.nan))
+        loss = mean(mean(losses) for losses in of_ranks.values())
+        compared.values[f"loss, step {batch + 1}"] = loss, expected
+        spread = max(max(losses) - min(losses) for losses in of_ranks.values())
+        told = f"the loss of step {batch + 1} is {loss:.8g}, of one process {expected:.8g}"
+        if spread > abs(loss - expected):
+            told = f"ranks that see the same samples have losses of step {batch + 1} that are {spread:.2e} apart"
+        away = max(abs(loss - expected), spread) if loss == loss or expected == expected else 0.0
+        _note(compared, "loss", away / max(abs(expected), 1e-3 * scale, TINY), told, batch)
+
+
+def _compare_gradients(compared: Comparison, records: Sequence[Record], one: Record) -> Departure | None:
+    """Norms of all, and of each weight's; what departs in the first step in which one does."""
+    departure = None
+    for step, pieces in enumerate(one.squares):
+        of_ranks = [record.squares[step] for record in records if step < len(record.squares)]
+        batch = one.batch_of[step]
+        mine, expected = _norms(of_ranks), _norms([pieces])
+        total, whole = (math.sqrt(sum(norm**2 for norm in norms.values())) for norms in (mine, expected))
+        compared.values[f"gradient norm, step {step + 1}"] = total, whole
+        told = f"the gradient norm of step {step + 1} is {total:.8g}, of one process {whole:.8g}"
+        _note(compared, "gradient norm", abs(total - whole) / max(whole, TINY), told, batch)
+        away = _of_each(of_ranks, mine, expected, SMALL * whole)
+        for name, relative in away.items():
+            told = f"the gradient of {name} in step {step + 1} has a norm of {mine.get(name, 0.0):.8g}, of one process "
+            _note(compared, "gradients", relative, f"{told}{expected.get(name, 0.0):.8g}", batch)
+        wrong = {name: r for name, r in away.items() if not r <= compared.bounds["gradients"]}
+        if wrong and departure is None:
+            departure = _told_gradients(step, wrong, mine, expected)
+    return departure
+
+
+def _norms(of_ranks: Sequence[Pieces]) -> dict[str, float]:
+    """Of each weight, over all pieces, each once: as the mean of the ranks that hold it."""
+    pieces: dict[str, dict[Any, list[float]]] = {}
+    for held in of_ranks:
+        for name, squares in held.items():
+            for piece, square in squares.items():
+                pieces.setdefault(name, {}).setdefault(piece, []).append(square)
+    return {name: math.sqrt(sum(mean(held) for held in of.values())) for name, of in pieces.items()}
+
+
+def _of_each(
+    of_ranks: Sequence[Pieces], mine: Mapping[str, float], expected: Mapping[str, float], floor: float
+) -> dict[str, float]:
+    """Relative differences by weight, the last of the module first: of its norm, and between ranks with the same piece
+    of its gradient.
+    """
+    found = {}
+    for name in reversed([*expected, *(mine.keys() - expected.keys())]):
+        norm = expected.get(name, 0.0)
+        away = abs(mine.get(name, 0.0) - norm)
+        held: dict[Any, list[float]] = {}
+        for pieces in of_ranks:
+            for piece, square in pieces.get(name, {}).items():
+                held.setdefault(piece, []).append(math.sqrt(square))
+        spread = max((max(norms) - min(norms) for norms in held.values()), default=0.0)
+        found[name] = max(away, spread) / max(norm, floor, TINY)
+    return found
+
+
+def _told_gradients(
+    step: int, wrong: Mapping[str, float], mine: Mapping[str, float], expected: Mapping[str, float]
+) -> Departure:
+    name, relative = next(iter(wrong.items()))
+    factors = [mine.get(n, 0.0) / expected[n] for n in wrong if expected.get(n)]
+    when = f"in step {step + 1}"
+    if len(wrong) > 1 and factors and max(factors) - min(factors) <= 1e-6 * abs(factors[0]):
+        which = f"of all {len(wrong)}" if len(wrong) == len(expected) else f"of {len(wrong)} of {len(expected)}"
+        told = f"the gradients {which} weights are {factors[0]:.6g} times those of one process {when}: they are summed "
+        return Departure("gradient norm", name, f"{told}or averaged over other ranks, or the loss is scaled", relative)
+    away = f"its norm is {mine.get(name, 0.0):.8g}, of one process {expected.get(name, 0.0):.8g}"
+    return Departure(
+        "weight gradient", name, f"the gradient of {name} departs first, going backward, {when}: {away}", relative
+    )
+
+
+def _compare_weights(
+    compared: Comparison, records: Sequence[Record], one: Record, tolerance: Tolerance
+) -> Departure | None:
+    expected: dict[str, Tensor] = one.load("weights")
+    rounding = _of_rounding(one.squares, tolerance.numbers)
+    largest = max((float(w.double().norm()) for w in expected.values() if w.is_floating_point()), default=0.0)
+    departure, seen = None, set[str]()
+    for rank, record in enumerate(records):
+        weights: dict[str, Tensor] = record.load("weights")
+        seen |= weights.keys()
+        for name in [name for name in expected if name in weights]:
+            relative = 0.0 if name in rounding else _away(weights[name], expected[name], SMALL * largest)
+            told = f"{name} after the last step is another on rank {rank} than in one process"
+            _note(compared, "weights", relative, f"{told} (relative difference {relative:.1e})")
+            if not relative <= tolerance.weights and departure is None:
+                departure = Departure("weight", name, f"{told}, and no gradient departs", relative)
+    if names := sorted(seen ^ expected.keys()):
+        told = f"the weights are others than in one process: {', '.join(names[:3])}"
+        _note(compared, "weights", math.inf, told)
+        departure = departure or Departure("weight", names[0], told, math.inf)
+    return departure
+
+
+def _of_rounding(steps: Iterable[Pieces], tolerance: float) -> set[str]:
+    """Weights whose gradients are rounding beside those of the others, in all steps."""
+    largest: dict[str, float] = {}
+    for pieces in steps:
+        norms = _norms([pieces])
+        whole = math.sqrt(sum(norm**2 for norm in norms.values())) or 1.0
+        for name, norm in norms.items():
+            largest[name] = max(largest.get(name, 0.0), norm / whole)
+    return {name for name, norm in largest.items() if norm <= tolerance}
+
+
+def _away(mine: Tensor, whole: Tensor, floor: float) -> float:
+    if mine.shape != whole.shape:
+        return math.inf
+    if not whole.is_floating_point():
+        return 0.0 if torch.equal(mine, whole) else math.inf
+    away = (mine.double() - whole.double()).nan_to_num(0.0, 0.0, 0.0)
+    same = torch.equal(mine.isfinite(), whole.isfinite())
+    return float(away.norm()) / max(float(whole.double().norm()), floor, TINY) if same else math.inf
+
+
+Logged = Mapping[str, Mapping[int, float]]
+
+
+def _compare_logged(compared: Comparison, mine: Logged, expected: Logged) -> Departure | None:
+    departure = None
+    for name in [*expected, *(mine.keys() - expected.keys())]:
+        steps = expected.get(name, {})
+        scale = max((abs(value) for value in steps.values() if math.isfinite(value)), default=0.0)
+        for step in sorted(steps.keys() | mine.get(name, {}).keys()):
+            value, other = mine.get(name, {}).get(step, math.nan), steps.get(step, math.nan)
+            away = 0.0 if value == other or (value != value and other != other) else abs(value - other)
+            relative = away / max(abs(other), 1e-3 * scale, TINY)
+            told = f"the logged {name} (step {step}) is {value:.8g}, of one process {other:.8g}"
+            _note(compared, "logged values", relative, told)
+            if not relative <= compared.bounds["logged values"] and departure is None:
+                departure = Departure("logged value", name, told, relative)
+        if steps:
+            last = max(steps)
+            compared.values[f"{name}"] = mine.get(name, {}).get(last, math.nan), steps[last]
+    return departure

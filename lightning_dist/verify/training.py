@@ -1,0 +1,263 @@
+"""A user's training on this rank, in one process or under a layout, and what it leaves to compare."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from typing_extensions import override
+
+from lightning_dist.compat.torch import DisableTorchFunctionSubclass
+from lightning_dist.doctor.results import CheckFailed
+from lightning_dist.doctor.training import Piece, pieces_of_gradients
+from lightning_dist.dtensors import full
+from lightning_dist.layout import Layout
+from lightning_dist.placeholder import is_placeholder
+from lightning_dist.strategy import HybridStrategy
+from lightning_dist.verify.activations import ActivationRecorder
+from lightning_dist.verify.batches import BatchRecorder, Recorded, give_again
+from lightning_dist.verify.randomness import DropoutOff, StepWatch, switch_off_dropout
+
+_PACKAGE = str(Path(__file__).parents[1])
+_OWN = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training.
+
+    Args:
+        make_module: makes the LightningModule; can be pickled.
+        make_data: makes what it trains on; None for its own ``train_dataloader``.
+        layout: None for Lightning's own strategy in one process.
+        steps: of the optimizer.
+        seed: before the module is made.
+        precision: of the Trainer.
+        device_type: of the ranks.
+        trainer, strategy: more arguments of the Trainer and of the strategy.
+        folder: where ranks leave tensors.
+        batches: a file of what the steps are given, in place of the data's own.
+        looked_at: the batch, by number, whose activations are left too.
+    """
+
+    make_module: Callable[[], pl.LightningModule]
+    make_data: Callable[[], Any] | None
+    layout: Layout | None
+    steps: int
+    seed: int
+    precision: Any
+    device_type: str
+    trainer: Mapping[str, Any]
+    strategy: Mapping[str, Any]
+    folder: Path
+    batches: Path | None = None
+    looked_at: int | None = None
+
+
+Pieces = dict[str, dict[Piece, float]]
+"""The sum of squares of each piece of a gradient that this rank holds, by the parameter's name."""
+
+
+@dataclass
+class Record:
+    """What a training left on one rank, beside files.
+
+    Args:
+        losses: by batch, over this rank's samples.
+        squares: by step of an optimizer, before clipping.
+        batch_of: which batch a step of an optimizer belongs to.
+        logged: by name, and by what was the step when it was logged; of rank 0.
+        draws: a step drew random numbers though dropout was off.
+        coarsest: dtype of fewest bits in which something was computed.
+        dropouts: names of dropout that was switched off.
+        files: by what they have: ``"weights"``, ``"batches"``, ``"activations"``.
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    squares: list[Pieces] = field(default_factory=list)
+    batch_of: list[int] = field(default_factory=list)
+    logged: dict[str, dict[int, float]] = field(default_factory=dict)
+    draws: bool = False
+    coarsest: torch.dtype = torch.float64
+    dropouts: set[str] = field(default_factory=set)
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def load(self, what: str) -> Any:
+        """The content of a file."""
+        return torch.load(self.files[what], weights_only=False, map_location="cpu")
+
+
+class Watch(Callback):
+    """Notes losses, and gradients as this rank holds them; it communicates nothing."""
+
+    def __init__(self) -> None:
+        self.record = Record()
+        self._batch = -1
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._batch += 1
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        with DisableTorchFunctionSubclass():
+            self.record.squares.append(pieces_of_gradients(pl_module))
+        self.record.batch_of.append(self._batch)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self.record.losses[self._batch] = float(loss)
+
+
+class LoggedValues(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, dict[int, float]] = defaultdict(dict)
+
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            if name != "epoch":
+                self.values[name][-1 if step is None else step] = float(value)
+
+
+def train(job: Job) -> Record:
+    """Trains on this rank and the others that the environment names, or alone.
+
+    Raises:
+        CheckFailed: the layout is refused, with ``refused`` among its details; or one process does not train.
+    """
+    warnings.simplefilter("ignore")
+    try:
+        return _train(job)
+    except Exception as error:
+        if job.layout is None:
+            raise CheckFailed(_where_it_failed(error), {"users": True}) from error
+        if _is_refusal(error):
+            raise CheckFailed(" ".join(str(error).split()), {"refused": True}) from error
+        raise
+
+
+def _train(job: Job) -> Record:
+    rank = int(os.environ.get("RANK", 0))
+    pl.seed_everything(job.seed, workers=True, verbose=False)
+    module = job.make_module()
+    if not isinstance(module, pl.LightningModule):
+        raise ValueError(f"a {type(module).__name__} has no training_step; a LightningModule is what can be verified")
+    dropout, watch, step_watch = DropoutOff(), Watch(), StepWatch()
+    dropout.found |= switch_off_dropout(module)
+    logged, recorder = LoggedValues(), BatchRecorder()
+    looking = [] if job.looked_at is None else [ActivationRecorder(job.looked_at)]
+    alone = [step_watch] if job.layout is None else []
+    trainer = _trainer(job, rank, [dropout, recorder, watch, *looking, *alone], logged)
+    data = _data(job, module)
+    if isinstance(data, pl.LightningDataModule):
+        trainer.fit(module, datamodule=data)
+    else:
+        trainer.fit(module, data)
+    record = watch.record
+    record.logged = {**_at_the_end(trainer), **logged.values}
+    record.draws, record.coarsest, record.dropouts = step_watch.draws, step_watch.coarsest, dropout.found
+    left: dict[str, Any] = {"weights": _weights(module), "batches": recorder.recorded}
+    if looking:
+        left["activations"] = looking[0].recorded
+    for what, value in left.items():
+        record.files[what] = job.folder / f"{what}-{rank}.pt"
+        torch.save(value, record.files[what])
+    return record
+
+
+def _data(job: Job, module: pl.LightningModule) -> Any:
+    data = None if job.make_data is None else job.make_data()
+    if data is None and not is_overridden("train_dataloader", module):
+        raise ValueError("the module has no train_dataloader; give the data, with --data package.module:DataModule")
+    if job.batches is None:
+        return data
+    recorded: Recorded = torch.load(job.batches, weights_only=False)
+    return give_again(recorded, module, data)
+
+
+def _weights(module: pl.LightningModule) -> dict[str, Tensor]:
+    """The state dict as the fit left it, whole; without parameters of other stages. One all-gather for each tensor that
+    is still divided, which torch does, but for those that a rank of ``tp`` has some pieces of.
+    """
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    with DisableTorchFunctionSubclass():
+        held = {name: _whole(value.detach()) for name, value in state.items() if not is_placeholder(value)}
+        return {name: value.as_subclass(Tensor).to("cpu", copy=True) for name, value in held.items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    if not isinstance(value, DTensor):
+        return value
+    is_plain = all(type(placement) in (Shard, Replicate) for placement in value.placements)
+    return DTensor.full_tensor(value) if is_plain else full(value)
+
+
+def _at_the_end(trainer: pl.Trainer) -> dict[str, dict[int, float]]:
+    """What was logged for others than loggers too."""
+    return {name: {trainer.global_step: float(value)} for name, value in trainer.callback_metrics.items()}
+
+
+def _trainer(job: Job, rank: int, callbacks: list[Callback], logged: LoggedValues) -> pl.Trainer:
+    how: dict[str, Any]
+    if job.layout is None:
+        how = {"devices": 1 if job.device_type == "cpu" else [rank], "plugins": [LightningEnvironment()]}
+    else:
+        how = {"devices": job.layout.world_size, "strategy": HybridStrategy(job.layout, **job.strategy)}
+    return pl.Trainer(
+        **{
+            **job.trainer,
+            "accelerator": job.device_type,
+            "precision": job.precision,
+            "max_steps": job.steps,
+            "max_epochs": 1_000_000,
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "callbacks": callbacks,
+            "logger": logged,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **how,
+        }
+    )
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether it was raised here, in a sentence, and not by the user's code or below."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and not frames[-1].filename.startswith(_OWN)
+    return here and type(error) in (ValueError, RuntimeError)
+
+
+def _where_it_failed(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames[-1].filename.startswith(_OWN):
+        return str(error)
+    users = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
+    frame = (users or list(frames))[-1]
+    first_line = str(error).strip().partition("\n")[0]
+    return (
+        f"the module does not train in one process, so there is nothing to compare: {type(error).__name__}: "
+        f"{first_line} ({frame.filename}:{frame.lineno}, in {frame.name})"
+    )
