@@ -20,7 +20,14 @@ from lightning_dist.checkpoint import convert
 from lightning_dist.doctor.command import add_doctor
 from lightning_dist.elastic.run import add_run
 from lightning_dist.elastic.store import add_store
-from lightning_dist.explain import Subject, build_deferred, find_recipes, module_maker, parse_arguments
+from lightning_dist.explain import (
+    Subject,
+    build_deferred,
+    find_in_project,
+    find_recipes,
+    module_maker,
+    parse_arguments,
+)
 from lightning_dist.explain.dry_run import dry_run
 from lightning_dist.explain.measured import measured_peak
 from lightning_dist.layout import MESH_AXES, REST, Layout
@@ -78,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     convert.add_argument("--trust", action="store_true", help="load objects that execute code from the checkpoint")
     convert.set_defaults(run=_convert)
+
+    told = "run experiments of the project over layouts and seeds, and say whether they reach what they should"
+    # what looks like an option is the project's
+    reproduce = commands.add_parser("reproduce", help=told, add_help=False, prefix_chars="\0")
+    reproduce.add_argument("arguments", nargs="*")
+    reproduce.set_defaults(run=lambda options: find_in_project(Path.cwd(), "reproduce")(options.arguments))
 
     add_verify(commands)
     add_doctor(commands)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_dist.explain import Subject
-from recipes import job, targets
+from recipes import batches, job, targets
 from recipes.config_errors import explain
 from recipes.train import ROOT, allowed_targets, count_devices
 
@@ -25,6 +25,7 @@ def from_overrides(overrides: list[str]) -> Subject:
     Raises:
         ValueError: the config can't be composed or built.
     """
+    batches.register()
     try:
         with initialize_config_dir(str(ROOT / "conf"), **targets.VERSION_BASE):
             cfg = compose("config", overrides)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from recipes import targets
 from recipes.config_errors import told_without_traceback
+from recipes.experiments import Band
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,6 @@ def _texts(predictions: Sequence[Any] | None) -> list[str]:
 def _verdict(expected: DictConfig | None, name: str, value: float) -> str:
     if expected is None or expected.metric != name:
         return ""
-    least, most = expected.get("at_least"), expected.get("at_most")
-    bounds = [f"at least {least:g}" if least is not None else "", f"at most {most:g}" if most is not None else ""]
-    reached = (least is None or value >= least) and (most is None or value <= most)
-    return f"{' and '.join(filter(None, bounds))}: {'reached' if reached else 'missed'}"
+    values: Any = expected
+    band = Band(**values)
+    return f"{band}: {'reached' if band.holds(value) else 'missed'}"

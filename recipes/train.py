@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # `python recipes/train.py`, the form that Hydra's tab completion knows
     sys.path[0] = str(ROOT)
 
-from recipes import fork_server, launchers, targets  # noqa: E402
+from recipes import batches, fork_server, launchers, targets  # noqa: E402
 from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
 from recipes.sweep import JobResult  # noqa: E402
 
@@ -98,6 +98,7 @@ def allowed_targets(arguments: Sequence[str]) -> tuple[str, ...]:
 
 def _run(cfg: DictConfig) -> dict[str, float] | None:
     """The metrics of a job; None if it was only handed to others."""
+    batches.register()
     targets.check(cfg)
     # tasks of SLURM that are to meet somewhere are agents, one a machine
     is_agent = "SLURM_PROCID" not in os.environ or cfg.launcher.get("rdzv_endpoint") is not None

@@ -48,7 +48,7 @@ def foreign(folder: str) -> Iterator[tuple[str, str]]:
     ("folder", "extras"),
     [
         ("lightning_dist", ["timeline", "weights", "slurm", "ray"]),
-        ("recipes", ["recipes", "huggingface", "parquet", "benchmark"]),
+        ("recipes", ["recipes", "huggingface", "parquet", "medmnist", "benchmark"]),
         ("tests", ["test"]),
     ],
 )

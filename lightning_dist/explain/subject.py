@@ -48,14 +48,27 @@ def find_recipes(directory: Path) -> Recipes:
     """The recipes that the nearest ``pyproject.toml`` names, in the directory or above, see :data:`KEY`; a ValueError
     where none does, or what it names is not there.
     """
+    return find_in_project(directory, KEY, ", or name a LightningModule as package.module:Class")
+
+
+def find_in_project(directory: Path, key: str, or_else: str = "") -> Any:
+    """What ``[tool.lightning_dist]`` of the nearest ``pyproject.toml`` names, in the directory or above.
+
+    Args:
+        directory: to begin in.
+        key: of the table; its value is ``"package.module:name"``.
+        or_else: what would do too, for the message where there is none.
+
+    Raises:
+        ValueError: there is none, or what it names is not there.
+    """
     for project in (directory, *directory.parents):
         file = project / "pyproject.toml"
-        if file.is_file() and (target := tomllib.loads(file.read_text()).get("tool", {}).get(TABLE, {}).get(KEY)):
+        if file.is_file() and (target := tomllib.loads(file.read_text()).get("tool", {}).get(TABLE, {}).get(key)):
             sys.path.insert(0, str(project))
-            return _import(target, f"{KEY} of {file}")
+            return _import(target, f"{key} of {file}")
     raise ValueError(
-        f"no pyproject.toml in {directory} or above has [tool.{TABLE}] {KEY}: run in a clone of the repository, or "
-        "name a LightningModule as package.module:Class"
+        f"no pyproject.toml in {directory} or above has [tool.{TABLE}] {key}: run in a clone of the repository{or_else}"
     )
 
 

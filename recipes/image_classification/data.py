@@ -61,6 +61,12 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pixels(self) -> Tensor:
+        """All images without augmentation, normalised, ``(count, channels * height * width)``."""
+        (top, left), (height, width) = self.shift, self._size
+        images = self._padded[..., top : top + height, left : left + width]
+        return images.flatten(1).float().sub_(self.mean).div_(self.std)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         (top, left), (height, width) = self.shift, self._size
         if any(self.shift):

@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as L
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from recipes.optimization import (
-    OptimizerFactory,
-    SchedulerFactory,
-    configure_optimization,
-    parameters_without_decay,
-)
+from recipes.configured import ConfiguredModule
+from recipes.optimization import OptimizerFactory, SchedulerFactory
 
 
-class ImageClassifier(L.LightningModule):
+class ImageClassifier(ConfiguredModule):
     """Trains a classifier on batches of ``(images, labels)``.
 
     Logs ``train/loss`` by step, and by epoch ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy``.
@@ -42,29 +36,14 @@ class ImageClassifier(L.LightningModule):
         num_classes: int,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        self._make_model = model
-        self._make_optimizer = optimizer
-        self._make_scheduler = scheduler
+        super().__init__(model, optimizer, scheduler)
         self.label_smoothing = label_smoothing
-        self.model: nn.Module | None = None
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
-    def configure_model(self) -> None:
-        """Builds the network, once: Lightning calls this for every fit, validate, test and predict."""
-        if self.model is None:
-            self.model = self._make_model()
-            self._without_decay = parameters_without_decay(self)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer without weight decay on norms and biases, schedule by step."""
-        return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay)
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, num_classes)`` of images ``(batch, channels, height, width)``."""
-        assert self.model is not None, "configure_model has not run"
-        return self.model(images)
+        return self.network(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy of a batch, smoothed if asked."""

@@ -1,7 +1,8 @@
 """Language modelling: a causal decoder, or any of transformers', on the tokens of a text."""
 
+from recipes.language_model.baselines import Baselines
 from recipes.language_model.data import TextData
 from recipes.language_model.decoder import Decoder
 from recipes.language_model.module import CausalLM
 
-__all__ = ["CausalLM", "Decoder", "TextData"]
+__all__ = ["Baselines", "CausalLM", "Decoder", "TextData"]

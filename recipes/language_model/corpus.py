@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ class CorpusSettings:
         vocab_size: most tokens of the vocabulary, the 256 bytes and the end of text included.
         val_fraction: share of the bytes that validation gets, by whole documents.
         test_fraction: the same for testing.
+        test_documents: names of those to test on, with ``*`` for any characters, in place of a share.
 
     Raises:
         ValueError: too small a vocabulary, or shares that leave no text to train on.
@@ -40,6 +42,7 @@ class CorpusSettings:
     vocab_size: int
     val_fraction: float = 0.05
     test_fraction: float = 0.05
+    test_documents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
@@ -121,14 +124,22 @@ def build_corpus(documents: Sequence[Document], settings: CorpusSettings, cache:
 
 
 def split_documents(documents: Sequence[Document], settings: CorpusSettings) -> dict[str, list[Document]]:
-    """Whole documents for each part: the first ones are held out until they reach their share of the bytes.
+    """Whole documents for each part: those that are named, the others until they reach their share of the bytes.
 
     Raises:
-        ValueError: too few documents for three parts.
+        ValueError: too few documents for three parts, or none of such a name.
     """
     total = sum(document.num_bytes for document in documents)
     parts: dict[str, list[Document]] = {part: [] for part in PARTS}
     wanted = {"val": settings.val_fraction * total, "test": settings.test_fraction * total}
+    for pattern in settings.test_documents:
+        wanted["test"] = 0.0
+        named = [document for document in documents if fnmatch.fnmatchcase(document.name, pattern)]
+        if not named:
+            names = ", ".join(sorted(document.name for document in documents)[:5])
+            raise ValueError(f"no document is named {pattern!r} of data.test_documents; there are {names} and so on")
+        parts["test"] += named
+        documents = [document for document in documents if document not in named]
     for document in documents:
         part = next((name for name in wanted if wanted[name] > 0), "train")
         parts[part].append(document)

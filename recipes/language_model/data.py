@@ -37,6 +37,7 @@ class TextData(L.LightningDataModule):
         batch_size: blocks per process and step.
         val_fraction: share of the text that validation gets, by whole documents.
         test_fraction: the same for testing.
+        test_documents: names of those to test on, with ``*`` for any characters, in place of a share.
         prompts: texts to continue in prediction.
         cache: directory that keeps tokenizers and tokens.
         num_workers: processes that read ahead; reading a block costs microseconds.
@@ -55,10 +56,11 @@ class TextData(L.LightningDataModule):
         cache: str | Path = DEFAULT_CACHE,
         num_workers: int = 0,
         eval_batch_size: int | None = None,
+        test_documents: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._source = source
-        self._settings = CorpusSettings(vocab_size, val_fraction, test_fraction)
+        self._settings = CorpusSettings(vocab_size, val_fraction, test_fraction, tuple(test_documents))
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size

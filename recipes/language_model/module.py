@@ -6,23 +6,17 @@ import math
 from collections.abc import Callable
 from typing import cast
 
-import lightning.pytorch as L
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from recipes.configured import ConfiguredModule
 from recipes.language_model.data import IGNORED
 from recipes.language_model.generation import generate
 from recipes.language_model.metrics import ExponentialOfRatio, RatioOfSums
-from recipes.optimization import (
-    OptimizerFactory,
-    SchedulerFactory,
-    configure_optimization,
-    parameters_without_decay,
-)
+from recipes.optimization import OptimizerFactory, SchedulerFactory
 
 
-class CausalLM(L.LightningModule):
+class CausalLM(ConfiguredModule):
     """Trains a language model on the batches of :class:`recipes.language_model.data.TextData`.
 
     Logs ``train/loss`` by step, and by epoch for ``val`` and ``test``, each exact over the held-out text:
@@ -51,31 +45,16 @@ class CausalLM(L.LightningModule):
         temperature: float = 0.8,
         context_length: int | None = None,
     ) -> None:
-        super().__init__()
-        self._make_model = model
-        self._make_optimizer = optimizer
-        self._make_scheduler = scheduler
+        super().__init__(model, optimizer, scheduler)
         self.sample_tokens = sample_tokens
         self.temperature = temperature
         self.context_length = context_length
-        self.model: nn.Module | None = None
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
 
-    def configure_model(self) -> None:
-        """Builds the network, once: Lightning calls this for every fit, validate, test and predict."""
-        if self.model is None:
-            self.model = self._make_model()
-            self._without_decay = parameters_without_decay(self)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer without weight decay on norms and biases, schedule by step."""
-        return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay)
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(batch, length, vocab_size)`` of tokens ``(batch, length)``."""
-        assert self.model is not None, "configure_model has not run"
-        output = self.model(tokens)
+        output = self.network(tokens)
         return output if isinstance(output, Tensor) else output.logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,14 +43,19 @@ def standard_library(max_bytes: int | None = None) -> list[Document]:
 
 
 def text_files(
-    paths: str | Path | Sequence[str | Path], pattern: str = "*.txt", max_bytes: int | None = None
+    paths: str | Path | Sequence[str | Path],
+    pattern: str = "*.txt",
+    max_bytes: int | None = None,
+    chapter: str | None = None,
 ) -> list[Document]:
     """Files, and the files in directories.
 
     Args:
         paths: one or several files or directories.
         pattern: which files of a directory, at any depth.
-        max_bytes: about how much text to take; a file that would pass it is left out.
+        max_bytes: about how much text to take; a document that would pass it is left out.
+        chapter: begin a document at each line that begins with this regular expression, rather than one a file; the
+            documents of ``emma.txt`` are then named ``emma.txt 0``, ``emma.txt 1`` and so on.
 
     Raises:
         FileNotFoundError: a path is not there.
@@ -65,6 +71,8 @@ def text_files(
             )
         files = [root] if root.is_file() else [path for path in root.rglob(pattern) if path.is_file()]
         documents += _read(root.parent, files, None)
+    if chapter is not None:
+        documents = [part for document in documents for part in _chapters(document, chapter)]
     if not documents:
         raise ValueError(f"text: no file in {', '.join(map(str, roots))} matches {pattern!r}; pass another pattern")
     return _take(documents, max_bytes)
@@ -116,6 +124,11 @@ def _read(root: Path, files: Iterable[Path], max_bytes: int | None) -> list[Docu
         Document(path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace")) for path in sorted(files)
     ]
     return _take(documents, max_bytes)
+
+
+def _chapters(document: Document, beginning: str) -> Iterable[Document]:
+    pieces = re.split(rf"^(?={beginning})", document.text, flags=re.MULTILINE)
+    return (Document(f"{document.name} {index}", piece) for index, piece in enumerate(pieces))
 
 
 def _take(documents: list[Document], max_bytes: int | None) -> list[Document]:

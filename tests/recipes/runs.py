@@ -9,15 +9,17 @@ import lightning as L
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from recipes.credit_risk import CreditScorer
-from recipes.credit_risk.data import Applicants
-from recipes.credit_risk.models import ColumnTransformer
-from recipes.credit_risk.table import Encoding
+from recipes.credit_risk import credit_metrics
 from recipes.image_classification import Digits, ImageClassifier
 from recipes.image_classification.models import vision_transformer
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
+from recipes.medicine import ResNet3D, ScanClassifier
 from recipes.optimization import warmup_cosine
+from recipes.tables import RowClassifier
+from recipes.tables.data import Rows
+from recipes.tables.models import ColumnTransformer
+from recipes.tables.table import Encoding
 from tests.support.parity import Run
 
 VOCABULARY, LENGTH = 64, 16
@@ -85,7 +87,8 @@ class Blocks(Dataset):
 def scorer() -> L.LightningModule:
     """A transformer over few columns, without dropout."""
     network = partial(ColumnTransformer, 2, 2, 10, dropout=0.0)
-    return CreditScorer(network, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05, eps=1e-6), warmup_cosine)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05, eps=1e-6)
+    return RowClassifier(network, optimizer, warmup_cosine, metrics=partial(credit_metrics, 5.0))
 
 
 def applicants(count: int) -> Dataset:
@@ -101,13 +104,29 @@ def applicants(count: int) -> Dataset:
     ]
     encoding = Encoding(["age", "amount"], ["purpose", "has_phone"])
     encoding.learn(rows)
-    return Applicants(rows, encoding, [int((index % 11 + index % 4) > 7) for index in range(count)])
+    return Rows(rows, encoding, [int((index % 11 + index % 4) > 7) for index in range(count)])
+
+
+def scan_classifier() -> L.LightningModule:
+    """A residual network over small volumes."""
+    network = partial(ResNet3D, 1, 3, widths=(8, 16), groups=4)
+    return ScanClassifier(network, partial(torch.optim.AdamW, lr=1e-3, eps=1e-6), warmup_cosine, num_classes=3)
+
+
+def scans(count: int) -> Dataset:
+    """Volumes whose mean tells their class."""
+    labels = torch.arange(count) % 3
+    noise = torch.randn(count, 1, 6, 6, 6, generator=torch.Generator().manual_seed(count))
+    return TensorDataset(noise + labels[:, None, None, None, None], labels)
 
 
 RUNS = {
     "image_classification": Run(vit, digits, held_out_digits, batch_size=16, trainer={"gradient_clip_val": 1.0}),
     "credit_risk": Run(
         scorer, partial(applicants, 320), partial(applicants, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
+    ),
+    "medicine": Run(
+        scan_classifier, partial(scans, 320), partial(scans, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
     ),
     "language_model": Run(
         decoder, partial(Blocks, 320), partial(Blocks, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}

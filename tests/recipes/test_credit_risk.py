@@ -13,18 +13,19 @@ from omegaconf import OmegaConf
 from pyarrow import parquet
 from sklearn.metrics import brier_score_loss, roc_auc_score, roc_curve
 
-from recipes.credit_risk import Baselines, CreditScorer, TableData
-from recipes.credit_risk.baselines import baselines
+from recipes.credit_risk import german_credit
 from recipes.credit_risk.metrics import credit_metrics
-from recipes.credit_risk.models import ColumnMLP, ColumnTransformer
-from recipes.credit_risk.table import Encoding, read_table
+from recipes.tables import Baselines, RowClassifier, TableData
+from recipes.tables.baselines import baselines
+from recipes.tables.models import ColumnMLP, ColumnTransformer
+from recipes.tables.table import Encoding, read_table
 from tests.support.source import ROOT
 
 CONF: dict[str, Any] = {
     name: value
     for name, value in OmegaConf.to_container(OmegaConf.load(ROOT / "conf/data/german_credit.yaml")).items()  # type: ignore[union-attr]
-    if name != "_target_"
-}
+    if name not in ("_target_", "otherwise")
+} | {"otherwise": german_credit}
 
 
 def table(tmp_path: Path, **changes: Any) -> TableData:
@@ -34,7 +35,7 @@ def table(tmp_path: Path, **changes: Any) -> TableData:
     ]
     path = tmp_path / "table.csv"
     path.write_text("age,kind,paid\n" + "\n".join(lines) + "\n")
-    arguments = {"target": "paid", "bad": "bad", "numeric": ["age"], "categorical": ["kind"], "path": path}
+    arguments = {"target": "paid", "positive": "bad", "numeric": ["age"], "categorical": ["kind"], "path": path}
     sizes = {"num_numeric": 1, "num_categorical": 1, "num_categories": 4, "num_folds": 4}
     return TableData(**{**arguments, **sizes, **changes})
 
@@ -68,7 +69,7 @@ def test_each_row_is_tested_in_one_fold_and_parts_have_the_same_share_of_bad_one
         tested += numbers.round().int().tolist()
         seen = data.parts["train"].numbers  # type: ignore[attr-defined]
         torch.testing.assert_close(seen.mean(0), torch.zeros(7), atol=1e-5, rtol=0)  # the other parts have no say
-    rows = read_table(data.path)
+    rows = data.rows()
     assert sorted(tested) == sorted([int(row[name]) for name in data.numeric] for row in rows)  # type: ignore[call-overload]
 
 
@@ -77,13 +78,14 @@ def test_each_row_is_tested_in_one_fold_and_parts_have_the_same_share_of_bad_one
     [
         ({"num_categories": 3}, "data.num_categories=3, and the columns have 4"),
         ({"target": "payed"}, "has no column 'payed'; its columns are age, kind, paid"),
-        ({"bad": "never"}, "data.bad='never', and 'paid' has the values bad, good"),
+        ({"positive": "never"}, "data.positive='never', and 'paid' has the values bad, good"),
         (
             {"numeric": ["kind"], "categorical": ["age"], "num_categories": 80},
             "column 'kind' has '[abc]', which is no number",
         ),
         ({"num_numeric": 2}, "data.num_numeric=2, and 1 such columns are named"),
         ({"fold": 4}, "data.fold=4 is none of data.num_folds=4"),
+        ({"path": None}, "there is no table; pass a .csv or .parquet file"),
     ],
 )
 def test_what_a_config_says_wrongly_is_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -156,7 +158,11 @@ def test_baselines_are_logged_beside_the_network() -> None:
     import lightning as L
 
     data = TableData(**{**CONF, "batch_size": 64})
-    module = CreditScorer(lambda: ColumnMLP(7, 13, 80), lambda groups: torch.optim.AdamW(groups, 2e-3))
+    module = RowClassifier(
+        lambda: ColumnMLP(7, 13, 80),
+        lambda groups: torch.optim.AdamW(groups, 2e-3),
+        metrics=lambda: credit_metrics(5.0),
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,

@@ -2,10 +2,12 @@
 
 import gzip
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
 
+from recipes.image_classification import ImageClassifier, PixelBaselines
 from recipes.image_classification.data import FASHION_MNIST_FILES, Digits, FashionMNIST, ImageFolders, read_idx
 
 
@@ -163,3 +165,36 @@ def test_image_folder_of_other_classes_is_refused(image_folder):
     (image_folder / "val" / "dog").rename(image_folder / "val" / "eel")
     with pytest.raises(ValueError, match="different classes"):
         ImageFolders(image_folder, num_classes=2).setup("fit")
+
+
+def test_models_of_pixels_stand_beside_the_network():
+    data = Digits(batch_size=64)
+    module = ImageClassifier(
+        lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)),
+        lambda groups: torch.optim.SGD(groups, 0.01),
+        num_classes=10,
+    )
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    baselines = PixelBaselines(["nearest_neighbours", "ridge"])
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[baselines], **quiet)
+    trainer.fit(module, datamodule=data)
+    (tested,) = trainer.test(module, datamodule=data, verbose=False)
+    plain = Digits(shift=0)
+    plain.setup("fit")
+    (train, val, test) = (
+        tuple(torch.stack(column) for column in zip(*plain.parts[part], strict=True))
+        for part in ("train", "val", "test")
+    )
+    known, labels = (torch.cat(pair) for pair in zip(train, val, strict=True))
+    distances = torch.cdist(test[0].flatten(1), known.flatten(1))
+    nearest = labels[distances.topk(3, largest=False).indices].mode(1).values
+    accuracy = float((nearest == test[1]).float().mean())
+    assert tested["test/nearest_neighbours/accuracy"] == pytest.approx(accuracy, abs=0.01)
+    assert 0.9 < tested["test/ridge/accuracy"] < 0.97
+    with pytest.raises(ValueError, match="there is no model 'forest' of pixels"):
+        PixelBaselines(["forest"])

@@ -193,3 +193,20 @@ def test_tokenizer_knows_every_byte(corpus):
     assert isinstance(corpus.tokenizer, tokenizers.Tokenizer)
     every = "".join(map(chr, range(256))) + "\U0010ffff"
     assert corpus.decode(corpus.encode(every)) == every
+
+
+def test_chapters_are_documents_and_those_that_are_named_are_held_out(tmp_path):
+    for name in ("emma", "persuasion"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n" + "".join(f"CHAPTER {i}\ntext {i}\n" for i in range(9)))
+    documents = text_files(tmp_path, chapter="CHAPTER ")
+    assert len(documents) == 20
+    assert {"".join(d.text for d in documents if d.name == f"{tmp_path.name}/emma.txt {i}") for i in (0, 3)} == {
+        "emma\n",
+        "CHAPTER 2\ntext 2\n",
+    }
+    parts = split_documents(documents, CorpusSettings(300, 0.1, 0.5, ("*persuasion.txt *",)))
+    assert {d.name for d in parts["test"]} == {f"{tmp_path.name}/persuasion.txt {i}" for i in range(10)}
+    assert 1 <= len(parts["val"]) <= 4
+    assert len(parts["val"]) + len(parts["train"]) == 10
+    with pytest.raises(ValueError, match="no document is named 'sanditon"):
+        split_documents(documents, CorpusSettings(300, 0.1, 0.5, ("sanditon*",)))

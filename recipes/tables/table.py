@@ -79,7 +79,7 @@ class Encoding:
         """
         numbers = (self._numbers(rows) - self.mean) / self.std
         return numbers.float(), torch.tensor(
-            [[self._category(name, row[name]) for name in self.categorical] for row in rows]
+            [[self._category(name, row[name]) for name in self.categorical] for row in rows], dtype=torch.int64
         )
 
     def _numbers(self, rows: Sequence[Row]) -> Tensor:

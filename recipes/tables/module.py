@@ -1,39 +1,31 @@
-"""CreditScorer: the probability that an applicant is bad, by any network over the columns of a table."""
+"""RowClassifier: the probability of one of two classes, by any network over the columns of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as L
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from recipes.credit_risk.metrics import credit_metrics
-from recipes.optimization import (
-    OptimizerFactory,
-    SchedulerFactory,
-    configure_optimization,
-    parameters_without_decay,
-)
+from recipes.configured import ConfiguredModule
+from recipes.optimization import OptimizerFactory, SchedulerFactory
 
 Batch = dict[str, Tensor]
 
 
-class CreditScorer(L.LightningModule):
-    """Trains a network on batches of :class:`~recipes.credit_risk.data.Applicants` by the binary cross entropy.
+class RowClassifier(ConfiguredModule):
+    """Trains a network on batches of :class:`~recipes.tables.data.Rows` by the binary cross entropy.
 
-    Logs ``train/loss`` by step, and by epoch, of ``val`` and ``test``, ``loss`` and what
-    :func:`~recipes.credit_risk.metrics.credit_metrics` has.
+    Logs ``train/loss`` by step, and by epoch, of ``val`` and ``test``, ``loss`` and what ``metrics`` has.
 
     Args:
         model: makes the network, from numbers ``(batch, num_numeric)`` and categories ``(batch, num_categorical)`` to
             logits ``(batch,)``. Called in ``configure_model``.
         optimizer: makes the optimizer of parameter groups.
         scheduler: makes the learning rate schedule of the optimizer and ``total_steps``; ``None`` for a fixed rate.
-        cost_of_bad: of a credit given to a bad applicant, in costs of one that is refused to a good one.
+        metrics: makes what to measure the probabilities by.
     """
 
     def __init__(
@@ -42,27 +34,14 @@ class CreditScorer(L.LightningModule):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         *,
-        cost_of_bad: float = 5.0,
+        metrics: Callable[[], MetricCollection],
     ) -> None:
-        super().__init__()
-        self._make_model, self._make_optimizer, self._make_scheduler = model, optimizer, scheduler
-        self.model: nn.Module | None = None
-        self.val_metrics, self.test_metrics = credit_metrics(cost_of_bad), credit_metrics(cost_of_bad)
-
-    def configure_model(self) -> None:
-        """Builds the network, once: Lightning calls this for every fit, validate, test and predict."""
-        if self.model is None:
-            self.model = self._make_model()
-            self._without_decay = parameters_without_decay(self)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer without weight decay on norms and biases, schedule by step."""
-        return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay)
+        super().__init__(model, optimizer, scheduler)
+        self.val_metrics, self.test_metrics = metrics(), metrics()
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits ``(batch,)`` of bad applicants."""
-        assert self.model is not None, "configure_model has not run"
-        return self.model(batch["numbers"], batch["categories"])
+        """Logits ``(batch,)`` of the positive class."""
+        return self.network(batch["numbers"], batch["categories"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of a batch."""
@@ -79,7 +58,7 @@ class CreditScorer(L.LightningModule):
         self._evaluate("test", self.test_metrics, batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Probabilities ``(batch,)`` of bad applicants."""
+        """Probabilities ``(batch,)`` of the positive class."""
         return self(batch).sigmoid()
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch) -> None:

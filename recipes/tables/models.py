@@ -66,7 +66,7 @@ class ColumnTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1)
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
-        """Logits ``(batch,)`` of a bad applicant."""
+        """Logits ``(batch,)`` of the positive class."""
         x = self.tokens(numbers, categories)
         for block in self.blocks:
             x = block(x)
@@ -109,7 +109,7 @@ class ColumnMLP(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1)
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
-        """Logits ``(batch,)`` of a bad applicant."""
+        """Logits ``(batch,)`` of the positive class."""
         x = self.stem(self.tokens(numbers, categories).flatten(1))
         for block in self.blocks:
             x = x + block(x)

@@ -1,8 +1,8 @@
-"""A table of applicants, in parts that have the same share of bad ones."""
+"""A table in parts, each with the same share of rows of the class that is looked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,15 @@ import torch
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch.utils.data import Dataset
 
-from recipes.credit_risk.table import Encoding, Row, read_table
 from recipes.parts import PartsData
+from recipes.tables.table import Encoding, Row, read_table
 
 SPLIT_SEED = 0
 """Seed of the fixed splits; the run's own seed does not move a row from one part to another."""
 
-GERMAN_CREDIT = Path(__file__).with_name("german_credit.csv")
-"""1,000 applicants, 300 bad: Statlog (German Credit Data), H. Hofmann 1994, https://doi.org/10.24432/C5NC77, of the UCI
-Machine Learning Repository, under CC BY 4.0. The codes of its categories are written out, with names for the columns.
-"""
 
-
-class Applicants(Dataset[dict[str, torch.Tensor]]):
-    """Rows as tensors: ``numbers`` (NaN where one is missing), ``categories``, and the ``label``, 1 for bad.
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Rows as tensors: ``numbers`` (NaN where one is missing), ``categories``, and ``label``, 1 for the positive class.
 
     Args:
         rows: of a table.
@@ -43,14 +38,15 @@ class Applicants(Dataset[dict[str, torch.Tensor]]):
 
 
 class TableData(PartsData):
-    """Any table of applicants: one fold to test on, and of the others a part to validate on.
+    """Any table with a column of two classes to foretell: one fold to test on, and of the others a part to validate on.
 
     Args:
         target: the column to foretell.
-        bad: its value for those that do not pay back.
+        positive: its value for the class that is looked for, such as applicants that do not pay back.
         numeric: columns of numbers.
         categorical: columns of categories. What is in neither is left aside.
-        path: a .csv or .parquet file; by default the German credit data that come with this recipe.
+        path: a .csv or .parquet file.
+        otherwise: gives the rows where there is no path.
         fold: the part of the table that is tested on, one of ``num_folds``, stratified.
         num_folds: parts of the table.
         val_fraction: of the rest, to validate on.
@@ -67,10 +63,11 @@ class TableData(PartsData):
     def __init__(
         self,
         target: str,
-        bad: Any,
+        positive: Any,
         numeric: Sequence[str],
         categorical: Sequence[str],
         path: str | Path | None = None,
+        otherwise: Callable[[], Sequence[Row]] | None = None,
         fold: int = 0,
         num_folds: int = 5,
         val_fraction: float = 0.2,
@@ -83,8 +80,10 @@ class TableData(PartsData):
         num_categories: int,
     ) -> None:
         super().__init__(batch_size, num_workers, eval_batch_size)
-        self.path = GERMAN_CREDIT if path is None else Path(path).expanduser()
-        self.target, self.bad, self.numeric, self.categorical = target, bad, list(numeric), list(categorical)
+        if path is None and otherwise is None:
+            raise ValueError("there is no table; pass a .csv or .parquet file as data.path=...")
+        self.path, self._otherwise = None if path is None else Path(path).expanduser(), otherwise
+        self.target, self.positive, self.numeric, self.categorical = target, positive, list(numeric), list(categorical)
         self.fold, self.num_folds, self.val_fraction = fold, num_folds, val_fraction
         self.num_categories = num_categories
         if not 0 <= fold < num_folds:
@@ -96,17 +95,27 @@ class TableData(PartsData):
             if told != len(columns):
                 raise ValueError(f"data.{name}={told}, and {len(columns)} such columns are named; set it to that")
 
+    def rows(self) -> Sequence[Row]:
+        """The table."""
+        if self.path is not None:
+            return read_table(self.path)
+        assert self._otherwise is not None
+        return self._otherwise()
+
     def setup(self, stage: str) -> None:
         """Reads the table, splits it, and learns the encoding from the rows to train on."""
         if self.parts:
             return
-        rows = read_table(self.path)
+        rows = self.rows()
         if lacking := [n for n in (self.target, *self.numeric, *self.categorical) if n not in rows[0]]:
-            raise ValueError(f"{self.path.name} has no column {lacking[0]!r}; its columns are {', '.join(rows[0])}")
-        labels = [int(str(row[self.target]) == str(self.bad)) for row in rows]
+            name = self.path.name if self.path else "the table"
+            raise ValueError(f"{name} has no column {lacking[0]!r}; its columns are {', '.join(rows[0])}")
+        labels = [int(str(row[self.target]) == str(self.positive)) for row in rows]
         if len(set(labels)) < 2:
             values = sorted({str(row[self.target]) for row in rows})
-            raise ValueError(f"data.bad={self.bad!r}, and {self.target!r} has the values {', '.join(values[:5])}")
+            raise ValueError(
+                f"data.positive={self.positive!r}, and {self.target!r} has the values {', '.join(values[:5])}"
+            )
         folds = StratifiedKFold(self.num_folds, shuffle=True, random_state=SPLIT_SEED).split(rows, labels)
         rest, test = list(folds)[self.fold]
         stratify = [labels[index] for index in rest]
@@ -119,4 +128,4 @@ class TableData(PartsData):
                 "each for what is missing; set it to that or more"
             )
         for name, part in (("train", train), ("val", val), ("test", test)):
-            self.parts[name] = Applicants([rows[i] for i in part], encoding, [labels[i] for i in part])
+            self.parts[name] = Rows([rows[i] for i in part], encoding, [labels[i] for i in part])

@@ -13,19 +13,22 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.preprocessing import OneHotEncoder
 
-from recipes.credit_risk.data import Applicants, TableData
+from recipes.tables.data import Rows, TableData
 
 
-def baselines(train: list[Applicants], test: Applicants) -> dict[str, np.ndarray[Any, Any]]:
-    """Probabilities that the tested applicants are bad, by the name of what foretells them."""
+def baselines(train: list[Rows], test: Rows) -> dict[str, np.ndarray[Any, Any]]:
+    """Probabilities that the tested rows are of the positive class, by the name of what foretells them."""
     every = [*train, test]
     numbers = torch.cat([part.numbers for part in every]).numpy()
     categories = torch.cat([part.categories for part in every]).numpy()
     labels = torch.cat([part.labels for part in every]).numpy()
     known, held_out = slice(0, -len(test)), slice(-len(test), None)
-    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(categories[known])
-    linear = np.hstack([np.nan_to_num(numbers), np.isnan(numbers), encoder.transform(categories)])
-    columns = np.hstack([numbers, encoder.transform(categories)])
+    one_hot = np.zeros((len(labels), 0))
+    if categories.shape[1]:
+        encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(categories[known])
+        one_hot = encoder.transform(categories)
+    linear = np.hstack([np.nan_to_num(numbers), np.isnan(numbers), one_hot])
+    columns = np.hstack([numbers, one_hot])
     found = {}
     for name, model, inputs in (
         ("logistic_regression", LogisticRegression(C=0.1, max_iter=2000), linear),

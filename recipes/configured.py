@@ -1,0 +1,49 @@
+"""What the recipes' modules share: network and optimiser as a config says, built when Lightning asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+
+from recipes.optimization import (
+    OptimizerFactory,
+    SchedulerFactory,
+    configure_optimization,
+    parameters_without_decay,
+)
+
+
+class ConfiguredModule(L.LightningModule):
+    """A module that builds its network in ``configure_model``, so that a strategy chooses its device and dtype.
+
+    Args:
+        model: makes the network.
+        optimizer: makes the optimizer of parameter groups.
+        scheduler: makes the learning rate schedule of the optimizer and ``total_steps``; ``None`` for a fixed rate.
+    """
+
+    def __init__(
+        self, model: Callable[[], nn.Module], optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
+    ) -> None:
+        super().__init__()
+        self._make_model, self._make_optimizer, self._make_scheduler = model, optimizer, scheduler
+        self.model: nn.Module | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The network; there after ``configure_model``."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    def configure_model(self) -> None:
+        """Builds the network, once: Lightning calls this for every fit, validate, test and predict."""
+        if self.model is None:
+            self.model = self._make_model()
+            self._without_decay = parameters_without_decay(self)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer without weight decay on norms and biases, schedule by step."""
+        return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay)
