@@ -69,11 +69,8 @@ class Comparison:
 
 def compare(records: Sequence[Record], one: Record, layout: Layout, tolerance: Tolerance) -> Comparison:
     """The records of all ranks, in their order, beside that of one process on the same batches."""
-    compared = Comparison()
-    for kind, bound in (("loss", tolerance.numbers), ("gradient norm", tolerance.numbers)):
-        compared.bounds[kind] = bound
-    compared.bounds |= {"gradients": 10 * tolerance.numbers, "weights": tolerance.weights}
-    compared.bounds["logged values"] = tolerance.numbers
+    bounds = dict.fromkeys(("loss", "gradient norm", "logged values"), tolerance.numbers)
+    compared = Comparison(bounds={**bounds, "gradients": 10 * tolerance.numbers, "weights": tolerance.weights})
     _compare_losses(compared, records, one, layout)
     gradients = _compare_gradients(compared, records, one)
     weights = _compare_weights(compared, records, one, tolerance)
@@ -109,6 +106,9 @@ def _compare_losses(compared: Comparison, records: Sequence[Record], one: Record
 def _compare_gradients(compared: Comparison, records: Sequence[Record], one: Record) -> Departure | None:
     """Norms of all, and of each weight's; what departs in the first step in which one does."""
     departure = None
+    if (most := max(len(record.squares) for record in records)) > len(one.squares):
+        told = f"the optimizers took {most} steps, of one process {len(one.squares)}"
+        _note(compared, "gradient norm", math.inf, told)
     for step, pieces in enumerate(one.squares):
         of_ranks = [record.squares[step] for record in records if step < len(record.squares)]
         batch = one.batch_of[step]

@@ -32,6 +32,9 @@ from lightning_dist.verify.activations import ActivationRecorder
 from lightning_dist.verify.batches import BatchRecorder, Recorded, give_again
 from lightning_dist.verify.randomness import DropoutOff, StepWatch, switch_off_dropout
 
+_MOST_BATCHES = 16
+"""For each step of the optimizer."""
+
 _PACKAGE = str(Path(__file__).parents[1])
 _OWN = str(Path(__file__).parent)
 
@@ -102,11 +105,16 @@ class Record:
 
 
 class Watch(Callback):
-    """Notes losses, and gradients as this rank holds them; it communicates nothing."""
+    """Notes losses, and gradients as this rank holds them; it communicates nothing. Ends a training whose steps are
+    skipped.
 
-    def __init__(self) -> None:
+    Args:
+        steps: of the optimizer, that the training is to have.
+    """
+
+    def __init__(self, steps: int) -> None:
         self.record = Record()
-        self._batch = -1
+        self._steps, self._batch = steps, -1
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
@@ -123,6 +131,8 @@ class Watch(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             self.record.losses[self._batch] = float(loss)
+        if self._batch + 1 >= _MOST_BATCHES * self._steps * trainer.accumulate_grad_batches:
+            trainer.should_stop = True
 
 
 class LoggedValues(DummyLogger):
@@ -162,7 +172,7 @@ def _train(job: Job) -> Record:
     module = job.make_module()
     if not isinstance(module, pl.LightningModule):
         raise ValueError(f"a {type(module).__name__} has no training_step; a LightningModule is what can be verified")
-    dropout, watch, step_watch = DropoutOff(), Watch(), StepWatch()
+    dropout, watch, step_watch = DropoutOff(), Watch(job.steps), StepWatch()
     dropout.found |= switch_off_dropout(module)
     logged, recorder = LoggedValues(), BatchRecorder()
     looking = [] if job.looked_at is None else [ActivationRecorder(job.looked_at)]

@@ -132,6 +132,8 @@ class _Run:
             self.own = self._train(self.job)[0]
         except CheckFailed as failed:
             raise ValueError(failed.reason) from None
+        if not any(self.own.squares):
+            raise ValueError("no step of the module in one process has gradients, so there is nothing to compare")
         self._references.append((self.own.load("batches"), self.own))
 
     @property
@@ -181,14 +183,16 @@ class _Run:
         return LayoutResult(name, "differs", told, num_data_ranks, differences, compared.values, departure)
 
     def _departure(self, layout: Layout, compared: Comparison) -> Departure | None:
-        """The first module; where no activation departs, what the comparison found."""
+        """The first module; where no activation departs, or none can be looked at, what the comparison found."""
         if compared.first_batch is None:
             return compared.departure
         looking = replace(self.job, layout=layout, looked_at=compared.first_batch)
-        records = self._train(looking)
-        batches = self._joined(records, layout)
-        path = self._saved(batches)
-        (one,) = self._train(replace(looking, layout=None, batches=path))
+        try:
+            records = self._train(looking)
+            path = self._saved(self._joined(records, layout))
+            (one,) = self._train(replace(looking, layout=None, batches=path))
+        except (CheckFailed, _Refused):
+            return compared.departure
         activations = [record.load("activations") for record in records]
         bound = 10 * self.tolerance.numbers
         return first_departure(one.load("activations"), activations, layout, bound) or compared.departure
@@ -198,6 +202,8 @@ class _Run:
         for rank, record in enumerate(records):
             if layout.data_rank(rank) not in of_data:
                 of_data[layout.data_rank(rank)] = record.load("batches")
+        if not all(recorded.batches for recorded in of_data.values()):
+            raise _Refused("a data rank was given no batch, so there is nothing to compare; give more data")
         try:
             return joined([recorded for _, recorded in sorted(of_data.items(), key=lambda pair: pair[0])])
         except ValueError as error:

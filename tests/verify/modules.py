@@ -115,6 +115,16 @@ class Breaks(Reader):
         return batch["nothing"]
 
 
+class Idle(Reader):
+    """Skips all steps."""
+
+    def training_step(self, batch: dict[str, Any]) -> None:  # type: ignore[override]
+        return None
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Sentences(8), 8, collate_fn=collate)
+
+
 class BreaksOnRank(Reader):
     """Ends on one of the ranks, while the other waits for it."""
 

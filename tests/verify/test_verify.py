@@ -156,6 +156,11 @@ def test_a_module_that_does_not_train_is_the_users_mistake() -> None:
         check(modules.Breaks, layouts=["tp=2"])
 
 
+def test_steps_without_gradients_are_no_agreement() -> None:
+    with pytest.raises(ValueError, match="no step of the module in one process has gradients"):
+        check(modules.Idle, layouts=["tp=2"], steps=1)
+
+
 def test_what_can_not_be_handed_to_ranks_is_refused() -> None:
     with pytest.raises(ValueError, match="can't be handed to other processes"):
         check(lambda: modules.Reader(), layouts=["tp=2"])
