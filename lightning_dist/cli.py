@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from lightning_dist.checkpoint import convert
+from lightning_dist.data.tokens.command import add_data, add_tokenize
 from lightning_dist.doctor.command import add_doctor
 from lightning_dist.elastic.run import add_run
 from lightning_dist.elastic.store import add_store
@@ -92,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("arguments", nargs="*")
     reproduce.set_defaults(run=lambda options: find_in_project(Path.cwd(), "reproduce")(options.arguments))
 
+    add_tokenize(commands)
+    add_data(commands)
     add_verify(commands)
     add_doctor(commands)
     add_run(commands)

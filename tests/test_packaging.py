@@ -47,7 +47,7 @@ def foreign(folder: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("lightning_dist", ["timeline", "weights", "slurm", "ray"]),
+        ("lightning_dist", ["timeline", "weights", "slurm", "ray", "tokens", "parquet"]),
         ("recipes", ["recipes", "huggingface", "parquet", "medmnist", "benchmark"]),
         ("tests", ["test"]),
     ],

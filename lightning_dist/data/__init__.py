@@ -12,22 +12,36 @@ from lightning_dist.data.sharding import (
     validate_same_batches,
 )
 from lightning_dist.data.streams import DistributedStream, is_stream, shard_stream
+from lightning_dist.data.tokens import (
+    TokenDataset,
+    TokenSampler,
+    TokenStore,
+    document_mask,
+    document_mask_mod,
+    tokenize,
+)
 
 __all__ = [
     "DistributedBatches",
     "DistributedStream",
     "Division",
+    "TokenDataset",
+    "TokenSampler",
+    "TokenStore",
     "TrainingData",
     "can_be_divided",
     "distributed_batches",
     "distributed_sampler",
     "divide",
     "divided",
+    "document_mask",
+    "document_mask_mod",
     "is_stream",
     "items_of_batch",
     "seed_loader",
     "shard_loader",
     "shard_stream",
     "share_generator",
+    "tokenize",
     "validate_same_batches",
 ]

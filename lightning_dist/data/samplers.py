@@ -7,7 +7,7 @@ import math
 import os
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
+from lightning_dist.data.orders import ComputedOrder, ComputedSampler
 from lightning_dist.random_states import seed_generators
 
 
@@ -66,7 +67,7 @@ class DistributedOrder(Shares, Sampler[Any]):
         """What all ranks together took of the epoch before; the next iteration shards the rest."""
         self.told_by_lightning: Any = None
         """A sampler that Lightning finds by itself, and tells the epoch."""
-        self.mine: list[Any] = []
+        self.mine: Sequence[Any] = []
         """This rank's, of the iteration that began last."""
         self._source: Iterator[Any] | None = None
         """The user's sampler's, in the iteration that runs."""
@@ -95,7 +96,7 @@ class DistributedOrder(Shares, Sampler[Any]):
             self._end_source()
         return self._until_end(mine)
 
-    def _until_end(self, mine: list[Any]) -> Iterator[Any]:
+    def _until_end(self, mine: Sequence[Any]) -> Iterator[Any]:
         yield from mine
         self._end_source()
 
@@ -130,7 +131,7 @@ class DistributedOrder(Shares, Sampler[Any]):
                 return generator
         return None
 
-    def _draw(self, epoch: int) -> list[Any]:
+    def _draw(self, epoch: int) -> Sequence[Any]:
         before = None if self.generator is None else self.generator.get_state()
         self._source = source = iter(self.source)
         size = None if self.generator is None else sized_len(self.source)
@@ -140,7 +141,7 @@ class DistributedOrder(Shares, Sampler[Any]):
         self._drawn = {"epoch": epoch, "digest": _digest(order), "before": before}
         return order
 
-    def _repeat(self) -> list[Any]:
+    def _repeat(self) -> Sequence[Any]:
         """The order of the epoch, once the sampler has drawn what the earlier run had drawn last.
 
         A sampler with a state that nobody sees comes to it by drawing as often as it had by then.
@@ -162,7 +163,7 @@ class DistributedOrder(Shares, Sampler[Any]):
             )
         return order if wanted["epoch"] == self.epoch else self._draw(self.epoch)
 
-    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+    def _mine(self, order: Any, rest: Any) -> Sequence[Any]:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -179,15 +180,24 @@ class DistributedSamples(DistributedOrder):
 
     Every rank draws the same order: the sampler runs under a random state made of ``seed`` and the epoch (which
     Lightning sets), so one process and many ranks see the same epochs. A sampler with a ``generator`` of its own
-    draws from that, which :func:`share_generator` makes the same.
+    draws from that, which :func:`share_generator` makes the same. An order that is computed by index is not held.
     """
 
     def __init__(self, source: Any, num_replicas: int, rank: int, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__(source, num_replicas, rank, seed)
         self.drops_last = drop_last
 
-    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+    def _draw(self, epoch: int) -> Sequence[Any]:
+        if not isinstance(self.source, ComputedSampler):
+            return super()._draw(epoch)
+        order = self.source.order(epoch)
+        self._drawn = {"epoch": epoch, "digest": _digest(order), "before": None}
+        return order
+
+    def _mine(self, order: Any, rest: Any) -> Sequence[Any]:
         total = self.of_each(len(rest)) * self.num_replicas
+        if isinstance(rest, ComputedOrder):
+            return rest.of_length(total)[self.rank :: self.num_replicas]
         if order and total > len(rest):
             rest = rest + (order * math.ceil(total / len(order)))[: total - len(rest)]
         return rest[:total][self.rank :: self.num_replicas]
@@ -217,7 +227,7 @@ class DistributedBatches(DistributedOrder):
         """Itself: Lightning tells the epoch to the batch sampler's ``sampler``."""
         return self
 
-    def _mine(self, order: list[Any], rest: list[Any]) -> list[Any]:
+    def _mine(self, order: Any, rest: Any) -> Sequence[Any]:
         if self._limit is not None and len(rest) > self._limit:
             rest = rest[: int(self._limit)]
         self.total = len(rest)
@@ -231,7 +241,7 @@ class DistributedBatches(DistributedOrder):
         return getattr(self.source, name)
 
 
-def _digest(order: list[Any]) -> tuple[int, int]:
+def _digest(order: Sequence[Any]) -> tuple[int, int]:
     """The length of an order and a checksum of some of it."""
     some = order[:: 1 + len(order) // (1 << 16)]
     try:

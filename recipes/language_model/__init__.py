@@ -4,5 +4,6 @@ from recipes.language_model.baselines import Baselines
 from recipes.language_model.data import TextData
 from recipes.language_model.decoder import Decoder
 from recipes.language_model.module import CausalLM
+from recipes.language_model.stored import StoredText
 
-__all__ = ["Baselines", "CausalLM", "Decoder", "TextData"]
+__all__ = ["Baselines", "CausalLM", "Decoder", "StoredText", "TextData"]

@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,6 +21,9 @@ from recipes.language_model.sources import Document
 PARTS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
 """Stands before each document and after the last; predicting it counts, and it stands for no byte."""
+
+UNIGRAM_TOKENS = 1 << 24
+"""Of the training text, from which frequencies are counted at most."""
 
 FORMAT = 1
 """Part of the cache's key: raise it when what is written changes."""
@@ -62,21 +66,34 @@ class Corpus:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        tokens = {part: np.load(directory / f"{part}.npy", mmap_mode="r") for part in PARTS}
+        self._take(directory / "tokenizer.json", tokens, END_OF_TEXT)
+
+    def _take(self, tokenizer: Path, tokens: Mapping[str, Any], end: str | None) -> None:
+        """Keeps the tokens of each part, ``(n,)`` or what has slices of that; ``end`` is a token between documents."""
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))
         self.tokenizer.encode_special_tokens = True
-        self.tokens = {part: np.load(directory / f"{part}.npy", mmap_mode="r") for part in PARTS}
-        self.token_bytes = _bytes_of_tokens(self.tokenizer)
+        self.tokens = tokens
+        self._first = [] if end is None else [_id_of(self.tokenizer, end)]
+        self.token_bytes = _bytes_of_tokens(self.tokenizer, end)
         """UTF-8 bytes that each token stands for, ``(vocab_size,)``."""
-        self.unigram_nats = _unigram_nats(self.tokens["train"], len(self.token_bytes))
+        self.unigram_nats = _unigram_nats(self.tokens["train"][:UNIGRAM_TOKENS], len(self.token_bytes))
         """Loss of each token under its frequency in the training text, ``(vocab_size,)``."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that begins a document."""
-        return [_end_of_text(self.tokenizer), *self.tokenizer.encode(text).ids]
+        return [*self._first, *self.tokenizer.encode(text).ids]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without ends of text."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def measures(self, targets: np.ndarray) -> dict[str, int]:
+        """What evaluation compares a loss with, of targets ``(n,)``: their UTF-8 bytes, and their loss under the token
+        frequencies of the training text, in millionths.
+        """
+        nats = float(self.unigram_nats[targets].sum())
+        return {"num_bytes": int(self.token_bytes[targets].sum()), "unigram_micronats": round(1e6 * nats)}
 
 
 def corpus_directory(documents: Sequence[Document], settings: CorpusSettings, cache: Path) -> Path:
@@ -172,23 +189,23 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> np.ndarray:
-    end = _end_of_text(tokenizer)
+    end = _id_of(tokenizer, END_OF_TEXT)
     stream = [end]
     for encoding in tokenizer.encode_batch([document.text for document in documents]):
         stream += [*encoding.ids, end]
     return np.asarray(stream, dtype=np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
 
 
-def _end_of_text(tokenizer: tokenizers.Tokenizer) -> int:
-    token = tokenizer.token_to_id(END_OF_TEXT)
-    assert token is not None, "the tokenizer was trained without an end of text"
+def _id_of(tokenizer: tokenizers.Tokenizer, name: str) -> int:
+    token = tokenizer.token_to_id(name)
+    assert token is not None, f"the tokenizer has no token {name}"
     return token
 
 
-def _bytes_of_tokens(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+def _bytes_of_tokens(tokenizer: tokenizers.Tokenizer, end: str | None) -> np.ndarray:
     # A byte-level token is spelt with one character per byte.
     spelt = (tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size()))
-    lengths = [0 if token is None or token == END_OF_TEXT else len(token) for token in spelt]
+    lengths = [0 if token is None or token == end else len(token) for token in spelt]
     return np.asarray(lengths, dtype=np.int64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
@@ -20,7 +21,55 @@ IGNORED = -100
 DEFAULT_CACHE = "~/.cache/lightning_dist/text"
 
 
-class TextData(L.LightningDataModule):
+class BlockData(L.LightningDataModule):
+    """What data modules of blocks share: loaders, prompts, and the corpus that ``setup`` gives.
+
+    Args: see :class:`TextData`.
+    """
+
+    def __init__(
+        self,
+        sequence_length: int,
+        batch_size: int,
+        eval_batch_size: int | None,
+        prompts: Sequence[str],
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.prompts = list(prompts)
+        self.num_workers = num_workers
+        self._corpus: Corpus | None = None
+
+    @property
+    def corpus(self) -> Corpus:
+        """Tokenizer and tokens; there after ``setup``."""
+        assert self._corpus is not None, "setup has not run"
+        return self._corpus
+
+    def predict_dataloader(self) -> DataLoader:
+        """One prompt per batch: they differ in length."""
+        prompts = [torch.tensor(self.corpus.encode(prompt)) for prompt in self.prompts]
+        return DataLoader(prompts, batch_size=1)  # type: ignore[arg-type]
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text of tokens ``(length,)``."""
+        return self.corpus.decode(tokens.tolist())
+
+    def _loader(self, blocks: Dataset, batch_size: int, **options: Any) -> DataLoader:
+        return DataLoader(
+            blocks,
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.accelerator.is_available(),
+            **options,
+        )
+
+
+class TextData(BlockData):
     """Tokens of a text, cut into blocks.
 
     Training batches are ``{"inputs", "targets"}``, both ``(batch, sequence_length)`` int64, the targets one token
@@ -58,23 +107,11 @@ class TextData(L.LightningDataModule):
         eval_batch_size: int | None = None,
         test_documents: Sequence[str] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(sequence_length, batch_size, eval_batch_size, prompts, num_workers)
         self._source = source
         self._settings = CorpusSettings(vocab_size, val_fraction, test_fraction, tuple(test_documents))
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.prompts = list(prompts)
         self.cache = Path(cache).expanduser()
-        self.num_workers = num_workers
         self._documents: list[Document] | None = None
-        self._corpus: Corpus | None = None
-
-    @property
-    def corpus(self) -> Corpus:
-        """Tokenizer and tokens; there after ``setup``."""
-        assert self._corpus is not None, "setup has not run"
-        return self._corpus
 
     def prepare_data(self) -> None:
         """Trains the tokenizer and writes the tokens, unless the cache has them; on one process per node."""
@@ -105,32 +142,10 @@ class TextData(L.LightningDataModule):
         """Every token of the test documents once."""
         return self._loader(TokenBlocks(self.corpus, "test", self.sequence_length), self.eval_batch_size)
 
-    def predict_dataloader(self) -> DataLoader:
-        """One prompt per batch: they differ in length."""
-        prompts = [torch.tensor(self.corpus.encode(prompt)) for prompt in self.prompts]
-        return DataLoader(prompts, batch_size=1)  # type: ignore[arg-type]
-
-    def decode(self, tokens: Tensor) -> str:
-        """The text of tokens ``(length,)``."""
-        return self.corpus.decode(tokens.tolist())
-
     def _read(self) -> list[Document]:
         if self._documents is None:
             self._documents = self._source()
         return self._documents
-
-    def _loader(
-        self, blocks: TokenBlocks, batch_size: int, shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader:
-        return DataLoader(
-            blocks,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.accelerator.is_available(),
-        )
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
@@ -173,7 +188,5 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
             "targets": torch.from_numpy(np.pad(tokens[1:], (0, padding), constant_values=IGNORED)),
         }
         if self.part != "train":
-            block["num_bytes"] = torch.tensor(int(self.corpus.token_bytes[tokens[1:]].sum()))
-            nats = self.corpus.unigram_nats[tokens[1:]].sum()
-            block["unigram_micronats"] = torch.tensor(round(1e6 * float(nats)))
+            block |= {name: torch.tensor(value) for name, value in self.corpus.measures(tokens[1:]).items()}
         return block

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_dist.data import document_mask
+
 INITIAL_STD = 0.02
 
 
@@ -64,21 +66,24 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         self._initialize(depth)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Logits of every token's successor.
 
         Args:
             tokens: ``(batch, length)``, int64.
-            positions: ``(length,)``, int64; by default 0 to ``length - 1``.
+            positions: ``(length,)`` or ``(batch, length)``, int64; by default 0 to ``length - 1``.
+            document_ids: ``(batch, length)``, int64: a token attends to those of its own document; by default to all
+                before it.
 
         Returns:
             ``(batch, length, vocab_size)``.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = None if document_ids is None else document_mask(document_ids)
         hidden = self.embedding(tokens)
         for block in self.blocks:
-            hidden = block(hidden, positions)
+            hidden = block(hidden, positions, mask)
         return self.head(self.norm(hidden))
 
     def _initialize(self, depth: int) -> None:
@@ -112,9 +117,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, feed_forward_width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """``(batch, length, width)`` at ``positions`` ``(length,)`` to the same shape."""
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), positions))
+    def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(batch, length, width)`` at ``positions`` to the same shape; the mask is that of :class:`Attention`."""
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), positions, mask))
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
 
 
@@ -133,14 +138,17 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, num_kv_heads * self.head_width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """``(batch, length, width)`` at ``positions`` ``(length,)`` to the same shape."""
-        angles = rotary_angles(positions, self.head_width, self.rope_base)
+    def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(batch, length, width)`` at ``positions`` ``(length,)`` or ``(batch, length)`` to the same shape.
+
+        The mask ``(batch, 1, length, length)`` says what each token attends to; by default all before it.
+        """
+        angles = rotary_angles(positions, self.head_width, self.rope_base).unsqueeze(-3)
         query = rotate(self._split_heads(self.query(hidden)), angles)
         key = rotate(self._split_heads(self.key(hidden)), angles)
         value = self._split_heads(self.value(hidden))
         mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
         )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
@@ -169,9 +177,11 @@ class FeedForward(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_width: int, base: float) -> Tensor:
-    """Angles ``(length, head_width / 2)`` of rotary positions, always in float32: bfloat16 can't count past 256."""
+    """Angles ``(..., length, head_width / 2)`` of rotary positions ``(..., length)``, always in float32: bfloat16 can't
+    count past 256.
+    """
     exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    return positions.float()[:, None] * base**-exponents
+    return positions.float()[..., None] * base**-exponents
 
 
 def rotate(features: Tensor, angles: Tensor) -> Tensor:

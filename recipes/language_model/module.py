@@ -17,7 +17,8 @@ from recipes.optimization import OptimizerFactory, SchedulerFactory
 
 
 class CausalLM(ConfiguredModule):
-    """Trains a language model on the batches of :class:`recipes.language_model.data.TextData`.
+    """Trains a language model on the batches of :class:`recipes.language_model.data.TextData`, or of
+    :class:`recipes.language_model.stored.StoredText`, which may keep documents apart.
 
     Logs ``train/loss`` by step, and by epoch for ``val`` and ``test``, each exact over the held-out text:
 
@@ -52,14 +53,18 @@ class CausalLM(ConfiguredModule):
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``(batch, length, vocab_size)`` of tokens ``(batch, length)``."""
-        output = self.network(tokens)
+    def forward(self, tokens: Tensor, **documents: Tensor) -> Tensor:
+        """Logits ``(batch, length, vocab_size)`` of tokens ``(batch, length)``.
+
+        ``positions`` and ``document_ids`` of the same shape are for models that take them, as the recipe's decoder.
+        """
+        output = self.network(tokens, **documents)
         return output if isinstance(output, Tensor) else output.logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean nats per token."""
-        loss = F.cross_entropy(self(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
+        logits = self(batch["inputs"], **_documents(batch))
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["inputs"]))
         return loss
 
@@ -81,7 +86,7 @@ class CausalLM(ConfiguredModule):
 
     def _evaluate(self, stage: str, metrics: nn.ModuleDict, batch: dict[str, Tensor]) -> None:
         targets = batch["targets"].flatten()
-        logits = self(batch["inputs"]).flatten(0, 1)
+        logits = self(batch["inputs"], **_documents(batch)).flatten(0, 1)
         nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         num_tokens = (targets != IGNORED).sum()
         sums = {
@@ -95,6 +100,11 @@ class CausalLM(ConfiguredModule):
             metric = cast(RatioOfSums, metrics[name])
             metric.update(numerator, denominator)
             self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", batch_size=len(batch["inputs"]))
+
+
+def _documents(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where documents are, in batches that tell."""
+    return {name: batch[name] for name in ("positions", "document_ids") if name in batch}
 
 
 def _evaluation_metrics() -> nn.ModuleDict:

@@ -1,0 +1,79 @@
+"""Shards of a store whose files are not those that were written, and a store without them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lightning_dist.checkpoint.checksums import checksum_of
+from lightning_dist.data.tokens.format import Shard, StoreIndex, read_index, write_index
+
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A shard, and what is wrong with it in words."""
+
+    shard: Shard
+    what: str
+
+
+def check_store(
+    path: str | os.PathLike[str], progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[StoreIndex, list[Damage]]:
+    """Reads every file of a store and compares size and checksum.
+
+    Args:
+        path: its directory.
+        progress: called with the tokens that were read, and all.
+
+    Raises:
+        FileNotFoundError, DamagedStore, ValueError: see :func:`~lightning_dist.data.tokens.format.read_index`.
+    """
+    folder = Path(path).expanduser()
+    index = read_index(folder)
+    damaged: list[Damage] = []
+    done = 0
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(lambda shard: _damage(folder, index.files(shard)), index.shards)
+        for shard, what in zip(index.shards, found, strict=True):
+            if what is not None:
+                damaged.append(Damage(shard, what))
+            done += shard.num_tokens
+            progress(done, index.num_tokens)
+    return index, damaged
+
+
+def _damage(folder: Path, files: dict[str, tuple[int, int]]) -> str | None:
+    for name, (size, crc) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (there := path.stat().st_size) != size:
+            return f"{name} has {there} bytes, and {size} were written"
+        try:
+            found = checksum_of(path)[1]
+        except OSError as error:
+            return f"{name} can't be read ({error})"
+        if found != crc:
+            return f"{name} has CRC-32 {found:08x}, and {crc:08x} was written"
+    return None
+
+
+def drop_shards(path: str | os.PathLike[str], index: StoreIndex, damaged: Sequence[Damage]) -> StoreIndex:
+    """Writes the index without the damaged shards, whose files stay.
+
+    Raises:
+        ValueError: none would be left.
+    """
+    names = {damage.shard.name for damage in damaged}
+    left = tuple(shard for shard in index.shards if shard.name not in names)
+    if not left:
+        raise ValueError(f"all shards of {path} are damaged, so none would be left; tokenize it again")
+    index = replace(index, shards=left, dropped=(*index.dropped, *sorted(names)))
+    write_index(Path(path).expanduser(), index)
+    return index
