@@ -87,12 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--trust", action="store_true", help="load objects that execute code from the checkpoint")
     convert.set_defaults(run=_convert)
 
-    told = "run experiments of the project over layouts and seeds, and say whether they reach what they should"
-    # what looks like an option is the project's
-    reproduce = commands.add_parser("reproduce", help=told, add_help=False, prefix_chars="\0")
-    reproduce.add_argument("arguments", nargs="*")
-    reproduce.set_defaults(run=lambda options: find_in_project(Path.cwd(), "reproduce")(options.arguments))
-
+    _add_of_project(commands)
     add_tokenize(commands)
     add_data(commands)
     add_verify(commands)
@@ -100,6 +95,22 @@ def _parser() -> argparse.ArgumentParser:
     add_run(commands)
     add_store(commands)
     return parser
+
+
+def _add_of_project(commands: Any) -> None:
+    """What the ``pyproject.toml`` of a project of recipes names."""
+    told = "run experiments of the project over layouts and seeds, and say whether they reach what they should"
+    # what looks like an option is the project's
+    reproduce = commands.add_parser("reproduce", help=told, add_help=False, prefix_chars="\0")
+    reproduce.add_argument("arguments", nargs="*")
+    reproduce.set_defaults(run=lambda options: find_in_project(Path.cwd(), "reproduce")(options.arguments))
+
+    told = "the jobs of sweeps of the project as a table and a page, made anew from their directories"
+    report = commands.add_parser("report", help=told)
+    report.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="of a sweep; several are compared")
+    where = "the page to write (default: report.html in the directory of a single sweep)"
+    report.add_argument("--output", type=Path, metavar="FILE", help=where)
+    report.set_defaults(run=_report)
 
 
 def _layout(options: argparse.Namespace) -> None:
@@ -172,6 +183,10 @@ def _fewest_ranks(layout: str) -> int:
     if asked is None or REST in dict(asked.items()).values():
         raise ValueError(f"--ranks is missing: layout {layout!r} takes as many as there are")
     return asked.world_size
+
+
+def _report(options: argparse.Namespace) -> None:
+    find_in_project(Path.cwd(), "report")(options.directories, options.output)
 
 
 def _convert(options: argparse.Namespace) -> None:

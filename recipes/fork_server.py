@@ -23,7 +23,13 @@ def start(cfg: DictConfig) -> None:
         cfg: the config of the job; modules of its ``_target_`` are imported by the server.
     """
     named = _target_modules(OmegaConf.to_container(cfg, resolve=False))
-    _of_package().start([*ALWAYS, *named])
+    _from_file("elastic").start([*ALWAYS, *named])
+
+
+def address() -> dict[str, Any]:
+    """Where the fork server is, for processes that it has forked."""
+    found: dict[str, Any] = _from_file("compat").server_address()
+    return found
 
 
 def _target_modules(node: Any) -> Iterator[str]:
@@ -35,15 +41,15 @@ def _target_modules(node: Any) -> Iterator[str]:
         yield from _target_modules(item)
 
 
-def _of_package() -> Any:
-    """``lightning_dist.elastic.fork_server``, from its file: the package's own imports take the seconds in which the
-    server can import already.
+def _from_file(room: str) -> Any:
+    """``fork_server`` of a room of lightning_dist, from its file: the package's own imports take the seconds in which
+    the server can import already.
     """
     package = find_spec("lightning_dist")
     assert package is not None
     assert package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0]) / "elastic" / "fork_server.py"
-    spec = spec_from_file_location("fork_server_of_lightning_dist", path)
+    path = Path(package.submodule_search_locations[0]) / room / "fork_server.py"
+    spec = spec_from_file_location(f"fork_server_of_{room}", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)

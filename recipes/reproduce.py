@@ -28,7 +28,7 @@ from recipes import targets
 from recipes.config_errors import ConfigError
 from recipes.experiments import CONF, Experiment, Reproduction, experiment_files
 from recipes.reproduced import Outcome, Run, agreements, outcomes, table
-from recipes.sweep import RESULT, JobResult
+from recipes.sweep.result import RESULT, JobResult
 
 EVERY = "all"
 """In place of names: each experiment that trains here and whose data is here."""

@@ -23,6 +23,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import hydra.utils
+from hydra import version
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,6 +31,7 @@ from recipes.config_errors import ConfigError
 
 ALLOWED = (
     "datetime.timedelta",
+    "hydra_plugins.recipes_sweep.*",
     "lightning.pytorch.Trainer",
     "lightning.pytorch.callbacks.*",
     "lightning.pytorch.loggers.*",
@@ -64,6 +66,13 @@ HAS_WHITELIST = hasattr(hydra.utils, "execution_whitelist")
 
 VERSION_BASE: dict[str, Any] = {} if HAS_WHITELIST else {"version_base": "1.3"}
 """Which defaults Hydra has: 1.3 warns if it isn't told, 1.4 if it is."""
+
+
+def set_version_base() -> None:
+    """Has Hydra behave in this process, which did not begin by ``hydra.main``, as it does in others."""
+    if not HAS_WHITELIST:
+        version.setbase(VERSION_BASE["version_base"])
+
 
 _allowed: ContextVar[tuple[str, ...]] = ContextVar("allowed", default=ALLOWED)
 

@@ -28,10 +28,15 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # `python recipes/train.py`, the form that Hydra's tab completion knows
     sys.path[0] = str(ROOT)
+PLUGINS = str(ROOT / "recipes" / "plugins")
+"""Of Hydra, which looks for them in the package ``hydra_plugins`` of any directory of the path."""
+if PLUGINS not in sys.path:
+    sys.path.append(PLUGINS)
 
 from recipes import batches, fork_server, launchers, targets  # noqa: E402
 from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
-from recipes.sweep import JobResult  # noqa: E402
+from recipes.sweep import job_process, resume  # noqa: E402
+from recipes.sweep.result import JobResult  # noqa: E402
 
 log = logging.getLogger("recipes.train")
 
@@ -51,7 +56,10 @@ def train(cfg: DictConfig) -> float | None:
         ``cfg.optimized_metric`` of the job, for sweepers that search; not a number if the job failed.
     """
     hydra_cfg = HydraConfig.get()
+    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     try:
+        if in_sweep and (before := _begin(cfg)) is not None:
+            return _optimized(cfg, before.metrics)
         # once more: a launcher of Hydra's may have brought this to another process
         with targets.allow(allowed_targets(hydra_cfg.overrides.task)):
             metrics = _run(cfg)
@@ -61,12 +69,26 @@ def train(cfg: DictConfig) -> float | None:
     except Exception as error:
         failure = _describe(error)
         _save_result(cfg, failure.splitlines()[0], {})
-        if hydra_cfg.mode != RunMode.MULTIRUN:
+        if not in_sweep:
             raise JobFailed(failure) from None
         log.error("job %s failed: %s", hydra_cfg.job.num, failure)
         return float("nan")
     _save_result(cfg, None, metrics)
     return optimized
+
+
+def _begin(cfg: DictConfig) -> JobResult | None:
+    """A job of a sweep begins; the result of one that an earlier start of the sweep has done."""
+    overrides, directory = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir)
+    try:
+        done = resume.done_before(cfg, directory, overrides)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None  # of the whole sweep, and what lies there stays
+    if done is not None:
+        log.info("job %s was done before, by an earlier start of this sweep", HydraConfig.get().job.num)
+        return done
+    resume.begin(cfg, directory, overrides, is_first_rank=_is_first_rank())
+    return None
 
 
 def main() -> None:
@@ -124,7 +146,7 @@ def _start(cfg: DictConfig) -> dict[str, float]:
     """Starts the ranks of this machine."""
     # In a sweep even one rank gets a process of its own, so that no job finds what an earlier one left.
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    start_method = cfg.start_method or ("forkserver" if sys.platform == "linux" else "spawn")
+    start_method = job_process.start_method(cfg)
     is_alone = cfg.trainer.devices == 1 and not in_sweep and cfg.launcher.max_restarts == 0
     if start_method == "forkserver" and not is_alone:
         fork_server.start(cfg)
@@ -194,6 +216,7 @@ def _run_here(cfg: DictConfig) -> dict[str, float]:
 
 
 def _run_rank(cfg: DictConfig, hydra_cfg: DictConfig, allowed: tuple[str, ...]) -> dict[str, float]:
+    job_process.leave_console()
     setup_globals()
     HydraConfig.instance().set_config(hydra_cfg)
     cfg.trainer.num_nodes = _launched_shape()[0]

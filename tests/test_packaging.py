@@ -21,7 +21,7 @@ from lightning_dist.compat.names import SEEN_IN
 from tests.support.source import ROOT, imported, trees
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OURS = {"lightning_dist", "recipes", "tests"}
+OURS = {"hydra_plugins", "lightning_dist", "recipes", "tests"}
 BY_THE_TRAINER = ["accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"]
 """Arguments of the strategy that are no options of a config."""
 
@@ -48,7 +48,7 @@ def foreign(folder: str) -> Iterator[tuple[str, str]]:
     ("folder", "extras"),
     [
         ("lightning_dist", ["timeline", "weights", "slurm", "ray", "tokens", "parquet"]),
-        ("recipes", ["recipes", "huggingface", "parquet", "medmnist", "benchmark"]),
+        ("recipes", ["recipes", "huggingface", "parquet", "medmnist", "benchmark", "optuna"]),
         ("tests", ["test"]),
     ],
 )

@@ -17,7 +17,7 @@ def command(*arguments: str, directory: Path | None = None) -> list[str]:
     return [sys.executable, "-m", "recipes.train", *PROBE_CONF, *arguments, *own, *places]
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], seconds: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "TORCHE"))}
     clean |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    return subprocess.run(arguments, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=seconds)

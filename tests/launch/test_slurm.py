@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dist.launchers.slurm import Slurm
+from recipes.sweep.jobs import Jobs
 from tests.launch import tasks
 from tests.launch.commands import command, run
 from tests.support import fake_slurm
@@ -95,6 +96,8 @@ def test_jobs_of_a_sweep_are_jobs_of_slurm(jobs: Path, tmp_path: Path):
         assert told["metrics"]["val/loss"] < 1.0
         output = (tmp_path / "sweep" / ".submitit" / f"1001_{job}" / f"1001_{job}_0_log.out").read_text()
         assert "Initializing distributed: GLOBAL_RANK: 0, MEMBER: 1/2" in output
+    assert [job.name for job in Jobs.read([tmp_path / "sweep"]).all] == ["0", "1"]
+    assert (tmp_path / "sweep" / "report.html").is_file()
 
 
 def test_a_run_is_submitted_and_its_tasks_are_the_ranks(jobs: Path, tmp_path: Path):
