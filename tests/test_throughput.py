@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ThroughputMonitor, throughput_monitor
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dist import HybridStrategy, Throughput
@@ -53,18 +53,15 @@ class Timed(Classifier):
         Seconds.now += COMPUTING
 
 
-class Kept(CSVLogger):
+class Kept(DummyLogger):
     """Keeps what it is given."""
 
     def __init__(self) -> None:
-        super().__init__("unused")
+        super().__init__()
         self.rows: list[dict[str, float]] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
         self.rows.append(dict(metrics))
-
-    def save(self) -> None:
-        """Nothing is written."""
 
 
 def _logged(layout: str, callback: Any) -> list[dict[str, float]]:

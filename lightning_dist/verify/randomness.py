@@ -40,7 +40,9 @@ def _holders(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_dropping(holder: Any, key: str) -> bool:
-    return "drop" in key or (isinstance(holder, DropoutNd) and key == "p")
+    # torchvision's StochasticDepth, as dropout, calls it p
+    is_layer = isinstance(holder, DropoutNd) or "stochastic" in type(holder).__name__.lower()
+    return "drop" in key or (is_layer and key == "p")
 
 
 class DropoutOff(Callback):

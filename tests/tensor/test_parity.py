@@ -22,7 +22,7 @@ LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
 
 
 @pytest.mark.parametrize(("layout", "num_ranks"), [LAYOUTS[0], *(slow(*layout) for layout in LAYOUTS[1:])])
-@pytest.mark.parametrize("recipe", RUNS)
+@pytest.mark.parametrize("recipe", [name for name in RUNS if name != "medicine"])  # of convolutions alone
 def test_twenty_steps_equal_one_process(recipe: str, layout: str, num_ranks: int) -> None:
     assert_parity(RUNS[recipe], layout, num_ranks)
 

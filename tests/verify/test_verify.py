@@ -8,9 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 from lightning_dist.cli import main
 from lightning_dist.verify import LayoutResult, verify
+from lightning_dist.verify.randomness import switch_off_dropout
 from tests.support.parity import slow
 from tests.support.ranks import run_on_ranks
 from tests.verify import modules
@@ -217,3 +222,10 @@ def test_a_recipe_is_verified_by_its_overrides(tmp_path: Path) -> None:
     what = ["verify", "experiment=digits_vit", "data.batch_size=4", "--layouts", "dp_shard=2", "--accelerator", "cpu"]
     assert main([*what, "--steps", "2", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["results"][0]["status"] == "same"
+
+
+def test_every_kind_of_dropping_is_switched_off() -> None:
+    layers = nn.Sequential(nn.Dropout(0.1), StochasticDepth(0.2, "row"), DropPath(0.3), nn.Linear(3, 3))
+    assert switch_off_dropout(layers) == {"0.p", "1.p", "2.drop_prob"}
+    x = torch.randn(64, 3)
+    assert torch.equal(layers[2](layers[1](layers[0](x))), x)
