@@ -60,6 +60,14 @@ def test_attention_that_cuts_by_its_config_stays_whole() -> None:
     assert not any("self_attn" in name for name in plan)
 
 
+def test_attention_that_a_declared_plan_divides_in_part_stays_whole() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.DogeConfig(vocab_size=48, num_hidden_layers=1, pad_token_id=0, **sizes)
+    plan = find_tensor_plan(hf.DogeForCausalLM(config))
+    assert not any("self_attn" in name for name in plan)
+    assert any("mlp" in name for name in plan)
+
+
 def test_convolutional_networks_have_no_plan() -> None:
     with pytest.raises(ValueError, match="Convolutional networks have no tensor plan: use dp_shard"):
         find_tensor_plan(torchvision.models.resnet18())

@@ -94,8 +94,10 @@ def _assemble(module: nn.Module, chosen: Mapping[str, str]) -> dict[str, ModuleP
         columns = tuple(leaf for leaf, style in styled.items() if style == COLWISE)
         rows = [leaf for leaf, style in styled.items() if style == ROWWISE]
         owner = module.get_submodule(parent)
-        if len(columns) in (1, 3) and len(rows) < 2 and (layers.count_heads(owner) or layers.head_width(owner)):
-            parts[parent] = attention_plan(owner, columns, rows[0] if rows else None, 3 if len(columns) == 1 else 1)
+        if len(columns) in (1, 3) and (layers.count_heads(owner) or layers.head_width(owner)):
+            packed, row = 3 if len(columns) == 1 else 1, rows[0] if rows else None
+            # with several that write back, one reads what the heads are masked by (transformers' Doge)
+            parts[parent] = attention_plan(owner, columns, row, packed) if len(rows) < 2 else None
         elif columns and len(rows) == 1 and all(layers.is_dense(c) for c in owner.children() if [*c.parameters()]):
             parts[parent] = feed_forward_plan(owner, columns, rows[0])
         else:
