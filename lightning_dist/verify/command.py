@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from lightning_dist.elastic import is_launched
-from lightning_dist.explain import Target, find_recipes, module_maker, parse_arguments
+from lightning_dist.explain import Target, find_in_project, find_recipes, module_maker, parse_arguments
 from lightning_dist.verify.results import LayoutResult, Verification
 from lightning_dist.verify.verification import verify
 
@@ -35,12 +35,14 @@ def add_verify(commands: Any) -> None:
     )
     parser.add_argument(
         "what",
-        nargs="+",
+        nargs="*",
         metavar="WHAT",
         help="package.module:Class of a LightningModule and its arguments as name=value; or overrides of a recipe, as "
-        "for python -m recipes.train",
+        "for python -m recipes.train; with --zoo, names of networks (with *)",
     )
-    parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help="such as dp_shard=2 tp=2,pp=2")
+    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="such as dp_shard=2 tp=2,pp=2")
+    zoo = "verify networks of others that the project names, in place of WHAT, and write a table to outputs/zoo"
+    parser.add_argument("--zoo", action="store_true", help=zoo)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -72,6 +74,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("verify starts its ranks itself; run it as one process, without torchrun")
     if options.timeout <= 0:
         raise ValueError(f"--timeout is {options.timeout:g}; the ranks need some seconds to answer")
+    if options.zoo:
+        table = find_in_project(Path.cwd(), "zoo")
+        return table(options.what, options.layouts, accelerator=options.accelerator, timeout=options.timeout)
+    if not options.what or not options.layouts:
+        raise ValueError("name a module as package.module:Class, or overrides of a recipe, and --layouts")
     sys.path.insert(0, os.getcwd())  # as for python -m
     make_module, make_data, trainer = _subject(options)
     shown = _Shown()

@@ -254,10 +254,10 @@ def _trainer(job: Job, rank: int, callbacks: list[Callback], logged: LoggedValue
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it was raised here, in a sentence, and not by the user's code or below."""
+    """Whether it was raised here, in a sentence, and not by the user's code, or by what this package called."""
     frames = traceback.extract_tb(error.__traceback__)
     here = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and not frames[-1].filename.startswith(_OWN)
-    return here and type(error) in (ValueError, RuntimeError)
+    return here and (frames[-1].line or "").startswith("raise") and type(error) in (ValueError, RuntimeError)
 
 
 def _where_it_failed(error: Exception) -> str:
