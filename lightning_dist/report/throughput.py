@@ -117,7 +117,7 @@ def count_samples_once(trainer: pl.Trainer, num_data_ranks: int, patches: Patche
         return
     for monitor in (callback for callback in trainer.callbacks if isinstance(callback, ThroughputMonitor)):  # type: ignore[attr-defined]
         for rates in throughputs_of(monitor):
-            rates.world_size = num_data_ranks
+            patches.set(rates, "world_size", num_data_ranks)
             prefix = f"device{rates.separator}"
             patches.wrap(rates, "compute", partial(_of_layout, prefix, num_data_ranks, world_size))
 

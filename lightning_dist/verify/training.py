@@ -161,7 +161,7 @@ def train(job: Job) -> Record:
     except Exception as error:
         if job.layout is None:
             raise CheckFailed(_where_it_failed(error), {"users": True}) from error
-        if _is_refusal(error):
+        if is_refusal(error):
             raise CheckFailed(" ".join(str(error).split()), {"refused": True}) from error
         raise
 
@@ -253,7 +253,7 @@ def _trainer(job: Job, rank: int, callbacks: list[Callback], logged: LoggedValue
     )
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether it was raised here, in a sentence, and not by the user's code, or by what this package called."""
     frames = traceback.extract_tb(error.__traceback__)
     here = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and not frames[-1].filename.startswith(_OWN)

@@ -14,8 +14,11 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from lightning_dist.cli import main
+from lightning_dist.layout import Layout
+from lightning_dist.parallel.pipeline.step_effects import weighted_mean
 from lightning_dist.verify import LayoutResult, verify
 from lightning_dist.verify.randomness import switch_off_dropout
+from lightning_dist.verify.training import is_refusal
 from tests.support.parity import slow
 from tests.support.ranks import run_on_ranks
 from tests.verify import modules
@@ -229,3 +232,12 @@ def test_every_kind_of_dropping_is_switched_off() -> None:
     assert switch_off_dropout(layers) == {"0.p", "1.p", "2.drop_prob"}
     x = torch.randn(64, 3)
     assert torch.equal(layers[2](layers[1](layers[0](x))), x)
+
+
+def test_only_what_this_package_raises_is_a_refusal() -> None:
+    with pytest.raises(ValueError, match="dp") as refused:
+        Layout.parse("dp=3")
+    with pytest.raises(RuntimeError) as failed:  # by torch, called in a line of this package
+        weighted_mean([torch.ones(2), torch.ones(3)], [1.0, 1.0])
+    assert is_refusal(refused.value)
+    assert not is_refusal(failed.value)
