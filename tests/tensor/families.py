@@ -121,6 +121,53 @@ def _t5() -> nn.Module:
     )
 
 
+def _mpt() -> nn.Module:
+    return hf.MptForCausalLM(hf.MptConfig(vocab_size=WORDS, d_model=32, n_layers=2, n_heads=4, max_seq_len=16))
+
+
+class _Biased(nn.Module):
+    """Attention that is told what to add to the scores of each head, and adds what it was given."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, residual: Tensor, attn_bias: Any = 0, position_bias: Any = 0) -> Tensor:
+        batch, positions, _ = x.shape
+        q, k, v = (
+            layer(x).view(batch, positions, self.num_heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + attn_bias + position_bias
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)) + residual
+
+
+class Relative(nn.Module):
+    """A learned bias of positions that each layer is given, and a norm before it.
+
+    Args:
+        name: of the argument.
+        heads: of the layers.
+        biases: of all heads, or one for all.
+    """
+
+    def __init__(self, name: str, heads: int, biases: int) -> None:
+        super().__init__()
+        self.name = name
+        self.bias = nn.Parameter(torch.randn(1, biases, LENGTH, LENGTH))
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+        self.layers = nn.ModuleList(_Biased(heads) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = layer(norm(x), residual=x, **{self.name: self.bias})
+        return x
+
+
+def _relative(name: str, heads: int, biases: int) -> Family:
+    return Family(lambda: Relative(name, heads, biases), lambda: (torch.randn(2, LENGTH, 32),), 2, crossing=2)
+
+
 def _swin(network: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
     sizes = {"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": [4, 4]}
     return lambda: network(**sizes, num_classes=5, stochastic_depth_prob=0.0)
@@ -173,6 +220,10 @@ FAMILIES: dict[str, Family] = {
         4,
     ),
     "t5": Family(_t5, lambda: {"input_ids": _ids(), "labels": _ids()}, 10, crossing=2, lookups=2),
+    "mpt": Family(_mpt, _causal, 4, lookups=1),
+    "bias of heads": _relative("attn_bias", 4, 4),
+    "position bias of heads": _relative("position_bias", 4, 4),
+    "position bias of all heads": _relative("position_bias", 2, 1),
     "timm vit": Family(_timm("vit_tiny_patch16_224", **VIT), _images, 4),
     "timm vit norms": Family(_timm("vit_tiny_patch16_224", **VIT, qk_norm=True, init_values=0.1), _images, 4),
     "deit": Family(_timm("deit_tiny_distilled_patch16_224", **VIT), _images, 4),
@@ -204,4 +255,5 @@ FAMILIES: dict[str, Family] = {
 }
 
 IMAGES_IN_WINDOWS = ("timm swin", "torchvision swin")
-WITHOUT_CHAIN = (*IMAGES_IN_WINDOWS, "mixer", "torch attention")
+BIASED = ("bias of heads", "position bias of heads", "position bias of all heads")
+WITHOUT_CHAIN = (*IMAGES_IN_WINDOWS, *BIASED, "mixer", "torch attention")

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, own_parameters
@@ -39,7 +39,11 @@ from lightning_dist.pytree import tree_leaves, tree_map
 from lightning_dist.random_states import own_stream, shared_again
 
 _ATTRIBUTE = "lightning_dist_tensor_region"
+_OWN = "lightning_dist_own"
 _MISSING = object()
+_OF_HEADS = ("bias", "mask", "alibi")
+HEADS_DIM = -3
+"""Of scores, and of what is added to them: (batch, heads, queries, keys)."""
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -74,7 +78,9 @@ class Region:
         attributes: numbers by dotted name that it sees instead of its own.
         buffers: placements of buffers, by dotted name, of which it sees its part.
         copies_inputs: its activations are replicated, and each rank's part uses them.
-        stays: names of arguments that are this rank's own already.
+        stays: names of arguments that are this rank's own already, where they have its number of heads.
+        beside: names of arguments that are used beside its part, once its output is whole.
+        heads: of all ranks; of arguments that have so many the module sees this rank's. 0 where it has none.
         reduces_output: its output is a partial sum.
         width: of inputs that are not divided. A row-wise layer is given those where the code of a model calls it
             from elsewhere than the module whose part it is; it then runs whole. None for what always runs in part.
@@ -97,6 +103,8 @@ class Region:
     buffers: dict[str, Placement] = field(default_factory=dict)
     copies_inputs: bool = False
     stays: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
+    heads: int = 0
     reduces_output: bool = False
     width: int | None = None
     mode: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
@@ -170,7 +178,35 @@ class Region:
             # what is not changed is not looked up: torch.compile would trace anew for each object
             return every(value) if positions is not None or getattr(value, "requires_grad", False) else value
 
-        return self.rewrite(args, kwargs, lambda name, value: value if name in self.stays else tree_map(copied, value))
+        def prepared(name: str, value: Any) -> Any:
+            if name in self.beside or self.is_own(name, value):
+                return value
+            return tree_map(lambda leaf: self._own_heads(name, copied(leaf)), value)
+
+        return self.rewrite(args, kwargs, prepared)
+
+    def is_own(self, name: str, value: Any) -> bool:
+        """Whether an argument is of this rank's heads: one that another part makes, and not of all heads, or of none.
+
+        A rank with one head can't tell that from what is the same for all, but where parts mark what they make.
+        """
+        if name not in self.stays or not isinstance(value, Tensor):
+            return False
+        if hasattr(value, _OWN):
+            return True
+        if value.ndim < 3 or not self.heads:
+            return value.ndim > 2
+        mine = self.heads // self.mesh.size()
+        marks = self.check is not None and self.positions is None and not torch.compiler.is_compiling()
+        return value.shape[HEADS_DIM] == mine and (mine > 1 or not marks)
+
+    def _own_heads(self, name: str, value: Any) -> Any:
+        """Of a bias or mask of all heads, (..., heads, queries, keys), that of this rank's."""
+        if not (self.heads and isinstance(value, Tensor) and value.ndim > 2 and value.shape[HEADS_DIM] == self.heads):
+            return value
+        if name not in self.stays and not (value.ndim == 4 and any(word in name for word in _OF_HEADS)):
+            return value
+        return shard_of(value, Shard(value.ndim + HEADS_DIM), self.mesh)
 
     def copied(self, value: Tensor) -> Tensor:
         """What is whole on every rank, about to be used by each rank's part."""
@@ -185,16 +221,16 @@ class Region:
     def is_given_own(self, args: Args, kwargs: Kwargs) -> bool:
         """Whether an argument is this rank's own, made by another part."""
         named = (*zip(self.names, args, strict=False), *kwargs.items())
-        return any(name in self.stays and value is not None for name, value in named)
+        return any(self.is_own(name, value) for name, value in named)
 
     def whole_arguments(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """The arguments as the whole module takes them; what another part made is (batch, heads, queries, keys).
+        """The arguments as the whole module takes them; what another part made is (..., heads, queries, keys).
 
         Communication: one all-gather of each of those.
         """
 
         def gathered(name: str, value: Any) -> Any:
-            return gather(value, self.mesh, 1) if name in self.stays and isinstance(value, Tensor) else value
+            return gather(value, self.mesh, value.ndim + HEADS_DIM) if self.is_own(name, value) else value
 
         return self.rewrite(args, kwargs, gathered)
 
@@ -318,11 +354,13 @@ def _made_opaque(output: Any, own: frozenset[int]) -> Any:
 
 
 def _without_opaque(leaf: Any) -> Any:
-    """As a plain tensor, for parts, which know what they are."""
+    """As a plain tensor with a mark, for parts, which know what they are."""
     if not isinstance(leaf, OpaquePart):
         return leaf
     with DisableTorchFunctionSubclass():
-        return leaf.as_subclass(Tensor)
+        plain = leaf.as_subclass(Tensor)
+    setattr(plain, _OWN, True)
+    return plain
 
 
 @contextmanager

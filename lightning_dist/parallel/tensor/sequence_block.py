@@ -88,7 +88,7 @@ class SequenceBlock(Region):
         def prepared(name: str, value: Any) -> Any:
             if next(first, False):
                 return begin(value, self.name)
-            return value if name in self.stays else tree_map(other, value)
+            return value if self.is_own(name, value) else tree_map(other, value)
 
         return *self.rewrite(args, kwargs, prepared), others
 

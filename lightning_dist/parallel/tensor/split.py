@@ -104,6 +104,8 @@ class _Splitting:
             buffers={name: shard_placement(*how) for name, how in part.buffers.items()},
             copies_inputs=part.copies_inputs,
             stays=part.stays,
+            beside=part.beside,
+            heads=0 if part.multihead else part.divides.get("heads", 0),
             mode=partial(_mode, part, vocabulary) if has_mode else None,
             draws=_draws(module),
             finish=partial(_logits, vocabulary, self.plan.loss_parallel) if is_head else None,
@@ -133,6 +135,11 @@ class _Splitting:
             )
         return bool(there)
 
+    def _heads_in(self, name: str) -> int:
+        """Of the first attention module in a block; 0 where there is none."""
+        parts = (part for below, part in self.plan.tensor_plan.items() if below.startswith(f"{name}."))
+        return next((part.divides["heads"] for part in parts if "heads" in part.divides), 0)
+
     def _stack(self, names: list[str]) -> None:
         """Makes the blocks of one stack hand on their part of the positions."""
         positions = Positions(self.mesh)
@@ -145,6 +152,7 @@ class _Splitting:
             SequenceBlock(
                 self.mesh,
                 stays=OWN_ARGUMENTS,
+                heads=self._heads_in(name),
                 draws=_draws(block),
                 hooks=HooksInside(self.mesh),
                 check=self.check,

@@ -17,7 +17,7 @@ from lightning_dist.compat.torch import is_plain_feed_forward
 from lightning_dist.plans.blocks import class_name
 from lightning_dist.plans.tensor import layers
 from lightning_dist.plans.tensor.gated import ELEMENTWISE, gated_layers
-from lightning_dist.plans.tensor.plan import OWN_ARGUMENTS, ModulePlan, Split, TensorPlan
+from lightning_dist.plans.tensor.plan import BESIDE_ARGUMENTS, OWN_ARGUMENTS, ModulePlan, Split, TensorPlan
 
 ATTENTION = (
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")),
@@ -146,8 +146,9 @@ def attention_plan(module: nn.Module, columns: tuple[str, ...], row: str | None,
     if not all(own[name].numel() == features // heads for name in partial):
         return None  # norms over all heads at once
     rows = {row: layers.row(children[row])} if row else {}
+    arguments: Any = {"stays": OWN_ARGUMENTS, "beside": BESIDE_ARGUMENTS}
     part = ModulePlan(
-        parameters, rows, partial, buffers, attributes, divides, stays=OWN_ARGUMENTS, width=features, split="by heads"
+        parameters, rows, partial, buffers, attributes, divides, **arguments, width=features, split="by heads"
     )
     return part if _accounts_for(module, part) else None
 
@@ -179,7 +180,7 @@ def feed_forward_plan(module: nn.Module, columns: tuple[str, ...], row: str) -> 
         parameters |= layers.column(name, layer, packed)
         attributes += layers.column_attributes(name, layer)
     rows = {row: layers.row(module.get_submodule(row))}
-    return ModulePlan(parameters, rows, attributes=attributes, split="by columns")
+    return ModulePlan(parameters, rows, attributes=attributes, beside=BESIDE_ARGUMENTS, split="by columns")
 
 
 def _gated(module: nn.Module) -> ModulePlan | None:

@@ -27,7 +27,8 @@ class ModulePlan:
         buffers: buffers of which a rank sees its part.
         attributes: integers that a rank sees divided by the axis, by name below the module.
         divides: what the axis has to divide, by what to call it: ``{"heads": 12}``.
-        stays: names of arguments that are this rank's own already.
+        stays: names of arguments that may be of this rank's heads already.
+        beside: names of arguments that the module uses once its output is whole: it adds a residual itself.
         width: features of all heads together, where the module reshapes to them; 0 where it doesn't.
         applied_row: a layer that writes back and is not called but applied, as in torchvision's shifted windows.
         multihead: it calls ``F.multi_head_attention_forward``, which reduces by itself.
@@ -44,6 +45,7 @@ class ModulePlan:
     attributes: tuple[str, ...] = ()
     divides: dict[str, int] = field(default_factory=dict)
     stays: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
     width: int = 0
     applied_row: str = ""
     multihead: bool = False
@@ -58,7 +60,10 @@ def join_names(*names: str) -> str:
 
 
 OWN_ARGUMENTS = frozenset({"position_bias", "encoder_decoder_position_bias"})
-"""Names of arguments that another part made, so that they are of this rank's heads."""
+"""Names of arguments that another part may have made, so that they are of this rank's heads."""
+
+BESIDE_ARGUMENTS = frozenset({"residual"})
+"""Names of arguments that a module adds to its output, as the families of Bloom and MPT do."""
 
 TensorPlan = dict[str, ModulePlan]
 """By name of the module, in the order of the model."""
