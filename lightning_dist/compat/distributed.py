@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, Placement, _redistribute
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -113,6 +114,12 @@ def gathered_of(parameter: Any) -> nn.Parameter | None:
 def param_groups_of(unit: nn.Module) -> list[Any]:
     """The groups of a unit's parameters that fully_shard communicates at once."""
     return list(_state(unit)._fsdp_param_groups)
+
+
+@uses(_STATE)
+def is_fully_shards(hook: Any) -> bool:
+    """Whether a hook on a tensor is one that fully_shard puts on what a unit returns; it does not look at gradients."""
+    return isinstance(getattr(hook, "__self__", None), FSDPState)
 
 
 @uses(f"{_STATE}._is_root")

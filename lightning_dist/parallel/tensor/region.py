@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from lightning_dist.compat.distributed import is_fully_shards
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, own_parameters
 from lightning_dist.divided.functions import Way, way_of
 from lightning_dist.parallel.tensor.mappings import (
@@ -334,13 +335,17 @@ class OpaquePart(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if way_of(func) is not Way.ASK:
+        # what goes through an autograd.Function unchanged, as what a unit of fully_shard is given does
+        passes = func is Tensor.view_as and args[0] is args[1]
+        is_known = passes or (func is Tensor.register_hook and is_fully_shards(args[1]))
+        if way_of(func) is not Way.ASK and not is_known:
             raise RuntimeError(
                 "tp: a tensor that an attention or feed-forward module returns beside its output is this rank's part "
                 "of it (of its heads, or columns): leave the module whole with tensor_plan=, or use another axis"
             )
         with DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            output = func(*args, **(kwargs or {}))
+            return output.as_subclass(cls) if passes else output
 
 
 def _made_opaque(output: Any, own: frozenset[int]) -> Any:
