@@ -164,6 +164,62 @@ class Relative(nn.Module):
         return x
 
 
+class _ByWidth(nn.Module):
+    """Attention as it is often written: what a head is wide is told by the input's width.
+
+    Args:
+        split: in three, by the width of the input.
+    """
+
+    def __init__(self, split: bool) -> None:
+        super().__init__()
+        self.num_heads, self.width, self.split = 4, 32, split
+        self.qkv, self.proj = nn.Linear(32, 96, bias=False), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, positions, width = x.shape
+        if self.split:
+            q, k, v = (
+                part.view(batch, positions, self.num_heads, width // self.num_heads).transpose(1, 2)
+                for part in self.qkv(x).split(self.width, dim=2)
+            )
+        else:
+            packed = self.qkv(x).reshape(batch, positions, 3, self.num_heads, width // self.num_heads)
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) * (width / self.num_heads) ** -0.5
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).contiguous().view(batch, positions, width))
+
+
+class _Separate(nn.Module):
+    """The same with a layer for each, and the width of what it attends with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.W_query, self.W_key, self.W_value, self.out_proj = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x) for layer in (self.W_query, self.W_key, self.W_value))
+        q, k, v = (y.unflatten(-1, (self.num_heads, y.shape[-1] // self.num_heads)).transpose(1, 2) for y in (q, k, v))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class _Block(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(32), attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+def _written(attention: Callable[[], nn.Module]) -> Family:
+    def blocks() -> nn.Module:
+        return nn.Sequential(nn.Linear(32, 32), nn.Sequential(*(_Block(attention()) for _ in range(2))))
+
+    return Family(blocks, lambda: (torch.randn(2, LENGTH, 32),), 2)
+
+
 def _relative(name: str, heads: int, biases: int) -> Family:
     return Family(lambda: Relative(name, heads, biases), lambda: (torch.randn(2, LENGTH, 32),), 2, crossing=2)
 
@@ -224,6 +280,9 @@ FAMILIES: dict[str, Family] = {
     "bias of heads": _relative("attn_bias", 4, 4),
     "position bias of heads": _relative("position_bias", 4, 4),
     "position bias of all heads": _relative("position_bias", 2, 1),
+    "written packed": _written(lambda: _ByWidth(False)),
+    "written split": _written(lambda: _ByWidth(True)),
+    "written separate": _written(_Separate),
     "timm vit": Family(_timm("vit_tiny_patch16_224", **VIT), _images, 4),
     "timm vit norms": Family(_timm("vit_tiny_patch16_224", **VIT, qk_norm=True, init_values=0.1), _images, 4),
     "deit": Family(_timm("deit_tiny_distilled_patch16_224", **VIT), _images, 4),

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import lightning as L
 import pytest
 import timm
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
 
 from recipes.image_classification import ImageClassifier
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.optimization import warmup_cosine
 from tests.recipes.runs import RUNS, VOCABULARY
+from tests.support.models import CLASSES, WIDTH, Classifier, samples
 from tests.support.parity import Run, assert_parity, on_layout, one_process, slow
+from tests.tensor.families import FAMILIES
 
 LAYOUTS = [("tp=2", 2), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,tp=2", 4)]
 
@@ -115,6 +119,28 @@ def test_recomputed_blocks_equal_one_process(mode: str, layout: str, num_ranks: 
 @pytest.mark.slow
 def test_compiled_blocks_equal_one_process() -> None:
     assert_parity(replace(RUNS["language_model"], strategy={"compile": {"backend": "aot_eager"}}), "tp=2", 2)
+
+
+class ByWidth(Classifier):
+    """Its attention divides the width of its input by its number of heads, and splits by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(WIDTH, 4 * 32),
+            nn.Unflatten(1, (4, 32)),
+            FAMILIES["written split"].network(),
+            nn.Flatten(),
+            nn.Linear(4 * 32, CLASSES),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+@pytest.mark.parametrize("strategy", [{}, slow({"compile": {"backend": "aot_eager"}})])
+def test_attention_that_divides_its_width_equals_one_process(strategy: dict[str, Any]) -> None:
+    assert_parity(Run(ByWidth, samples, strategy=strategy), "tp=2", 2)
 
 
 @pytest.mark.parametrize(

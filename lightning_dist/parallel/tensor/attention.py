@@ -127,10 +127,40 @@ def _mask(
     return attn_mask
 
 
-class LocalWidth(TorchFunctionMode):
-    """While it lasts, a reshape to the features of all heads is one to the features of this rank's.
+class HeadCount(int):
+    """A rank's number of heads, by which the features of all heads are divided into as many as all heads have.
 
-    For modules that write ``x.transpose(1, 2).reshape(batch, positions, width)`` with the width of their input.
+    For modules that write ``C // self.num_heads`` with the width of their input.
+
+    Args:
+        mine: this rank's number of heads, which it is in all else.
+        heads: of all ranks.
+        width: features of all heads together.
+    """
+
+    heads: int
+    width: int
+
+    def __new__(cls, mine: int, heads: int = 1, width: int = 0) -> HeadCount:
+        count = super().__new__(cls, mine)
+        count.heads, count.width = heads, width
+        return count
+
+    def _divisor(self, features: Any) -> int:
+        return self.heads if features == self.width else int(self)
+
+    def __rfloordiv__(self, features: Any) -> Any:
+        return features // self._divisor(features)
+
+    def __rtruediv__(self, features: Any) -> Any:
+        return features / self._divisor(features)
+
+
+class LocalWidth(TorchFunctionMode):
+    """While it lasts, a reshape to the features of all heads is one to the features of this rank's, and so is a split.
+
+    For modules that write ``x.transpose(1, 2).reshape(batch, positions, width)`` with the width of their input, or
+    ``self.qkv(x).split(width, -1)``.
 
     Args:
         width: features of all heads.
@@ -144,6 +174,8 @@ class LocalWidth(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.reshape, Tensor.view, torch.reshape) and not kwargs:
             args = self._own_width(*args)
+        elif func in (Tensor.split, torch.split):
+            return func(*self._own_parts(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
     def _own_width(self, tensor: Tensor, *shape: Any) -> tuple[Any, ...]:
@@ -153,6 +185,15 @@ class LocalWidth(TorchFunctionMode):
             if count * self.width != tensor.numel() and count * self.local == tensor.numel():
                 return tensor, *sizes[:-1], self.local
         return tensor, *shape
+
+    def _own_parts(
+        self, tensor: Tensor, split_size: Any = None, dim: int = 0, split_size_or_sections: Any = None
+    ) -> tuple[Any, ...]:
+        split_size = split_size_or_sections if split_size is None else split_size
+        parts = [split_size] * 3 if isinstance(split_size, int) else list(split_size)
+        if parts == [self.width] * len(parts) and tensor.shape[dim] == len(parts) * self.local:
+            return tensor, self.local, dim
+        return tensor, split_size, dim
 
 
 class AppliedWindows(LocalWidth):

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.compat.torch import FORWARD_PRE_HOOKS, DropoutNd
 from lightning_dist.dtensors import local_part
-from lightning_dist.parallel.tensor.attention import AppliedWindows, LocalHeads, LocalWidth
+from lightning_dist.parallel.tensor.attention import AppliedWindows, HeadCount, LocalHeads, LocalWidth
 from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
 from lightning_dist.parallel.tensor.hooks import HooksInside
 from lightning_dist.parallel.tensor.positions import Positions
@@ -100,7 +100,7 @@ class _Splitting:
         return Region(
             mesh,
             local=list(part.parameters),
-            attributes={name: attrgetter(name)(module) // mesh.size() for name in part.attributes},
+            attributes={name: _own_share(attrgetter(name)(module), part, mesh.size()) for name in part.attributes},
             buffers={name: shard_placement(*how) for name, how in part.buffers.items()},
             copies_inputs=part.copies_inputs,
             stays=part.stays,
@@ -208,6 +208,12 @@ def _refuse_replaced_forward(layer: nn.Module) -> None:
             f"tp can't divide a {type(layer).__name__} whose forward was replaced on the object, which it would "
             "replace again; put the change into a class, or leave the module out of tensor_plan="
         )
+
+
+def _own_share(number: int, part: ModulePlan, size: int) -> int:
+    """Of a number that a module has, as many as it sees on a rank."""
+    heads = part.divides.get("heads")
+    return HeadCount(number // size, number, part.width) if number == heads and part.width else number // size
 
 
 def _mode(part: ModulePlan, vocabulary: Vocabulary, module: Any) -> AbstractContextManager[Any]:

@@ -25,6 +25,8 @@ ATTENTION = (
     (("q", "k", "v"), ("o", "proj", "out")),
     (("to_q", "to_k", "to_v"), ("to_out",)),
     (("wq", "wk", "wv"), ("wo",)),
+    (("W_query", "W_key", "W_value"), ("out_proj",)),
+    (("queries", "keys", "values"), ("fc_out", "projection")),
 )
 """Names of the projections of q, k and v, and of the layers that may write back."""
 
