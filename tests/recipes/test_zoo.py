@@ -19,15 +19,13 @@ SAMPLE = [
     ("torch.nn TransformerEncoder", "tp=2"),
     ("timm resnet10t", "dp_shard=2"),
     slow("torchvision squeezenet1_1", "tp=2"),
+    ("transformers t5", "dp_shard=2,tp=2"),
     slow("transformers doge", "tp=2"),
     slow("transformers llama", "pp=2,dp_shard=2"),
 ]
 
 
 KNOWN = {
-    # its positions come as an argument with all heads, and torch says so
-    ("transformers mpt", "tp=2"): "failed",
-    ("transformers mpt", "dp_shard=2,tp=2"): "failed",
     # 2e-7 of a running mean behind a bias whose gradient is rounding; losses agree to 1e-15
     ("timm mobilevit_xxs", "tp=2"): "differs",
 }
