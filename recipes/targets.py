@@ -45,6 +45,7 @@ ALLOWED = (
     "lightning_dist.data.*",
     "recipes.benchmark.first_step.*",
     "recipes.credit_risk.*",
+    "recipes.driving.*",
     "recipes.image_classification.*",
     "recipes.language_model.*",
     "recipes.medicine.*",

@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from recipes.credit_risk import credit_metrics
+from recipes.driving import Highway, ImitationModule, SensorTransformer
+from recipes.driving.data import Decisions
 from recipes.image_classification import Digits, ImageClassifier
 from recipes.image_classification.models import vision_transformer
 from recipes.language_model import CausalLM
@@ -120,6 +122,21 @@ def scans(count: int) -> Dataset:
     return TensorDataset(noise + labels[:, None, None, None, None], labels)
 
 
+def driver() -> L.LightningModule:
+    """A small network that drives by an occupancy grid and vehicles."""
+    network = partial(SensorTransformer, Highway(), width=32, depth=2)
+    return ImitationModule(network, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05, eps=1e-6), warmup_cosine)
+
+
+def decisions(count: int) -> Dataset:
+    """Of a driver who goes where the grid is emptier."""
+    generator = torch.Generator().manual_seed(count)
+    length, side = Highway().grid_shape
+    grids = torch.randn(count, 4, length, side, generator=generator)
+    vehicles = torch.randn(count, Highway().num_seen, 5, generator=generator)
+    return Decisions(grids, vehicles, grids[:, 0].mean(1).argmin(1))
+
+
 RUNS = {
     "image_classification": Run(vit, digits, held_out_digits, batch_size=16, trainer={"gradient_clip_val": 1.0}),
     "credit_risk": Run(
@@ -127,6 +144,9 @@ RUNS = {
     ),
     "medicine": Run(
         scan_classifier, partial(scans, 320), partial(scans, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
+    ),
+    "driving": Run(
+        driver, partial(decisions, 320), partial(decisions, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
     ),
     "language_model": Run(
         decoder, partial(Blocks, 320), partial(Blocks, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
