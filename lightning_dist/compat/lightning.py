@@ -349,6 +349,13 @@ def prepared_loader(trainer: pl.Trainer, loader: Any, stage: RunningStage) -> An
     return trainer._data_connector._prepare_dataloader(loader, shuffle=stage == RunningStage.TRAINING, mode=stage)
 
 
+@uses(f"{_PL}.LightningModule._on_before_batch_transfer")
+def transferred(trainer: pl.Trainer, batch: Any) -> Any:
+    """A loader's batch as Lightning gives it to a step: converted, and on the device, by the user's hooks."""
+    batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 @uses(f"{_PL}.overrides.distributed._IndexBatchSamplerWrapper._batch_sampler")
 def without_index_wrapper(batch_sampler: Any) -> Any:
     """The batch sampler within Lightning's wrapper that notes indices; itself where it is none."""

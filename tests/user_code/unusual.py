@@ -134,6 +134,19 @@ class DataInHook(Classifier):
         return -1 if batch_idx == 3 else None
 
 
+class NamedInHook(Classifier):
+    """Its steps take names, which a hook before the transfer gives."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"points": batch[0], "classes": batch[1]}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["points"], batch["classes"]), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().validation_step((batch["points"], batch["classes"]), batch_idx)
+
+
 EVERY = tuple(LAYOUTS)
 
 CASES = [
@@ -154,4 +167,5 @@ CASES = [
         trainer={"max_epochs": 2},
     ),
     Case("hooks_of_batches", DataInHook),
+    Case("named_in_hook", NamedInHook),
 ]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dist.collectives import broadcast_object
-from lightning_dist.compat.lightning import data_source, mode_of, prepared_loader, requested_loaders
+from lightning_dist.compat.lightning import data_source, mode_of, prepared_loader, requested_loaders, transferred
 from lightning_dist.compat.torch import has_gradient_hooks
 from lightning_dist.parallel.pipeline.fake_module import FakeModule
 from lightning_dist.parallel.pipeline.schedule import PipelineOptions
@@ -218,7 +218,7 @@ def _index_of(module: pl.LightningModule, step: str) -> tuple[int, ...]:
 
 
 def _first_batch(trainer: pl.Trainer) -> Any:
-    """As the first step of the run will get it, but for what hooks before it change."""
+    """As the first step of the run will get it, but for what ``on_train_batch_start`` and the like change."""
     assert trainer.state.fn is not None
     _, _, loop_name, stage = _STEPS[trainer.state.fn]
     loop = getattr(trainer, loop_name)
@@ -239,7 +239,7 @@ def _first_batch(trainer: pl.Trainer) -> Any:
     numbered = iter(firsts)
     is_sequential = mode_of(loaders) == "sequential"
     batch = firsts[0] if is_sequential else tree_map(lambda _: next(numbered), loaders.iterables, is_leaf=_is_loader)
-    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+    return transferred(trainer, batch)
 
 
 def _is_loader(value: Any) -> bool:
