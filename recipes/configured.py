@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -12,6 +12,7 @@ from recipes.optimization import (
     OptimizerFactory,
     SchedulerFactory,
     configure_optimization,
+    freeze_parameters,
     parameters_without_decay,
 )
 
@@ -23,12 +24,20 @@ class ConfiguredModule(L.LightningModule):
         model: makes the network.
         optimizer: makes the optimizer of parameter groups.
         scheduler: makes the learning rate schedule of the optimizer and ``total_steps``; ``None`` for a fixed rate.
+        freeze: names of the network's parameters that stay as they are, with ``*`` for any characters.
+        learning_rates: by such a name, of parameters that have another peak than the optimizer's.
     """
 
     def __init__(
-        self, model: Callable[[], nn.Module], optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
+        self,
+        model: Callable[[], nn.Module],
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        freeze: Sequence[str] = (),
+        learning_rates: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self._freeze, self._learning_rates = list(freeze), dict(learning_rates or {})
         self._make_model, self._make_optimizer, self._make_scheduler = model, optimizer, scheduler
         self.model: nn.Module | None = None
 
@@ -42,8 +51,10 @@ class ConfiguredModule(L.LightningModule):
         """Builds the network, once: Lightning calls this for every fit, validate, test and predict."""
         if self.model is None:
             self.model = self._make_model()
+            freeze_parameters(self.model, self._freeze)
             self._without_decay = parameters_without_decay(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer without weight decay on norms and biases, schedule by step."""
-        return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay)
+        """Optimizer without weight decay on norms and biases, and rates of their own by name; schedule by step."""
+        rates = {f"model.{pattern}": rate for pattern, rate in self._learning_rates.items()}
+        return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay, rates)

@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from recipes import targets
-from recipes.config_errors import told_without_traceback
+from recipes.config_errors import ConfigError, told_without_traceback
 from recipes.experiments import Band
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     started = time.perf_counter()
     metrics: dict[str, float] = {}
+    if cfg.train and cfg.test_first:
+        trainer.test(module, datamodule=data, ckpt_path=_begun_from(cfg), verbose=False)
+        metrics |= {f"first/{name}": value for name, value in _numbers(trainer.callback_metrics).items()}
     if cfg.train:
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
         metrics |= _numbers(trainer.callback_metrics)
@@ -87,6 +90,11 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     if not loggers:
         # Lightning refuses this one without a logger, and `logger=none` should be enough to say.
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    if OmegaConf.select(cfg, "model.path") is not None and "pretrained" not in cfg.strategy:
+        raise ConfigError(
+            "model.path: the weights of that directory are read by strategy=hybrid, and another strategy would begin "
+            "from initial ones; take strategy=hybrid, whose layout dp_replicate=-1 does what ddp does"
+        )
     strategy = _build("strategy", cfg.strategy)
     return _build("trainer", cfg.trainer, strategy=strategy, callbacks=callbacks, logger=loggers or False)
 
@@ -98,11 +106,16 @@ def _build_all(group: str, nodes: DictConfig | None) -> list[Any]:
 def _weights(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
     """The checkpoint to test and predict with, ``None`` for the weights at hand."""
     if not cfg.train:
-        return cfg.ckpt_path
+        return cfg.ckpt_path or _begun_from(cfg)
     checkpoint = trainer.checkpoint_callback
     if cfg.weights == "best" and isinstance(checkpoint, ModelCheckpoint):
         return checkpoint.best_model_path or None
     return None
+
+
+def _begun_from(cfg: DictConfig) -> str | None:
+    """The weights that training begins from, if they are not the module's own."""
+    return cfg.strategy.get("pretrained")
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import lightning.pytorch as L
@@ -45,8 +46,23 @@ def parameters_without_decay(module: nn.Module) -> frozenset[str]:
     return frozenset(_plain_name(name) for name, _ in module.named_parameters()) & exempt
 
 
-def parameter_groups(module: nn.Module, without_decay: Set[str] | None = None) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: parameters with the optimizer's weight decay, then those without any.
+def freeze_parameters(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Leaves parameters as they are, those whose name fits a pattern (``*`` for any characters).
+
+    Raises:
+        ValueError: a pattern fits none.
+    """
+    parameters = {_plain_name(name): p for name, p in network.named_parameters(remove_duplicate=False)}
+    for pattern in patterns:
+        for name in _fitting(pattern, parameters, "freeze"):
+            parameters[name].requires_grad_(False)
+
+
+def parameter_groups(
+    module: nn.Module, without_decay: Set[str] | None = None, learning_rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: parameters with the optimizer's weight decay, then those without any; and the same two
+    for each learning rate of its own.
 
     Every trainable parameter is in exactly one group, a tied parameter once, frozen ones nowhere, in the order of
     ``module.named_parameters()``. A group that would be empty is left out.
@@ -54,9 +70,10 @@ def parameter_groups(module: nn.Module, without_decay: Set[str] | None = None) -
     Args:
         module: the module to train; wrapped is fine if ``without_decay`` is given.
         without_decay: what :func:`parameters_without_decay` said, by default asked now.
+        learning_rates: by patterns of names; of several that fit, the last counts.
 
     Raises:
-        ValueError: no parameter of the module requires a gradient.
+        ValueError: no parameter of the module requires a gradient, or a pattern fits none.
     """
     if without_decay is None:
         without_decay = parameters_without_decay(module)
@@ -66,11 +83,28 @@ def parameter_groups(module: nn.Module, without_decay: Set[str] | None = None) -
             f"{type(module).__name__} has no parameter that requires a gradient, so there is nothing to optimise; "
             "unfreeze a part of it, or call validate, test or predict"
         )
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trainable if name not in without_decay]},
-        {"params": [p for name, p in trainable if name in without_decay], "weight_decay": 0.0},
-    ]
+    names = [_plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)]
+    rates = {
+        name: rate
+        for pattern, rate in (learning_rates or {}).items()
+        for name in _fitting(pattern, names, "learning_rates")
+    }
+    groups: list[dict[str, Any]] = []
+    for rate in dict.fromkeys([None, *rates.values()]):
+        own: dict[str, Any] = {} if rate is None else {"lr": rate}
+        chosen = [(name, p) for name, p in trainable if rates.get(name) == rate]
+        groups.append(own | {"params": [p for name, p in chosen if name not in without_decay]})
+        groups.append(own | {"params": [p for name, p in chosen if name in without_decay], "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def _fitting(pattern: str, names: Iterable[str], option: str) -> list[str]:
+    names = list(names)
+    fitting = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not fitting:
+        shown = f"{', '.join(names[:3])}, ..., {names[-1]}"
+        raise ValueError(f"recipe.{option}: no parameter fits {pattern!r}; their names are {shown}")
+    return fitting
 
 
 def warmup_cosine(
@@ -123,6 +157,7 @@ def configure_optimization(
     optimizer: OptimizerFactory,
     scheduler: SchedulerFactory | None,
     without_decay: Set[str] | None = None,
+    learning_rates: Mapping[str, float] | None = None,
 ) -> Optimizer | OptimizerLRSchedulerConfig:
     """What ``configure_optimizers`` of a recipe returns: parameter groups, and a schedule by optimizer step.
 
@@ -131,8 +166,9 @@ def configure_optimization(
         optimizer: factory of an optimizer over parameter groups.
         scheduler: factory called as ``scheduler(optimizer, total_steps=...)``, or ``None`` for a fixed rate.
         without_decay: see :func:`parameter_groups`.
+        learning_rates: see :func:`parameter_groups`.
     """
-    built = optimizer(parameter_groups(module, without_decay))
+    built = optimizer(parameter_groups(module, without_decay, learning_rates))
     if scheduler is None:
         return built
     schedule = scheduler(built, total_steps=module.trainer.estimated_stepping_batches)

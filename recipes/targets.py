@@ -50,6 +50,7 @@ ALLOWED = (
     "recipes.language_model.*",
     "recipes.medicine.*",
     "recipes.optimization.*",
+    "recipes.sequence_to_sequence.*",
     "recipes.sweep.*",
     "recipes.tables.*",
     "torch.nn.*",

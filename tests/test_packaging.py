@@ -80,6 +80,7 @@ def test_conf_has_every_option_of_the_strategy_with_its_default() -> None:
     defaults = {name: p.default for name, p in inspect.signature(HybridStrategy).parameters.items()}
     assert [key for key in config if not key.startswith("_")] == [n for n in defaults if n not in BY_THE_TRAINER]
     layout = config.pop("layout")
+    assert config.pop("pretrained") == "${oc.select:model.path,null}"  # of a model that has a directory
     assert HybridStrategy(layout).ranks.requested == Layout(dp_replicate=-1)
     for name, value in hydra.utils.instantiate({k: v for k, v in config.items() if not k.startswith("_")}).items():
         assert value == defaults[name], name

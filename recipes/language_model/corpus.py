@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 
 from recipes.language_model.sources import Document
+from recipes.language_model.tokenizers_of_models import GivenTokenizer, bytes_of_tokens, id_of
 
 PARTS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
@@ -25,7 +26,10 @@ END_OF_TEXT = "<|endoftext|>"
 UNIGRAM_TOKENS = 1 << 24
 """Of the training text, from which frequencies are counted at most."""
 
-FORMAT = 1
+END = "end_of_text"
+"""File of a corpus with the token that stands between documents."""
+
+FORMAT = 2
 """Part of the cache's key: raise it when what is written changes."""
 
 
@@ -38,6 +42,7 @@ class CorpusSettings:
         val_fraction: share of the bytes that validation gets, by whole documents.
         test_fraction: the same for testing.
         test_documents: names of those to test on, with ``*`` for any characters, in place of a share.
+        tokenizer: whose tokens to take, in place of training one: see :class:`GivenTokenizer`.
 
     Raises:
         ValueError: too small a vocabulary, or shares that leave no text to train on.
@@ -47,9 +52,10 @@ class CorpusSettings:
     val_fraction: float = 0.05
     test_fraction: float = 0.05
     test_documents: tuple[str, ...] = ()
+    tokenizer: GivenTokenizer | None = None
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 257:
+        if self.tokenizer is None and self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size} can't hold the 256 bytes and the end of text; pass 257 up")
         if min(self.val_fraction, self.test_fraction) <= 0 or self.val_fraction + self.test_fraction >= 1:
             raise ValueError(
@@ -67,22 +73,23 @@ class Corpus:
 
     def __init__(self, directory: Path) -> None:
         tokens = {part: np.load(directory / f"{part}.npy", mmap_mode="r") for part in PARTS}
-        self._take(directory / "tokenizer.json", tokens, END_OF_TEXT)
+        self._take(directory / "tokenizer.json", tokens, (directory / END).read_text("utf-8"))
 
     def _take(self, tokenizer: Path, tokens: Mapping[str, Any], end: str | None) -> None:
         """Keeps the tokens of each part, ``(n,)`` or what has slices of that; ``end`` is a token between documents."""
         self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))
         self.tokenizer.encode_special_tokens = True
         self.tokens = tokens
-        self._first = [] if end is None else [_id_of(self.tokenizer, end)]
-        self.token_bytes = _bytes_of_tokens(self.tokenizer, end)
+        self.end_of_text = end
+        self._first = [] if end is None else [id_of(self.tokenizer, end)]
+        self.token_bytes = bytes_of_tokens(self.tokenizer, end)
         """UTF-8 bytes that each token stands for, ``(vocab_size,)``."""
         self.unigram_nats = _unigram_nats(self.tokens["train"][:UNIGRAM_TOKENS], len(self.token_bytes))
         """Loss of each token under its frequency in the training text, ``(vocab_size,)``."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that begins a document."""
-        return [*self._first, *self.tokenizer.encode(text).ids]
+        return [*self._first, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without ends of text."""
@@ -122,14 +129,21 @@ def build_corpus(documents: Sequence[Document], settings: CorpusSettings, cache:
     if directory.is_dir():
         return directory
     parts = split_documents(documents, settings)
-    tokenizer = train_tokenizer([document.text for document in parts["train"]], settings.vocab_size)
+    if settings.tokenizer is None:
+        tokenizer, end = (
+            train_tokenizer([document.text for document in parts["train"]], settings.vocab_size),
+            END_OF_TEXT,
+        )
+    else:
+        tokenizer, end = settings.tokenizer.load(), settings.tokenizer.end_of_text
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=cache))
     try:
         unfinished.chmod(0o755)
         tokenizer.save(str(unfinished / "tokenizer.json"))
+        (unfinished / END).write_text(end, encoding="utf-8")
         for part, texts in parts.items():
-            np.save(unfinished / f"{part}.npy", _encode(tokenizer, texts))
+            np.save(unfinished / f"{part}.npy", _encode(tokenizer, texts, end))
         os.rename(unfinished, directory)
     except OSError:
         # Another process was first: what it wrote is the same.
@@ -188,25 +202,12 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokeniz
     return tokenizer
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> np.ndarray:
-    end = _id_of(tokenizer, END_OF_TEXT)
+def _encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document], end_of_text: str) -> np.ndarray:
+    end = id_of(tokenizer, end_of_text)
     stream = [end]
-    for encoding in tokenizer.encode_batch([document.text for document in documents]):
+    for encoding in tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False):
         stream += [*encoding.ids, end]
     return np.asarray(stream, dtype=np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
-
-
-def _id_of(tokenizer: tokenizers.Tokenizer, name: str) -> int:
-    token = tokenizer.token_to_id(name)
-    assert token is not None, f"the tokenizer has no token {name}"
-    return token
-
-
-def _bytes_of_tokens(tokenizer: tokenizers.Tokenizer, end: str | None) -> np.ndarray:
-    # A byte-level token is spelt with one character per byte.
-    spelt = (tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size()))
-    lengths = [0 if token is None or token == end else len(token) for token in spelt]
-    return np.asarray(lengths, dtype=np.int64)
 
 
 def _unigram_nats(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

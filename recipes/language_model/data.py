@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from recipes.language_model.corpus import Corpus, CorpusSettings, build_corpus, corpus_directory
 from recipes.language_model.sources import Document, Source
+from recipes.language_model.tokenizers_of_models import GivenTokenizer
 
 IGNORED = -100
 """Target of a position that does not count, as ``F.cross_entropy`` has it."""
@@ -91,6 +92,8 @@ class TextData(BlockData):
         cache: directory that keeps tokenizers and tokens.
         num_workers: processes that read ahead; reading a block costs microseconds.
         eval_batch_size: blocks per process and batch of evaluation, by default ``batch_size``.
+        tokenizer: directory of a tokenizer of transformers to take, as a model to fine-tune needs; ``vocab_size`` then
+            does not count. Default: one is trained on the text.
     """
 
     def __init__(
@@ -106,21 +109,25 @@ class TextData(BlockData):
         num_workers: int = 0,
         eval_batch_size: int | None = None,
         test_documents: Sequence[str] = (),
+        tokenizer: str | Path | None = None,
     ) -> None:
         super().__init__(sequence_length, batch_size, eval_batch_size, prompts, num_workers)
-        self._source = source
-        self._settings = CorpusSettings(vocab_size, val_fraction, test_fraction, tuple(test_documents))
+        self._source, self.tokenizer_directory = source, tokenizer
+        self._shares = val_fraction, test_fraction, tuple(test_documents)
+        self._vocab_size = vocab_size
+        if tokenizer is None:
+            self._settings()  # says what can't be, before anything is read
         self.cache = Path(cache).expanduser()
         self._documents: list[Document] | None = None
 
     def prepare_data(self) -> None:
         """Trains the tokenizer and writes the tokens, unless the cache has them; on one process per node."""
-        build_corpus(self._read(), self._settings, self.cache)
+        build_corpus(self._read(), self._settings(), self.cache)
 
     def setup(self, stage: str) -> None:
         """Maps the tokens from the cache; on every process."""
         if self._corpus is None:
-            directory = corpus_directory(self._read(), self._settings, self.cache)
+            directory = corpus_directory(self._read(), self._settings(), self.cache)
             if not directory.is_dir():
                 raise FileNotFoundError(
                     f"{directory} is not there: prepare_data wrote another text, or to another machine; give every "
@@ -141,6 +148,10 @@ class TextData(BlockData):
     def test_dataloader(self) -> DataLoader:
         """Every token of the test documents once."""
         return self._loader(TokenBlocks(self.corpus, "test", self.sequence_length), self.eval_batch_size)
+
+    def _settings(self) -> CorpusSettings:
+        given = None if self.tokenizer_directory is None else GivenTokenizer.read(self.tokenizer_directory)
+        return CorpusSettings(self._vocab_size, *self._shares, tokenizer=given)
 
     def _read(self) -> list[Document]:
         if self._documents is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from recipes.language_model.data import IGNORED
 from recipes.language_model.generation import generate
 from recipes.language_model.metrics import ExponentialOfRatio, RatioOfSums
 from recipes.optimization import OptimizerFactory, SchedulerFactory
+from recipes.token_mean import NUM_TARGETS, add_shares, mean_over_tokens
 
 
 class CausalLM(ConfiguredModule):
     """Trains a language model on the batches of :class:`recipes.language_model.data.TextData`, or of
-    :class:`recipes.language_model.stored.StoredText`, which may keep documents apart.
+    :class:`recipes.language_model.stored.StoredText`, which may keep documents apart, or of
+    :class:`recipes.language_model.completions.PromptCompletionData`, where prompts do not count.
 
     Logs ``train/loss`` by step, and by epoch for ``val`` and ``test``, each exact over the held-out text:
 
@@ -34,6 +36,7 @@ class CausalLM(ConfiguredModule):
         sample_tokens: tokens to add to each prompt in prediction.
         temperature: of the samples; 0 takes the likeliest token.
         context_length: most tokens that the model is shown when sampling.
+        freeze, learning_rates: see :class:`recipes.configured.ConfiguredModule`.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class CausalLM(ConfiguredModule):
         sample_tokens: int = 128,
         temperature: float = 0.8,
         context_length: int | None = None,
+        freeze: Sequence[str] = (),
+        learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(model, optimizer, scheduler)
+        super().__init__(model, optimizer, scheduler, freeze, learning_rates)
         self.sample_tokens = sample_tokens
         self.temperature = temperature
         self.context_length = context_length
@@ -61,10 +66,18 @@ class CausalLM(ConfiguredModule):
         output = self.network(tokens, **documents)
         return output if isinstance(output, Tensor) else output.logits
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Has each sample know its share of the targets, where samples have different numbers of them."""
+        add_shares(self, batch)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean nats per token."""
         logits = self(batch["inputs"], **_documents(batch))
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+        if NUM_TARGETS in batch:
+            nats = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+            loss = mean_over_tokens(nats, batch)
+        else:
+            loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["inputs"]))
         return loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 import sysconfig
@@ -40,6 +41,25 @@ def standard_library(max_bytes: int | None = None) -> list[Document]:
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
     return _read(root, files, max_bytes)
+
+
+def docstrings(max_bytes: int | None = None) -> list[Document]:
+    """The docstrings of each of those files: plain English about code.
+
+    Args:
+        max_bytes: about how much text to take; a document that would pass it is left out.
+    """
+    documents: list[Document] = []
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    total = 0
+    for document in standard_library():  # shuffled
+        nodes = (node for node in ast.walk(ast.parse(document.text)) if isinstance(node, kinds))
+        text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+        documents.append(Document(document.name, text))
+        total += documents[-1].num_bytes
+        if max_bytes is not None and total > max_bytes:
+            break
+    return _take(documents, max_bytes)
 
 
 def text_files(

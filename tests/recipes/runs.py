@@ -18,6 +18,8 @@ from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
 from recipes.medicine import ResNet3D, ScanClassifier
 from recipes.optimization import warmup_cosine
+from recipes.sequence_to_sequence import Seq2Seq
+from recipes.sequence_to_sequence.models import transformers_seq2seq
 from recipes.tables import RowClassifier
 from recipes.tables.data import Rows
 from recipes.tables.models import ColumnTransformer
@@ -137,6 +139,38 @@ def decisions(count: int) -> Dataset:
     return Decisions(grids, vehicles, grids[:, 0].mean(1).argmin(1))
 
 
+def translator() -> L.LightningModule:
+    """A small T5."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    network = partial(transformers_seq2seq, "t5", vocab_size=VOCABULARY, dropout_rate=0.0, **sizes)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05, eps=1e-6)
+    return Seq2Seq(network, optimizer, warmup_cosine, generate=False)
+
+
+class Sentences(Dataset):
+    """Pairs of very different lengths, long ones together: ranks have different numbers of targets."""
+
+    def __init__(self, count: int) -> None:
+        self.generator = torch.Generator().manual_seed(count)
+        self.tokens = torch.randint(3, VOCABULARY, (count, 2, LENGTH), generator=self.generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        source, target = self.tokens[index]
+        length = LENGTH if index // 4 % 2 else 2 + index % 3
+        mask = (torch.arange(LENGTH) < LENGTH - length // 2).long()
+        is_target = torch.arange(LENGTH) < length
+        return {
+            "sources": source * mask,
+            "source_mask": mask,
+            "inputs": torch.cat((torch.zeros(1, dtype=torch.long), target[:-1])) * is_target,
+            "targets": torch.where(is_target, target, -100),
+            "num_targets": is_target.sum(),
+        }
+
+
 RUNS = {
     "image_classification": Run(vit, digits, held_out_digits, batch_size=16, trainer={"gradient_clip_val": 1.0}),
     "credit_risk": Run(
@@ -147,6 +181,9 @@ RUNS = {
     ),
     "driving": Run(
         driver, partial(decisions, 320), partial(decisions, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
+    ),
+    "sequence_to_sequence": Run(
+        translator, partial(Sentences, 320), partial(Sentences, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
     ),
     "language_model": Run(
         decoder, partial(Blocks, 320), partial(Blocks, 37), batch_size=16, trainer={"gradient_clip_val": 1.0}
