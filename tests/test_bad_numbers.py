@@ -357,11 +357,11 @@ def test_what_can_not_be_looked_at_is_refused(options: Any, module: Any, message
     [
         ({"on_nonfinite": "stop"}, "on_nonfinite='stop' is none of 'train', 'skip', 'raise'"),
         ({"on_spike": "back"}, "on_spike='back' is none of"),
-        ({"replay_every_n_steps": 0}, "replay_every_n_steps=0 is a number of steps"),
+        ({"replay_every_n_steps": 0}, "replay_every_n_steps=0 must be a number of steps"),
     ],
 )
 def test_options_that_are_none_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HybridStrategy(**options)
-    with pytest.raises(ValueError, match="is a number of steps, at least 1"):
+    with pytest.raises(ValueError, match="must be a number of steps, at least 1"):
         Spikes(window=0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dist import HybridStrategy, checkpoint
+from lightning_dist import HybridStrategy, Throughput, checkpoint
 from lightning_dist.explain.dry_run import Place, peaks_of_rank
 from recipes.language_model import CausalLM
 from recipes.language_model.decoder import Decoder
@@ -237,3 +237,44 @@ def test_a_dry_run_tells_what_a_device_holds(layout: str, num_ranks: int, option
         peaks = peaks_of_rank(_decoder, strategy, Place(rank, num_ranks), batch, trainer)
         told.append(max(peak.total for peak in peaks.values()))
     assert held == pytest.approx(told, rel=0.1)
+
+
+# ---------------------------------------------------------------- waiting for communication
+
+
+class _Late(Classifier):
+    """One rank computes longer than the other."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = torch.ones(2048, 2048, device=self.device)
+        for _ in range(200 * self.trainer.global_rank):
+            x = (x @ x).clamp(-1, 1)
+        return super().training_step(batch, batch_idx)
+
+
+def _communication_waits(layout: str, late: bool) -> list[float]:
+    seen: list[float] = []
+
+    class Noting(Throughput):
+        def _values(self, *args: Any) -> dict[str, float]:
+            values = super()._values(*args)
+            seen.extend([values["communication_wait"]] if "communication_wait" in values else [])
+            return values
+
+    L.Trainer(
+        **QUIET,
+        devices=torch.distributed.get_world_size(),
+        strategy=_strategy(layout),
+        max_steps=9,
+        log_every_n_steps=2,
+        callbacks=[Noting(communication_every_n_steps=2)],
+    ).fit(_Late() if late else Classifier(), DataLoader(samples(), batch_size=2))
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["dp_replicate=2", "dp_shard=2", "tp=2"])
+def test_a_rank_waits_on_its_device_for_one_that_computes_longer(layout: str) -> None:
+    waits, late = run_on_ranks(2, _communication_waits, layout, True)
+    assert len(waits) == len(late) > 0
+    assert all(0 <= share <= 1 for share in [*waits, *late])
+    assert sum(waits) / len(waits) > sum(late) / len(late)

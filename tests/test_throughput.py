@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +13,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ThroughputMonitor, throughput_monitor
 from lightning.pytorch.loggers.logger import DummyLogger
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dist import HybridStrategy, Throughput
+from lightning_dist.elastic import pulse, stacks
 from lightning_dist.report import throughput
+from lightning_dist.report.communication import covered, exposed
 from tests.support.models import BLOCK_PLAN, Classifier, samples
-from tests.support.parity import QUIET
+from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 
 BATCH, READING, COMPUTING, FLOPS, PEAK = 4, 0.25, 3.0, 1e6, 1e7
@@ -127,3 +133,169 @@ def test_lightnings_monitor_counts_samples_once(layout: str, num_ranks: int, num
     for rate in ("samples_per_sec", "batches_per_sec", "flops_per_sec"):
         assert row[name(f"device/{rate}")] == pytest.approx(row[name(rate)] / num_ranks)
     assert row[name("device/mfu")] == pytest.approx(row[name("flops_per_sec")] / (num_ranks * PEAK))
+
+
+# ---------------------------------------------------------------- waiting for communication
+
+
+class Late(Classifier):
+    """One rank comes late to each step."""
+
+    seconds = 0.3
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_rank == self.rank:
+            time.sleep(self.seconds)
+        return super().training_step(batch, batch_idx)
+
+
+def _waits(layout: str, late: int) -> float:
+    """The share that this rank has among what was logged last."""
+    throughput.time = time
+    trainer = L.Trainer(
+        **QUIET,
+        devices=2,
+        strategy=HybridStrategy(layout, tensor_plan=BLOCK_PLAN if "tp" in layout else None),
+        max_steps=7,
+        log_every_n_steps=3,
+        callbacks=[Throughput()],
+    )
+    trainer.fit(Late(late), DataLoader(samples(), batch_size=4))
+    return float(trainer.callback_metrics["communication_wait"])
+
+
+@pytest.mark.parametrize("layout", ["tp=2", slow("pp=2")])
+def test_ranks_wait_for_one_that_comes_late(layout: str) -> None:
+    waits, late = run_on_ranks(2, _waits, layout, 1)
+    if layout == "pp=2":  # a mean over the stages, as all that is logged
+        assert 0.25 < waits == late < 0.8
+    else:
+        assert late < 0.5 < waits <= 1
+
+
+@pytest.mark.parametrize("layout", ["dp_replicate=2", slow("dp_shard=2")])
+def test_what_is_logged_is_the_mean_over_the_data_ranks(layout: str) -> None:
+    """DDP waits where Python does not see it."""
+    one, other = run_on_ranks(2, _waits, layout, 0)
+    assert one == other
+    assert 0.25 < one < 0.75
+
+
+def test_one_process_waits_for_nobody() -> None:
+    rows = _logged("", Throughput())
+    assert any("data_wait" in row for row in rows)
+    assert not any("communication_wait" in row for row in rows)
+
+
+def test_looks_tell_how_long_a_thread_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the time between two looks goes to each."""
+    looks = [(1.0, stacks.OWN), (2.0, stacks.WAITS), (4.0, stacks.WAITS), (5.0, stacks.DATA), (9.0, stacks.OWN)]
+    moments = iter([pulse._Moment(seconds, does, False, 0.0, 0.0) for seconds, does in looks])
+    monkeypatch.setattr(pulse.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(pulse._Moment, "of", lambda *_: next(moments))
+    of_main = pulse.Pulse(lambda: None, threading.main_thread())
+    waited = []
+    for _ in looks:
+        of_main.look()
+        waited.append(of_main.waited)
+    assert waited == [0.0, 0.5, 2.5, 3.0, 3.0]
+
+
+class Planted:
+    """In the place of a GPU's profile: a step takes longer by what profiling does, and waits for a quarter."""
+
+    share = 0.25
+
+    def __init__(self) -> None:
+        self.runs = False
+        self.spans: list[tuple[float, float]] = []
+
+    def start(self) -> None:
+        Seconds.now += 100
+        self.runs, self.begin = True, Seconds.now
+
+    def stop(self) -> float | None:
+        if not self.runs:
+            return None
+        self.runs = False
+        self.spans.append((self.begin, Seconds.now))
+        Seconds.now += 100
+        return self.share
+
+
+class OnGpu(Throughput):
+    """As on a device whose steps are profiled."""
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        super().setup(*args, **kwargs)
+        self._profile: Any = Planted()
+
+
+@pytest.mark.parametrize(
+    ("every", "accumulate", "num_profiled"), [(1, 1, 15), (3, 1, 5), (1, 2, 7), (3, 2, 2), (50, 1, 0)]
+)
+def test_a_profiled_step_is_left_out_of_the_rates(
+    every: int, accumulate: int, num_profiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "time", CLOCK)
+    callback, logger = OnGpu(communication_every_n_steps=every), Kept()
+    L.Trainer(
+        **{**QUIET, "logger": logger},
+        devices=1,
+        max_epochs=1,
+        log_every_n_steps=4,
+        accumulate_grad_batches=accumulate,
+        callbacks=[callback],
+    ).fit(Timed(), DataLoader(Read(), batch_size=BATCH))
+    spans = callback._profile.spans
+    assert [end - begin for begin, end in spans] == pytest.approx([STEP * accumulate] * num_profiled)
+    shares = [row["communication_wait"] for row in logger.rows if "communication_wait" in row]
+    assert set(shares) == ({Planted.share} if num_profiled else set())
+    rates = [row for row in logger.rows if "step_time" in row]
+    assert (rates == []) == (every == 1 and accumulate == 1)
+    for row in rates:
+        assert row["step_time"] == pytest.approx(STEP * accumulate)
+        assert row["data_wait"] == pytest.approx(BATCH * READING / STEP)
+
+
+def _event(name: str, start: float, end: float, **given: Any) -> FunctionEvent:
+    return FunctionEvent(0, name, 0, start, end, **{"device_type": DeviceType.CUDA, **given})
+
+
+def test_a_collective_beside_which_nothing_is_computed_is_exposed() -> None:
+    nccl = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    events = [
+        _event("void gemm", 0, 10),
+        _event(nccl, 5, 20),  # 10 us of it alone
+        _event(nccl, 15, 22),  # on another stream: 2 more
+        _event("void at::native::elementwise", 22, 24),
+        _event("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 30, 40),
+        _event("void gemm", 32, 34),
+        _event("void gemm", 33, 36),  # 4 us are hidden
+        _event("Memcpy HtoD (Pinned -> Device)", 36, 40),
+    ]
+    assert exposed(events) == 12 + 6
+    others = [
+        _event("nccl:all_reduce", 100, 200, is_user_annotation=True),
+        _event(nccl, 100, 200, device_index=1),
+        _event("cudaLaunchKernel", 5, 40, device_type=DeviceType.CPU),
+        _event("void gemm", 0, 40, device_index=1),
+    ]
+    assert exposed([*events, *others], device_index=0) == 18
+    assert exposed([]) == 0
+
+
+def test_what_is_covered_is_counted_once() -> None:
+    assert covered([(4, 6), (0, 2), (1, 3), (0, 1), (5, 5)]) == 5
+
+
+def test_steps_that_are_no_number_are_refused() -> None:
+    for every in (0, -1, 1.5, "3"):
+        with pytest.raises(
+            ValueError, match=re.escape(f"communication_every_n_steps={every!r}) is no number of steps")
+        ):
+            Throughput(communication_every_n_steps=every)  # type: ignore[arg-type]

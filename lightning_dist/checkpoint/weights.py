@@ -137,7 +137,10 @@ def _header(weights: Mapping[str, LazyTensor]) -> tuple[bytes, list[str]]:
     notes = {"format": "pt"}
     for name, lazy in weights.items():
         if lazy.dtype not in _NAMES:
-            raise ValueError(f"{name!r} has values of {lazy.dtype}, which safetensors does not have")
+            raise ValueError(
+                f"{name!r} has values of {lazy.dtype}, which safetensors does not have; cast it before, or choose "
+                "another form"
+            )
         if first.setdefault(id(lazy), name) != name:
             notes[name] = first[id(lazy)]
     end = 0

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.amp import GradScaler
+from torch.autograd import _profiler_enabled as is_profiled
 from torch.autograd import _unsafe_preserve_version_counter as preserve_versions
 from torch.nn._reduction import legacy_get_string as legacy_reduction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
@@ -42,6 +43,7 @@ hands_on(
         "torch._dynamo.eval_frame.OptimizedModule": "the class of what torch.compile makes of a module",
         "torch._subclasses.fake_tensor.FakeTensor": "stands for a tensor without memory",
         "torch._subclasses.fake_tensor.FakeTensorMode": "makes tensors with a shape and a place in a file, unread",
+        "torch.autograd._profiler_enabled": "whether torch.profiler runs in this process, of which there can be one",
         "torch.autograd._unsafe_preserve_version_counter": "lets writes to tensors meanwhile not count as writes",
         "torch.nn._reduction.legacy_get_string": "gives the reduction that a loss's old arguments stand for",
         "torch.nn.modules.batchnorm._BatchNorm": "tells BatchNorm of any number of dims",

@@ -102,7 +102,10 @@ class Agent(WatchedAgent):
             if shuts_down:
                 self._spec.rdzv_handler.shutdown()
         if result is None:
-            raise RuntimeError("the rendezvous was closed by another machine of the run before this one could join")
+            raise RuntimeError(
+                "the rendezvous was closed by another machine of the run before this one could join; start the run "
+                "anew on all of them"
+            )
         if not result.is_failed():
             return result.return_values
         ended = {rank: failure.exitcode for rank, failure in result.failures.items()}  # when all had returned

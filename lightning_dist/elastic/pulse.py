@@ -62,6 +62,8 @@ class Pulse:
         self.steps: deque[StepTimes] = deque(maxlen=256)
         """Of the last training batches."""
         self.pause = _SHORTEST
+        self.waited = 0.0
+        """Seconds in which the thread was in a collective or waited for one, since it is looked at; by the looks."""
         self._counted: tuple[Any, ...] = ()
         self._still_since = time.monotonic()
         self._last = _Moment(self._still_since, stacks.OWN, False, 0.0, 0.0)
@@ -78,6 +80,8 @@ class Pulse:
         if counted != self._counted:
             self._counted, self._still_since = counted, self._last.seconds
         self._note_step(batch, now)
+        looks = (self._last.does == stacks.WAITS) + (now.does == stacks.WAITS)
+        self.waited += (now.seconds - self._last.seconds) * looks / 2
         self._last = now
 
     def _counts(self) -> list[int]:

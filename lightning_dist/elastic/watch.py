@@ -103,6 +103,11 @@ class Watch:
             thread.start()
         return watch
 
+    @property
+    def waited(self) -> float:
+        """Seconds in which the thread that trains was in collectives or waited for them; see :class:`Pulse`."""
+        return self._pulse.waited
+
     def end(self, failed: bool = False) -> None:
         """The run is over here. Threads that speak of a hang go on until it is told."""
         Watch.is_on = False

@@ -43,9 +43,9 @@ class Spikes:
             raise ValueError(f"Spikes(then={self.then!r}) is none of 'report', 'rewind'")
         for name in ("window", "warmup", "every_n_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Spikes({name}={getattr(self, name)!r}) is a number of steps, at least 1")
+                raise ValueError(f"Spikes({name}={getattr(self, name)!r}) must be a number of steps, at least 1")
         if not self.threshold > 0 or math.isinf(self.threshold):
-            raise ValueError(f"Spikes(threshold={self.threshold!r}) is a positive number of spreads")
+            raise ValueError(f"Spikes(threshold={self.threshold!r}) must be a positive number of spreads")
 
 
 OnSpike = Literal["ignore", "report", "rewind"] | Spikes
@@ -68,7 +68,7 @@ class NumberChecks:
             raise ValueError(f"on_spike={on_spike!r} is none of 'ignore', 'report', 'rewind', and no Spikes(...)")
         every = replay_every_n_steps
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"replay_every_n_steps={every!r} is a number of steps, at least 1, or None")
+            raise ValueError(f"replay_every_n_steps={every!r} must be a number of steps, at least 1, or None")
         if on_spike == "ignore":
             return cls(on_nonfinite, None, every)
         return cls(on_nonfinite, on_spike if isinstance(on_spike, Spikes) else Spikes(then=on_spike), every)

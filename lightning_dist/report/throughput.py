@@ -17,41 +17,73 @@ from torch import Tensor
 from lightning_dist.compat.lightning import compute_dtype, throughputs_of
 from lightning_dist.patches import Patches
 from lightning_dist.pytree import tree_leaves
+from lightning_dist.report.communication import StepProfile
 
 
 class Throughput(Callback):
-    """Logs samples per second, tokens per second where batches hold token ids, the time of a step, the share of it that
-    the training waits for its loader, and how much of what the devices could compute it uses.
+    """Logs samples per second, tokens per second where batches hold token ids, the time of a step, the shares of it in
+    which the training waits for its loader and for communication, and how much of the devices' peak it uses.
 
-    Over all data ranks, averaged since the last time that the logger wrote (``log_every_n_steps``); shown in the
-    progress bar and sent to the loggers as ``samples_per_second``, ``tokens_per_second``, ``step_time`` (seconds),
-    ``data_wait`` (of the first rank, from 0 to 1) and, with ``flops_per_sample``, ``mfu`` (model FLOPs utilisation,
-    from 0 to 1, over all devices of the layout).
+    Averaged since the last time that the logger wrote (``log_every_n_steps``); shown in the progress bar and sent to
+    the loggers as ``samples_per_second``, ``tokens_per_second`` (over all data ranks), ``step_time`` (seconds),
+    ``data_wait`` and ``communication_wait`` (from 0 to 1; as all that is logged, means over the data ranks, under
+    ``pp`` over the stages too) and, with ``flops_per_sample``, ``mfu`` (model FLOPs utilisation, from 0 to 1, over all
+    devices of the layout).
+
+    ``communication_wait`` is the share of the step's time in which a rank only communicates, or waits for a rank that
+    has not come yet. What is sent while something is computed costs no time, and is not in it. It is told
+
+    - on a CPU, under ``HybridStrategy`` over several ranks, of all steps: the thread that watches the run looks, up to
+      fifty times a second, whether the one that trains is in a collective. Nothing is added to a step; a window of a
+      second is within some percent;
+    - on a CUDA GPU with ``communication_every_n_steps``, of one step in so many: torch.profiler's trace of the device
+      has the time in which kernels of NCCL run and no other kernel does, also where the next one is late because the
+      host is. Such a step begins with a barrier, waits for the device at its begin and its end, and takes longer; the
+      other numbers leave it out. A step is not told where somebody else profiles.
 
     Args:
         flops_per_sample: floating point operations that the network takes for forward and backward of a sample, without
             what is computed again; Lightning's ``measure_flops`` counts them.
         peak_flops: most that one device can do in a second, in the precision that is used. Default: Lightning's table
             of devices.
+        communication_every_n_steps: on a CUDA GPU, profile one optimizer step in so many for ``communication_wait``, on
+            all ranks the same ones. Default: none, and it is not told there.
 
-    Communication: none; every data rank is taken to see as many samples as this one.
+    Communication: a barrier for each step that is profiled. Every data rank is taken to see as many samples as this.
 
     Raises:
-        ValueError: in ``setup``, for ``flops_per_sample`` on a device whose peak is not known.
+        ValueError: for ``communication_every_n_steps`` below 1; in ``setup``, for ``flops_per_sample`` on a device
+            whose peak is not known.
     """
 
-    def __init__(self, flops_per_sample: float | None = None, peak_flops: float | None = None) -> None:
+    def __init__(
+        self,
+        flops_per_sample: float | None = None,
+        peak_flops: float | None = None,
+        communication_every_n_steps: int | None = None,
+    ) -> None:
+        every = communication_every_n_steps
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(
+                f"Throughput(communication_every_n_steps={every!r}) is no number of steps; choose 1 or more, or None"
+            )
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
+        self.communication_every_n_steps = every
+        self._profile: StepProfile | None = None
+        self._profile_begin = 0.0
+        self._steps = 0
         self._reset()
 
     def _reset(self) -> None:
         self._start: float | None = None
         self._waits_since: float | None = None
         self._waited = 0.0
-        self._samples = self._tokens = self._batches = 0
+        self._communicated_before: float | None = None
+        self._profiled: list[float] = []
+        self._samples = self._tokens = self._batches = self._seen = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Looks up the device's peak, where it is needed."""
+        """Looks up the device's peak, where it is needed; ends a profile that a fit left which failed."""
         device = trainer.strategy.root_device
         if self.flops_per_sample is not None and self.peak_flops is None:
             self.peak_flops = get_available_flops(device, compute_dtype(trainer.precision_plugin))
@@ -60,10 +92,20 @@ class Throughput(Callback):
                     f"Throughput(flops_per_sample={self.flops_per_sample:g}): the peak of {device} is not known; pass "
                     "peak_flops="
                 )
+        self.on_validation_start(trainer, pl_module)
+        profiles = self.communication_every_n_steps is not None and device.type == "cuda"
+        self._profile = StepProfile(device, trainer.strategy.barrier) if profiles else None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock anew: evaluation between epochs does not count."""
         self._reset()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends a profile, which would be of the validation too."""
+        if self._profile is not None:
+            self._profile.stop()
+
+    on_train_end = on_validation_start
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock anew."""
@@ -73,26 +115,61 @@ class Throughput(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The batch is there."""
-        if self._waits_since is not None:
+        if self._waits_since is not None and not self._is_profiling:
             self._waited += time.perf_counter() - self._waits_since
+
+    @property
+    def _is_profiling(self) -> bool:
+        return self._profile is not None and self._profile.runs
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch; writes at the logger's pace. The first batch only starts the clock."""
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        profiled = self._is_profiling
+        if profiled and ends_step:
+            self._end_profile()
         if self._start is not None:
-            self._samples += extract_batch_size(batch)
-            self._tokens += _num_tokens(batch)
-            self._batches += 1
+            self._seen += 1
+            if not profiled:
+                self._samples += extract_batch_size(batch)
+                self._tokens += _num_tokens(batch)
+                self._batches += 1
             every = getattr(trainer, "log_every_n_steps", 50) or 1
-            if self._batches % every == 0 or trainer.is_last_batch:
+            if (self._seen % every == 0 or trainer.is_last_batch) and not self._is_profiling:
                 for name, value in self._values(trainer, time.perf_counter() - self._start).items():
                     pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
                 self._reset()
+        if self._start is None:
+            self._start, self._communicated_before = time.perf_counter(), _communicated(trainer)
+        if ends_step and not trainer.is_last_batch:
+            self._begin_profile()
         self._waits_since = time.perf_counter()
-        self._start = self._start or self._waits_since
+
+    def _begin_profile(self) -> None:
+        """Of the step that comes, where it is the turn of that one."""
+        self._steps += 1
+        if self._profile is not None and self._steps % (self.communication_every_n_steps or 1) == 0:
+            self._profile_begin = time.perf_counter()
+            self._profile.start()
+
+    def _end_profile(self) -> None:
+        """And takes the time of the step, and what the profile took, off the clock."""
+        assert self._profile is not None
+        share = self._profile.stop()
+        if share is not None:
+            self._profiled.append(share)
+        if self._start is not None:
+            self._start += time.perf_counter() - self._profile_begin
 
     def _values(self, trainer: pl.Trainer, elapsed: float) -> dict[str, float]:
+        values = {} if not self._batches else self._rates(trainer, elapsed)
+        if self._profiled:
+            values["communication_wait"] = sum(self._profiled) / len(self._profiled)
+        return values
+
+    def _rates(self, trainer: pl.Trainer, elapsed: float) -> dict[str, float]:
         ranks = getattr(trainer.strategy, "num_data_ranks", trainer.world_size)
         samples_per_second = self._samples * ranks / elapsed
         values = {
@@ -100,12 +177,24 @@ class Throughput(Callback):
             "step_time": elapsed / self._batches * trainer.accumulate_grad_batches,
             "data_wait": self._waited / elapsed,
         }
+        communicated = _communicated(trainer)
+        if communicated is not None and self._communicated_before is not None:
+            values["communication_wait"] = min((communicated - self._communicated_before) / elapsed, 1.0)
         if self._tokens:
             values["tokens_per_second"] = self._tokens * ranks / elapsed
         if self.flops_per_sample is not None:
             assert self.peak_flops is not None
             values["mfu"] = samples_per_second * self.flops_per_sample / (trainer.world_size * self.peak_flops)
         return values
+
+
+def _communicated(trainer: pl.Trainer) -> float | None:
+    """Seconds of this run in which a CPU was in collectives; None where nobody looks, and on other devices, whose host
+    runs ahead.
+    """
+    strategy: Any = trainer.strategy
+    parts = getattr(strategy, "parts", None)  # another strategy has none
+    return parts.watching.waited if parts is not None and strategy.root_device.type == "cpu" else None
 
 
 def count_samples_once(trainer: pl.Trainer, num_data_ranks: int, patches: Patches) -> None:

@@ -40,6 +40,11 @@ class Watching:
             if directory is not None and self._ranks.rank == 0:
                 attempt.record("logs", directory=str(directory))
 
+    @property
+    def waited(self) -> float | None:
+        """Seconds in which this run's process was in collectives or waited for them; None where it is not watched."""
+        return None if self._watch is None else self._watch.waited
+
     def end(self, failed: bool = False) -> None:
         """The run ends, perhaps by an exception."""
         watch, self._watch = self._watch, None

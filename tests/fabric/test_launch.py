@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from lightning_dist import HybridFabricStrategy, HybridStrategy
 from tests.fabric.loop import Loop, Training, train
 from tests.support.parity import assert_equal
 from tests.support.ranks import run_on_ranks
+from tests.support.source import PACKAGE
 
 SCRIPT = """
 import torch
@@ -150,3 +152,15 @@ def test_meta_is_refused() -> None:
         model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"meta.*init_module"):
         fabric.setup(model)
+
+
+def test_options_of_a_trainer_that_fabric_has_not_are_in_the_guide_and_refused() -> None:
+    of_trainer, of_fabric = (set(inspect.signature(of).parameters) for of in (HybridStrategy, HybridFabricStrategy))
+    guide = (PACKAGE / "guides" / "fabric.md").read_text()
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", guide, flags=re.MULTILINE))
+    told = {name for row, said in rows.items() if said.startswith("no") for name in re.findall(r"`([a-z_]+)`", row)}
+    lacking = of_trainer - of_fabric - {"precision_plugin"}  # which is precision here
+    assert told == lacking
+    for option in lacking:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            HybridFabricStrategy("dp_shard=2", **{option: None})  # type: ignore[arg-type]

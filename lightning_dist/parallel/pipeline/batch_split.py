@@ -44,7 +44,10 @@ class Splitter:
         if callable(self._how):
             parts = list(self._how(batch, num_parts))
             if not 0 < len(parts) <= num_parts:
-                raise ValueError(f"batch_split was asked for {num_parts} parts of a batch, and gave {len(parts)}")
+                raise ValueError(
+                    f"batch_split was asked for {num_parts} parts of a batch, and gave {len(parts)}; return as many, "
+                    "or fewer, but one"
+                )
             return parts, [batch_size(part) for part in parts]
         small, larger = divmod(self.size(batch), num_parts)
         sizes = [small + (part < larger) for part in range(num_parts)]
@@ -174,7 +177,9 @@ def _keys(value: Any, dims: Any) -> list[Any]:
         return list(dims)
     if isinstance(dims, (list, tuple)) and isinstance(value, (list, tuple)) and len(dims) == len(value):
         return list(range(len(value)))
-    raise ValueError(f"batch_split has {dims!r} where the batch has a {type(value).__name__}")
+    raise ValueError(
+        f"batch_split has {dims!r} where the batch has a {type(value).__name__}; give it the structure of the batch"
+    )
 
 
 def _part(value: Any, dims: Any, begin: int, end: int) -> Any:

@@ -31,7 +31,8 @@ SEVERAL = (
 def refuse_toggling(*_: Any, **__: Any) -> None:
     """In place of what toggles an optimizer: other parameters would have gradients than in one process."""
     raise RuntimeError(
-        "pp: a manual step that toggles its optimizers; freeze parameters in on_train_batch_start, or use another axis"
+        "pp: a manual step toggles its optimizers, so other parameters would have gradients than in one process; "
+        "freeze them in on_train_batch_start, or use another axis"
     )
 
 
@@ -92,7 +93,7 @@ def computing(module: pl.LightningModule, take: Callable[[Tensor], None]) -> Abs
         if args or kwargs:
             raise RuntimeError(
                 f"pp: manual_backward with {', '.join([*map(str, args), *kwargs])}: the backward runs in the schedule, "
-                "which takes the loss alone"
+                "which takes the loss alone; pass nothing else, or use another axis"
             )
         take(loss)
 
