@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SEEN_IN = {"torch": "2.14.1", "lightning": "2.6.6", "torchmetrics": "1.9.0", "transformers": "5.24.0"}
+SEEN_IN = {
+    "torch": "2.14.1",
+    "lightning": "2.6.6",
+    "torchmetrics": "1.9.0",
+    "transformers": "5.24.0",
+    "litdata": "0.2.76",
+}
 """The versions whose private names were read."""
 
 

@@ -11,6 +11,7 @@ from lightning_dist.data.sharding import (
     share_generator,
     validate_same_batches,
 )
+from lightning_dist.data.shards import DamagedShard, ShardCache, ShardDataset, ShardSampler, index_shards
 from lightning_dist.data.streams import DistributedStream, is_stream, shard_stream
 from lightning_dist.data.tokens import (
     TokenDataset,
@@ -22,9 +23,13 @@ from lightning_dist.data.tokens import (
 )
 
 __all__ = [
+    "DamagedShard",
     "DistributedBatches",
     "DistributedStream",
     "Division",
+    "ShardCache",
+    "ShardDataset",
+    "ShardSampler",
     "TokenDataset",
     "TokenSampler",
     "TokenStore",
@@ -36,6 +41,7 @@ __all__ = [
     "divided",
     "document_mask",
     "document_mask_mod",
+    "index_shards",
     "is_stream",
     "items_of_batch",
     "seed_loader",

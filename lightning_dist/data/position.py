@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_dist.compat.fabric import Stateful
+from lightning_dist.compat.litdata import streaming_datasets
 from lightning_dist.compat.torch import StandsForLoader
 from lightning_dist.data.global_batch import Division
 from lightning_dist.data.samplers import loader_seed
@@ -35,6 +37,9 @@ class Resumable(StandsForLoader):
     def __init__(self, loader: Any, kept: Callable[[], int]) -> None:
         super().__init__(loader)
         self._skip, self._kept = 0, kept
+        self._is_litdatas = next(streaming_datasets(getattr(loader, "dataset", None)), None) is not None
+        self._goes_on = False
+        """Whether the next iteration does, by the owner's state."""
         self._states: dict[int, Any] = {}
         """The owner's, after a number of batches."""
         self._before_next: dict[int, RandomStates] = {}
@@ -58,6 +63,8 @@ class Resumable(StandsForLoader):
         for sampler in (getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
             if epoch and callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
+        if epoch and self._is_litdatas:
+            self.loader.current_epoch = epoch  # LitData's loader counts those it has begun
         generator = getattr(self.loader, "generator", None)
         if isinstance(generator, torch.Generator) and generator.initial_seed() == loader_seed(data_rank):
             generator.manual_seed(generator.initial_seed())
@@ -79,6 +86,7 @@ class Resumable(StandsForLoader):
             )
         else:
             self._owner.load_state_dict(state["owner"])
+            self._goes_on = True
             self._states = {0: copy.deepcopy(state["owner"])}
         self._random = None if state is None else state["random"]
 
@@ -101,6 +109,9 @@ class Resumable(StandsForLoader):
 
     def __iter__(self) -> Iterator[Any]:
         skip, self._skip, self._lasted = self._skip, 0, self.state_after_epoch()
+        if self._is_litdatas and not self._goes_on:
+            self.loader.restore = False  # it is reset by who asks for more than there is, which Lightning does not
+        self._goes_on = False
         batches = iter(self.loader)
         with kept_random_states(CPU):
             for _ in range(skip):
@@ -131,7 +142,15 @@ class Resumable(StandsForLoader):
 
 
 def _has_state(owner: Any) -> bool:
-    return hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
+    """Whether it tells its state by itself; a data set of LitData wants to be told by its loader where it is."""
+    if not hasattr(owner, "state_dict") or not hasattr(owner, "load_state_dict"):
+        return False
+    try:
+        parameters = inspect.signature(owner.state_dict).parameters.values()
+    except (TypeError, ValueError):  # of a method that is not Python's
+        return True
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return all(p.default is not inspect.Parameter.empty or p.kind in variable for p in parameters)
 
 
 def _drawn_from(random: dict[str, Any], batches: Iterator[Any]) -> Any:

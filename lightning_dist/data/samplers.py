@@ -245,7 +245,7 @@ def _digest(order: Sequence[Any]) -> tuple[int, int]:
     """The length of an order and a checksum of some of it."""
     some = order[:: 1 + len(order) // (1 << 16)]
     try:
-        data = array("q", some).tobytes()
+        data = some.values().tobytes() if isinstance(some, ComputedOrder) else array("q", some).tobytes()
     except TypeError:
         data = repr(some).encode()
     return len(order), zlib.crc32(data)

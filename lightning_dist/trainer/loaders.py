@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_dist import data
 from lightning_dist.compat import lightning as private
 from lightning_dist.data import DistributedBatches, DistributedStream, seed_loader, share_generator
+from lightning_dist.data.streaming_libraries import StreamingLibraries
 from lightning_dist.patches import Patches
 from lightning_dist.ranks import LayoutRanks
 from lightning_dist.trainer.global_batch import GlobalBatch
@@ -25,6 +26,7 @@ class Loaders:
     def __init__(self, ranks: LayoutRanks, batch: GlobalBatch) -> None:
         self._ranks, self._batch = ranks, batch
         self._trainer: Any = None
+        self._libraries: StreamingLibraries | None = None
         self._prepared = WeakKeyDictionary[object, object]()
         """Loaders as Lightning prepared them, by what is iterated in their place."""
         self._num_evaluated = 0
@@ -33,6 +35,7 @@ class Loaders:
     def attach(self, trainer: pl.Trainer, patches: Patches) -> None:
         """From here on the Trainer's loaders are sharded."""
         self._trainer, self._prepared = trainer, WeakKeyDictionary()
+        self._libraries = StreamingLibraries(patches)
         patches.wrap(private.data_connector(trainer), private.PREPARE_LOADER, self._prepare)
         fitting = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fitting, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
@@ -57,6 +60,9 @@ class Loaders:
         finally:
             connector.use_distributed_sampler = wanted
         prepared, ranks = dataloader, self._ranks
+        libraries = self._libraries if wanted and data.is_stream(dataloader) and self._knows_data_ranks else None
+        if libraries is not None:
+            libraries.tell(dataloader, ranks.num_data_ranks, ranks.data_rank)
         if wanted and data.is_stream(dataloader):
             dataloader = self._shard_stream(dataloader, mode)
         elif wanted and isinstance(dataloader, DataLoader):
@@ -65,6 +71,8 @@ class Loaders:
             share_generator(dataloader)
         if isinstance(dataloader, DataLoader):
             seed_loader(dataloader, ranks.data_rank)
+        if libraries is not None:
+            libraries.tell_workers(prepared, ranks.num_data_ranks, ranks.data_rank)
         if mode == RunningStage.TRAINING:
             self._batch.take(dataloader)
         if ranks.num_data_ranks == 1 and dataloader is not prepared:
@@ -80,6 +88,10 @@ class Loaders:
         known = (DataLoader, DistributedStream)
         shown = [self._prepared.get(one, one) if isinstance(one, known) else one for one in loaders]
         private.show_loaders(combined, shown)
+
+    @property
+    def _knows_data_ranks(self) -> bool:
+        return self._ranks.world_size > 1 and self._ranks.layout is not None
 
     def _shard_stream(self, loader: object, mode: RunningStage) -> object:
         ranks = self._ranks

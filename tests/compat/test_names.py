@@ -6,7 +6,17 @@ import pytest
 
 from lightning_dist.compat import names
 
-for project in ("distributed", "elastic", "fabric", "lightning", "operators", "torch", "torchmetrics", "transformers"):
+for project in (
+    "distributed",
+    "elastic",
+    "fabric",
+    "lightning",
+    "litdata",
+    "operators",
+    "torch",
+    "torchmetrics",
+    "transformers",
+):
     importlib.import_module(f"lightning_dist.compat.{project}")
 
 

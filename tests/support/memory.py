@@ -1,7 +1,8 @@
-"""Memory of large tensors, counted as their storages come and go."""
+"""Memory: of large tensors, counted as their storages come and go, and of this process."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,3 +41,9 @@ class LiveBytes(TorchDispatchMode):
 
 def _has_memory(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and type(leaf) in (Tensor, torch.nn.Parameter) and not isinstance(leaf, FakeTensor)
+
+
+def resident_bytes() -> int:
+    """Of this process: anonymous memory, and that of mapped files. Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon", "RssFile")))

@@ -1,4 +1,4 @@
-"""``lightning-dist tokenize`` and ``lightning-dist data check``: options, progress, exit status."""
+"""``lightning-dist tokenize``, and what looks after data: options, progress, exit status."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from lightning_dist.data.shards.command import add_index, check_shards
+from lightning_dist.data.shards.index import INDEX as SHARDS
 from lightning_dist.data.tokens.check import check_store, drop_shards
 from lightning_dist.data.tokens.tokenization import tokenize
 
@@ -43,14 +45,16 @@ def add_data(commands: Any) -> None:
     """Adds the subcommand to what ``add_subparsers`` gave."""
     data = commands.add_parser("data", help="look after data that training reads")
     actions = data.add_subparsers(required=True, metavar="ACTION")
+    add_index(actions)
     check = actions.add_parser(
         "check",
-        help="find damaged shards of a token store",
-        description="Compares every file with the checksum that was written. Exit status 1 if a shard is damaged and "
-        "was not dropped.",
+        help="find damaged shards of a token store, or of tar and Parquet files",
+        description="Compares every file with the checksum that was written; shards without an index are read as far "
+        "as they can be. Exit status 1 if a shard is damaged and was not dropped.",
     )
-    check.add_argument("store", metavar="DST", type=Path, help="directory of the store")
-    check.add_argument("--drop", action="store_true", help="leave damaged shards out of the store's index from now on")
+    what = "directory of a token store; or an index of shards, its directory, or shards themselves, paths or URLs"
+    check.add_argument("places", nargs="+", metavar="DST", help=what)
+    check.add_argument("--drop", action="store_true", help="leave damaged shards out of the index from now on")
     check.set_defaults(run=_check)
 
 
@@ -76,6 +80,9 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if len(options.places) > 1 or not _is_token_store(options.places[0]):
+        return check_shards(options.places, options.drop)
+    options.store = Path(options.places[0])
     with Progress(TextColumn("read"), BarColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("read", total=None)
         index, damaged = check_store(
@@ -96,3 +103,10 @@ def _check(options: argparse.Namespace) -> int:
         return 0
     print(f"`lightning-dist data check {options.store} --drop` would leave out {share}")
     return 1
+
+
+def _is_token_store(place: str) -> bool:
+    """Whether a place is to be a token store: what is of no shards."""
+    if "://" in place or "*" in place or place.endswith((".json", ".tar", ".parquet")):
+        return False
+    return not (Path(place).expanduser() / SHARDS).exists()

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import partial
 
-import numpy as np
-
-from lightning_dist.data.orders import ComputedOrder, ComputedSampler
+from lightning_dist.data.mixtures import MixtureSampler
+from lightning_dist.data.permutation import WindowShuffle
 from lightning_dist.data.tokens.dataset import TokenDataset
-from lightning_dist.data.tokens.permutation import WindowShuffle, mix
-
-PERIOD = 1 << 16
-"""Blocks in which each store of a mixture has its share exactly."""
 
 
-class TokenSampler(ComputedSampler):
+class TokenSampler(MixtureSampler):
     """The order of an epoch's blocks, computed by index from seed and epoch: no permutation is held.
 
     It is one order of all data ranks, of which each rank's loader takes its part under the strategy, and in one process
-    the whole. The order is mixed in windows, see :class:`~lightning_dist.data.tokens.permutation.WindowShuffle`.
+    the whole. The order is mixed in windows, see :class:`~lightning_dist.data.permutation.WindowShuffle`.
 
     With ``weights`` the stores are interleaved evenly. A store that comes to its end begins again in another order; one
     that an epoch does not come to the end of goes on in the next, so that none of its blocks comes a second time
@@ -48,72 +41,9 @@ class TokenSampler(ComputedSampler):
         weights: Sequence[float] | None = None,
         num_samples: int | None = None,
     ) -> None:
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        if window < 1:
+            raise ValueError(f"window={window} must be at least 1")
         self.shuffle, self.window = shuffle, window
         sizes = dataset.blocks_of_stores if weights is not None else [len(dataset)]
-        if window < 1 or (num_samples is not None and num_samples < 1):
-            raise ValueError(f"window={window} and num_samples={num_samples} must be at least 1")
-        self._sources = [WindowShuffle(size, window) for size in sizes]
-        self._first = np.cumsum([0, *sizes[:-1]])
-        self._interleaving = None if weights is None else Interleaving(_shares(weights, len(sizes)))
-        self.num_samples = len(dataset) if num_samples is None else num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def order(self, epoch: int) -> ComputedOrder:
-        """The blocks of an epoch, as indices of the data set."""
-        return ComputedOrder(partial(self._blocks_at, epoch * self.num_samples), self.num_samples)
-
-    def _blocks_at(self, before: int, places: np.ndarray) -> np.ndarray:
-        places = before + places
-        if self._interleaving is None:
-            return self._of_source(0, places)
-        sources, counts = self._interleaving(places)
-        blocks = np.empty_like(places)
-        for source in np.unique(sources):
-            mine = sources == source
-            blocks[mine] = self._of_source(int(source), counts[mine])
-        return blocks
-
-    def _of_source(self, source: int, counts: np.ndarray) -> np.ndarray:
-        """The blocks that a source gives after so many of its own since the run began."""
-        shuffled = self._sources[source]
-        passes, places = np.divmod(counts, shuffled.size)
-        if self.shuffle:
-            places = shuffled(places, mix(self.seed, np.full_like(passes, source), passes))
-        return self._first[source] + places
-
-
-class Interleaving:
-    """Which source each place of a mixture is of, as evenly spread as their shares allow, again every ``PERIOD``.
-
-    Args:
-        shares: blocks of each source in a period.
-    """
-
-    def __init__(self, shares: Sequence[int]) -> None:
-        self._shares = np.asarray(shares, np.int64)
-        sources = np.repeat(np.arange(len(shares), dtype=np.int32), shares)
-        counts = np.concatenate([np.arange(share, dtype=np.int32) for share in shares])
-        order = np.argsort((counts + 0.5) / self._shares[sources], kind="stable")
-        self._sources, self._counts = sources[order], counts[order]
-
-    def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source at each place ``(n,)``, and how many places before it are of the same."""
-        periods, within = np.divmod(places, PERIOD)
-        sources = self._sources[within]
-        return sources, periods * self._shares[sources] + self._counts[within]
-
-
-def _shares(weights: Sequence[float], num_stores: int) -> list[int]:
-    """Of a period, by largest remainders."""
-    given = np.asarray(weights, np.float64)
-    if given.shape != (num_stores,) or not (np.isfinite(given).all() and (given > 0).all()):
-        raise ValueError(f"weights={list(weights)} must be one positive number for each of the {num_stores} stores")
-    exact = given / given.sum() * PERIOD
-    shares = np.floor(exact).astype(np.int64)
-    shares[np.argsort(shares - exact, kind="stable")[: PERIOD - shares.sum()]] += 1
-    if not shares.all():
-        raise ValueError(f"weights={list(weights)}: a store needs at least 1 in {PERIOD} of their sum; leave it out")
-    return shares.tolist()
+        sources = [WindowShuffle(size, window, shuffle) for size in sizes]
+        super().__init__(sources, seed=seed, weights=weights, num_samples=num_samples)

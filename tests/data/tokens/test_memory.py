@@ -12,14 +12,9 @@ from torch.utils.data import DataLoader
 from lightning_dist.data import TokenDataset, TokenSampler
 from lightning_dist.data.tokens.format import StoreIndex, write_index
 from lightning_dist.data.tokens.writer import ShardWriter
+from tests.support.memory import resident_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-def resident_bytes() -> int:
-    """Anonymous, and of mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon", "RssFile")))
 
 
 def write_large(folder: Path, num_bytes: int, shard_bytes: int) -> None:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dist import HybridStrategy
 from lightning_dist.data import TokenDataset, TokenSampler, TrainingData, shard_loader
-from lightning_dist.data.tokens.permutation import RUN
-from lightning_dist.data.tokens.sampler import PERIOD
+from lightning_dist.data.mixtures import PERIOD
+from lightning_dist.data.permutation import RUN
 from tests.data.tokens.stores import numbered
 from tests.support.parity import QUIET
 from tests.support.ranks import run_on_ranks

@@ -68,14 +68,18 @@ class WindowShuffle:
     """An order of ``range(size)`` in which only a window is mixed at a time, so that reading stays within it.
 
     Runs of blocks that follow each other are put in any order, beginning somewhere; so many of them as fill a window
-    are then mixed block by block. With ``size`` up to ``window`` that is any order of all.
+    are then mixed block by block. With ``size`` up to ``window`` that is any order of all. Without ``shuffle`` blocks
+    come as they lie.
     """
 
     size: int
     window: int
+    shuffle: bool = True
 
     def __call__(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """The blocks ``(n,)`` at places ``(n,)`` int64 of the orders of the keys ``(n,)`` uint64."""
+        if not self.shuffle:
+            return places
         windows = places // self.window
         first = windows * self.window
         last = self.size // self.window
