@@ -360,7 +360,7 @@ FILES = {
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL) for line in block.strip().splitlines()
 ]
-STRATEGIES = ["dp_shard=2", "dp_replicate=2", "dp_shard=2", "tp=2"]
+STRATEGIES = ["dp_shard=2", "dp_replicate=2", "dp_shard=2", "dp_replicate=2"]
 """Of the commands, one after the other."""
 
 
@@ -439,8 +439,8 @@ for fabric in (True, False):
     except ValueError as error:
         print("fabric:", error)
     if fabric:
-        strategy = "--trainer.strategy=lightning_dist.HybridStrategy"
-        cli = LightningCLI(BoringModel, args=[*arguments, strategy], run=False)
+        strategy = ["--trainer.strategy=lightning_dist.HybridStrategy", "--trainer.strategy.layout=auto"]
+        cli = LightningCLI(BoringModel, args=[*arguments, *strategy], run=False)
         print("class:", type(cli.trainer.strategy).__name__)
 print("after:", by_name())
 """

@@ -83,7 +83,7 @@ def exposed(events: Iterable[FunctionEvent], device_index: int | None = None) ->
             continue
         span = event.time_range.start, event.time_range.end
         (collectives if event.name.startswith("nccl") else kernels).append(span)
-    return covered([*collectives, *kernels])
+    return covered([*collectives, *kernels]) - covered(kernels)
 
 
 def covered(intervals: Iterable[Interval]) -> float:
