@@ -53,3 +53,15 @@ def pytest_report_header() -> str:
 def _close_ranks() -> Iterator[None]:
     yield
     POOL.close()
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[str]:
+    """The address of an object store that speaks S3's protocol; one, as s3fs keeps the address that it saw first."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()

@@ -38,18 +38,6 @@ def memory() -> Iterator[str]:
         UPath(folder).fs.rm(folder, recursive=True)
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    """The address of an object store that speaks S3's protocol."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
 def bucket(store: str, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in _access(store).items():

@@ -22,11 +22,11 @@ WIDTH, HEADS = 32, 4
 
 
 class Attention(nn.Module):
-    """As many write it; ``own_scale`` takes the width of a head from all heads together."""
+    """As many write it; ``own_scale`` hangs on the number of heads, of which a rank has its own."""
 
     def __init__(self, own_scale: bool) -> None:
         super().__init__()
-        self.num_heads, self.width, self.own_scale = HEADS, WIDTH, own_scale
+        self.num_heads, self.own_scale = HEADS, own_scale
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.proj = nn.Linear(WIDTH, WIDTH)
 
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         q, k, v = (
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        width = self.width // self.num_heads if self.own_scale else q.shape[-1]
+        width = self.num_heads if self.own_scale else q.shape[-1]
         return self.proj(F.scaled_dot_product_attention(q, k, v, scale=width**-0.5).transpose(1, 2).flatten(2))
 
 

@@ -2,8 +2,8 @@
 
 [Note: parts are checked]
 The plan recognises attention and feed-forward modules by what they are made of; what their forward does with the
-numbers that it sees is its own affair. One that scales its scores by ``width // self.num_heads``, say, gets this rank's
-heads and another scale, and no error would tell. So the first time that a kind of module runs, it runs twice more, as a
+numbers that it sees is its own affair. One that scales its scores by ``self.num_heads``, say, gets this rank's heads
+and another scale, and no error would tell. So the first time that a kind of module runs, it runs twice more, as a
 part and whole, with fixed numbers for random ones, and the outputs are compared, the tensors that it keeps, and the
 gradients that reach its inputs. A module whose plain attributes change is one of another kind.
 """

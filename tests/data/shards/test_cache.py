@@ -189,18 +189,6 @@ def test_an_order_that_is_read_has_its_next_shards_fetched(memory: str, tmp_path
     assert len({int(np.searchsorted(data._ends, s, side="right")) for s in order[:400].values()}) == 8
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    """The address of an object store that speaks S3's protocol."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 def test_an_object_store_is_read_by_worker_processes(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
