@@ -446,6 +446,7 @@ print("after:", by_name())
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_imports_lightning_alone() -> None:
     """Lightning has no entry point for names of strategies; a class path imports the package, which has the name."""
     done = subprocess.run(
