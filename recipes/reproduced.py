@@ -105,9 +105,10 @@ class Outcome:
         return sum(run.seconds for run in self.runs)
 
     def line(self) -> str:
-        """One run in one line."""
-        what = self.error or f"{self.band.metric} {self.value:.4f} ({self.band})"
-        verdict = "" if self.experiment.reproduction and self.experiment.reproduction.over else f"{self.verdict}, "
+        """One run in one line; the band is not of a run that is one of those whose mean counts."""
+        is_part = bool(self.experiment.reproduction and self.experiment.reproduction.over)
+        what = self.error or f"{self.band.metric} {self.value:.4f}" + ("" if is_part else f" ({self.band})")
+        verdict = "" if is_part else f"{self.verdict}, "
         return f"{self.runs[0]}: {what}: {verdict}{self.seconds:.0f} s"
 
     def as_json(self) -> dict[str, Any]:

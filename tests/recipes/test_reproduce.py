@@ -106,7 +106,7 @@ def test_the_status_says_whether_all_lie_within_and_agree(
 
 
 def test_the_band_is_for_the_mean_over_what_is_repeated(
-    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured(lambda layout, seed, point: 40.0 * point["data.num_rows"])
     repeated = "+reproduce.over={data.num_rows: [1, 2, 3]}"
@@ -114,6 +114,9 @@ def test_the_band_is_for_the_mean_over_what_is_repeated(
     assert status == 0  # 40, 80 and 120, of which the last alone is outside
     assert [(o["value"], o["seed"]) for o in found["outcomes"]] == [(80.0, 5), (80.0, 5)]
     assert len(found["runs"]) == 6
+    shown = [line for line in capsys.readouterr().out.splitlines() if "num_rows=3" in line]
+    assert shown
+    assert not any("at most" in line for line in shown)
 
 
 def test_words_are_told_apart_by_what_they_look_like(measured: Any, tmp_path: Path) -> None:
