@@ -276,6 +276,23 @@ FAMILIES: dict[str, Family] = {
         4,
     ),
     "t5": Family(_t5, lambda: {"input_ids": _ids(), "labels": _ids()}, 10, crossing=2, lookups=2),
+    "phi3": Family(_llama("Phi3", pad_token_id=0), _causal, 2, lookups=1),
+    "bloom": Family(
+        lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=2, n_head=4)),
+        _causal,
+        2,
+        lookups=1,
+    ),
+    "distilbert": Family(
+        lambda: hf.DistilBertForMaskedLM(
+            hf.DistilBertConfig(
+                vocab_size=WORDS, dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0
+            )
+        ),
+        _masked,
+        4,
+        lookups=1,
+    ),
     "mpt": Family(_mpt, _causal, 4, lookups=1),
     "bias of heads": _relative("attn_bias", 4, 4),
     "position bias of heads": _relative("position_bias", 4, 4),
@@ -315,4 +332,6 @@ FAMILIES: dict[str, Family] = {
 
 IMAGES_IN_WINDOWS = ("timm swin", "torchvision swin")
 BIASED = ("bias of heads", "position bias of heads", "position bias of all heads")
+WITH_WHOLE_ATTENTION = ("phi3", "bloom")
+"""Which sees all positions: under sequence parallel the first run of such a block is refused."""
 WITHOUT_CHAIN = (*IMAGES_IN_WINDOWS, *BIASED, "mixer", "torch attention")

@@ -38,6 +38,22 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, scale=width**-0.5).transpose(1, 2).flatten(2))
 
 
+class Folded(Attention):
+    """Its heads are folded into the batch, which it tells again by their number."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = [
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).flatten(0, 1)
+            for layer in (self.query, self.key, self.value)
+        ]
+        mixed = F.scaled_dot_product_attention(*folded)
+        batch = mixed.shape[0] // self.num_heads
+        return self.proj(mixed.view(batch, self.num_heads, *mixed.shape[1:]).transpose(1, 2).flatten(2))
+
+
 class CentredFeedForward(nn.Module):
     """Its activation looks at all columns."""
 
@@ -66,6 +82,21 @@ def test_a_part_that_gives_the_whole_result_runs() -> None:
     expected = _attention(False)(torch.randn(2, 5, WIDTH))
     for output in run_on_ranks(2, _run, _attention, False):
         torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def _folded() -> Tensor:
+    """Of so many samples that they have, by a rank's heads, the width of all heads."""
+    torch.manual_seed(0)
+    module = Folded()
+    x = torch.randn(WIDTH // (HEADS // 2), 5, WIDTH)
+    expected = module(x)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    split(module, ShardingPlan(find_tensor_plan(module)), mesh, patches=Patches())
+    return (module(x) - expected).abs().max().detach()
+
+
+def test_heads_are_plain_numbers_where_these_do() -> None:
+    assert max(run_on_ranks(2, _folded)) < 1e-5
 
 
 @pytest.mark.parametrize(

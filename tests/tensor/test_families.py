@@ -16,8 +16,8 @@ from lightning_dist.patches import Patches
 from lightning_dist.plans import find_blocks
 from lightning_dist.plans.tensor import TensorOptions, partial_parameters
 from tests.support.collectives import Collectives
-from tests.support.ranks import run_on_ranks
-from tests.tensor.families import FAMILIES, WITHOUT_CHAIN
+from tests.support.ranks import RankError, run_on_ranks
+from tests.tensor.families import FAMILIES, WITH_WHOLE_ATTENTION, WITHOUT_CHAIN
 from tests.tensor.networks import whole
 
 pytestmark = pytest.mark.sampled
@@ -107,7 +107,7 @@ def test_a_divided_loss_equals_one_process_and_never_gathers(name: str) -> None:
         assert answer["backward"] == {"all-reduce": family.parts + family.crossing + 1}
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_CHAIN])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*WITHOUT_CHAIN, *WITH_WHOLE_ATTENTION)])
 def test_divided_positions_equal_one_process_with_the_same_bytes(name: str) -> None:
     """Per part one all-gather and one reduce-scatter each way; per chain one all-gather at either end."""
     family = FAMILIES[name]
@@ -121,6 +121,12 @@ def test_divided_positions_equal_one_process_with_the_same_bytes(name: str) -> N
         assert answer["backward"].get("all-reduce", 0) == family.crossing + head
         assert answer["backward"]["reduce-scatter"] == family.parts - family.first
         assert answer["backward"]["all-gather"] == family.parts + (stacks if not family.first else 0)
+
+
+@pytest.mark.parametrize("name", WITH_WHOLE_ATTENTION)
+def test_attention_that_is_whole_does_not_see_a_part_of_the_positions(name: str) -> None:
+    with pytest.raises(RankError, match="tp runs .* on each rank's heads or columns, and that"):
+        run_on_ranks(2, _compare, name, False, True, timeout=60)
 
 
 @pytest.mark.parametrize("name", WITHOUT_CHAIN)

@@ -47,6 +47,9 @@ class EquivalenceCheck:
         self._seen: set[Any] = set()
         self.own_outputs: dict[type, frozenset[int]] = {}
         """Which of the tensors that a kind of module returns, beside the first, are this rank's part."""
+        self.by_width: set[type] = set()
+        """Kinds of modules that divide the features of all heads by their number of heads, see ``HeadCount``: they give
+        another result without."""
 
     def is_due(self, module: nn.Module) -> bool:
         """Whether a module of this kind did not run yet. Compiled ones are not looked at."""
@@ -60,10 +63,21 @@ class EquivalenceCheck:
             ValueError: on every rank of the axis, if the part gives another result than the whole, or fails where the
                 whole does not.
         """
-        kind = _kind(module)
-        self._seen.add(kind)
+        self._seen.add(_kind(module))
         if region.is_given_own(args, kwargs):
             return  # made by another part: the whole module could not use it
+        try:
+            outputs = self._compare(module, region, args, kwargs)
+        except ValueError:
+            if type(module) in self.by_width or not region.counts_heads:
+                raise
+            self.by_width.add(type(module))
+            outputs = self._compare(module, region, args, kwargs)
+        # those of another shape are this rank's: of its heads, say
+        self.own_outputs[type(module)] = frozenset(i for i, (w, p) in enumerate(outputs) if i and w.shape != p.shape)
+
+    def _compare(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> list[tuple[Tensor, Tensor]]:
+        """The outputs of the whole and of the part; a ValueError on every rank where they are not the same."""
         with without_users_hooks(module), undone(module):
             try:
                 expected, part, kept = both_ways(module, region, args, kwargs)
@@ -71,9 +85,7 @@ class EquivalenceCheck:
                 raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
             gradients = self._gradient_difference(module, region, args, kwargs)
         refuse_differences(module, self._largest(module, expected, part), kept, gradients, rounding_of(part[0]))
-        # those of another shape are this rank's: of its heads, say
-        pairs = enumerate(zip(expected, part, strict=False))
-        self.own_outputs[type(module)] = frozenset(i for i, (w, p) in pairs if i and w.shape != p.shape)
+        return list(zip(expected, part, strict=False))
 
     def _largest(self, module: nn.Module, expected: list[Tensor], part: list[Tensor]) -> float:
         """The largest relative difference between outputs of one shape; infinite where there is none to compare."""

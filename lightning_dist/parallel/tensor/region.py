@@ -26,6 +26,7 @@ from torch.distributed.tensor.placement_types import Placement
 from lightning_dist.compat.distributed import is_fully_shards
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, own_parameters
 from lightning_dist.divided.functions import Way, way_of
+from lightning_dist.parallel.tensor.head_count import HeadCount
 from lightning_dist.parallel.tensor.mappings import (
     copy_to_tensor_region,
     gather,
@@ -53,6 +54,7 @@ class FirstRunCheck(Protocol):
     """What a region asks of :class:`~lightning_dist.parallel.tensor.equivalence.EquivalenceCheck`."""
 
     own_outputs: dict[type, frozenset[int]]
+    by_width: set[type]
 
     def is_due(self, module: nn.Module) -> bool: ...
 
@@ -258,9 +260,20 @@ class Region:
             replicated = _parameter(module, name)  # None where it is tied, or the module lacks it by now
             if replicated is not None and replicated.requires_grad:
                 values[name] = seen_in_part(replicated, self.mesh)
-        values |= self.attributes
+        values |= self._numbers(type(module))
         values |= {name: shard_of(module.get_buffer(name), how, self.mesh) for name, how in self.buffers.items()}
         return overridden(module, values)
+
+    @property
+    def counts_heads(self) -> bool:
+        """Whether one of its numbers is a :class:`HeadCount`."""
+        return any(isinstance(number, HeadCount) for number in self.attributes.values())
+
+    def _numbers(self, kind: type) -> dict[str, int]:
+        """What the module sees in place of its own; plain ones where they were found to give the whole's result."""
+        if self.check is None or torch.compiler.is_compiling() or kind in self.check.by_width:
+            return self.attributes
+        return {name: int(number) for name, number in self.attributes.items()}
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

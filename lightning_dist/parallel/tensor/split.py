@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.compat.torch import FORWARD_PRE_HOOKS, DropoutNd
 from lightning_dist.dtensors import local_part
-from lightning_dist.parallel.tensor.attention import AppliedWindows, HeadCount, LocalHeads, LocalWidth
+from lightning_dist.parallel.tensor.attention import AppliedWindows, LocalHeads, LocalWidth
 from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
+from lightning_dist.parallel.tensor.head_count import HeadCount
 from lightning_dist.parallel.tensor.hooks import HooksInside
 from lightning_dist.parallel.tensor.positions import Positions
 from lightning_dist.parallel.tensor.region import Region

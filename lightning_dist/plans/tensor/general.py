@@ -27,6 +27,7 @@ ATTENTION = (
     (("wq", "wk", "wv"), ("wo",)),
     (("W_query", "W_key", "W_value"), ("out_proj",)),
     (("queries", "keys", "values"), ("fc_out", "projection")),
+    (("q_lin", "k_lin", "v_lin"), ("out_lin",)),
 )
 """Names of the projections of q, k and v, and of the layers that may write back."""
 
@@ -46,6 +47,10 @@ FEED_FORWARD = (
     (("wi",), ("wo",)),
     (("linear1",), ("linear2",)),
     (("up_proj",), ("down_proj",)),
+    (("gate_up_proj",), ("down_proj",)),
+    (("lin1",), ("lin2",)),
+    (("Wi",), ("Wo",)),
+    (("dense_h_to_4h",), ("dense_4h_to_h",)),
 )
 
 GATES = ("gate", "g_proj")
