@@ -78,7 +78,7 @@ class Snapshot:
             elif isinstance(value, nn.Module):
                 self._undos += filter(None, [self._of_module(value)])
             elif isinstance(value, (Tensor, np.ndarray)):
-                if not nested and not self._data and not isinstance(value, nn.Parameter):
+                if not nested and not self._data and _may_be_written(value):
                     self._undos.append(_undo(value))
             elif isinstance(value, (list, deque)):
                 self._undos.append(_undo(value))
@@ -90,6 +90,13 @@ class Snapshot:
                 waiting += [(inner, nested) for inner in value]
             elif hasattr(value, "__dict__") and is_users(type(value)):
                 self._keep_attributes(value)
+
+
+def _may_be_written(value: Tensor | np.ndarray) -> bool:
+    """Whether Python code may write to it in an evaluation step; a mapped file is no state, and may be large."""
+    if isinstance(value, np.ndarray):
+        return value.flags.writeable and not isinstance(value, np.memmap)
+    return not isinstance(value, nn.Parameter)
 
 
 def _undo(value: Any) -> Callable[[], None]:

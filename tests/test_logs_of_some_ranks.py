@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -230,6 +231,31 @@ def test_a_batch_that_is_repeated_changes_no_step_value() -> None:
     values = {name: {row[name] for row in rows if name in row} for row in rows for name in row if name != "epoch"}
     assert set(values) == {"flagged_step", "plain_step", "flagged_epoch", "plain_epoch"}
     assert set().union(*values.values()) == {4.0}
+
+
+class WithArrays(Bare):
+    """Counts in one array of its own; another it only reads, and the last lies in a file."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.counted, self.fixed = np.zeros(1), np.arange(3.0)
+        self.fixed.flags.writeable = False
+        self.mapped = np.memmap(file, dtype=np.uint8, mode="r")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.counted += len(batch[0])
+        self.log("mean", float(self.fixed.mean() + self.mapped[0]))
+
+
+def _counted(file: str) -> list[float]:
+    module = WithArrays(file)
+    trainer().validate(module, DataLoader(samples(9), batch_size=3), verbose=False)
+    return [float(module.counted[0]), float(module.trainer.callback_metrics["mean"])]
+
+
+def test_a_batch_that_is_repeated_leaves_arrays_that_are_only_read(tmp_path: Path) -> None:
+    (tmp_path / "mapped").write_bytes(bytes([7] * 64))
+    assert run_on_ranks(2, _counted, str(tmp_path / "mapped"), timeout=60) == [[6.0, 8.0], [3.0, 8.0]]
 
 
 class Uneven(IterableDataset):

@@ -125,7 +125,7 @@ def test_divided_positions_equal_one_process_with_the_same_bytes(name: str) -> N
 
 @pytest.mark.parametrize("name", WITH_WHOLE_ATTENTION)
 def test_attention_that_is_whole_does_not_see_a_part_of_the_positions(name: str) -> None:
-    with pytest.raises(RankError, match="tp runs .* on each rank's heads or columns, and that"):
+    with pytest.raises(RankError, match=r"tp runs .* on each rank's heads or columns, and that"):
         run_on_ranks(2, _compare, name, False, True, timeout=60)
 
 
