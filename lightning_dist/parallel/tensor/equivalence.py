@@ -39,7 +39,7 @@ class EquivalenceCheck:
     """Compares the modules of one plan with the whole ones; see [Note: parts are checked].
 
     Communication: for each kind of module, once: the gathering of its parameters over ``mesh``, its own collectives
-    once more, and one all-reduce of a number.
+    once more, and one all-reduce of a number; all of it twice for those that divide widths by their number of heads.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
