@@ -107,6 +107,29 @@ def test_a_part_that_gives_another_result_is_an_error(network: Any, args: Any, n
         run_on_ranks(2, _run, network, *args)
 
 
+class ResidualInside(nn.Module):
+    """Uses its input beside its divided layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.fc1(x).relu())
+
+
+def _above_frozen() -> nn.Module:
+    """The first layer is frozen, so that no gradient is asked of it; the others train."""
+    layers = nn.Sequential(ResidualInside(), ResidualInside(), ResidualInside())
+    layers[0].requires_grad_(False)
+    return layers
+
+
+def test_another_gradient_is_an_error_also_where_the_first_layers_are_frozen() -> None:
+    with pytest.raises(RankError, match=r"tp runs ResidualInside .* sends another gradient to its input"):
+        run_on_ranks(2, _run, _above_frozen)
+
+
 def _both_raise() -> list[str]:
     try:
         _run(_attention, True)

@@ -53,9 +53,8 @@ class EquivalenceCheck:
 
     def is_due(self, module: nn.Module) -> bool:
         """Whether a module of this kind did not run yet. Compiled ones are not looked at."""
-        return not torch.compiler.is_compiling() and _kind(module) not in self._seen
+        return not torch.compiler.is_compiling() and (_kind(module), _has_backward(module)) not in self._seen
 
-    @torch.no_grad()
     def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> None:
         """Compares.
 
@@ -63,27 +62,31 @@ class EquivalenceCheck:
             ValueError: on every rank of the axis, if the part gives another result than the whole, or fails where the
                 whole does not.
         """
-        self._seen.add(_kind(module))
+        has_backward = _has_backward(module)
+        self._seen.add((_kind(module), has_backward))
         if region.is_given_own(args, kwargs):
             return  # made by another part: the whole module could not use it
         try:
-            outputs = self._compare(module, region, args, kwargs)
+            outputs = self._compare(module, region, args, kwargs, has_backward)
         except ValueError:
             if type(module) in self.by_width or not region.counts_heads:
                 raise
             self.by_width.add(type(module))
-            outputs = self._compare(module, region, args, kwargs)
+            outputs = self._compare(module, region, args, kwargs, has_backward)
         # those of another shape are this rank's: of its heads, say
         self.own_outputs[type(module)] = frozenset(i for i, (w, p) in enumerate(outputs) if i and w.shape != p.shape)
 
-    def _compare(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> list[tuple[Tensor, Tensor]]:
+    @torch.no_grad()
+    def _compare(
+        self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool
+    ) -> list[tuple[Tensor, Tensor]]:
         """The outputs of the whole and of the part; a ValueError on every rank where they are not the same."""
         with without_users_hooks(module), undone(module):
             try:
                 expected, part, kept = both_ways(module, region, args, kwargs)
             except PartFailed as error:
                 raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
-            gradients = self._gradient_difference(module, region, args, kwargs)
+            gradients = self._gradient_difference(module, region, args, kwargs) if has_backward else 0.0
         refuse_differences(module, self._largest(module, expected, part), kept, gradients, rounding_of(part[0]))
         return list(zip(expected, part, strict=False))
 
@@ -101,8 +104,11 @@ class EquivalenceCheck:
 
     @torch.enable_grad()
     def _gradient_difference(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> float:
-        """Between the part and the whole, of the gradients that reach the inputs; 0 where none is asked for."""
-        leaves = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        """Between the part and the whole, of the gradients of the inputs that ask for one; else of the first,
+        since another module of the kind may be given one that does: the layers below this one are frozen, say.
+        """
+        given_tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
+        leaves = [tensor for tensor in given_tensors if tensor.requires_grad] or given_tensors[:1]
         if not (region.copies_inputs and region.positions is None and leaves):
             return 0.0
         inputs = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
@@ -158,6 +164,11 @@ def _gradients(output: Tensor, inputs: dict[int, Tensor]) -> Tensor | None:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _has_backward(module: nn.Module) -> bool:
+    """Whether one may follow its forward; the first pass of a module that trains may be one without."""
+    return module.training or torch.is_grad_enabled()
 
 
 def _kind(module: nn.Module) -> Any:
