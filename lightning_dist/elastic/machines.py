@@ -41,7 +41,8 @@ HEARTBEAT = 1
 LOST_AFTER = 8
 """Heartbeats that it may miss before the others go on without it."""
 CUT_OFF_AFTER = HEARTBEAT * (LOST_AFTER - 2)
-"""Seconds without an answer of the store after which a machine ends its ranks: before the others go on."""
+"""Seconds since the last heartbeat that the store took, or without an answer of it, after which a machine ends its
+ranks: before the others go on."""
 LAST_CALL = 2
 """Seconds that machines which meet again wait for more of them."""
 _POLL = 0.05
@@ -54,11 +55,12 @@ class CutOff(ConnectionError):
 
 
 class AnsweringBackend(RendezvousBackend):
-    """A backend that knows since when it waits for an answer of its store."""
+    """A backend that knows since when it waits for an answer of its store, and when the store last took something."""
 
     def __init__(self, backend: RendezvousBackend) -> None:
         self._backend = backend
         self._asked: dict[int, float] = {}
+        self._taken = time.monotonic()
         self.is_left = False
         """Whether nobody wants an answer any more: a thread that gets one late may not join with it."""
 
@@ -73,7 +75,11 @@ class AnsweringBackend(RendezvousBackend):
 
     def set_state(self, state: bytes, token: Any = None) -> Any:
         """As torch's."""
-        return self._answered(self._backend.set_state, state, token)
+        asked = time.monotonic()
+        answer = self._answered(self._backend.set_state, state, token)
+        if answer is not None and answer[2]:
+            self._taken = max(self._taken, asked)
+        return answer
 
     def _answered(self, ask: Callable[..., Any], *args: Any) -> Any:
         self._asked[threading.get_ident()] = time.monotonic()
@@ -87,6 +93,13 @@ class AnsweringBackend(RendezvousBackend):
     def is_cut_off(self) -> bool:
         """Whether the store does not answer."""
         return any(time.monotonic() - asked > CUT_OFF_AFTER for asked in list(self._asked.values()))
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the store took nothing for so long that the others are about to forget this machine, while it sends
+        heartbeats: it does not answer, or this machine stood still.
+        """
+        return time.monotonic() - self._taken > CUT_OFF_AFTER
 
 
 class Machines(RendezvousHandler):
@@ -198,8 +211,8 @@ class Machines(RendezvousHandler):
         """Machines that wait to join, or are gone, of which this may be one; asked often, and asks nobody."""
         if self._member is None or self._backend is None:
             return 1
-        if self._backend.is_cut_off:
-            log.warning("the store at %s does not answer: this machine is cut off", self._parameters.endpoint)
+        if self._backend.is_cut_off or self._backend.is_silent:
+            log.warning("the store at %s took no heartbeat: this machine is cut off", self._parameters.endpoint)
             self._leave()
             return 1
         return self._member.num_changes()

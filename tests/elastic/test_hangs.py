@@ -139,7 +139,7 @@ def _ended(folder: Path, where: str, layout: str, num_ranks: int, rank: int) -> 
 @pytest.mark.parametrize(
     ("layout", "num_ranks", "where", "rank"),
     [
-        ("dp_replicate=2", 2, "training", 1),
+        slow("dp_replicate=2", 2, "training", 1),
         slow("dp_replicate=2", 2, "validation", 0),
         slow("dp_replicate=2", 2, "set-up", 1),
         slow("dp_replicate=2", 2, "hook", 0),

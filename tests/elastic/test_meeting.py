@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
 
+from lightning_dist.elastic import machines
 from lightning_dist.elastic.machines import Machines
 
 
@@ -42,7 +43,11 @@ def _within(seconds: float, condition: Callable[[], object]) -> bool:
     return bool(condition())
 
 
-def test_a_machine_that_is_cut_off_is_missed_and_meets_the_others_again(endpoint: str) -> None:
+def test_a_machine_that_is_cut_off_is_missed_and_meets_the_others_again(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "CUT_OFF_AFTER", 4)  # far from the other, for a machine that is busy with other tests
+    monkeypatch.setattr(machines, "LOST_AFTER", 9)
     stays, goes = _machine(endpoint), _machine(endpoint)
     assert _meet(stays, goes) == {2}
     assert stays.num_nodes_waiting() == goes.num_nodes_waiting() == 0
@@ -64,6 +69,44 @@ def test_a_machine_that_is_cut_off_is_missed_and_meets_the_others_again(endpoint
     assert stays.shutdown()
     with pytest.raises(RendezvousGracefulExitError, match="the run has ended"):
         goes.next_rendezvous()
+
+
+def test_ranks_of_a_machine_that_is_cut_off_end_before_the_others_go_on() -> None:
+    questions_apart = 2 * machines.HEARTBEAT  # torch keeps what it read for a second
+    assert 2 * questions_apart <= machines.CUT_OFF_AFTER
+    assert machines.CUT_OFF_AFTER + 2 <= machines.HEARTBEAT * machines.LOST_AFTER
+
+
+def test_a_machine_that_stood_still_knows_that_the_others_went_on(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, now = _machine(endpoint), time.monotonic
+    assert _meet(machine) == {1}
+    assert not machine.num_nodes_waiting()
+    monkeypatch.setattr(time, "monotonic", lambda: now() + machines.CUT_OFF_AFTER + 1)  # and no heartbeat meanwhile
+    assert machine.num_nodes_waiting()
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_an_answer_that_takes_no_heartbeat_is_silence(is_taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        name = "store"
+
+        def get_state(self) -> tuple[bytes, int]:
+            return b"", 0
+
+        def set_state(self, state: bytes, token: object = None) -> tuple[bytes, int, bool]:
+            return state, 0, is_taken
+
+    clock = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    backend = machines.AnsweringBackend(Store())  # type: ignore[arg-type]
+    for _ in range(machines.CUT_OFF_AFTER + 1):
+        clock += 1
+        backend.get_state()
+        backend.set_state(b"")
+    assert not backend.is_cut_off
+    assert backend.is_silent == (not is_taken)
 
 
 class _Silent:

@@ -36,6 +36,7 @@ def test_killed_in_a_collective_and_in_a_save_a_run_goes_on_as_if_never_disturbe
     assert "starting all ranks again (restart 2): rank 0 was killed (SIGKILL)" in text
 
 
+@pytest.mark.slow
 def test_killed_after_an_epochs_end_and_again_within_the_next_it_goes_on(tmp_path: Path) -> None:
     """From snapshots; the first epoch has seven steps."""
     options: dict[str, Any] = {"layout": "dp_shard=2", "ranks": 2, "steps": [16], "every": 4, "snapshots": 1}

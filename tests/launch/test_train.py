@@ -34,6 +34,7 @@ def test_two_ranks_train_test_predict_and_report_once(tmp_path: Path):
     assert (tmp_path / ".hydra" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_after_a_failed_job_and_says_so(tmp_path: Path):
     notes = tmp_path / "notes"
     notes.mkdir()

@@ -87,9 +87,10 @@ def test_nothing_of_an_epochs_end_is_left_out(end: str, at: str, steps: int, fir
     ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("validates", [True, False])
 @pytest.mark.parametrize("ends", ENDS)
-@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_shard=2", slow("dp_replicate=2")])
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_shard=2", "dp_replicate=2"])
 def test_it_goes_on_again_and_again(layout: str, ends: str, validates: bool, tmp_path: Path) -> None:
     options, end = {**ENDS[ends]}, 6 if layout == "dp_shard=1" else 3  # of the first epoch
     if not validates:

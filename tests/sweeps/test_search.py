@@ -96,6 +96,7 @@ def test_an_unknown_sampler_is_told(tmp_path: Path):
         search(tmp_path, 2, sampler="TPSampler")
 
 
+@pytest.mark.slow
 def test_jobs_of_a_search_run_in_slots_and_a_failed_one_does_not_stop_it(tmp_path: Path):
     keys = "optimizer.lr=0.1,0.01", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "+recipe.fails_at=0.01"
     asked = sweep(*SLOTS, *keys, directory=tmp_path / "sweep", notes=tmp_path / "notes")
