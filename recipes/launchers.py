@@ -6,13 +6,14 @@ it was composed, but for Kubernetes, whose pods compose it again from the same c
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from recipes import targets
 from recipes.config_errors import ConfigError, did_you_mean
@@ -56,11 +57,22 @@ def shape(cfg: DictConfig) -> tuple[int, int]:
     return cfg.trainer.num_nodes, devices
 
 
+def hydra_config() -> DictConfig:
+    """Hydra's own config of this job, for its ranks. What a plugin adds is plain there: a class of Hydra's launcher of
+    SLURM is another one where it runs a job, and can't be pickled.
+    """
+    config: Any = copy.deepcopy(HydraConfig.instance().cfg)
+    with read_write(config.hydra), open_dict(config.hydra):
+        for plugin in ("launcher", "sweeper"):
+            config.hydra[plugin] = OmegaConf.to_container(config.hydra[plugin])
+    return config
+
+
 def _call(cfg: DictConfig) -> tuple[Any, ...]:
     """What a rank elsewhere calls, and its arguments."""
     from recipes.train import join  # which imports this module
 
-    return join, cfg, HydraConfig.instance().cfg, targets.allowed()
+    return join, cfg, hydra_config(), targets.allowed()
 
 
 def _asked(cfg: DictConfig) -> dict[str, Any]:

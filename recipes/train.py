@@ -10,6 +10,7 @@ Tab completion, ``--help`` and ``--cfg`` answer at once because torch and Lightn
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -37,6 +38,7 @@ from recipes import batches, fork_server, launchers, targets  # noqa: E402
 from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
 from recipes.sweep import job_process, resume  # noqa: E402
 from recipes.sweep.result import JobResult  # noqa: E402
+from recipes.sweep.running import hand_on, running  # noqa: E402
 
 log = logging.getLogger("recipes.train")
 
@@ -57,31 +59,37 @@ def train(cfg: DictConfig) -> float | None:
     """
     hydra_cfg = HydraConfig.get()
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    try:
-        if in_sweep and (before := _begin(cfg)) is not None:
-            return _optimized(cfg, before.metrics)
-        # once more: a launcher of Hydra's may have brought this to another process
-        with targets.allow(allowed_targets(hydra_cfg.overrides.task)):
-            metrics = _run(cfg)
-        if metrics is None:
-            return None
-        optimized = _optimized(cfg, metrics)
-    except Exception as error:
-        failure = _describe(error)
-        _save_result(cfg, failure.splitlines()[0], {})
-        if not in_sweep:
-            raise JobFailed(failure) from None
-        log.error("job %s failed: %s", hydra_cfg.job.num, failure)
-        return float("nan")
-    _save_result(cfg, None, metrics)
+    with contextlib.ExitStack() as stack:
+        try:
+            if in_sweep and (before := _begin(cfg, stack)) is not None:
+                return _optimized(cfg, before.metrics)
+            # once more: a launcher of Hydra's may have brought this to another process
+            with targets.allow(allowed_targets(hydra_cfg.overrides.task)):
+                metrics = _run(cfg)
+            if metrics is None:
+                hand_on(Path(hydra_cfg.runtime.output_dir))
+                return None
+            optimized = _optimized(cfg, metrics)
+        except Exception as error:
+            failure = _describe(error)
+            _save_result(cfg, failure.splitlines()[0], {})
+            if not in_sweep:
+                raise JobFailed(failure) from None
+            log.error("job %s failed: %s", hydra_cfg.job.num, failure)
+            return float("nan")
+        _save_result(cfg, None, metrics)
     return optimized
 
 
-def _begin(cfg: DictConfig) -> JobResult | None:
-    """A job of a sweep begins; the result of one that an earlier start of the sweep has done."""
+def _begin(cfg: DictConfig, stack: contextlib.ExitStack) -> JobResult | None:
+    """A job of a sweep begins, and runs until the stack unwinds; the result of one that an earlier start of the sweep
+    has done.
+    """
     overrides, directory = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir)
     try:
         done = resume.done_before(cfg, directory, overrides)
+        if done is None and _is_first_rank():
+            stack.enter_context(running(directory))
     except ConfigError as error:
         raise SystemExit(str(error)) from None  # of the whole sweep, and what lies there stays
     if done is not None:
@@ -164,8 +172,7 @@ def _start(cfg: DictConfig) -> dict[str, float]:
         result = _run_here(resolved)
         leave_process_group()
         return result
-    hydra_cfg = HydraConfig.instance().cfg
-    arguments = resolved, hydra_cfg, targets.allowed()
+    arguments = resolved, launchers.hydra_config(), targets.allowed()
     return launch(
         _run_rank,
         *arguments,

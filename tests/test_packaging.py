@@ -48,7 +48,7 @@ def foreign(folder: str) -> Iterator[tuple[str, str]]:
     ("folder", "extras"),
     [
         ("lightning_dist", ["timeline", "weights", "slurm", "ray", "tokens", "parquet"]),
-        ("recipes", ["recipes", "huggingface", "parquet", "medmnist", "benchmark", "optuna", "driving"]),
+        ("recipes", ["recipes", "huggingface", "parquet", "medmnist", "benchmark", "optuna", "driving", "slurm"]),
         ("tests", ["test"]),
     ],
 )

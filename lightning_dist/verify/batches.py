@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,20 +36,33 @@ class Recorded:
         batches: on the CPU.
         epochs: the epoch of each.
         length: batches of an epoch, where it has an end.
+        validation: batches of the validation after it, by loader.
     """
 
     batches: list[Any] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     length: float = float("inf")
+    validation: list[list[Any]] = field(default_factory=list)
 
     def loader(self) -> Any:
         """What gives them again, epoch by epoch."""
         return _Endless(self) if self.length == float("inf") else _Finite(self)
 
+    @property
+    def num_validation(self) -> list[int]:
+        """Batches of the validation, by loader."""
+        return [len(batches) for batches in self.validation]
+
+    def validation_loaders(self) -> Any:
+        """What gives the batches of the validation again."""
+        loaders = [_Listed(batches) for batches in self.validation]
+        return loaders[0] if len(loaders) == 1 else loaders
+
     def is_like(self, other: Recorded) -> bool:
         """Whether a step was given the same by both, epoch by epoch."""
         places = self.epochs == other.epochs and self.length == other.length
-        mine, theirs = deep_leaves(self.batches), deep_leaves(other.batches)
+        places = places and self.num_validation == other.num_validation
+        mine, theirs = (deep_leaves([one.batches, one.validation]) for one in (self, other))
         return places and len(mine) == len(theirs) and all(map(_is_same, mine, theirs))
 
 
@@ -68,8 +82,21 @@ class _Finite(_Endless):
         return int(self._recorded.length)
 
 
+class _Listed:
+    """Batches, as a loader: Lightning takes each item of a list for one."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
 class BatchRecorder(Callback):
-    """Writes down what the steps of this rank are given."""
+    """Writes down what the steps of this rank are given, in training and in validation."""
 
     def __init__(self) -> None:
         self.recorded = Recorded()
@@ -80,6 +107,14 @@ class BatchRecorder(Callback):
         self.recorded.epochs.append(trainer.current_epoch)
         self.recorded.batches.append(deep_map(batch, _kept))
 
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        validation = self.recorded.validation
+        validation.extend([] for _ in range(len(validation), dataloader_idx + 1))
+        validation[dataloader_idx].append(deep_map(batch, _kept))
+
 
 def _kept(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
@@ -88,7 +123,8 @@ def _kept(leaf: Any) -> Any:
 
 
 def give_again(recorded: Recorded, module: pl.LightningModule, data: Any) -> Any:
-    """The data of a fit whose steps are given what was recorded; hooks before and after the transfer have run then.
+    """The data of a fit, and of the validation after it, whose steps are given what was recorded; hooks before and
+    after the transfer have run then.
 
     Args:
         recorded: by a fit.
@@ -99,6 +135,8 @@ def give_again(recorded: Recorded, module: pl.LightningModule, data: Any) -> Any
     is_module = isinstance(data, pl.LightningDataModule)
     for owner in (module, data) if is_module else (module,):
         vars(owner).update(on_before_batch_transfer=_as_it_is, on_after_batch_transfer=_as_it_is)
+        if recorded.validation:
+            vars(owner)["val_dataloader"] = recorded.validation_loaders
     if not is_module:
         return loader
     vars(data)["train_dataloader"] = lambda: loader
@@ -126,6 +164,28 @@ def joined(of_ranks: list[Recorded]) -> Recorded:
     steps = zip(*(one.batches for one in of_ranks), strict=True)
     batches = [_joined_batch(step, list(parts)) for step, parts in enumerate(steps, 1)]
     return Recorded(batches, first.epochs, first.length)
+
+
+def interleaved(of_ranks: list[Recorded], num_batches: list[int]) -> list[list[Any]]:
+    """The batches of the validation of one process, by loader: evaluation deals out whole ones.
+
+    Args:
+        of_ranks: by data rank.
+        num_batches: that one process itself has, by loader. Where the ranks were given more, but fewer than one each,
+            those at the end are repeated by ranks that had none left.
+    """
+    dealt = []
+    for index in range(max(len(one.validation) for one in of_ranks)):
+        rounds = zip_longest(
+            *(one.validation[index] for one in of_ranks if index < len(one.validation)), fillvalue=_NONE
+        )
+        batches = [batch for dealt_at_once in rounds for batch in dealt_at_once if batch is not _NONE]
+        own = num_batches[index] if index < len(num_batches) else len(batches)
+        dealt.append(batches[:own] if len(batches) - own < len(of_ranks) else batches)
+    return dealt
+
+
+_NONE = object()
 
 
 def _joined_batch(step: int, parts: list[Any]) -> Any:

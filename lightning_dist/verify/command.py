@@ -30,8 +30,8 @@ def add_verify(commands: Any) -> None:
         "verify",
         help="train your own module some steps under layouts, and compare with one process",
         description="Trains a module some steps in one process and under each layout, on the same batches, and shows "
-        "losses, gradient norms, weights and logged values side by side. Where they differ it names the first module "
-        "whose output or gradient does. Starts its ranks itself. " + _STATUS,
+        "losses, gradient norms, weights, logged values and those of a validation side by side. Where they differ it "
+        "names the first module whose output or gradient does. Starts its ranks itself. " + _STATUS,
     )
     parser.add_argument(
         "what",
@@ -51,6 +51,8 @@ def add_verify(commands: Any) -> None:
         "the module's own loaders, or those of the recipe)",
     )
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="of the optimizer (default: 4)")
+    validation = "of each validation loader, after the steps; 0: none (default: 5)"
+    parser.add_argument("--validation-batches", type=int, default=5, metavar="N", help=validation)
     parser.add_argument("--seed", type=int, default=0, help="before the module is made (default: 0)")
     parser.add_argument("--precision", default="64-true", help="of the Trainer (default: 64-true)")
     parser.add_argument("--tolerance", type=float, metavar="X", help="relative difference that is rounding")
@@ -87,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         make_data,
         options.layouts,
         steps=options.steps,
+        validation_batches=options.validation_batches,
         seed=options.seed,
         precision=options.precision,
         tolerance=options.tolerance,

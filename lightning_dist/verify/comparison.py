@@ -1,4 +1,4 @@
-"""Losses, gradient norms, weights and logged values of a layout beside those of one process."""
+"""Losses, gradient norms, weights, logged values and a validation of a layout beside those of one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tolerance:
     """Relative differences that are rounding.
 
     Args:
-        numbers: of losses, gradients, logged values.
+        numbers: of losses, logged values and those of the validation; ten times that of gradients and buffers.
         weights: of weights after the last step. An optimizer divides gradients by their size, and so makes rounding
             of those that would be zero (of biases of keys, say) larger.
     """
@@ -52,7 +52,8 @@ class Comparison:
         bounds: of each kind.
         values: side by side.
         first_batch: where losses or gradients differ first; None where none do.
-        departure: of what was recorded in all steps: a weight's gradient, a weight, a logged value.
+        departure: of what was recorded in all steps: a weight's gradient, a weight, a buffer, a logged value; or after
+            them, a value of the validation.
     """
 
     differences: dict[str, Difference] = field(default_factory=dict)
@@ -69,13 +70,15 @@ class Comparison:
 
 def compare(records: Sequence[Record], one: Record, layout: Layout, tolerance: Tolerance) -> Comparison:
     """The records of all ranks, in their order, beside that of one process on the same batches."""
-    bounds = dict.fromkeys(("loss", "gradient norm", "logged values"), tolerance.numbers)
-    compared = Comparison(bounds={**bounds, "gradients": 10 * tolerance.numbers, "weights": tolerance.weights})
+    bounds = dict.fromkeys(("loss", "gradient norm", "logged values", "validation"), tolerance.numbers)
+    bounds |= dict.fromkeys(("gradients", "buffers"), 10 * tolerance.numbers)
+    compared = Comparison(bounds={**bounds, "weights": tolerance.weights})
     _compare_losses(compared, records, one, layout)
     gradients = _compare_gradients(compared, records, one)
     weights = _compare_weights(compared, records, one, tolerance)
     logged = _compare_logged(compared, records[0].logged, one.logged)
-    compared.departure = gradients or weights or logged
+    validated = None if one.validated is None else _compare_validation(compared, records, one)
+    compared.departure = gradients or weights or logged or validated
     return compared
 
 
@@ -177,22 +180,31 @@ def _compare_weights(
 ) -> Departure | None:
     expected: dict[str, Tensor] = one.load("weights")
     rounding = _of_rounding(one.squares, tolerance.numbers)
-    largest = max((float(w.double().norm()) for w in expected.values() if w.is_floating_point()), default=0.0)
-    departure, seen = None, set[str]()
+    floors = {
+        "weights": SMALL * _largest(expected[name] for name in expected.keys() - one.buffers),
+        "buffers": 1e-3 * _largest(expected[name] for name in expected.keys() & one.buffers),
+    }
+    departures, seen = dict[str, Departure](), set[str]()
     for rank, record in enumerate(records):
         weights: dict[str, Tensor] = record.load("weights")
         seen |= weights.keys()
         for name in [name for name in expected if name in weights]:
-            relative = 0.0 if name in rounding else _away(weights[name], expected[name], SMALL * largest)
-            told = f"{name} after the last step is another on rank {rank} than in one process"
-            _note(compared, "weights", relative, f"{told} (relative difference {relative:.1e})")
-            if not relative <= tolerance.weights and departure is None:
-                departure = Departure("weight", name, f"{told}, and no gradient departs", relative)
+            kind, what = ("buffers", "the buffer ") if name in one.buffers else ("weights", "")
+            relative = 0.0 if name in rounding else _away(weights[name], expected[name], floors[kind])
+            told = f"{what}{name} after the last step is another on rank {rank} than in one process"
+            _note(compared, kind, relative, f"{told} (relative difference {relative:.1e})")
+            if not relative <= compared.bounds[kind] and kind not in departures:
+                departures[kind] = Departure(kind.removesuffix("s"), name, f"{told}, and no gradient departs", relative)
     if names := sorted(seen ^ expected.keys()):
         told = f"the weights are others than in one process: {', '.join(names[:3])}"
         _note(compared, "weights", math.inf, told)
-        departure = departure or Departure("weight", names[0], told, math.inf)
-    return departure
+        departures.setdefault("weights", Departure("weight", names[0], told, math.inf))
+    return departures.get("weights") or departures.get("buffers")
+
+
+def _largest(weights: Iterable[Tensor]) -> float:
+    """The largest norm."""
+    return max((float(w.double().norm()) for w in weights if w.is_floating_point()), default=0.0)
 
 
 def _of_rounding(steps: Iterable[Pieces], tolerance: float) -> set[str]:
@@ -216,6 +228,14 @@ def _away(mine: Tensor, whole: Tensor, floor: float) -> float:
     return float(away.norm()) / max(float(whole.double().norm()), floor, TINY) if same else math.inf
 
 
+def _apart(value: float, other: float, floor: float) -> float:
+    """The relative difference of numbers; infinite where one is none, or no number."""
+    if value == other or (value != value and other != other):
+        return 0.0
+    away = abs(value - other) / max(abs(other), floor, TINY)
+    return away if math.isfinite(away) else math.inf
+
+
 Logged = Mapping[str, Mapping[int, float]]
 
 
@@ -226,8 +246,7 @@ def _compare_logged(compared: Comparison, mine: Logged, expected: Logged) -> Dep
         scale = max((abs(value) for value in steps.values() if math.isfinite(value)), default=0.0)
         for step in sorted(steps.keys() | mine.get(name, {}).keys()):
             value, other = mine.get(name, {}).get(step, math.nan), steps.get(step, math.nan)
-            away = 0.0 if value == other or (value != value and other != other) else abs(value - other)
-            relative = away / max(abs(other), 1e-3 * scale, TINY)
+            relative = _apart(value, other, 1e-3 * scale)
             told = f"the logged {name} (step {step}) is {value:.8g}, of one process {other:.8g}"
             _note(compared, "logged values", relative, told)
             if not relative <= compared.bounds["logged values"] and departure is None:
@@ -236,3 +255,48 @@ def _compare_logged(compared: Comparison, mine: Logged, expected: Logged) -> Dep
             last = max(steps)
             compared.values[f"{name}"] = mine.get(name, {}).get(last, math.nan), steps[last]
     return departure
+
+
+def _compare_validation(compared: Comparison, records: Sequence[Record], one: Record) -> Departure | None:
+    """What was logged over all batches, on each rank; and whether weights that one process leaves alone are changed."""
+    found, expected = list[Departure](), one.validated or {}
+    scale = max((abs(value) for value in expected.values() if math.isfinite(value)), default=0.0)
+    floor = 1e-3 * min(1.0, scale)  # one that counts samples hides no loss
+    for rank, record in enumerate(records):
+        mine = record.validated or {}
+        for name in [*expected, *(mine.keys() - expected.keys())]:
+            value, other = mine.get(name, math.nan), expected.get(name, math.nan)
+            relative = _apart(value, other, floor)
+            on_rank = f" on rank {rank}" if rank else ""
+            told = f"the validation's {name} is {value:.8g}{on_rank}, of one process {other:.8g}"
+            compared.values.setdefault(f"validation, {name}", (value, other))
+            found += _note_validation(compared, name, relative, told)
+    changed: dict[str, Tensor] = one.load("changed")
+    for rank, record in enumerate(records):
+        here: dict[str, Tensor] = record.load("changed")
+        held: dict[str, Tensor] = record.load("weights")
+        for name in sorted(here.keys() | (changed.keys() & held.keys())):
+            in_both = name in here and name in changed
+            relative = _away(here[name], changed[name], 0.0) if in_both else math.inf
+            verb = "sets another" if in_both else "changes" if name in here else "leaves alone"
+            told = f"the validation {verb} {name} on rank {rank}, unlike in one process"
+            found += _note_validation(compared, name, relative, told)
+    return found[0] if found else None
+
+
+def _note_validation(compared: Comparison, name: str, relative: float, told: str) -> list[Departure]:
+    """What departs, if it does."""
+    _note(compared, "validation", relative, told)
+    is_rounding = relative <= compared.bounds["validation"]
+    return [] if is_rounding else [Departure("validation value", name, told, relative)]
+
+
+def note_batches(compared: Comparison, given: Sequence[int], own: Sequence[int]) -> None:
+    """Whether the ranks together were given as many batches of the validation, by loader, as one process has."""
+    for index, expected in enumerate(own):
+        number = given[index] if index < len(given) else 0
+        if number < expected:
+            which = f" of loader {index + 1}" if len(own) > 1 else ""
+            told = f"the ranks validated on {number} batches{which}, one process on {expected}"
+            departures = _note_validation(compared, "validation batches", 1 - number / expected, told)
+            compared.departure = compared.departure or departures[0]

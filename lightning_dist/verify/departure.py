@@ -25,8 +25,8 @@ class Departure:
     """Where the numbers depart.
 
     Args:
-        kind: of what departs: ``"output"``, ``"gradient"``, ``"weight gradient"``, ``"weight"``, ``"logged value"``,
-            or ``"loss"``.
+        kind: of what departs: ``"output"``, ``"gradient"``, ``"weight gradient"``, ``"weight"``, ``"buffer"``,
+            ``"logged value"``, ``"validation value"``, or ``"loss"``.
         name: of the module, the weight or the value.
         sentence: what is seen there.
         relative: difference.

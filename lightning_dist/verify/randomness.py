@@ -78,6 +78,17 @@ class StepWatch(Callback):
     @override
     def on_train_batch_end(self, *_: Any) -> None:
         self._mode.__exit__(None, None, None)
+        self._note_draws()
+
+    @override
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._state = _random_states()
+
+    @override
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._note_draws()
+
+    def _note_draws(self) -> None:
         self.draws |= not all(map(torch.equal, self._state, _random_states()))
 
 

@@ -61,6 +61,7 @@ class Verification:
         tolerance: relative difference of numbers that is rounding.
         notes: what the comparison did, or has to be read with; a sentence each.
         results: by layout, in the order in which they were asked for.
+        validation_batches: of one process, of all loaders; 0 where there was no validation.
     """
 
     steps: int
@@ -68,6 +69,7 @@ class Verification:
     tolerance: float
     notes: list[str]
     results: list[LayoutResult] = field(default_factory=list)
+    validation_batches: int = 0
 
     def __getitem__(self, layout: str) -> LayoutResult:
         """The result of a layout, as it was asked for; a KeyError for another."""
@@ -93,16 +95,18 @@ class Verification:
         return Group(*parts, *(Text(f"note: {note}") for note in self.notes))
 
     def _verdicts(self) -> Table:
-        title = f"{self.steps} steps beside one process, {self.precision}; rounding is {self.tolerance:.0e}"
+        validated = f" and {self.validation_batches} validation batches" if self.validation_batches else ""
+        title = f"{self.steps} steps{validated} beside one process, {self.precision}; rounding is {self.tolerance:.0e}"
         table = Table(title=title, title_justify="left")
         table.add_column("layout", no_wrap=True)
         table.add_column("")
-        for kind in _KINDS:
+        kinds = [kind for kind in _KINDS if kind in _ALWAYS or any(kind in r.differences for r in self.results)]
+        for kind in kinds:
             table.add_column(kind, justify="right")
         table.add_column("what was found", overflow="fold", ratio=1)
         table.add_column("s", justify="right")
         for result in self.results:
-            away = (f"{result.differences[k]:.0e}" if k in result.differences else "" for k in _KINDS)
+            away = (f"{result.differences[k]:.0e}" if k in result.differences else "" for k in kinds)
             status = f"[{_STYLES[result.status]}]{result.status}[/]"
             told = "" if result.status == "same" else escape(result.sentence)
             table.add_row(escape(result.layout), status, *away, told, f"{result.seconds:.1f}")
@@ -121,7 +125,8 @@ class Verification:
             yield table
 
 
-_KINDS = ("loss", "gradient norm", "weights", "logged values")
+_ALWAYS = ("loss", "gradient norm", "weights", "logged values")
+_KINDS = ("loss", "gradient norm", "weights", "buffers", "logged values", "validation")
 
 
 def _plain(value: Any) -> Any:

@@ -55,6 +55,7 @@ class Job:
         folder: where ranks leave tensors.
         batches: a file of what the steps are given, in place of the data's own.
         looked_at: the batch, by number, whose activations are left too.
+        validation_batches: of each loader, after the steps; batches that are given are all taken.
     """
 
     make_module: Callable[[], pl.LightningModule]
@@ -69,6 +70,7 @@ class Job:
     folder: Path
     batches: Path | None = None
     looked_at: int | None = None
+    validation_batches: int = 0
 
 
 Pieces = dict[str, dict[Piece, float]]
@@ -87,7 +89,10 @@ class Record:
         draws: a step drew random numbers though dropout was off.
         coarsest: dtype of fewest bits in which something was computed.
         dropouts: names of dropout that was switched off.
-        files: by what they have: ``"weights"``, ``"batches"``, ``"activations"``.
+        buffers: names of those among the weights.
+        validated: what the validation logged, by name; None where there was none.
+        files: by what they have: ``"weights"``, ``"batches"``, ``"activations"``, and in ``"changed"`` the weights that
+            the validation changed.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
@@ -97,6 +102,8 @@ class Record:
     draws: bool = False
     coarsest: torch.dtype = torch.float64
     dropouts: set[str] = field(default_factory=set)
+    buffers: set[str] = field(default_factory=set)
+    validated: dict[str, float] | None = None
     files: dict[str, Path] = field(default_factory=dict)
 
     def load(self, what: str) -> Any:
@@ -162,7 +169,8 @@ def train(job: Job) -> Record:
         if job.layout is None:
             raise CheckFailed(_where_it_failed(error), {"users": True}) from error
         if is_refusal(error):
-            raise CheckFailed(" ".join(str(error).split()), {"refused": True}) from error
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            raise CheckFailed(" ".join(str(error).split()) + notes, {"refused": True}) from error
         raise
 
 
@@ -185,10 +193,14 @@ def _train(job: Job) -> Record:
         trainer.fit(module, data)
     record = watch.record
     record.logged = {**_at_the_end(trainer), **logged.values}
-    record.draws, record.coarsest, record.dropouts = step_watch.draws, step_watch.coarsest, dropout.found
+    record.buffers = {name for name, _ in module.named_buffers()}
     left: dict[str, Any] = {"weights": _weights(module), "batches": recorder.recorded}
     if looking:
         left["activations"] = looking[0].recorded
+    elif job.validation_batches and all(_parts_of_validation(module, data)):
+        record.validated = _validate(job, trainer, module, data)
+        left["changed"] = _changed(left["weights"], _weights(module))
+    record.draws, record.coarsest, record.dropouts = step_watch.draws, step_watch.coarsest, dropout.found
     for what, value in left.items():
         record.files[what] = job.folder / f"{what}-{rank}.pt"
         torch.save(value, record.files[what])
@@ -203,6 +215,37 @@ def _data(job: Job, module: pl.LightningModule) -> Any:
         return data
     recorded: Recorded = torch.load(job.batches, weights_only=False)
     return give_again(recorded, module, data)
+
+
+def _parts_of_validation(module: pl.LightningModule, data: Any) -> tuple[bool, bool]:
+    """Whether there is a step, and a loader for it."""
+    holders = [module, data] if isinstance(data, pl.LightningDataModule) else [module]
+    return is_overridden("validation_step", module), any(is_overridden("val_dataloader", holder) for holder in holders)
+
+
+def _validate(job: Job, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
+    """Validates, and returns what is logged over all batches; single steps of ranks are of other batches."""
+    trainer.limit_val_batches = job.validation_batches if job.batches is None else 1.0
+    try:
+        trainer.validate(module, verbose=False, datamodule=data if isinstance(data, pl.LightningDataModule) else None)
+    except Exception as error:
+        error.add_note(_IN_VALIDATION)
+        raise
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in logged.items() if not _has_value_of_epoch(name, logged)}
+
+
+def _has_value_of_epoch(name: str, logged: Mapping[str, float]) -> bool:
+    """Whether this is of a step, beside which the value of the epoch is logged (``on_step=True, on_epoch=True``)."""
+    head, _, last = name.rpartition("_")
+    return "_".join((head if last == "step" else name, "epoch")) in logged
+
+
+_IN_VALIDATION = "in the validation after the steps; --validation-batches 0 leaves it out"
+
+
+def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
 
 
 def _weights(module: pl.LightningModule) -> dict[str, Tensor]:
@@ -267,7 +310,9 @@ def _where_it_failed(error: Exception) -> str:
     users = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
     frame = (users or list(frames))[-1]
     first_line = str(error).strip().partition("\n")[0]
+    does = "validate" if _IN_VALIDATION in getattr(error, "__notes__", ()) else "train"
+    without = "; leave it out with --validation-batches 0" if does == "validate" else ""
     return (
-        f"the module does not train in one process, so there is nothing to compare: {type(error).__name__}: "
-        f"{first_line} ({frame.filename}:{frame.lineno}, in {frame.name})"
+        f"the module does not {does} in one process, so there is nothing to compare: {type(error).__name__}: "
+        f"{first_line} ({frame.filename}:{frame.lineno}, in {frame.name}){without}"
     )

@@ -13,12 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_dist.doctor.parity import Difference
 from lightning_dist.doctor.ranks import run_ranks
 from lightning_dist.doctor.results import CheckFailed
 from lightning_dist.doctor.settings import Settings, usable_accelerators
 from lightning_dist.layout import REST, Layout
-from lightning_dist.verify.batches import Recorded, joined
-from lightning_dist.verify.comparison import Comparison, Tolerance, compare
+from lightning_dist.verify.batches import Recorded, interleaved, joined
+from lightning_dist.verify.comparison import Comparison, Tolerance, compare, note_batches
 from lightning_dist.verify.departure import Departure, first_departure
 from lightning_dist.verify.results import LayoutResult, Verification
 from lightning_dist.verify.training import Job, Record, train
@@ -35,6 +36,7 @@ def verify(
     layouts: Iterable[str | Layout | Mapping[str, int]] = (),
     *,
     steps: int = 4,
+    validation_batches: int = 5,
     seed: int = 0,
     precision: Any = "64-true",
     tolerance: float | None = None,
@@ -44,7 +46,8 @@ def verify(
     strategy: Mapping[str, Any] | None = None,
     on_begin: Callable[[Verification, str], None] = lambda found, layout: None,
 ) -> Verification:
-    """Trains a module for some steps in one process and under layouts, on the same batches, and compares.
+    """Trains a module for some steps in one process and under layouts, on the same batches, validates it where it has a
+    ``validation_step`` and a loader for it, and compares.
 
     Ranks are processes on this machine, on accelerators where there are enough for every layout, else on the CPU; all
     have ended when this returns. Dropout is switched off. A script that calls this needs
@@ -56,6 +59,8 @@ def verify(
         make_data: makes a LightningDataModule, or a loader; likewise. None for the module's own loaders.
         layouts: degrees by axis, such as ``"dp_shard=2,tp=2"``.
         steps: of the optimizer.
+        validation_batches: of each validation loader, after the steps; 0 for none. Ranks share them, so a number that
+            no number of ranks divides lets some run out before others.
         seed: before the module is made.
         precision: of the Trainer. ``"64-true"`` tells rounding from a fault best.
         tolerance: relative difference that is rounding; by default that of the coarsest dtype in which something that
@@ -70,6 +75,8 @@ def verify(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; there is nothing to compare without one")
+    if validation_batches < 0:
+        raise ValueError(f"validation_batches is {validation_batches}; give how many there are to be, or 0 for none")
     asked = [layout if isinstance(layout, str) else _resolved(layout) for layout in layouts]
     named = {str(layout): _resolved(layout) for layout in asked}
     if not named:
@@ -79,8 +86,12 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="lightning_dist-verify-") as folder:
         more = dict(trainer or {}), dict(strategy or {})
         job = Job(make_module, make_data, None, steps, seed, precision, device_type, *more, Path(folder))
+        job = replace(job, validation_batches=validation_batches)
         run = _Run(job, timeout, tolerance)
-        found = Verification(steps, str(precision), run.tolerance.numbers, run.notes())
+        num_validation = sum(run.own_batches.num_validation)
+        found = Verification(
+            steps, str(precision), run.tolerance.numbers, run.notes(), validation_batches=num_validation
+        )
         for name, layout in named.items():
             on_begin(found, name)
             found.results.append(run.result(name, layout))
@@ -134,7 +145,8 @@ class _Run:
             raise ValueError(failed.reason) from None
         if not any(self.own.squares):
             raise ValueError("no step of the module in one process has gradients, so there is nothing to compare")
-        self._references.append((self.own.load("batches"), self.own))
+        self.own_batches: Recorded = self.own.load("batches")
+        self._references.append((self.own_batches, self.own))
 
     @property
     def tolerance(self) -> Tolerance:
@@ -172,11 +184,14 @@ class _Run:
         batches = self._joined(records, layout)
         one = self._reference(batches)
         compared = compare(records, one, layout, self.tolerance)
+        note_batches(compared, batches.num_validation, self.own_batches.num_validation)
         num_data_ranks = layout.num_data_ranks
         differences = {kind: d.relative for kind, d in compared.differences.items()}
         if not compared.wrong:
             worst = max(differences.values(), default=0.0)
-            told = f"losses, gradients, weights and logged values of one process; largest difference {worst:.1e}"
+            validated = "" if one.validated is None else ", and its validation"
+            told = f"losses, gradients, weights and logged values of one process{validated}; "
+            told += f"largest difference {worst:.1e}"
             return LayoutResult(name, "same", told, num_data_ranks, differences, compared.values)
         departure = self._departure(layout, compared)
         told = "; ".join(part for part in (departure and departure.sentence, _told(compared, departure)) if part)
@@ -186,7 +201,7 @@ class _Run:
         """The first module; where no activation departs, or none can be looked at, what the comparison found."""
         if compared.first_batch is None:
             return compared.departure
-        looking = replace(self.job, layout=layout, looked_at=compared.first_batch)
+        looking = replace(self.job, layout=layout, looked_at=compared.first_batch, validation_batches=0)
         try:
             records = self._train(looking)
             path = self._saved(self._joined(records, layout))
@@ -204,10 +219,12 @@ class _Run:
                 of_data[layout.data_rank(rank)] = record.load("batches")
         if not all(recorded.batches for recorded in of_data.values()):
             raise _Refused("a data rank was given no batch, so there is nothing to compare; give more data")
+        of_ranks = [recorded for _, recorded in sorted(of_data.items(), key=lambda pair: pair[0])]
         try:
-            return joined([recorded for _, recorded in sorted(of_data.items(), key=lambda pair: pair[0])])
+            training = joined(of_ranks)
         except ValueError as error:
             raise _Refused(str(error)) from None
+        return replace(training, validation=interleaved(of_ranks, self.own_batches.num_validation))
 
     def _reference(self, batches: Recorded) -> Record:
         for known, record in self._references:
@@ -256,7 +273,13 @@ def _whole_lines(trace: str) -> str:
 
 
 def _told(compared: Comparison, departure: Departure | None) -> str:
-    """The first number that differs, unless it is what departs."""
-    wrong = compared.wrong[0]
-    same = departure is not None and wrong.sentence == departure.sentence
-    return "" if same else f"{wrong.sentence} (relative difference {wrong.relative:.1e})"
+    """The first number that differs, and the buffer that differs most, which no weight hides; unless they depart."""
+    first, *others = compared.wrong
+    told = [first, *(wrong for wrong in others if wrong.kind == "buffers")]
+    known = "" if departure is None else departure.sentence
+    return "; ".join(_with_size(wrong) for wrong in told if not known.startswith(wrong.sentence))
+
+
+def _with_size(wrong: Difference) -> str:
+    size = f"(relative difference {wrong.relative:.1e})"
+    return wrong.sentence if wrong.sentence.endswith(size) else f"{wrong.sentence} {size}"

@@ -1,4 +1,4 @@
-"""What a sweep does when all its jobs have ended: a table in the terminal, ``sweep.csv`` and ``report.html``."""
+"""What a sweep leaves in its directory, ``sweep.csv`` and ``report.html``, and at its end in the terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from recipes.sweep.jobs import Jobs
+from recipes.sweep.live import Live
+from recipes.sweep.submitted import is_by_submitit, survive_killed_jobs
 from recipes.sweep.table import print_table, write_csv
 
 log = logging.getLogger("recipes.train")
@@ -19,35 +21,54 @@ CSV, REPORT = "sweep.csv", "report.html"
 
 
 class SweepTable(Callback):
-    """Prints a table of all jobs when a sweep ends, writes ``sweep.csv`` and ``report.html`` to its directory, and
-    exits with status 1 if any of them failed.
+    """Writes ``sweep.csv`` and ``report.html`` to the directory of a sweep whenever a job has begun or ended, and when
+    the sweep is interrupted. At its end prints a table of all jobs, and exits with status 1 if any of them failed.
 
     It reads the directories of the jobs, so it doesn't matter which Hydra launcher ran them.
     """
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Some launchers send this to where a job runs, which writes no page."""
+        return {"_live": None}
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begins to write."""
+        directory = Path(config.hydra.sweep.dir).absolute()
+        self._live = Live(directory, lambda: _write(Jobs.read([directory]), directory))
+        self._live.start()
+        if is_by_submitit(config):
+            survive_killed_jobs(directory)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints and writes.
 
         Raises:
-            SystemExit: a job failed.
+            SystemExit: a job failed, or did not come to its end.
         """
+        if self._live is not None:
+            self._live.stop()
         directory = Path(config.hydra.sweep.dir)
         jobs = Jobs.read([directory])
         console = Console()
         print_table(jobs, console)
-        write_csv(jobs, directory / CSV)
-        _report(jobs, directory / REPORT, console)
-        if jobs.failed:
-            told = f"{len(jobs.failed)} of {len(jobs.all)} jobs failed; their logs are in {directory}"
-            console.print(told, highlight=False, soft_wrap=True)
+        try:
+            _write(jobs, directory)
+            console.print(f"{directory / REPORT} shows them", highlight=False, soft_wrap=True)
+        except ImportError as error:
+            log.warning("no %s: %s", REPORT, error)
+        wrong = {state: len(jobs.of_state(state)) for state in ("failed", "interrupted")}
+        if any(wrong.values()):
+            told = " and ".join(f"{count} of {len(jobs.all)} jobs {state}" for state, count in wrong.items() if count)
+            console.print(f"{told}; their logs are in {directory}", highlight=False, soft_wrap=True)
             raise SystemExit(1)
 
 
-def _report(jobs: Jobs, file: Path, console: Console) -> None:
+def _write(jobs: Jobs, directory: Path) -> None:
+    """Both files; an ImportError, after the first of them, where what the page needs is missing."""
     from recipes.sweep.report import write_report  # slow to import
 
-    try:
-        write_report(jobs, file)
-        console.print(f"{file} shows them", highlight=False, soft_wrap=True)
-    except ImportError as error:
-        log.warning("no %s: %s", file.name, error)
+    write_csv(jobs, directory / CSV)
+    write_report(jobs, directory / REPORT)

@@ -15,6 +15,10 @@ from omegaconf import OmegaConf
 
 from recipes.sweep.metric import Metric, find_metric
 from recipes.sweep.result import NOT_ENDED, RESULT, JobResult
+from recipes.sweep.running import is_running
+
+STATES = ("done", "failed", "interrupted", "running", "not ended")
+"""Of a job. ``not ended`` is one that was handed on (submitted, say), so that nobody here sees whether it runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +45,12 @@ class Job:
         """The first line of what went wrong; None for a job that came to its end."""
         return self.result.error
 
-    @property
+    @cached_property
     def state(self) -> str:
-        """``done``, ``failed`` or ``not ended``."""
-        return {None: "done", NOT_ENDED: "not ended"}.get(self.error, "failed")
+        """One of :data:`STATES`, when it was first asked for."""
+        if self.error != NOT_ENDED:
+            return "failed" if self.error else "done"
+        return {True: "running", False: "interrupted", None: "not ended"}[is_running(self.directory)]
 
     @cached_property
     def values(self) -> dict[str, str]:
@@ -98,10 +104,14 @@ class Jobs:
         """Best first; then those without a value, then those that failed."""
         return sorted(self.all, key=self._place)
 
+    def of_state(self, state: str) -> list[Job]:
+        """Those in one of :data:`STATES`."""
+        return [job for job in self.all if job.state == state]
+
     @property
     def failed(self) -> list[Job]:
         """Those that ended with an error."""
-        return [job for job in self.all if job.state == "failed"]
+        return self.of_state("failed")
 
     @property
     def best(self) -> Job | None:

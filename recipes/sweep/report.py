@@ -14,8 +14,8 @@ from typing import Any
 
 from recipes.sweep.curves import Point, is_curve, read_curves, thin_out
 from recipes.sweep.importance import importance, is_number
-from recipes.sweep.jobs import Job, Jobs, short_names
-from recipes.sweep.table import digits, metrics_shown
+from recipes.sweep.jobs import STATES, Job, Jobs, short_names
+from recipes.sweep.table import digits, metrics_shown, replaced
 
 PAGE = Path(__file__).parent / "page"
 
@@ -41,6 +41,7 @@ def write_report(jobs: Jobs, file: Path) -> None:
     environment.filters["digits"] = digits
     page = environment.get_template("report.html").render(
         jobs=jobs,
+        states=STATES,
         names=short_names(jobs.keys),
         metrics=metrics_shown(jobs),
         labels={job: jobs.label(job) for job in jobs.all},
@@ -53,9 +54,8 @@ def write_report(jobs: Jobs, file: Path) -> None:
         style=(PAGE / "report.css").read_text(),
         script=(PAGE / "report.js").read_text(),
     )
-    new = file.with_name(f".{file.name}")
-    new.write_text(page, encoding="utf-8")
-    new.replace(file)
+    with replaced(file) as new:
+        new.write_text(page, encoding="utf-8")
 
 
 STOPS = ((0, 109, 219), (0, 158, 140), (224, 146, 8), (214, 69, 65))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -76,11 +79,23 @@ def digits(value: float | None) -> str:
 def write_csv(jobs: Jobs, file: Path) -> None:
     """A row for each job, best first: where it is, what differs, how it ended, and all that it measured."""
     metrics = list(dict.fromkeys(name for job in jobs.all for name in job.result.metrics))
-    with file.open("w", newline="") as lines:
+    with replaced(file) as new, new.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)
         sweeps = ["sweep"] if len(jobs.sweeps) > 1 else []
-        writer.writerow([*sweeps, "job", *jobs.keys, "error", *metrics])
+        writer.writerow([*sweeps, "job", *jobs.keys, "state", "error", *metrics])
         for job in jobs.ranked:
             values = [job.values.get(key, "") for key in jobs.keys]
             measured = [job.result.metrics.get(metric, "") for metric in metrics]
-            writer.writerow([*([str(job.sweep)] if sweeps else []), job.name, *values, job.error or "", *measured])
+            ended = job.state, job.error or ""
+            writer.writerow([*([str(job.sweep)] if sweeps else []), job.name, *values, *ended, *measured])
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A file of this process, which takes the place of another when it is whole: others may write that one too."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield new
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import dataclass
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.conf import ConfigSourceInfo
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightning_dist import elastic
-from recipes import fork_server, targets, train
+from recipes import fork_server, launchers, targets, train
 from recipes.config_errors import ConfigError
 from tests.launch.commands import ROOT
 
@@ -47,6 +50,25 @@ def composed(monkeypatch):
 def test_what_cannot_be_is_told(overrides: list[str], told: str, composed):
     with pytest.raises(ConfigError, match=told):
         train._run(composed(*overrides))
+
+
+def test_what_a_plugin_of_hydra_adds_is_plain_for_ranks(composed):
+    """A class of a launcher is another one within its job, where it can't be pickled."""
+
+    @dataclass
+    class Queue:
+        _target_: str = "a.Launcher"
+        folder: str = "${hydra.sweep.dir}/.queue"
+
+    composed("hydra.sweep.dir=/sweep")
+    with read_write(HydraConfig.instance().cfg.hydra):
+        HydraConfig.instance().cfg.hydra.launcher = OmegaConf.structured(Queue)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(HydraConfig.instance().cfg)
+
+    arrived = pickle.loads(pickle.dumps(launchers.hydra_config()))
+    assert arrived.hydra.launcher == {"_target_": "a.Launcher", "folder": "/sweep/.queue"}
+    assert arrived.hydra.runtime.output_dir == "/nowhere"
 
 
 def test_a_config_of_this_machine_is_not_for_pods(composed):

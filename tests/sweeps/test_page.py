@@ -11,6 +11,8 @@ import pytest
 
 from recipes.sweep.jobs import Jobs
 from recipes.sweep.report import write_report
+from recipes.sweep.result import NOT_ENDED
+from recipes.sweep.running import LOCK, running
 from tests.sweeps.leavings import leave_grid, leave_job
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
@@ -121,6 +123,25 @@ def test_little_is_shown_too(what: str, page: Any, tmp_path: Path):
     assert lines(page, "over-steps").count() == {"one": 1, "failed": 2, "no-curves": 0}[what]
     told = {"one": "no key differs between the jobs", "failed": "no job has a value", "no-curves": "2 of the jobs"}
     assert told[what] in page.locator("body").inner_text()
+
+
+def test_what_runs_and_what_was_interrupted_is_told(page: Any, tmp_path: Path):
+    sweep = tmp_path / "sweep"
+    leave_job(sweep, 0, ["seed=0"], loss=1.0, curve=[2, 1])
+    for job in (1, 2, 3):
+        leave_job(sweep, job, [f"seed={job}"], error=NOT_ENDED, curve=[3, 2])
+    (sweep / "2" / LOCK).touch()  # left by a process that is gone
+    with running(sweep / "1"):
+        show(page, tmp_path / "report.html", sweep)
+
+    told = page.locator("header").inner_text()
+    assert "4 jobs: 1 done, 1 interrupted, 1 running, 1 not ended." in told
+    assert "load the page anew" in told
+    assert page.locator("tr.job .state").all_inner_texts() == ["done", "running", "interrupted", "not ended"]
+    assert lines(page, "over-steps").count() == 4
+    show(page, tmp_path / "report.html", sweep)
+    assert "2 interrupted" in page.locator("header").inner_text()
+    assert "load the page anew" not in page.locator("header").inner_text()
 
 
 def test_sweeps_are_shown_side_by_side(page: Any, grid: Path, tmp_path: Path):

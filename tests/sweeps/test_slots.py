@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dist.elastic.signals import REQUEUE_STATUS
 from recipes.config_errors import ConfigError
 from recipes.sweep.curves import read_curves
 from recipes.sweep.jobs import Jobs
@@ -58,10 +59,24 @@ def test_jobs_run_in_processes_of_their_own_that_end(three):
     assert running(pids) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, slow(signal.SIGINT), slow(signal.SIGTERM)])
-def test_a_sweep_that_was_ended_goes_on_and_each_job_is_done_once(how: signal.Signals, tmp_path: Path):
+ONE_BY_ONE = ()
+
+
+@pytest.mark.parametrize(
+    ("how", "launcher"),
+    [
+        (signal.SIGKILL, SLOTS),
+        slow(signal.SIGINT, SLOTS),
+        slow(signal.SIGTERM, SLOTS),
+        slow(signal.SIGTERM, ONE_BY_ONE),
+        slow(signal.SIGKILL, ONE_BY_ONE),
+    ],
+)
+def test_a_sweep_that_was_ended_goes_on_and_each_job_is_done_once(
+    how: signal.Signals, launcher: tuple[str, ...], tmp_path: Path
+):
     steps = "trainer.max_epochs=4", "+recipe.pause=0.15", "trainer.limit_train_batches=6"
-    asked = sweep(*SLOTS, "seed=0,1,2", *steps, directory=tmp_path / "sweep", notes=tmp_path / "notes")
+    asked = sweep(*launcher, "seed=0,1,2", *steps, directory=tmp_path / "sweep", notes=tmp_path / "notes")
     first = subprocess.Popen(asked, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     third = tmp_path / "sweep" / "2" / "checkpoints" / "last.ckpt"
     wait_for(third.exists)  # the jobs before it have ended, or one of them runs
@@ -69,10 +84,18 @@ def test_a_sweep_that_was_ended_goes_on_and_each_job_is_done_once(how: signal.Si
     first.send_signal(how)
     first.wait(60)
     pids = [int(note.name.rpartition("-")[2]) for note in (tmp_path / "notes").iterdir()]
-    wait_for(lambda: running(pids) == [])
-    assert first.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
+    wait_for(lambda: running(pids) == [] and not Jobs.read([tmp_path / "sweep"]).of_state("running"))
+    terminated = 143 if launcher else REQUEUE_STATUS  # that of the run itself, which says that another goes on
+    assert first.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: terminated}[how]
     assert done
-    assert "not ended" in {job.state for job in Jobs.read([tmp_path / "sweep"]).all}
+    jobs = {job.name: job.state for job in Jobs.read([tmp_path / "sweep"]).all}
+    assert jobs["2"] == "interrupted"
+    assert set(jobs.values()) == {"done", "interrupted"}
+    page = tmp_path / "sweep" / "report.html"
+    if how != signal.SIGKILL:
+        told = {row["job"]: row["state"] for row in csv.DictReader((tmp_path / "sweep" / "sweep.csv").open())}
+        assert told == jobs
+        assert f"{list(jobs.values()).count('interrupted')} interrupted" in page.read_text()
 
     written = {job: (tmp_path / "sweep" / job / "result.json").stat().st_mtime_ns for job in done}
     again = run(asked)
@@ -85,6 +108,9 @@ def test_a_sweep_that_was_ended_goes_on_and_each_job_is_done_once(how: signal.Si
     assert first_step == 0
     assert second_step >= 6
     assert all(result(tmp_path / "sweep" / job)["error"] is None for job in "012")
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert sorted(row["job"] for row in rows) == ["0", "1", "2"]
+    assert "3 done" in page.read_text()
     steps_logged = [point.step for point in read_curves(tmp_path / "sweep" / "2")["train/loss"]]
     assert steps_logged == list(range(24))
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_dist.data import DistributedBatches
 from lightning_dist.parallel.fsdp import FSDPRunner
 from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
 from lightning_dist.parallel.tensor.region import Region
@@ -106,6 +107,55 @@ class Augments(Reader):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         batch["tokens"] = (batch["tokens"] + torch.randint_like(batch["tokens"], 5)) % TOKENS
         return batch
+
+
+class Validated(Reader):
+    """Validates on 18 samples, four in a batch: the last of five has two."""
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+        self.log("val_weight", batch["weight"].mean(), on_step=True, on_epoch=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Sentences(18), 4, shuffle=True, collate_fn=collate)
+
+
+class AveragesByHand(Validated):
+    """Its validation is the mean of its own batches, of which ranks have other numbers."""
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.means = [] if batch_idx == 0 else self.means
+        self.means.append(self.loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_mean", torch.stack(self.means).mean())
+
+
+class ChangesInValidation(Validated):
+    """A rank changes a weight when it has validated."""
+
+    def on_validation_end(self) -> None:
+        if os.environ.get("RANK") == "1":
+            self.network.head.bias.data.add_(1.0)
+
+
+class NeedsLabels(Validated):
+    """Its validation asks for what batches have not."""
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val_loss", batch["labels"].mean())
+
+
+class KeepsAStatistic(Reader):
+    """A buffer follows the samples of the rank, and no gradient depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("followed", torch.zeros(WIDTH))
+
+    def training_step(self, batch: dict[str, Any]) -> Tensor:
+        self.followed.lerp_(self.network.embedding(batch["tokens"]).detach().mean(dim=(0, 1)), 0.1)
+        return super().training_step(batch)
 
 
 class Breaks(Reader):
@@ -218,6 +268,12 @@ def summed_over_ranks() -> L.LightningModule:
     of_runner = FSDPRunner.__init__
     FSDPRunner.__init__ = summing  # type: ignore[method-assign]
     return Reader()
+
+
+def counts_what_is_repeated() -> L.LightningModule:
+    """A rank without a batch left counts the one that it repeats, as under ``ddp``."""
+    DistributedBatches.counts = lambda *_: True  # type: ignore[method-assign]
+    return Validated()
 
 
 class Twice(torch.autograd.Function):

@@ -17,6 +17,8 @@ from lightning_dist.cli import main
 from lightning_dist.layout import Layout
 from lightning_dist.parallel.pipeline.step_effects import weighted_mean
 from lightning_dist.verify import LayoutResult, verify
+from lightning_dist.verify.batches import Recorded, interleaved
+from lightning_dist.verify.comparison import Comparison, note_batches
 from lightning_dist.verify.randomness import switch_off_dropout
 from lightning_dist.verify.training import is_refusal
 from tests.support.parity import slow
@@ -79,6 +81,26 @@ def test_a_data_module_and_a_loader_are_taken() -> None:
     assert other.status == "same", other.sentence
 
 
+@pytest.mark.parametrize("layout", ["dp_shard=2", slow("dp_replicate=3"), slow("tp=2"), slow("pp=2")])
+def test_a_validation_with_an_uneven_last_batch_is_the_same(layout: str) -> None:
+    whole = check(modules.Validated, layouts=[layout])
+    result = whole[layout]
+    assert result.status == "same", result.sentence
+    assert whole.validation_batches == 5
+    assert result.differences["validation"] < 1e-9
+    assert {name for name in result.values if name.startswith("validation")} == {
+        "validation, val_loss",
+        "validation, val_weight_epoch",
+    }
+
+
+def test_a_validation_can_be_left_out() -> None:
+    whole = check(modules.AveragesByHand, layouts=["dp_shard=2"], steps=1, validation_batches=0)
+    assert whole["dp_shard=2"].status == "same"
+    assert "validation" not in whole["dp_shard=2"].differences
+    assert whole.validation_batches == 0
+
+
 def test_what_is_rounded_by_the_module_is_judged_as_rounding() -> None:
     whole = check(modules.Rounds, layouts=["dp_shard=2"])
     assert whole.is_same
@@ -104,7 +126,10 @@ def test_gradients_that_are_summed_in_place_of_averaged_are_told_as_that() -> No
 
 
 def test_a_module_that_sees_its_own_samples_is_named() -> None:
-    assert differs(partial(modules.Reader, norm=True), "dp_shard=2") == ("output", "network.batch_norm")
+    result = found(partial(modules.Reader, norm=True), "dp_shard=2")
+    assert result.departure is not None
+    assert (result.departure.kind, result.departure.name) == ("output", "network.batch_norm")
+    assert "the buffer network.batch_norm.running_" in result.sentence
 
 
 def test_a_logged_value_that_depends_on_the_batch_is_named() -> None:
@@ -113,6 +138,48 @@ def test_a_logged_value_that_depends_on_the_batch_is_named() -> None:
     assert (result.status, result.departure.kind, result.departure.name) == ("differs", "logged value", "samples")
     assert "is 4, of one process 8" in result.sentence
     assert found(modules.CountsItsBatch, "tp=2").status == "same"
+
+
+def test_a_value_that_is_averaged_wrongly_over_ranks_in_validation_is_named() -> None:
+    assert differs(modules.AveragesByHand, "dp_shard=2", steps=1) == ("validation value", "val_mean")
+
+
+@pytest.mark.slow
+def test_a_validation_batch_that_is_counted_twice_is_told() -> None:
+    assert differs(modules.counts_what_is_repeated, "dp_shard=2", steps=1)[0] == "validation value"
+
+
+def test_a_validation_batch_that_no_rank_gets_is_told() -> None:
+    given = [Recorded(validation=[["a", "c", "e"]]), Recorded(validation=[["b", "d", "b"]])]
+    assert interleaved(given, [5]) == [["a", "b", "c", "d", "e"]]
+    compared = Comparison(bounds={"validation": 1e-9})
+    note_batches(compared, [4], [4])
+    assert compared.departure is None
+    note_batches(compared, [4], [5])
+    assert compared.departure is not None
+    assert compared.departure.sentence == "the ranks validated on 4 batches, one process on 5"
+    assert [wrong.kind for wrong in compared.wrong] == ["validation"]
+
+
+def test_what_a_data_set_deals_out_itself_is_all_validated() -> None:
+    """Five batches on each of two ranks are no repetitions of those of one process."""
+    given = [Recorded(validation=[list("abcde")]), Recorded(validation=[list("fghij")])]
+    assert sorted(interleaved(given, [5])[0]) == list("abcdefghij")
+
+
+def test_a_weight_that_a_rank_changes_in_validation_is_named() -> None:
+    result = found(modules.ChangesInValidation, "dp_replicate=2", steps=1)
+    assert result.departure is not None
+    assert (result.departure.kind, result.departure.name) == ("validation value", "network.head.bias")
+    assert "the validation changes network.head.bias on rank 1, unlike in one process" in result.sentence
+
+
+def test_a_running_statistic_is_told_apart_from_weights() -> None:
+    result = found(modules.KeepsAStatistic, "dp_shard=2", tolerance=1e-3)
+    assert result.departure is not None
+    assert (result.departure.kind, result.departure.name) == ("buffer", "followed")
+    assert "the buffer followed after the last step is another on rank" in result.sentence
+    assert result.differences["weights"] < 1e-3
 
 
 @pytest.mark.parametrize("layout", ["tp=2", slow("dp_replicate=2"), slow("pp=2")])
@@ -164,6 +231,12 @@ def test_a_module_that_does_not_train_is_the_users_mistake() -> None:
         check(modules.Breaks, layouts=["tp=2"])
 
 
+def test_a_module_that_does_not_validate_is_the_users_mistake() -> None:
+    told = r"does not validate in one process.*KeyError: 'labels'.*modules.py.*--validation-batches 0"
+    with pytest.raises(ValueError, match=told):
+        check(modules.NeedsLabels, layouts=["tp=2"], steps=1)
+
+
 def test_steps_without_gradients_are_no_agreement() -> None:
     with pytest.raises(ValueError, match="no step of the module in one process has gradients"):
         check(modules.Idle, layouts=["tp=2"], steps=1)
@@ -207,6 +280,7 @@ def test_a_refusal_is_a_failure_if_strict() -> None:
         ([READER, "--layouts", "tp"], "tp"),
         ([READER, "--layouts", "dp_shard=-1"], "give every axis a degree"),
         ([READER, "--layouts", "tp=2", "--steps", "0"], "steps is 0"),
+        ([READER, "--layouts", "tp=2", "--validation-batches", "-1"], "validation_batches is -1"),
         ([READER, "--layouts", "tp=2", "--timeout", "0"], "--timeout is 0"),
         (["tests.verify.modules:Nothing", "--layouts", "tp=2"], "can't be imported"),
         ([READER, "depth=2", "--layouts", "tp=2"], "give its arguments as name=value"),

@@ -61,6 +61,7 @@ class SlotsLauncher(Launcher):
         from recipes import targets
         from recipes.sweep.machine import Machine
         from recipes.sweep.resume import done_before
+        from recipes.sweep.running import refuse_running
         from recipes.sweep.slots import SlotJob, Slots
 
         setup_globals()
@@ -71,6 +72,7 @@ class SlotsLauncher(Launcher):
                 job = self._job(number, list(overrides), SlotJob)
                 done = done_before(job.config, job.directory, list(job.config.hydra.overrides.task))
                 if done is None:
+                    refuse_running(job.directory)
                     yield job
                 else:
                     log.info("#%d was done before, by an earlier start of this sweep", number)
