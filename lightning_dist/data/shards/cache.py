@@ -67,6 +67,7 @@ class ShardCache:
             opener: opens it; see [Note: a copy that is removed while it is read].
 
         Raises:
+            PermissionError: the cache can't be written.
             ValueError: it is larger than the cache.
         """
         while True:
@@ -79,7 +80,10 @@ class ShardCache:
     def get(self, name: str, opener: Callable[[Path], T]) -> T:
         """What ``opener`` makes of the file's path; a FileNotFoundError where it is not there."""
         path = self.folder / name
-        os.utime(path)  # it is the one that was used last
+        try:
+            os.utime(path)  # it is the one that was used last
+        except PermissionError as error:
+            raise self._no_rights(error) from error
         return opener(path)
 
     def add(self, name: str, num_bytes: int, make: Callable[[IO[bytes]], None]) -> bool:
@@ -160,6 +164,12 @@ class ShardCache:
         lock.release()
         return True
 
+    def _no_rights(self, error: OSError) -> PermissionError:
+        return PermissionError(
+            f"the cache {self.folder} can't be written ({error.strerror}); name a directory of your own by "
+            f"ShardCache(folder) or {ENVIRONMENT}"
+        )
+
     def _files(self) -> list[tuple[float, int, Path]]:
         """Time of the last use, bytes, and path of each."""
         found = []
@@ -172,6 +182,9 @@ class ShardCache:
 
     def _lock(self, name: str) -> FileLock:
         """Of a file, and some others: there are not as many locks as files."""
-        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        except PermissionError as error:
+            raise self._no_rights(error) from error
         stripe = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % _STRIPES
         return FileLock(self.folder / ".locks" / f"{stripe:03d}")

@@ -49,15 +49,18 @@ def decode_image(data: bytes) -> Tensor:
     """Pixels, ``(channels, height, width)`` uint8: 1 channel of grey, 3 of colours, or 4 with transparency.
 
     Raises:
-        ValueError: Pillow is not installed.
+        ValueError: Pillow is not installed, or the image has more than 8 bits a value, which Pillow would cut.
     """
     try:
         from PIL import Image
     except ImportError:
         raise ValueError("images are decoded by Pillow, which is not installed; run `pip install pillow`") from None
     image: Image.Image = Image.open(io.BytesIO(data))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{image.mode} images have values that uint8 does not; pass a function of bytes by decoders=")
     if image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGBA" if "transparency" in image.info else "L" if image.mode == "1" else "RGB")
+        transparent = "transparency" in image.info or image.mode in ("LA", "PA")
+        image = image.convert("RGBA" if transparent else "L" if image.mode == "1" else "RGB")
     pixels = np.array(image)
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1).contiguous()
 

@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from fsspec.core import url_to_fs
 
 from lightning_dist.checkpoint.locations import as_path, is_remote, temporary_sibling
+from lightning_dist.data.folders import files_below, first_repeated
 
 INDEX = "shards.json"
 """The name of an index in the directory of its shards."""
@@ -150,7 +152,8 @@ def list_shards(sources: Sequence[str | os.PathLike[str]]) -> tuple[str, list[st
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: shards of several kinds, or of one that can't be read at any place.
+        PermissionError: a directory can't be listed.
+        ValueError: shards of several kinds, or of one that can't be read at any place; one that is named twice.
     """
     urls: list[str] = []
     for source in sources:
@@ -159,6 +162,11 @@ def list_shards(sources: Sequence[str | os.PathLike[str]]) -> tuple[str, list[st
     kinds = {kind_of(url) for url in urls}
     if not urls:
         raise FileNotFoundError(f"there are no shards at {', '.join(map(str, sources))}")
+    if twice := first_repeated(urls):
+        raise ValueError(
+            f"{twice} is named twice, so its samples would be too; name it once (weights= of a sampler "
+            "reads some indexes more often than others)"
+        )
     if len(kinds) > 1:
         raise ValueError(f"{urls[0]} and others are of several kinds, {' and '.join(sorted(kinds))}; index each apart")
     return kinds.pop(), urls
@@ -195,6 +203,8 @@ def _find(pattern: str) -> list[str]:
         pattern = os.path.abspath(os.path.expanduser(local_path(pattern)))
     if "*" not in pattern and pattern.partition("?")[0].endswith((*KINDS, *_COMPRESSED)):
         return [pattern]
+    if not is_url(pattern) and os.path.isdir(pattern):
+        return [str(path) for path in files_below(Path(pattern)) if path.name.endswith(tuple(KINDS))]
     fs, path = url_to_fs(pattern)
     fs.invalidate_cache()
     if "*" in pattern:

@@ -50,9 +50,11 @@ class ShardOpener:
 
     def _open_tar(self, url: str, shard: Shard) -> TarShard:
         file = self._open_file(url, shard, ".tar")
+        # on the disk nobody compares checksums: of a file that was written anew, other members may be somewhere else
+        written = () if is_url(url) else (os.fstat(file).st_mtime_ns,)
         try:
             members = self.cache.open(
-                _name(url, shard, ".members"),
+                _name(url, shard, ".members", *written),
                 128 * shard.num_samples + (1 << 16),
                 lambda target: _members_of(file, url).save(target),
                 TarMembers.load,
@@ -81,7 +83,10 @@ class ShardOpener:
         if is_url(url):
             name = _name(url, shard, end)
             return self.cache.open(name, shard.num_bytes, lambda file: download(url, shard, file), open_descriptor)
-        file = open_descriptor(Path(local_path(url)))
+        try:
+            file = open_descriptor(Path(local_path(url)))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{url} is missing, which its index has; {REMEDY}") from None
         if (size := os.fstat(file).st_size) != shard.num_bytes:
             os.close(file)
             raise DamagedShard(f"{url} has {size} bytes, and its index says {shard.num_bytes}; {REMEDY}")
@@ -98,7 +103,7 @@ def _members_of(file: int, url: str) -> TarMembers:
         return read_members(tar, url)
 
 
-def _name(url: str, shard: Shard, end: str, *parts: str) -> str:
+def _name(url: str, shard: Shard, end: str, *parts: str | int) -> str:
     """In the cache: of what is at the URL now, and no other that was there before."""
     digest = hashlib.sha256(repr((url, shard.num_bytes, shard.crc32, parts)).encode()).hexdigest()
     return f"{digest[:32]}{end}"

@@ -75,7 +75,7 @@ def convert(file: Any, columns: Sequence[str] | None, url: str, target: IO[bytes
     kept = [name for name in names if columns is None or name in columns]
     schema = table.schema_arrow.empty_table().select(kept).schema
     with ipc.new_file(target, schema) as writer:
-        for batch in _batches(table, columns, url):
+        for batch in _batches(table, kept, url):  # pyarrow gives columns in the order that they are asked for
             writer.write_batch(batch)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from dataclasses import dataclass
 from typing import IO, Any
@@ -13,6 +14,8 @@ import numpy as np
 from lightning_dist.data.shards.index import DamagedShard
 
 _BLOCK = 512
+_META = re.compile(r"__[^/]*__(/|$)")
+"""Names that WebDataset keeps for itself."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class TarMembers:
 
     def save(self, file: IO[bytes]) -> None:
         """For :meth:`load`."""
-        names = np.frombuffer("\0".join([str(len(self.keys)), *self.keys, *self.extensions]).encode(), np.uint8)
+        joined = "\0".join([str(len(self.keys)), *self.keys, *self.extensions])
+        names = np.frombuffer(joined.encode(errors="surrogateescape"), np.uint8)  # tarfile's, where it is not UTF-8
         content = io.BytesIO()  # numpy seeks to what it has not written yet
         np.savez(content, names=names, first=self.first, extension=self.extension, offset=self.offset, size=self.size)
         file.write(content.getvalue())
@@ -48,7 +52,7 @@ class TarMembers:
     def load(cls, file: str | os.PathLike[str]) -> TarMembers:
         """As it was saved."""
         with np.load(file, allow_pickle=False) as content:
-            count, *names = content["names"].tobytes().decode().split("\0")
+            count, *names = content["names"].tobytes().decode(errors="surrogateescape").split("\0")
             arrays = [content[name] for name in ("first", "extension", "offset", "size")]
         return cls(names[: int(count)], names[int(count) :], *arrays)
 
@@ -70,11 +74,12 @@ def read_members(file: IO[bytes], url: str) -> TarMembers:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if not member.isreg() or member.name.startswith("__"):
+                split = split_name(member.name)
+                if not member.isreg() or split is None:
                     continue
                 if member.sparse is not None:
                     raise DamagedShard(f"{url} has {member.name} as a sparse file, which samples are not read from")
-                key, end = split_name(member.name)
+                key, end = split
                 if not keys or key != keys[-1]:
                     keys.append(key)
                     first.append(len(offset))
@@ -101,11 +106,14 @@ def _check_end(file: IO[bytes], place: int, url: str) -> None:
         raise DamagedShard(f"{url} {what} at byte {min(place, size)} of {size}, where a member or the end has to be")
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """The key of a member, and its extension in lower case, as WebDataset splits names."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    key, _, end = base.partition(".")
-    return f"{folder}{slash}{key}", end.lower()
+def split_name(name: str) -> tuple[str, str] | None:
+    """The key of a member, and its extension in lower case, as WebDataset splits names; None where it is no part of a
+    sample: without either, as the files that macOS puts beside others (``._a.jpg``), or of WebDataset's own.
+    """
+    name = name.removeprefix("./")
+    folder, slash, base = name.rpartition("/")
+    key, dot, end = base.partition(".")
+    return None if not key or not dot or _META.match(name) else (f"{folder}{slash}{key}", end.lower())
 
 
 class TarShard:

@@ -120,6 +120,8 @@ class Worker:
             np.array(self._tokenizer.encode(part, add_special_tokens=False).ids, self._encoder.dtype)
             for part in cut(text)
         ]
+        if not any(map(len, encoded)):
+            return
         end = [] if self._encoder.end is None else [self._encoder.end]
         parts += [*encoded, np.array(end, self._encoder.dtype)]
         lengths.append(sum(map(len, encoded)) + len(end))
@@ -158,7 +160,12 @@ def _end_with_parent() -> None:
 
 def _encode(piece: Piece) -> Encoded:
     assert _worker is not None, "this process is no worker"
-    return _worker.encode(piece)
+    try:
+        return _worker.encode(piece)
+    except Exception as error:
+        if type(error) is not Exception:  # what the library raises has no type of its own
+            raise
+        raise ValueError(f"the tokenizer can't encode text of {piece.paths[0]}: {error}") from error
 
 
 @contextmanager

@@ -8,10 +8,15 @@ import hashlib
 import io
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning_dist.data.folders import files_below, first_repeated
 
 PIECE_BYTES = 1 << 20
 """Of text, about, that is encoded at a time. Part of the store's format: a place is told in pieces."""
@@ -28,6 +33,9 @@ KINDS = {
     ".txt.gz": "text",
 }
 """By the end of a file's name; what else is named itself, or matches a pattern, is text."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON may spell (``\\ud83d``) and no tokenizer takes."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +70,23 @@ class Piece:
 
 
 def list_sources(sources: Sequence[str | os.PathLike[str]], pattern: str | None = None) -> list[SourceFile]:
-    """The files of sources, in the order that they are given; those of a folder, at any depth, in that of their names.
+    """The files of sources, in the order that they are given; those of a folder, at any depth, in that of their names,
+    links followed.
 
     Args:
         pattern: of names of files in folders, such as ``*.py``; by default those whose kind is known by their end.
 
     Raises:
         FileNotFoundError: a source is not there.
-        ValueError: there is no file to read.
+        PermissionError: a folder can't be listed.
+        ValueError: there is no file to read, or one that comes twice.
     """
     files: list[SourceFile] = []
     for number, source in enumerate(sources):
         root = Path(source).expanduser()
         if not root.exists():
             raise FileNotFoundError(f"{root} is not there; pass files of text, .jsonl or .parquet, or folders of them")
-        inside = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+        inside = [root] if root.is_file() else files_below(root)
         for path in inside:
             if root.is_dir() and not (fnmatch.fnmatch(path.name, pattern) if pattern else _kind(path)):
                 continue
@@ -87,6 +97,11 @@ def list_sources(sources: Sequence[str | os.PathLike[str]], pattern: str | None 
     if not files:
         ends = pattern or ", ".join(KINDS)
         raise ValueError(f"no file to tokenize in {', '.join(map(str, sources))}: none matches {ends}; see --pattern")
+    if twice := first_repeated(os.path.abspath(file.path) for file in files):
+        raise ValueError(
+            f"{twice} is named twice, so its documents would be read twice; name it once, or write a store of its own "
+            "and mix stores by weights="
+        )
     return files
 
 
@@ -133,7 +148,7 @@ def _texts(files: Sequence[SourceFile]) -> Piece:
 def _inflated(file: SourceFile) -> Iterator[Piece]:
     """Whole lines of a compressed file, which can only be read from its start."""
     done = 0
-    with open(file.path, "rb") as compressed, gzip.open(compressed) as lines:
+    with _reading(file.path), open(file.path, "rb") as compressed, gzip.open(compressed) as lines:
         while data := lines.read(PIECE_BYTES):
             data += lines.readline()
             read = compressed.tell() - done
@@ -148,12 +163,12 @@ def documents(piece: Piece, field: str) -> Iterator[str]:
         field: of a line, or column of a table, that holds the text.
 
     Raises:
-        ValueError: a line is no JSON object with a text of that name, or a table has no such column.
+        ValueError: a line is no JSON object with a text of that name, a table has no such column, or a file is damaged.
     """
     if piece.kind == "text":
         for path in piece.paths:
             opened = gzip.open if path.lower().endswith(".gz") else open
-            with opened(path, "rb") as file:
+            with _reading(path), opened(path, "rb") as file:
                 yield file.read().decode("utf-8", errors="replace")
     elif piece.kind == "jsonl":
         for line in _lines(piece):
@@ -181,7 +196,7 @@ def _lines(piece: Piece) -> Iterator[bytes]:
 def _text_of_line(line: bytes, field: str, path: str) -> str:
     try:
         text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
         begin = line[:60].decode("utf-8", errors="replace").rstrip()
@@ -189,7 +204,7 @@ def _text_of_line(line: bytes, field: str, path: str) -> str:
             f"{path} has a line that is no JSON object with a text {field!r}, which begins {begin!r}; name the "
             "field by --field, or mend the line"
         )
-    return text
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _rows(piece: Piece, field: str) -> Iterator[str]:
@@ -197,19 +212,34 @@ def _rows(piece: Piece, field: str) -> Iterator[str]:
     names = table.schema_arrow.names
     if field not in names:
         raise ValueError(f"{piece.paths[0]} has no column {field!r}; name one of {', '.join(names)} by --field")
-    for batch in table.iter_batches(1024, row_groups=range(piece.start, piece.stop), columns=[field]):
-        for text in batch.column(0).to_pylist():
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"column {field!r} of {piece.paths[0]} is no text; name another by --field")
-            yield text or ""
+    with _reading(piece.paths[0]):
+        for batch in table.iter_batches(1024, row_groups=range(piece.start, piece.stop), columns=[field]):
+            for text in batch.column(0).to_pylist():
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(f"column {field!r} of {piece.paths[0]} is no text; name another by --field")
+                yield text or ""
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What the libraries that read a file raise where it is damaged, in a sentence."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again, or leave it out") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("pyarrow"):
+            raise
+        raise ValueError(f"{path} is no Parquet file, or a damaged one ({error}); get it again") from error
 
 
 def parquet_file(path: str) -> Any:
-    """Of pyarrow; a ValueError where that is not installed."""
+    """Of pyarrow; a ValueError where that is not installed, or this is none."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError(
             f"{path} is a Parquet file, and pyarrow is not installed; run `pip install 'lightning-dist[parquet]'`"
         ) from None
-    return ParquetFile(path)
+    with _reading(path):
+        return ParquetFile(path)

@@ -140,7 +140,13 @@ class _OpenFiles:
             return self._open[name]
         if len(self._open) >= self._limit:
             os.close(self._open.popitem(last=False)[1])
-        self._open[name] = os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            self._open[name] = os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"token store {self._folder} is damaged: {name} is missing; run `lightning-dist data check "
+                f"{self._folder}`"
+            ) from None
         return self._open[name]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def tokenize(
             source that can't be read; an option that can't be.
     """
     folder, content = Path(destination).expanduser(), _read_tokenizer(tokenizer)
-    files = list_sources(sources, pattern)
+    there = folder.resolve()  # a store within a source is none of it
+    files = [file for file in list_sources(sources, pattern) if not Path(file.path).resolve().is_relative_to(there)]
     encoder, vocab_size, version = _encoder(content, field, end_of_document)
     if shard_tokens < 1 or (workers is not None and workers < 1):
         raise ValueError(f"--shard-tokens {shard_tokens} and --workers {workers} must be at least 1")
@@ -75,12 +77,11 @@ def tokenize(
     }
     _validate_destination(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / INDEX).exists():  # nothing is written, so several may ask, also who may not write there
+        return _whole(folder, settings)
     with locked(folder) as file:
         if (folder / INDEX).exists():
-            (folder / JOURNAL).unlink()
-            index = read_index(folder)
-            _validate_same(folder, index.settings, settings)
-            return index
+            return _whole(folder, settings)
         journal = Journal(file, settings)
         _validate_same(folder, journal.settings, settings)
         journal.remove_others(folder)
@@ -92,8 +93,22 @@ def tokenize(
             raise ValueError(f"there is no text in {', '.join(map(str, sources))}")
         index = StoreIndex(encoder.dtype, vocab_size, settings, tuple(journal.shards))
         write_index(folder, index)
-        (folder / JOURNAL).unlink()
+        _remove_journal(folder)
     return index
+
+
+def _whole(folder: Path, settings: dict[str, Any]) -> StoreIndex:
+    """The index of a store that is there."""
+    _remove_journal(folder)
+    index = read_index(folder)
+    _validate_same(folder, index.settings, settings)
+    return index
+
+
+def _remove_journal(folder: Path) -> None:
+    """Of a whole store, whose writer was killed before it did, or is about to."""
+    with suppress(OSError):
+        (folder / JOURNAL).unlink()
 
 
 def _write(files: Any, encoder: Encoder, workers: int, journal: Journal, writer: ShardsWriter, progress: Any) -> None:

@@ -207,3 +207,14 @@ def test_an_object_store_is_read_by_worker_processes(
     for epoch in range(2):
         sampler.set_epoch(epoch)
         assert [n for batch in loader for n in batch["cls"].tolist()] == list(sampler.order(epoch))
+
+
+@pytest.mark.parametrize("method", ["utime", "mkdir"])
+def test_a_cache_without_rights_is_told(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:  # who runs the tests may have all rights
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, method, refused)
+    cache = ShardCache(tmp_path / "cache")
+    with pytest.raises(PermissionError, match=r"the cache .*cache can't be written \(Permission denied\); name"):
+        cache.open("name", 1, lambda file: None, Path.read_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_dist.data import DamagedShard, ShardCache, ShardDataset, ShardSampler, index_shards
+from lightning_dist.data.shards.decoding import decode_image
 from lightning_dist.data.shards.index import Shard, ShardIndex, expand_braces, kind_of, list_shards, write_index
 from lightning_dist.data.shards.tars import split_name
 from tests.data.shards.files import numbered_tables, numbered_tars, write_tar
@@ -71,6 +73,40 @@ def test_samples_of_tars_are_those_of_webdataset(tmp_path: Path) -> None:
     assert split_name("./a.b/c.d.e") == ("a.b/c", "d.e")
 
 
+def test_members_that_are_no_part_of_a_sample_are_left_out_as_in_webdataset(tmp_path: Path) -> None:
+    """Files without an extension, those that macOS puts beside others, and WebDataset's own; not what only looks so."""
+    names = ["README", "._a.txt", "a.txt", "__info__", "__own__/b.txt", "__b.txt", "d/__c__", "d/LICENSE", "d/c.txt"]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    assert index_shards([tmp_path / "a.tar"]).num_samples == 3
+    ours = [sample["__key__"] for sample in ShardDataset(tmp_path, cache=tmp_path / "c")]
+    theirs = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    assert ours == [sample["__key__"] for sample in theirs] == ["a", "__b", "d/c"]
+    assert split_name("d/._c.txt") is None
+
+
+def test_names_that_are_not_utf_8_are_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("café.bin"))
+    index_shards([tmp_path / "a.tar"])
+    key = ShardDataset(tmp_path, cache=tmp_path / "c")[0]["__key__"]
+    assert os.fsencode(key) == "café".encode("latin-1")
+
+
+def test_a_tar_that_was_written_anew_is_not_read_where_the_old_members_were(tmp_path: Path) -> None:
+    """To as many bytes, which nothing else on the disk tells."""
+    path = write_tar(tmp_path / "a.tar", [("a", {"txt": b"short"}), ("b", {"txt": b"long" * 200})])
+    index_shards([path])
+    assert ShardDataset(tmp_path, cache=tmp_path / "c")[0] == {"__key__": "a", "txt": "short"}
+    size = path.stat().st_size
+    write_tar(path, [("b", {"txt": b"LONG" * 200}), ("a", {"txt": b"SHORT"})])
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert path.stat().st_size == size
+    again = ShardDataset(tmp_path, cache=tmp_path / "c")
+    assert [again[0]["txt"], again[1]["txt"]] == ["LONG" * 200, "SHORT"]
+
+
 def test_what_brings_code_is_not_run(tmp_path: Path) -> None:
     class Mean:
         def __reduce__(self):
@@ -90,6 +126,20 @@ def test_what_brings_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_images_of_every_mode_are_decoded_or_refused() -> None:
+    """What has more than 8 bits a value would come out white, or black."""
+    grey = np.full((2, 3), 200, np.uint8)
+    for mode, channels in (("L", 1), ("LA", 4), ("1", 1), ("P", 3), ("RGB", 3), ("RGBA", 4)):
+        file = io.BytesIO()
+        Image.fromarray(grey).convert(mode).save(file, "PNG")
+        assert decode_image(file.getvalue()).shape == (channels, 2, 3), mode
+    for wide in (grey.astype(np.uint16) * 256, grey.astype(np.int32), grey.astype(np.float32)):
+        file = io.BytesIO()
+        Image.fromarray(wide).save(file, "TIFF")
+        with pytest.raises(ValueError, match="values that uint8 does not; pass a function"):
+            decode_image(file.getvalue())
+
+
 def test_columns_of_tables_are_chosen_and_decoded(tmp_path: Path) -> None:
     index_shards([numbered_tables(tmp_path / "t", [6])])
     data = ShardDataset(
@@ -100,6 +150,11 @@ def test_columns_of_tables_are_chosen_and_decoded(tmp_path: Path) -> None:
         cache=tmp_path / "c",
     )
     assert data[4] == {"cls": 4, "data": 4}
+    # the file has them in another order than that of their names
+    assert ShardDataset(tmp_path / "t", columns=["name", "data"], cache=tmp_path / "c")[4] == {
+        "name": "n4",
+        "data": b"4",
+    }
     with pytest.raises(ValueError, match="has no column 'label'; it has cls, name, data"):
         ShardDataset(tmp_path / "t", columns=["label"], cache=tmp_path / "c")[0]
 
@@ -139,6 +194,8 @@ def test_patterns_of_shards_are_expanded_as_in_a_shell(tmp_path: Path) -> None:
     for pattern in (folder, f"{folder}/*.tar", f"{folder}/shard-{{0000..0002}}.tar"):
         assert list_shards([pattern]) == ("tar", names)
     assert list_shards([f"{folder}/shard-{{0001..0000}}.tar"])[1] == names[1::-1]
+    with pytest.raises(ValueError, match=r"shard-0001\.tar is named twice"):
+        list_shards([names[1], folder])
 
 
 def test_what_can_not_be_is_one_sentence(tmp_path: Path) -> None:
@@ -164,6 +221,9 @@ def test_what_can_not_be_is_one_sentence(tmp_path: Path) -> None:
         ShardSampler(ShardDataset(tars), window=0)
     (tars / "shard-0000.tar").write_bytes(b"")
     with pytest.raises(DamagedShard, match="has 0 bytes, and its index says"):
+        ShardDataset(tars, cache=tmp_path / "c")[0]
+    (tars / "shard-0000.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="is missing, which its index has; run `lightning-dist data check`"):
         ShardDataset(tars, cache=tmp_path / "c")[0]
 
 

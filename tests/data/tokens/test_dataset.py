@@ -121,6 +121,9 @@ def test_a_store_that_is_not_whole_is_not_opened(tmp_path: Path) -> None:
         file.truncate(8)
     with pytest.raises(DamagedStore, match="data check"):
         TokenStore(store.path)[:]
+    (tmp_path / "store" / f"{store.index.shards[0].name}.tokens").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-00000\.tokens is missing; run `lightning-dist data check"):
+        TokenStore(store.path)[:]
     content = json.loads(index.read_text())
     index.write_text(json.dumps(content | {"num_tokens": 99}))
     with pytest.raises(DamagedStore, match="do not have the tokens"):

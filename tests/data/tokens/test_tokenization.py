@@ -25,6 +25,8 @@ import tokenizers
 from lightning_dist.cli import main
 from lightning_dist.data import TokenStore, tokenize
 from lightning_dist.data.tokens import encode, sources
+from lightning_dist.data.tokens.sources import list_sources
+from lightning_dist.data.tokens.writer import locked
 from tests.data.tokens.stores import END, train_tokenizer
 
 WORDS = ["the", "of", "Anne", "Elliot", "said", "été", "海", "def", "return", "self", "\n\n", "    ", END, "{}"]
@@ -156,6 +158,31 @@ def test_a_store_that_is_whole_stays(tmp_path: Path, tokenizer: tokenizers.Token
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()} == before
 
 
+def test_a_store_that_is_whole_is_taken_by_many_who_ask_for_it_at_once(
+    tmp_path: Path, tokenizer: tokenizers.Tokenizer
+) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    arguments: Any = ([tmp_path / "a.txt"], tmp_path / "store", tmp_path / "tokenizer.json")
+    index = tokenize(*arguments, workers=1)
+    with locked(tmp_path / "store"):  # as another process that asks
+        assert run_in_process(lambda: tokenize(*arguments)) == 0
+    assert not (tmp_path / "store" / "unfinished.jsonl").exists()
+    assert tokenize(*arguments) == index
+
+
+def test_a_store_within_its_source_goes_on(tmp_path: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Its own files, of which the journal ends in .jsonl, are none of the text."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some text")
+    store = tmp_path / "texts" / "store"
+    arguments: Any = ([tmp_path / "texts"], store, tmp_path / "tokenizer.json")
+    index = tokenize(*arguments, workers=1)
+    (store / "index.json").unlink()
+    (store / "unfinished.jsonl").write_text(json.dumps(index.settings) + "\n")
+    assert tokenize(*arguments, workers=1) == index
+    assert tokenize(*arguments, workers=1, pattern="*") == index
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
     ("change", "named"),
@@ -214,6 +241,20 @@ def test_what_can_not_be_is_one_sentence(
     assert """no JSON object with a text 'text', which begins '{"txt": "bad"}'""" in told(
         "bad.jsonl", destination="bad"
     )
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"any": 0}, unk_token="none"))
+    words.save(str(tmp_path / "words.json"))
+    assert "a.txt: WordLevel error: Missing" in told("a.txt", tokenizer="words.json", destination="words")
+    with pytest.raises(ValueError, match=r"a\.txt is named twice"):
+        list_sources([tmp_path / "a.txt", tmp_path])
+    for name, data in {
+        "cut.jsonl.gz": gzip.compress(b'{"text": "some"}\n' * 50)[:-20],
+        "other.jsonl.gz": b'{"text": "some"}',
+        "cut.txt.gz": gzip.compress(b"some text")[:-9],
+        "deep.jsonl": b"[" * 100_000,
+        "cut.parquet": b"PAR1",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert f"{name} " in told(name, destination=f"of {name}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "pip install 'lightning-dist[tokens]'" in told("a.txt", destination="without")
 
@@ -243,3 +284,23 @@ def test_a_long_document_is_encoded_in_parts_that_are_its_text(
     starts = [*store.document_starts(0, len(store)).tolist(), len(store)]
     decoded = [tokenizer.decode(store[a:b].tolist(), skip_special_tokens=False) for a, b in itertools.pairwise(starts)]
     assert decoded == ["before", long, "after"]
+
+
+def test_documents_of_no_token_are_left_out_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer that knows some letters alone."""
+    monkeypatch.setattr(encode, "PART", 100)
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, END: 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    for number, text in enumerate(["a", "x", "other " * 50, "b a a"]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    for end, lengths in ((None, [1, 2]), (END, [2, 3])):
+        index = tokenize([tmp_path], tmp_path / f"{end}", tmp_path, workers=1, end_of_document=end)
+        store = TokenStore(tmp_path / f"{end}")
+        assert index.num_documents == 2
+        assert np.diff([*store.document_starts(0, len(store)), len(store)]).tolist() == lengths
+
+
+def test_half_a_character_in_json_is_one_that_can_not_be_read(tmp_path: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """As bytes that are no UTF-8 are in text files."""
+    (tmp_path / "a.jsonl").write_text('{"text": "some \\ud83d text \\ud83d\\ude00"}')
+    tokenize([tmp_path / "a.jsonl"], tmp_path / "store", tmp_path / "tokenizer.json", workers=1)
+    assert tokenizer.decode(TokenStore(tmp_path / "store")[:].tolist()) == "some \ufffd text \U0001f600"
