@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of each table of a file that says ``sampled`` the gate takes one case in four, the same each time; the others
+    """Of each table of a file that says ``sampled`` the gate takes one case in five, the same each time; the others
     are slow. Which ones has no pattern, so that each axis and each feature of a table with both is among them.
     Those of ``TIMED`` have a second try.
     """
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             tables[item.nodeid.partition("[")[0]].append(item)
     for cases in tables.values():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for item in cases[-(-len(cases) // 4) :]:
+        for item in cases[-(-len(cases) // 5) :]:
             item.add_marker(pytest.mark.slow)
 
 

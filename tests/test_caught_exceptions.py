@@ -139,7 +139,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("rank", [slow(0), 1])
+@pytest.mark.parametrize("rank", [slow(0), slow(1)])
 def test_all_end_where_a_rank_that_raised_alone_lives_on(rank: int, tmp_path: Path) -> None:
     began = time.monotonic()
     process = start(tmp_path, text=SCRIPT.format(root=ROOT, rank=rank))

@@ -45,6 +45,7 @@ def test_a_failed_rank_ends_all_with_its_own_traceback(where: str, rank: int, tm
     assert_no_process_left(output)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
     process = start(tmp_path, where="sleep")
     assert process.stdout is not None
@@ -59,6 +60,7 @@ def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
     assert_no_process_left(seen + output)
 
 
+@pytest.mark.slow
 def test_the_twin_package_is_refused_with_what_to_import(tmp_path: Path) -> None:
     program = "import pytorch_lightning as pl, lightning_dist; pl.Trainer(accelerator='cpu', strategy='hybrid')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -167,6 +167,7 @@ def test_silent_ranks_are_named_and_the_next_check_runs(settings: Settings) -> N
     assert "gave no answer" in reason(report, "timeouts")
 
 
+@pytest.mark.slow
 def test_checkpoints_go_on_and_a_killed_rank_ends_the_others(settings: Settings) -> None:
     report = examine(settings, only=["checkpoint single file", "checkpoint sharded in background", "kill"])
     assert set(statuses(report).values()) == {"ok"}, [result.reason for result in report.results]

@@ -77,6 +77,7 @@ def test_what_kubernetes_would_refuse_is_refused(options: dict[str, Any], told: 
         job(**options)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_manifest_whose_pods_run_the_same_recipe(tmp_path: Path):
     asked = ["recipe=language_model", "optimizer.lr=1e-3", "trainer.num_nodes=2", "trainer.devices=4"]
     asked += ["strategy.layout.tp=2", "launcher=kubernetes", "launcher.image=image:1", "launcher.output=/work/run"]

@@ -100,6 +100,7 @@ def test_jobs_of_a_sweep_are_jobs_of_slurm(jobs: Path, tmp_path: Path):
     assert (tmp_path / "sweep" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_is_submitted_and_its_tasks_are_the_ranks(jobs: Path, tmp_path: Path):
     ranks = "trainer.num_nodes=2", "trainer.devices=1"
     done = run(command("launcher=slurm", "launcher.wait=true", *ranks, directory=tmp_path / "run"))

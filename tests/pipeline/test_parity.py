@@ -39,6 +39,8 @@ from tests.support.parity import (
 )
 from tests.support.ranks import RankError, RankPool, run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
 
 

@@ -47,6 +47,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., float |
     return replace
 
 
+@pytest.mark.slow
 def test_layouts_train_with_one_batch_and_agree(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The batch of the file is that of all ranks: the losses of one rank and of two are the same."""
     status, found = run("reproduced", TRUST, "--seeds", "0", output=tmp_path)

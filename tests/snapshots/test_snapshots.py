@@ -27,6 +27,8 @@ from tests.snapshots.training import Late, Leg, Net, Numbered, leg
 from tests.support.parity import QUIET, slow
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.sampled
+
 
 def on(layout: str, directory: Path, *args: Any) -> list[Leg]:
     if "=2" not in layout:
@@ -87,7 +89,6 @@ def test_nothing_of_an_epochs_end_is_left_out(end: str, at: str, steps: int, fir
     ]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("validates", [True, False])
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("layout", ["dp_shard=1", "dp_shard=2", "dp_replicate=2"])
