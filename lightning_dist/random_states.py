@@ -123,14 +123,40 @@ def part_random_streams(data_rank: int) -> None:
         random.seed(seed + data_rank)
 
 
-_outer: list[list[tuple[Any, Tensor]]] = []
-"""The streams that were left for one of a rank's own, outermost first: generators and states, until they go on."""
+class OwnStream:
+    """A stream of random numbers of this rank's own, between :meth:`begin` and :meth:`end`. Communication: none.
+
+    The ranks of a tensor axis share their stream: random numbers are alike where tensors are replicated. Where they are
+    split each rank takes a stream of its own, seeded from the shared one, so that dropout on this rank's heads or
+    columns differs from the others'; the shared stream goes on by one draw.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._shared: list[tuple[Any, Tensor]] = []
+        """The generators and their states in the shared stream, until it goes on."""
+
+    def begin(self) -> None:
+        """Leaves the shared stream; nothing happens where it is left already."""
+        if self._shared:
+            return
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        self._shared = [(generator, generator.get_rng_state()) for generator in _generators(self._mesh.device_type)]
+        _seed_torch(seed + self._mesh.get_local_rank(), torch.device(self._mesh.device_type))
+
+    def end(self) -> None:
+        """Goes on with the shared stream, where it was left."""
+        while self._shared:
+            generator, state = self._shared.pop()
+            generator.set_rng_state(state)
+
+    def forget(self) -> None:
+        """Stays with the generators as they are: somebody else has put them back."""
+        self._shared.clear()
 
 
-def _go_on(stream: list[tuple[Any, Tensor]]) -> None:
-    while stream:
-        generator, state = stream.pop()
-        generator.set_rng_state(state)
+_running: list[OwnStream] = []
+"""The streams that :func:`own_stream` began, outermost first."""
 
 
 def _generators(device_type: str) -> list[Any]:
@@ -139,22 +165,16 @@ def _generators(device_type: str) -> list[Any]:
 
 @contextmanager
 def own_stream(mesh: DeviceMesh) -> Iterator[None]:
-    """Inside, and until :func:`shared_again`, a stream of this rank's own. Communication: none.
-
-    The ranks of a tensor axis share their stream: random numbers are alike where tensors are replicated. Where they are
-    split each rank takes a stream of its own, seeded from the shared one, so that dropout on this rank's heads or
-    columns differs from the others'; the shared stream goes on by one draw.
-    """
-    seed = int(torch.randint(2**31, (), device="cpu"))
-    _outer.append([(generator, generator.get_rng_state()) for generator in _generators(mesh.device_type)])
-    _seed_torch(seed + mesh.get_local_rank(), torch.device(mesh.device_type))
+    """Inside, and until :func:`shared_again`, a stream of this rank's own, see :class:`OwnStream`."""
+    _running.append(OwnStream(mesh))
     try:
+        _running[-1].begin()
         yield
     finally:
-        _go_on(_outer.pop())
+        _running.pop().end()
 
 
 def shared_again() -> None:
     """Goes on with the shared stream before the end of :func:`own_stream`: what follows is replicated again."""
-    if _outer:
-        _go_on(_outer[-1])
+    if _running:
+        _running[-1].end()

@@ -131,6 +131,12 @@ def has_gradient_hooks(parameter: nn.Parameter) -> bool:
     return bool(parameter._backward_hooks or hooks_after_accumulation(parameter))
 
 
+@uses("torch._C._current_graph_task_id")
+def is_in_backward() -> bool:
+    """Whether a backward pass runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 @uses("torch._C._will_engine_execute_node")
 def returns_gradient(leaf: Any) -> bool:
     """Whether the backward pass that runs returns a parameter's gradient, as ``torch.autograd.grad`` asks it to.

@@ -105,7 +105,8 @@ def _units(
     beside = large_layers(module, blocks) if shards.large_layers else {}
     layers = shard_units(module, {**parts_of_blocks(blocks, shards.max_unit_parameters), **beside})
     divided = {} if sharding_plan is None else sharding_plan.tensor_plan
-    return [*blocks, *(name for name in layers if name not in divided)]
+    inside = tuple(f"{name}." for name, part in divided.items() if part.columns)  # which are not divided further
+    return [*blocks, *(name for name in layers if name not in divided and not name.startswith(inside))]
 
 
 def _most_bytes(module: nn.Module, layout: Layout, sharding_plan: ShardingPlan | None, stages: Stages | None) -> int:

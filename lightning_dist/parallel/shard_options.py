@@ -14,6 +14,8 @@ from torchmetrics import Metric
 
 from lightning_dist.dtensors import local_part
 from lightning_dist.layout import Layout
+from lightning_dist.parallel.tensor.block_pair import Block
+from lightning_dist.parallel.tensor.region import Region
 from lightning_dist.placeholder import is_placeholder
 
 LARGE = 2**24
@@ -85,11 +87,14 @@ def large_layers(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, n
 
 def parts_of_blocks(blocks: dict[str, nn.Module], limit: int | None) -> dict[str, nn.Module]:
     """What is a unit of its own so that none has more elements than ``limit``, by name: of a block that has more, the
-    largest children, and of those the largest of theirs, until what is left fits. A layer is not divided further.
+    largest children, and of those the largest of theirs, until what is left fits. A layer is not divided further, nor
+    is a block that the tensor axis compares with the whole one, see [Note: pairs in a block].
     """
     found: dict[str, nn.Module] = {}
     for name, block in blocks.items() if limit is not None else ():
         assert limit is not None
+        if isinstance(Region.of(block), Block):
+            continue
         left = _held_elements(block)
         children = [(f"{name}.{key}", child) for key, child in _called_children(block) if _held_elements(child)]
         for key, child in sorted(children, key=lambda item: -_held_elements(item[1])):

@@ -121,6 +121,19 @@ def _t5() -> nn.Module:
     )
 
 
+def _opt() -> nn.Module:
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    others = {"word_embed_proj_dim": 32, "max_position_embeddings": 16, "eos_token_id": 2, "dropout": 0.0}
+    return hf.OPTForCausalLM(hf.OPTConfig(vocab_size=WORDS, **sizes, **others))
+
+
+def _bart() -> nn.Module:
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 16}
+    feed_forward = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return hf.BartModel(hf.BartConfig(vocab_size=WORDS, **sizes, **feed_forward, **heads, dropout=0.0))
+
+
 def _mpt() -> nn.Module:
     return hf.MptForCausalLM(hf.MptConfig(vocab_size=WORDS, d_model=32, n_layers=2, n_heads=4, max_seq_len=16))
 
@@ -213,6 +226,23 @@ class _Block(nn.Module):
         return x + self.attention(self.norm(x))
 
 
+class _PairInBlock(nn.Module):
+    """A block that holds its feed-forward layers itself, with a gate in the first, and a norm after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.attention = _ByWidth(False)
+        self.linear1, self.linear2 = nn.Linear(32, 2 * 40), nn.Linear(40, 32)
+        self.activation_dropout = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attention(x))
+        gate, value = self.linear1(x).chunk(2, -1)
+        hidden = F.dropout(F.silu(gate) * value, self.activation_dropout, self.training)
+        return self.norm2(x + self.linear2(hidden))
+
+
 def _written(attention: Callable[[], nn.Module]) -> Family:
     def blocks() -> nn.Module:
         return nn.Sequential(nn.Linear(32, 32), nn.Sequential(*(_Block(attention()) for _ in range(2))))
@@ -292,6 +322,13 @@ FAMILIES: dict[str, Family] = {
         _masked,
         4,
         lookups=1,
+    ),
+    "opt": Family(_opt, _masked, 4, lookups=1),
+    "bart": Family(_bart, lambda: {"input_ids": _ids(), "decoder_input_ids": _ids()[:, :6]}, 10, crossing=2),
+    "pair in a block": Family(
+        lambda: nn.Sequential(nn.Linear(32, 32), nn.Sequential(*(_PairInBlock() for _ in range(2)))),
+        lambda: (torch.randn(2, LENGTH, 32),),
+        4,
     ),
     "mpt": Family(_mpt, _causal, 4, lookups=1),
     "bias of heads": _relative("attn_bias", 4, 4),

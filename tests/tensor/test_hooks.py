@@ -19,6 +19,7 @@ from tests.tensor.networks import Network, divided_copy, inputs, whole
 pytestmark = pytest.mark.sampled
 
 HOOKED = ["timm vit norms", "llama", "bert", "torch transformer", "eva", "t5", "timm swin", "mixer"]
+HOOKED += ["opt", "bart", "pair in a block"]
 
 
 def _leaves(network: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -99,6 +100,8 @@ class Positions:
             return value  # it was copied to the region with the block
         if tuple(value.shape) == self.shape:
             return gather_from_sequence_region(value, self.mesh, DIM, self.length)
+        if tuple(value.shape) == (math.prod(self.shape[:-1]), self.shape[-1]):  # samples and positions in one dim
+            return self.gather_input(value.view(self.shape)).flatten(0, 1)
         if value.requires_grad:
             raise ValueError(
                 f"sequence_parallel: a divided layer is given an activation {tuple(value.shape)}, which is not the "

@@ -34,7 +34,7 @@ from lightning_dist.parallel.tensor.mappings import (
     reduce_scatter_to_sequence_region,
     seen_in_part,
 )
-from lightning_dist.parallel.tensor.positions import Positions
+from lightning_dist.parallel.tensor.positions import DIM, Positions
 from lightning_dist.parallel.tensor.shards import on_axis, shard_of
 from lightning_dist.patches import Patches
 from lightning_dist.pytree import tree_leaves, tree_map
@@ -167,9 +167,12 @@ class Region:
             output = output if bias is None else output + bias.to(output.dtype)
         return output
 
-    def reduce_output(self, partial: Tensor, dim: int = 1) -> Tensor:
+    def reduce_output(self, partial: Tensor, dim: int = DIM) -> Tensor:
         """The sum of the ranks' parts; under sequence parallel this rank's positions (along ``dim``) of it."""
         if self.positions is not None and self.positions.is_inside:
+            if partial.ndim == 2:  # samples and positions in one dim
+                batch = partial.unflatten(0, (-1, self.positions.length))
+                return reduce_scatter_to_sequence_region(batch, self.mesh, DIM).flatten(0, 1)
             return reduce_scatter_to_sequence_region(partial, self.mesh, dim)
         return reduce_from_tensor_region(partial, self.mesh)
 
@@ -379,6 +382,14 @@ def _without_opaque(leaf: Any) -> Any:
         plain = leaf.as_subclass(Tensor)
     setattr(plain, _OWN, True)
     return plain
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy that is marked as the tensor is."""
+    copy = tensor.clone()
+    if hasattr(tensor, _OWN):
+        setattr(copy, _OWN, True)
+    return copy
 
 
 @contextmanager

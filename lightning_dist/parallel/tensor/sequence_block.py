@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
+from lightning_dist.parallel.tensor.block_pair import BlockPair
 from lightning_dist.parallel.tensor.mappings import gather
 from lightning_dist.parallel.tensor.positions import DIM, Snapshot
 from lightning_dist.parallel.tensor.region import Args, Kwargs, Region, once_each, tensors_in
@@ -41,10 +42,12 @@ class SequenceBlock(Region):
     """A block of a stack, see [Note: sequence parallel].
 
     Args:
+        pair: of the feed-forward layers in it, where they lie beside other things.
         name: of the block, for messages.
         is_first, is_last: in its stack.
     """
 
+    pair: BlockPair | None = None
     name: str = ""
     is_first: bool = False
     is_last: bool = False
@@ -66,7 +69,8 @@ class SequenceBlock(Region):
         begin = self.positions.begin if self.is_first else self.positions.go_on
         args, kwargs, others = self._prepare(args, kwargs, begin)
         dropout = OwnDropout(self.mesh) if self.draws and module.training else nullcontext()
-        with self.positions.inside(others), self._local_view(module), dropout:
+        pair = nullcontext() if self.pair is None else self.pair.running()
+        with self.positions.inside(others), self._local_view(module), dropout, pair:
             output = type(module).forward(module, *args, **kwargs)
         first = tensors_in(output)[0]
         ended = self.positions.end(first, self.is_last)

@@ -16,6 +16,7 @@ from lightning_dist.collectives import all_reduce_tensors
 from lightning_dist.compat.torch import FORWARD_PRE_HOOKS, DropoutNd
 from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.tensor.attention import AppliedWindows, LocalHeads, LocalWidth
+from lightning_dist.parallel.tensor.block_pair import Block, BlockPair, ColumnWise, RowWise
 from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
 from lightning_dist.parallel.tensor.head_count import HeadCount
 from lightning_dist.parallel.tensor.hooks import HooksInside
@@ -77,22 +78,40 @@ class _Splitting:
                 self._stack(names)
 
     def _split_module(self, module: nn.Module, part: ModulePlan) -> None:
-        for layer in (module, *(module.get_submodule(name) for name in part.rows)):
+        for layer in (module, *(module.get_submodule(name) for name in (*part.columns, *part.rows))):
             _refuse_replaced_forward(layer)
         for name, how in part.parameters.items():
             owner, _, leaf = name.rpartition(".")
             split_parameter(self.root, module.get_submodule(owner), leaf, shard_placement(*how), self.mesh)
+        pair = BlockPair(self.mesh, _draws(module)) if part.columns else None
         for name, how in part.rows.items():
             layer = module.get_submodule(name)
             split_parameter(self.root, layer, "weight", shard_placement(*how), self.mesh)
-            row = Region(self.mesh, local=["weight"], after="bias", reduces_output=True, width=inputs(layer))
+            arguments: Any = {"local": ["weight"], "after": "bias", "reduces_output": True, "width": inputs(layer)}
+            row = Region(self.mesh, **arguments) if pair is None else RowWise(self.mesh, **arguments, pair=pair)
             row.attach(layer, self.patches)
-        if not part.parameters:
-            return
-        self._region(module, part).attach(module, self.patches)
+        if pair is not None:
+            self._attach_block(module, part, pair)
+        elif part.parameters:
+            self._region(module, part).attach(module, self.patches)
         if part.multihead:
             # torch's transformer layers go past a layer without hooks
             self.patches.also(module.register_forward_pre_hook(_no_fast_path).remove)
+
+    def _attach_block(self, module: nn.Module, part: ModulePlan, pair: BlockPair) -> None:
+        """See [Note: pairs in a block]."""
+        for name in part.columns:
+            layer, below = module.get_submodule(name), f"{name}."
+            local, numbers = (
+                [found.removeprefix(below) for found in names if found.startswith(below)]
+                for names in (part.parameters, part.attributes)
+            )
+            attributes = {number: attrgetter(number)(layer) // self.mesh.size() for number in numbers}
+            column = ColumnWise(self.mesh, local=local, attributes=attributes, copies_inputs=True, pair=pair)
+            column.attach(layer, self.patches)
+        Block(self.mesh, stays=OWN_ARGUMENTS, hooks=HooksInside(self.mesh), check=self.check, pair=pair).attach(
+            module, self.patches
+        )
 
     def _region(self, module: nn.Module, part: ModulePlan) -> Region:
         mesh, vocabulary = self.mesh, Vocabulary(self.mesh, part.vocabulary)
@@ -116,7 +135,7 @@ class _Splitting:
 
     def _attach_around(self, plan: TensorPlan) -> None:
         """Regions that do nothing but show hooks whole activations, around layers whose outputs go on divided."""
-        row_wise = [name for name, part in plan.items() if part.rows and not part.copies_inputs]
+        row_wise = [name for name, part in plan.items() if part.rows and not (part.copies_inputs or part.columns)]
         for name, part in plan.items():
             if not part.copies_inputs or part.rows or part.vocabulary or part.multihead or part.applied_row:
                 continue
@@ -147,6 +166,7 @@ class _Splitting:
         for name in names:
             block = self.root.get_submodule(name)
             _refuse_replaced_forward(block)
+            around = Region.of(block)
             for child in block.modules():
                 if (region := Region.of(child)) is not None:
                     region.positions, region.check = positions, None
@@ -158,6 +178,7 @@ class _Splitting:
                 hooks=HooksInside(self.mesh),
                 check=self.check,
                 positions=positions,
+                pair=around.pair if isinstance(around, Block) else None,
                 name=name,
                 is_first=name == names[0],
                 is_last=name == names[-1],

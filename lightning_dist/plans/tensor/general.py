@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import nn
 
 from lightning_dist.compat.torch import is_plain_feed_forward
-from lightning_dist.plans.blocks import class_name
+from lightning_dist.plans.blocks import class_name, find_blocks
 from lightning_dist.plans.tensor import layers
+from lightning_dist.plans.tensor.chain import is_chain
 from lightning_dist.plans.tensor.gated import ELEMENTWISE, gated_layers
 from lightning_dist.plans.tensor.plan import BESIDE_ARGUMENTS, OWN_ARGUMENTS, ModulePlan, Split, TensorPlan
 
@@ -210,14 +212,12 @@ def _sequential(module: nn.Module) -> ModulePlan | None:
 
 
 def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
-    """Pairs whose layers lie beside other things: of torch's transformer layers, and of the BERT family."""
-    children = dict(module.named_children())
-    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        if not is_plain_feed_forward(module) or not all(map(layers.is_dense, (module.linear1, module.linear2))):
-            return
-        yield "linear1", column_alone(children["linear1"])
-        yield "linear2", row_alone(children["linear2"])
+    """Layers that lie beside other things: in blocks, torch's and others', and in those of the BERT family."""
+    pair = _pair_in_block(module)
+    if pair is not None:
+        yield "", pair
         return
+    children = dict(module.named_children())
     dense = dict(children["output"].named_children()).get("dense") if "output" in children else None
     if dense is None or not layers.is_dense(dense):
         return
@@ -232,6 +232,33 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
     elif layers.is_dense(middle) and set(children["intermediate"].parameters()) == set(middle.parameters()):
         yield "intermediate.dense", column_alone(middle)
         yield "output.dense", row_alone(dense)
+
+
+def _pair_in_block(module: nn.Module) -> ModulePlan | None:
+    """A block with one feed-forward pair; None where what lies between its layers may be used as a whole."""
+    children = dict(module.named_children())
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        is_pair = is_plain_feed_forward(module) and all(map(layers.is_dense, (module.linear1, module.linear2)))
+        return _pair_plan(module, ("linear1",), "linear2") if is_pair else None
+    pairs = {
+        row: columns
+        for columns, rows in reversed(FEED_FORWARD)  # the first that fits is the one that counts
+        for row in rows
+        if all(layers.is_dense(children.get(name)) for name in (*columns, row))
+    }
+    if len(pairs) != 1:
+        return None
+    ((row, columns),) = pairs.items()
+    part = _pair_plan(module, columns, row)
+    return part if part is not None and is_chain(module, columns, row) else None
+
+
+def _pair_plan(module: nn.Module, columns: tuple[str, ...], row: str) -> ModulePlan | None:
+    """A block by the names of the feed-forward layers in it; None if their sizes don't fit, or if it is no block."""
+    if isinstance(module, pl.LightningModule) or find_blocks(module):
+        return None
+    part = feed_forward_plan(module, columns, row)
+    return None if part is None else replace(part, columns=columns, copies_inputs=False, beside=frozenset())
 
 
 def column_alone(layer: nn.Module) -> ModulePlan:

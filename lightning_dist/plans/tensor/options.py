@@ -11,7 +11,14 @@ from lightning_dist.compat.torch import NormBase
 from lightning_dist.plans.blocks import CONTAINERS, class_name
 from lightning_dist.plans.tensor import layers
 from lightning_dist.plans.tensor.general import general_plan, vocabulary_plan
-from lightning_dist.plans.tensor.plan import SequenceBlocks, ShardingPlan, TensorPlan, join_names, partial_parameters
+from lightning_dist.plans.tensor.plan import (
+    ModulePlan,
+    SequenceBlocks,
+    ShardingPlan,
+    TensorPlan,
+    join_names,
+    partial_parameters,
+)
 from lightning_dist.plans.tensor.styles import Styles, declared_plan, styled_plan
 
 
@@ -49,7 +56,7 @@ def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorP
         return styled_plan(module, styles)
     plan = general_plan(module)
     for name, part in declared_plan(module).items():
-        if not any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in plan):
+        if name not in plan and not any(_overlap(name, other) for own in plan for other in _places(own, plan[own])):
             plan[name] = part
     plan |= vocabulary_plan(module, plan)
     if not plan:
@@ -60,6 +67,15 @@ def find_tensor_plan(module: nn.Module, styles: Styles | None = None) -> TensorP
             "divides any network's states; or name layers in tensor_plan="
         )
     return plan
+
+
+def _places(name: str, part: ModulePlan) -> list[str]:
+    """What a part takes up: its module, or of a block the layers in it."""
+    return [join_names(name, layer) for layer in (*part.columns, *part.rows)] if part.columns else [name]
+
+
+def _overlap(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
 
 
 def check(plan: TensorPlan, tp: int) -> None:
@@ -114,7 +130,9 @@ def find_sequence_blocks(module: nn.Module, plan: TensorPlan, blocks: dict[str, 
 
 
 def _has_parts(block: str, plan: TensorPlan) -> bool:
-    return block not in plan and any(name.startswith(f"{block}.") and part.copies_inputs for name, part in plan.items())
+    if block in plan:
+        return bool(plan[block].columns)
+    return any(name.startswith(f"{block}.") and part.copies_inputs for name, part in plan.items())
 
 
 def _validate_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
@@ -124,11 +142,11 @@ def _validate_dims(module: nn.Module, block: str, plan: TensorPlan) -> None:
         _refuse(f"{block}.{norm}", "takes statistics over the positions that would be divided")
     widths = set()
     for name, part in plan.items():
-        if not name.startswith(f"{block}."):
+        if not f"{name}.".startswith(f"{block}."):
             continue
         if part.applied_row or "Window" in class_name(module.get_submodule(name)):
             _refuse(name, "attends within windows of an image, across what would be divided")
-        if part.copies_inputs and not part.multihead:
+        if (part.copies_inputs or part.columns) and not part.multihead:
             first = next(iter(part.parameters)).rpartition(".")[0]
             widths.add(layers.inputs(module.get_submodule(f"{name}.{first}".strip("."))))
     if len(widths) > 1:

@@ -34,7 +34,9 @@ class ModulePlan:
         multihead: it calls ``F.multi_head_attention_forward``, which reduces by itself.
         vocabulary: its size, for an embedding or a head that are divided by it; 0 for others.
         copies_inputs: its activations are whole, and each rank's part uses them; False for a module inside another's
-            part, or with rows only.
+            part, a block, or with rows only.
+        columns: layers below it by which whole activations enter, where the module is a block that holds a part beside
+            other things.
         split: in words, for the report.
     """
 
@@ -51,6 +53,7 @@ class ModulePlan:
     multihead: bool = False
     vocabulary: int = 0
     copies_inputs: bool = True
+    columns: tuple[str, ...] = ()
     split: str = ""
 
 

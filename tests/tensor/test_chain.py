@@ -1,0 +1,184 @@
+"""Which blocks hand what one layer gives to the other, element by element, by what their source says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from lightning_dist.plans.tensor import find_tensor_plan
+from lightning_dist.plans.tensor.chain import is_chain
+
+WIDTH, HIDDEN = 8, 24
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(WIDTH), nn.LayerNorm(HIDDEN)
+        self.fc1, self.fc2, self.other = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH), nn.Linear(HIDDEN, 4)
+        self.dropout, self.soft, self.one = nn.Dropout(0.1), nn.Softmax(-1), nn.PReLU()
+        self.act, self.function, self.scale = ACT2FN["gelu"], F.silu, nn.Parameter(torch.ones(HIDDEN))
+
+
+class InOneLine(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.relu(self.fc1(self.norm(x))))
+
+
+class LineByLine(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        rest = x
+        x = self.fc1(self.norm(x))
+        x = self.act(x)
+        x = nn.functional.dropout(x, p=0.1, training=self.training)
+        x = self.fc2(x)
+        x = self.dropout(x)
+        if x.dtype == torch.float16 and not torch.isfinite(x).all():
+            x = torch.clamp(x, min=-1e4, max=1e4)
+        return rest + F.layer_norm(x, x.shape[-1:])
+
+
+class OfAMethod(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        hidden = 0.5 * self.function(self.fc1(x)).to(x.dtype)
+        if self.training:
+            hidden = self.dropout(hidden)
+        return self.fc2(hidden.square())
+
+
+class Inherited(OfAMethod):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class Gated(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class ANorm(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.inner(F.relu(self.fc1(x))))
+
+
+class AFunction(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        hidden = F.layer_norm(hidden, (HIDDEN,))
+        return self.fc2(hidden)
+
+
+class ASoftmax(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.soft(self.fc1(x)))
+
+
+class AMethod(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).softmax(-1))
+
+
+class OneWeight(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.one(self.fc1(x)))
+
+
+class AScale(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.scale * self.fc1(x))
+
+
+class SideBySide(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc1(x)[..., :WIDTH] * self.fc2(x.repeat(1, 3))
+
+
+class Kept(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.fc1(x)
+        return self.fc2(self.seen)
+
+
+class Returned(Block):
+    def forward(self, x: Tensor) -> Any:
+        hidden = F.relu(self.fc1(x))
+        return self.fc2(hidden), hidden
+
+
+class ReadTwice(Block):
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.fc1(x)
+        return self.fc2(hidden), self.other(hidden)
+
+
+class CalledTwice(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(self.fc2(self.fc1(x))))
+
+
+class AddedTo(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        hidden += x.repeat(1, 3)
+        return self.fc2(hidden)
+
+
+class ItsShape(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        return self.fc2(hidden) / hidden.shape[-1]
+
+
+class Later(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        def feed_forward(x: Tensor) -> Tensor:
+            return self.fc2(self.fc1(x))
+
+        return feed_forward(x)
+
+
+class WithoutTheFirst(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.fc1(x))
+        hidden = torch.zeros_like(x).repeat(1, 3)
+        return self.fc2(hidden)
+
+
+class ByAnotherName(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.fc1
+        return self.fc2(first(x))
+
+
+CHAINS = [InOneLine, LineByLine, OfAMethod, Inherited, Gated]
+OTHERS = [
+    *(ANorm, AFunction, ASoftmax, AMethod, OneWeight, AScale, SideBySide, Kept, Returned, ReadTwice, CalledTwice),
+    *(AddedTo, ItsShape, Later, WithoutTheFirst, ByAnotherName),
+]
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_a_chain_is_seen(kind: type[Block]) -> None:
+    assert is_chain(kind(), ("fc1",), "fc2")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_used_otherwise_is_no_chain_and_stays_whole(kind: type[Block]) -> None:
+    assert not is_chain(kind(), ("fc1",), "fc2")
+    with pytest.raises(ValueError, match="tp finds nothing to divide"):
+        find_tensor_plan(nn.Sequential(kind()))
+
+
+def test_what_has_no_source_is_no_chain() -> None:
+    found: dict[str, Any] = {"Block": Block, "F": F}
+    exec("class Written(Block):\n    def forward(self, x):\n        return self.fc2(F.relu(self.fc1(x)))", found)
+    assert not is_chain(found["Written"](), ("fc1",), "fc2")
