@@ -132,7 +132,7 @@ def test_a_frame_without_a_line_is_looked_at() -> None:
 @pytest.mark.parametrize(
     ("layout", "num_ranks", "how", "rank"),
     [
-        ("dp_replicate=2", 2, "computes", 1),
+        slow("dp_replicate=2", 2, "computes", 1),
         slow("dp_replicate=2", 2, "sleeps", 0),
         slow("dp_replicate=2", 2, "loads", 1),
         slow("dp_shard=2", 2, "computes", 0),

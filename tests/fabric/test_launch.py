@@ -70,7 +70,7 @@ def _run(folder: Path, strategy: str, launch: str = HERE, torchrun: bool = False
 @pytest.mark.parametrize(
     ("strategy", "layout", "options"),
     [
-        pytest.param("'hybrid'", "dp_replicate=2", {}, id="popen"),
+        pytest.param("'hybrid'", "dp_replicate=2", {}, id="popen", marks=pytest.mark.slow),
         pytest.param(
             "HybridFabricStrategy('dp_shard=2', start_method='fork')",
             "dp_shard=2",

@@ -107,6 +107,7 @@ def test_under_torchrun_the_ranks_join(tmp_path: Path):
     assert result(tmp_path)["error"] is None
 
 
+@pytest.mark.slow
 def test_sweep_under_torchrun_is_refused():
     done = run(command("-m", "seed=0,1"), RANK="0", WORLD_SIZE="2")
     assert done.returncode == 1
