@@ -128,31 +128,46 @@ class OwnStream:
 
     The ranks of a tensor axis share their stream: random numbers are alike where tensors are replicated. Where they are
     split each rank takes a stream of its own, seeded from the shared one, so that dropout on this rank's heads or
-    columns differs from the others'; the shared stream goes on by one draw.
+    columns differs from the others'; the shared stream goes on by one draw, or by none where nothing was drawn.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._mesh = mesh
-        self._shared: list[tuple[Any, Tensor]] = []
-        """The generators and their states in the shared stream, until it goes on."""
+        self._left: list[_Left] = []
+        """The generators, until the shared stream goes on."""
 
     def begin(self) -> None:
         """Leaves the shared stream; nothing happens where it is left already."""
-        if self._shared:
+        if self._left:
             return
+        generators = _generators(self._mesh.device_type)
+        before = [generator.get_rng_state() for generator in generators]
         seed = int(torch.randint(2**31, (), device="cpu"))
-        self._shared = [(generator, generator.get_rng_state()) for generator in _generators(self._mesh.device_type)]
+        after = [generator.get_rng_state() for generator in generators]
         _seed_torch(seed + self._mesh.get_local_rank(), torch.device(self._mesh.device_type))
+        own = [generator.get_rng_state() for generator in generators]
+        self._left = [*map(_Left, generators, before, after, own)]
 
     def end(self) -> None:
         """Goes on with the shared stream, where it was left."""
-        while self._shared:
-            generator, state = self._shared.pop()
-            generator.set_rng_state(state)
+        drew = any(not torch.equal(left.generator.get_rng_state(), left.own) for left in self._left)
+        while self._left:
+            left = self._left.pop()
+            left.generator.set_rng_state(left.after if drew else left.before)
 
     def forget(self) -> None:
         """Stays with the generators as they are: somebody else has put them back."""
-        self._shared.clear()
+        self._left.clear()
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A generator that left the shared stream, its states before and after the draw of a seed, and with that seed."""
+
+    generator: Any
+    before: Tensor
+    after: Tensor
+    own: Tensor
 
 
 _running: list[OwnStream] = []

@@ -108,7 +108,7 @@ class FixedNumbers(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        given = {**dict(zip((argument.name for argument in arguments_of(func)), args, strict=False)), **kwargs}
+        given = _given(func, args, kwargs)
         name = name_of_operator(func).partition("::")[2].rstrip("_").removesuffix(LIKE)
         if "dropout_p" in given:  # attention: the same without it
             return func(**{**given, "dropout_p": 0.0}) if given["dropout_p"] else func(*args, **kwargs)
@@ -126,6 +126,24 @@ class FixedNumbers(TorchDispatchMode):
             else:
                 output.fill_(fixed)
         return output
+
+
+class DrawsNoted(TorchDispatchMode):
+    """While it lasts, notes in ``drew`` whether random numbers are drawn."""
+
+    drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            is_attention = any(argument.name == "dropout_p" for argument in arguments_of(func))
+            self.drew |= not is_attention or bool(_given(func, args, kwargs).get("dropout_p"))
+        return func(*args, **kwargs)
+
+
+def _given(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an operator's call, by name."""
+    return {**dict(zip((argument.name for argument in arguments_of(func)), args, strict=False)), **kwargs}
 
 
 def _fixed(name: str, output: Tensor, given: dict[str, Any]) -> Any:

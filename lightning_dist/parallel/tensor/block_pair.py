@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.compat.torch import is_in_backward
+from lightning_dist.parallel.tensor.draws import Draws
 from lightning_dist.parallel.tensor.region import Args, Kwargs, Region
 from lightning_dist.random_states import OwnStream
 
@@ -33,11 +34,11 @@ class BlockPair:
 
     Args:
         mesh: of the tensor axis.
-        draws: the block may draw random numbers between the layers.
+        draws: what the block may draw.
     """
 
-    def __init__(self, mesh: DeviceMesh, draws: bool) -> None:
-        self._draws, self._stream = draws, OwnStream(mesh)
+    def __init__(self, mesh: DeviceMesh, draws: Draws) -> None:
+        self.draws, self._stream = draws, OwnStream(mesh)
         self._is_running = False
 
     @contextmanager
@@ -58,7 +59,7 @@ class BlockPair:
 
     def begin(self, layer: nn.Module) -> None:
         """What follows is on this rank's columns."""
-        if self._draws and layer.training:
+        if self.draws.now(layer):
             self._stream.begin()
 
     def end(self) -> None:
@@ -102,6 +103,11 @@ class Block(Region):
     """The block around a pair."""
 
     pair: BlockPair | None = None
+
+    def note_draws(self, module: nn.Module, draws: bool) -> None:
+        """Wherever they are drawn in the block: where none are between the layers, nothing comes of it."""
+        assert self.pair is not None
+        self.pair.draws.noted = draws
 
     def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         assert self.pair is not None

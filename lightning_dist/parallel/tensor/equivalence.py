@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dist.compat.torch import MODULE_REGISTRIES, disable_current_modes
-from lightning_dist.parallel.rehearsal import FixedNumbers, undone
+from lightning_dist.parallel.rehearsal import DrawsNoted, FixedNumbers, undone
 from lightning_dist.parallel.tensor.region import (
     Args,
     Kwargs,
@@ -37,6 +37,7 @@ from lightning_dist.parallel.tensor.shards import shard_of
 from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
 from lightning_dist.precision import rounds_products
 from lightning_dist.pytree import tree_map
+from lightning_dist.random_states import kept_random_states
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of outputs that is taken for rounding."""
@@ -54,26 +55,31 @@ class EquivalenceCheck:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
-        self._seen: set[Any] = set()
+        self._draws: dict[Any, bool] = {}
+        """Of the kinds of modules that were seen to run, whether they draw random numbers."""
         self.own_outputs: dict[type, frozenset[int]] = {}
         """Which of the tensors that a kind of module returns, beside the first, are this rank's part."""
         self.by_width: set[type] = set()
         """Kinds of modules that divide the features of all heads by their number of heads, see ``HeadCount``: they give
         another result without."""
 
-    def is_due(self, module: nn.Module) -> bool:
-        """Whether a module of this kind did not run yet. Compiled ones are not looked at."""
-        return not torch.compiler.is_compiling() and (_kind(module), _has_backward(module)) not in self._seen
-
-    def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> None:
-        """Compares.
+    def before_run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> None:
+        """Compares, where no module of this kind ran yet. Compiled ones are not looked at.
 
         Raises:
             ValueError: on every rank of the axis, if the part gives another result than the whole, or fails where the
                 whole does not.
         """
-        has_backward = _has_backward(module)
-        self._seen.add((_kind(module), has_backward))
+        if torch.compiler.is_compiling():
+            return
+        kind = _kind(module), _has_backward(module)
+        if kind not in self._draws:
+            self._draws[kind] = False  # while it is compared
+            self._draws[kind] = self.run(module, region, args, kwargs, kind[1])
+        region.note_draws(module, self._draws[kind])
+
+    def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool) -> bool:
+        """Compares; whether the whole draws random numbers, or may do so."""
         is_block = not region.copies_inputs and region.positions is None
         if is_block and any(isinstance(child, FSDPModule) for child in module.modules() if child is not module):
             raise ValueError(
@@ -81,25 +87,28 @@ class EquivalenceCheck:
                 "which it can't where modules inside are sharded by themselves; name it in shard_units= in their place"
             )
         if region.is_given_own(args, kwargs):
-            return  # made by another part: the whole module could not use it
+            return True  # made by another part: the whole module could not use it
+        draws = DrawsNoted()
         try:
-            outputs = self._compare(module, region, args, kwargs, has_backward)
+            outputs = self._compare(module, region, args, kwargs, has_backward, draws)
         except ValueError:
             if type(module) in self.by_width or not region.counts_heads:
                 raise
             self.by_width.add(type(module))
-            outputs = self._compare(module, region, args, kwargs, has_backward)
+            outputs = self._compare(module, region, args, kwargs, has_backward, draws)
         # those of another shape are this rank's: of its heads, say
         self.own_outputs[type(module)] = frozenset(i for i, (w, p) in enumerate(outputs) if i and w.shape != p.shape)
+        return draws.drew
 
     @torch.no_grad()
     def _compare(
-        self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool
+        self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool, draws: DrawsNoted
     ) -> list[tuple[Tensor, Tensor]]:
         """The outputs of the whole and of the part; a ValueError on every rank where they are not the same."""
-        with without_users_hooks(module), undone(module):
+        device = torch.device(self.mesh.device_type)
+        with without_users_hooks(module), undone(module), kept_random_states(device):
             try:
-                expected, part, kept = both_ways(module, region, args, kwargs)
+                expected, part, kept = both_ways(module, region, args, kwargs, draws)
             except PartFailed as error:
                 raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
             gradients = self._gradient_difference(module, region, args, kwargs) if has_backward else 0.0

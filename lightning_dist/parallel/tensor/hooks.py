@@ -42,6 +42,7 @@ from lightning_dist.parallel.tensor.users_hooks import (
     without_users_hooks,
 )
 from lightning_dist.pytree import tree_flatten, tree_leaves, tree_unflatten
+from lightning_dist.random_states import kept_random_states
 
 Placements = list[ActivationPlacement | None]
 Call = tuple[Placements, Placements, Placements]
@@ -100,9 +101,10 @@ class HooksInside:
         of_whole, of_part = CallRecorder(module, names), CallRecorder(module, names)
         _running.append(module)
         try:
-            with without_users_hooks(module):
-                both_ways(module, region, args, kwargs)  # what has to be checked inside is checked
-            both_ways(module, region, args, kwargs, of_whole.recording(), of_part.recording())
+            with kept_random_states(torch.device(self.mesh.device_type)):
+                with without_users_hooks(module):
+                    both_ways(module, region, args, kwargs)  # what has to be checked inside is checked
+                both_ways(module, region, args, kwargs, of_whole.recording(), of_part.recording())
         finally:
             _running.pop()
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -26,6 +26,7 @@ from torch.distributed.tensor.placement_types import Placement
 from lightning_dist.compat.distributed import is_fully_shards
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, own_parameters
 from lightning_dist.divided.functions import Way, way_of
+from lightning_dist.parallel.tensor.draws import Draws
 from lightning_dist.parallel.tensor.head_count import HeadCount
 from lightning_dist.parallel.tensor.mappings import (
     copy_to_tensor_region,
@@ -56,9 +57,7 @@ class FirstRunCheck(Protocol):
     own_outputs: dict[type, frozenset[int]]
     by_width: set[type]
 
-    def is_due(self, module: nn.Module) -> bool: ...
-
-    def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> None: ...
+    def before_run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> None: ...
 
 
 class HooksAround(Protocol):
@@ -88,7 +87,8 @@ class Region:
         width: of inputs that are not divided. A row-wise layer is given those where the code of a model calls it
             from elsewhere than the module whose part it is; it then runs whole. None for what always runs in part.
         mode: makes a context for the module's forward to run in.
-        draws: random numbers inside, until a row-wise layer, belong to this rank's part: dropout between heads.
+        draws: random numbers inside, until a row-wise layer, belong to this rank's part: dropout between heads. None
+            where none are drawn.
         finish: what its output, this rank's part, goes through.
         hooks: shows users' hooks inside whole activations; None where there is nothing divided inside.
         check: compares the first run of each kind of module with the whole one; None for what needs none.
@@ -111,7 +111,7 @@ class Region:
     reduces_output: bool = False
     width: int | None = None
     mode: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
-    draws: bool = False
+    draws: Draws | None = None
     finish: Callable[[Any], Any] | None = None
     hooks: HooksAround | None = None
     check: FirstRunCheck | None = None
@@ -145,8 +145,7 @@ class Region:
         if self.check is not None:
             if self.stays and any(self.check.own_outputs.values()):
                 args, kwargs = tree_map(_without_opaque, (args, kwargs))
-            if self.check.is_due(module):
-                self.check.run(module, self, args, kwargs)
+            self.check.before_run(module, self, args, kwargs)
             own = self.check.own_outputs.get(type(module), own)
         with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
             output = self._run(module, args, kwargs)
@@ -155,7 +154,7 @@ class Region:
     def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         if self.copies_inputs:
             args, kwargs = self._copy_inputs(args, kwargs)
-        draws = own_stream(self.mesh) if self.draws and module.training else nullcontext()
+        draws = own_stream(self.mesh) if self.draws is not None and self.draws.now(module) else nullcontext()
         with self._local_view(module), draws, nullcontext() if self.mode is None else self.mode(module):
             output = type(module).forward(module, *args, **kwargs)
         if self.finish is not None:
@@ -166,6 +165,11 @@ class Region:
             bias = None if self.after is None else getattr(module, self.after)
             output = output if bias is None else output + bias.to(output.dtype)
         return output
+
+    def note_draws(self, module: nn.Module, draws: bool) -> None:
+        """A module of this kind was seen to draw random numbers, or not to."""
+        if self.draws is not None:
+            self.draws.noted = draws
 
     def reduce_output(self, partial: Tensor, dim: int = DIM) -> Tensor:
         """The sum of the ranks' parts; under sequence parallel this rank's positions (along ``dim``) of it."""

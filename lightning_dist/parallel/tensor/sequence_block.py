@@ -56,19 +56,30 @@ class SequenceBlock(Region):
         """The block's own forward, on this rank's positions."""
         assert self.positions is not None
         before = self.positions.state()
-        if self.check is not None and self.check.is_due(module):
-            self.check.run(module, self, args, kwargs)
-            self.positions.restore(before)  # what the comparison gave went nowhere
+        if self.check is not None:
+            self.check.before_run(module, self, args, kwargs)
+            self.positions.restore(before)  # what a comparison gave went nowhere
         refuse_hooks(module, self.name)
         with nullcontext() if self.hooks is None else self.hooks.seen_whole(module, self, args, kwargs):
             self.positions.restore(before)
             return self._run(module, args, kwargs)
 
+    def note_draws(self, module: nn.Module, draws: bool) -> None:
+        """Also of the parts inside, which are not compared by themselves."""
+        if self.draws is None or draws == self.draws.noted:
+            return
+        self.draws.noted = draws
+        for child in module.modules():
+            if child is not module and (region := Region.of(child)) is not None:
+                region.note_draws(child, draws)
+        if self.pair is not None:
+            self.pair.draws.noted = draws
+
     def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         assert self.positions is not None
         begin = self.positions.begin if self.is_first else self.positions.go_on
         args, kwargs, others = self._prepare(args, kwargs, begin)
-        dropout = OwnDropout(self.mesh) if self.draws and module.training else nullcontext()
+        dropout = OwnDropout(self.mesh) if self.draws is not None and self.draws.now(module) else nullcontext()
         pair = nullcontext() if self.pair is None else self.pair.running()
         with self.positions.inside(others), self._local_view(module), dropout, pair:
             output = type(module).forward(module, *args, **kwargs)

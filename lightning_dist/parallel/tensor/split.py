@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.collectives import all_reduce_tensors
-from lightning_dist.compat.torch import FORWARD_PRE_HOOKS, DropoutNd
+from lightning_dist.compat.torch import FORWARD_PRE_HOOKS
 from lightning_dist.dtensors import local_part
 from lightning_dist.parallel.tensor.attention import AppliedWindows, LocalHeads, LocalWidth
 from lightning_dist.parallel.tensor.block_pair import Block, BlockPair, ColumnWise, RowWise
+from lightning_dist.parallel.tensor.draws import Draws
 from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
 from lightning_dist.parallel.tensor.head_count import HeadCount
 from lightning_dist.parallel.tensor.hooks import HooksInside
@@ -83,7 +84,7 @@ class _Splitting:
         for name, how in part.parameters.items():
             owner, _, leaf = name.rpartition(".")
             split_parameter(self.root, module.get_submodule(owner), leaf, shard_placement(*how), self.mesh)
-        pair = BlockPair(self.mesh, _draws(module)) if part.columns else None
+        pair = BlockPair(self.mesh, Draws(module)) if part.columns else None
         for name, how in part.rows.items():
             layer = module.get_submodule(name)
             split_parameter(self.root, layer, "weight", shard_placement(*how), self.mesh)
@@ -127,7 +128,7 @@ class _Splitting:
             beside=part.beside,
             heads=0 if part.multihead else part.divides.get("heads", 0),
             mode=partial(_mode, part, vocabulary) if has_mode else None,
-            draws=_draws(module),
+            draws=Draws(module),
             finish=partial(_logits, vocabulary, self.plan.loss_parallel) if is_head else None,
             hooks=HooksInside(mesh) if part.rows else None,
             check=None if part.vocabulary else self.check,
@@ -174,7 +175,7 @@ class _Splitting:
                 self.mesh,
                 stays=OWN_ARGUMENTS,
                 heads=self._heads_in(name),
-                draws=_draws(block),
+                draws=Draws(block),
                 hooks=HooksInside(self.mesh),
                 check=self.check,
                 positions=positions,
@@ -257,13 +258,6 @@ def _mode(part: ModulePlan, vocabulary: Vocabulary, module: Any) -> AbstractCont
 def _logits(vocabulary: Vocabulary, stay_divided: bool, columns: Tensor) -> Tensor:
     logits = VocabLogits.from_local(columns, vocabulary.mesh, vocabulary.size)
     return logits if stay_divided else logits.full_tensor()
-
-
-def _draws(module: nn.Module) -> bool:
-    """Whether the module has dropout: as layers, or as numbers that it passes on."""
-    layers = any(isinstance(child, DropoutNd) and child.p > 0 for child in module.modules())
-    numbers = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
-    return layers or any(value > 0 for value in numbers)
 
 
 def _no_fast_path(*_: Any) -> None:
