@@ -246,6 +246,7 @@ class Widened(Block):
         return x + self.down(self.more(self.middle(self.up(self.norm(x)))))
 
 
+@pytest.mark.slow
 def test_a_limit_of_parameters_gathered_at_once_lowers_the_peak() -> None:
     layer = 4 * 2048**2  # bytes; a block holds two such, of which one at a time is whole with the limit
     peaks = [

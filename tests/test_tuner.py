@@ -186,7 +186,7 @@ def test_learning_rate_is_that_of_one_process(layout: str, ranks: int, tmp_path:
     ("layout", "ranks"),
     [
         slow("dp_replicate=2", 2),
-        ("dp_shard=2", 2),
+        slow("dp_shard=2", 2),
         slow("dp_replicate=2,dp_shard=2", 4),
         slow("tp=2", 2),
         slow("pp=2", 2),

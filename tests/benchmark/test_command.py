@@ -120,6 +120,7 @@ def test_all_of_them_make_one_page_which_says_what_did_not_end(
     assert command.main(["all", *names[:1], "pipeline", *names[-2:], "--missing"]) == 0
 
 
+@pytest.mark.slow
 def test_each_of_all_is_a_process_of_its_own(tmp_path: Path) -> None:
     assert overview.run("pipeline", ["--output", str(tmp_path), "--rounds", "none"]) == 2
     assert set(overview.NAMES) == command.BENCHMARKS.keys() - {"versions"}

@@ -172,6 +172,7 @@ def test_a_rank_that_sleeps_for_good_is_named_and_all_end(
     assert stacks.count("waits in ") == num_ranks - 1, told
 
 
+@pytest.mark.slow
 def test_a_loader_that_stalls_is_told_apart(tmp_path: Path) -> None:
     told = _ended(tmp_path, "data", "dp_replicate=2", 2, 1)
     assert "it waits for its data: DataLoader" in told.partition("\n\n")[0], told

@@ -145,7 +145,7 @@ def test_max_time_of_the_trainer_ends_the_fit_on_all_ranks(tmp_path: Path) -> No
     assert first[0] is None
 
 
-@pytest.mark.parametrize("layout", [slow("dp_shard=2"), slow("tp=2"), "pp=2"])
+@pytest.mark.parametrize("layout", [slow("dp_shard=2"), slow("tp=2"), slow("pp=2")])
 def test_one_rank_alone_is_told(layout: str, tmp_path: Path) -> None:
     places = [
         Moment("on_train_batch_start", 3, ranks=(1,)),

@@ -177,7 +177,7 @@ class Answers(Dataset):
 
 @pytest.mark.parametrize(
     ("layout", "num_ranks"),
-    [("dp_shard=2", 2), ("tp=2", 2), ("pp=2", 2), slow("dp_shard=2,tp=2", 4), slow("pp=2,dp_shard=2", 4)],
+    [slow("dp_shard=2", 2), ("tp=2", 2), slow("pp=2", 2), slow("dp_shard=2,tp=2", 4), slow("pp=2,dp_shard=2", 4)],
 )
 def test_fine_tuning_equals_one_process_of_transformers(layout: str, num_ranks: int, model: Path) -> None:
     """The mean over the answers' tokens too, of which ranks and microbatches have different numbers."""
@@ -254,7 +254,7 @@ def _tune_and_save(layout: str, model: Path, folder: Path) -> dict[str, Tensor]:
     return whole_weights(module)
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=2", slow("tp=2"), "pp=2"])
+@pytest.mark.parametrize("layout", ["dp_shard=2", slow("tp=2"), slow("pp=2")])
 def test_what_was_tuned_is_opened_by_from_pretrained(layout: str, model: Path, tmp_path: Path) -> None:
     weights = run_on_ranks(2, _tune_and_save, layout, model, tmp_path)[0]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

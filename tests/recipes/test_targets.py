@@ -103,6 +103,7 @@ def test_a_file_can_not_allow_itself_what_it_names(tmp_path: Path) -> None:
     assert not (tmp_path / "called").exists()
 
 
+@pytest.mark.slow
 def test_a_run_warns_of_nothing_in_hydra(tmp_path: Path) -> None:
     done = run(command("trainer.devices=1", directory=tmp_path))
     assert done.returncode == 0, done.stderr

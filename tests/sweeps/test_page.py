@@ -75,6 +75,7 @@ def test_a_sweep_is_drawn_without_a_network(page: Any, grid: Path, tmp_path: Pat
     assert page.evaluate(wide)
 
 
+@pytest.mark.slow
 def test_a_click_on_a_heading_sorts_by_numbers(page: Any, grid: Path, tmp_path: Path):
     show(page, tmp_path / "report.html", grid)
     page.locator("#jobs th", has_text="job").click()
@@ -98,6 +99,7 @@ def test_a_job_that_is_pointed_at_stands_out_in_all_charts(page: Any, grid: Path
     assert "3.5px" in page.eval_on_selector_all("#over-time path.js-line", "all => all.map(l => l.style.strokeWidth)")
 
 
+@pytest.mark.slow
 def test_the_dark_page_has_light_words(page: Any, grid: Path, tmp_path: Path):
     show(page, tmp_path / "report.html", grid)
 

@@ -63,7 +63,7 @@ NORMS = replace(RUNS["image_classification"], module=vit_with_norms)
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_ranks", "accumulate"), [("tp=2", 2, 1), ("dp_shard=2,tp=2", 4, 3), ("dp_replicate=2,tp=2", 4, 3)]
+    ("layout", "num_ranks", "accumulate"), [("tp=2", 2, 1), ("dp_shard=2,tp=2", 4, 3), slow("dp_replicate=2,tp=2", 4, 3)]
 )
 def test_partial_gradients_are_summed_once(layout: str, num_ranks: int, accumulate: int) -> None:
     trainer = {**NORMS.trainer, "accumulate_grad_batches": accumulate}
@@ -164,6 +164,7 @@ def test_uneven_positions_and_recomputed_blocks_equal_one_process(mode: str) -> 
     assert_parity(replace(NORMS, strategy=strategy), "dp_shard=2,tp=2", 4)
 
 
+@pytest.mark.slow
 def test_divided_positions_of_four_ranks_equal_one_process() -> None:
     """17 positions: 5, 5, 5 and 2."""
     assert_parity(replace(NORMS, strategy={"sequence_parallel": True}), "tp=4", 4)
