@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_dtype
 
 from lightning_dist.data import ShardCache, ShardDataset, ShardSampler
 from recipes.parts import PartsData
@@ -70,7 +71,7 @@ class ImageShards(PartsData):
         if min_area is not None:
             vary.insert(0, v2.RandomResizedCrop(image_size, scale=(min_area, 1.0)))
         per_channel = [[x] * in_channels if isinstance(x, float | int) else list(x) for x in (mean, std)]
-        colours: list[Any] = [v2.RGB() if in_channels == 3 else v2.Grayscale()]
+        colours: list[Any] = [_resizable, v2.RGB() if in_channels == 3 else v2.Grayscale()]
         last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*per_channel)]
         self._transforms = {
             "train": v2.Compose([*colours, *(crop if min_area is None else vary), *last]),
@@ -96,13 +97,18 @@ class ImageShards(PartsData):
         return self._loader("train", self.batch_size, sampler=sampler, drop_last=True)
 
 
+def _resizable(image: Tensor) -> Tensor:
+    """What is not of 8 bits in [0, 1], since torch has few operations on integers of 16."""
+    return image if image.dtype == torch.uint8 else to_dtype(image, torch.float32, scale=True)
+
+
 class Labelled:
     """A decoded sample as ``(image, label)``: ``(channels, height, width)`` float, and int64.
 
     Args:
         image, label: their names in the sample.
         num_classes: above every label.
-        transform: of images ``(channels, height, width)`` uint8.
+        transform: of images ``(channels, height, width)``, uint8 or uint16.
     """
 
     def __init__(self, image: str, label: str, num_classes: int, transform: Callable[[Tensor], Tensor]) -> None:

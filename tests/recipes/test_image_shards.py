@@ -166,6 +166,22 @@ def test_what_a_sample_lacks_is_one_sentence(shards: Path) -> None:
             list(data.val_dataloader())
 
 
+def test_a_scan_of_16_bits_is_scaled_as_one_of_8(tmp_path: Path) -> None:
+    images = []
+    for number, kind in enumerate((np.uint8, np.uint16)):
+        file = io.BytesIO()
+        pixels = np.arange(64).reshape(8, 8).astype(kind)
+        Image.fromarray(pixels if kind is np.uint8 else pixels * 257).save(file, "PNG")
+        place = tmp_path / str(number)
+        place.mkdir()
+        write_tar(place / "a.tar", [("a", {"png": file.getvalue(), "cls": b"1"})])
+        index_shards([place])
+        data = ImageShards(place, place, place, 10, "png", image_size=4, in_channels=1, mean=0.3, std=0.4)
+        data.setup("test")
+        images.append(data.parts["test"][0][0])
+    torch.testing.assert_close(*images, rtol=0, atol=3 / 255)  # integers are rounded when they are resized
+
+
 def test_the_config_makes_it(shards: Path) -> None:
     with initialize_config_dir(str(ROOT / "conf"), **targets.VERSION_BASE):
         places = [f"data.{part}={shards}/tar/{part}" for part in PARTS]

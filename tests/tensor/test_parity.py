@@ -63,7 +63,8 @@ NORMS = replace(RUNS["image_classification"], module=vit_with_norms)
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_ranks", "accumulate"), [("tp=2", 2, 1), ("dp_shard=2,tp=2", 4, 3), slow("dp_replicate=2,tp=2", 4, 3)]
+    ("layout", "num_ranks", "accumulate"),
+    [("tp=2", 2, 1), ("dp_shard=2,tp=2", 4, 3), slow("dp_replicate=2,tp=2", 4, 3)],
 )
 def test_partial_gradients_are_summed_once(layout: str, num_ranks: int, accumulate: int) -> None:
     trainer = {**NORMS.trainer, "accumulate_grad_batches": accumulate}

@@ -46,18 +46,21 @@ def decode_tensors(data: bytes) -> Any:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Pixels, ``(channels, height, width)`` uint8: 1 channel of grey, 3 of colours, or 4 with transparency.
+    """Pixels, ``(channels, height, width)`` uint8: 1 channel of grey, 3 of colours, or 4 with transparency; grey of 16
+    bits, as of scans, is uint16.
 
     Raises:
-        ValueError: Pillow is not installed, or the image has more than 8 bits a value, which Pillow would cut.
+        ValueError: Pillow is not installed, or the image has values of 32 bits, whose range nothing tells.
     """
     try:
         from PIL import Image
     except ImportError:
         raise ValueError("images are decoded by Pillow, which is not installed; run `pip install pillow`") from None
     image: Image.Image = Image.open(io.BytesIO(data))
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{image.mode} images have values that uint8 does not; pass a function of bytes by decoders=")
+    if image.mode.startswith("I;16"):
+        return torch.from_numpy(np.array(image).astype(np.uint16))[None]  # which may have the other order of bytes
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode} images have values of any range; pass a function of bytes by decoders=")
     if image.mode not in ("L", "RGB", "RGBA"):
         transparent = "transparency" in image.info or image.mode in ("LA", "PA")
         image = image.convert("RGBA" if transparent else "L" if image.mode == "1" else "RGB")
