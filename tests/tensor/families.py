@@ -91,6 +91,20 @@ def _llama(kind: str, **arguments: Any) -> Callable[[], nn.Module]:
     return lambda: getattr(hf, f"{kind}ForCausalLM")(config)
 
 
+def _heads_together(kind: str, **arguments: Any) -> Callable[[], nn.Module]:
+    """A model whose q, k and v are packed head by head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    config = getattr(hf, f"{kind}Config")(vocab_size=WORDS, **sizes, **dropout, **arguments)
+    return lambda: getattr(hf, f"{kind}ForCausalLM")(config)
+
+
+def _codegen() -> nn.Module:
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "rotary_dim": 4}
+    return hf.CodeGenForCausalLM(hf.CodeGenConfig(vocab_size=WORDS, **sizes, **dropout))
+
+
 def _timm(name: str, **arguments: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=5, **arguments)
 
@@ -313,6 +327,9 @@ FAMILIES: dict[str, Family] = {
         2,
         lookups=1,
     ),
+    "gpt neox": Family(_heads_together("GPTNeoX"), _causal, 4, lookups=1),
+    "persimmon": Family(_heads_together("Persimmon", qk_layernorm=True), _masked, 4, lookups=1),
+    "codegen": Family(_codegen, _causal, 4, lookups=1),
     "distilbert": Family(
         lambda: hf.DistilBertForMaskedLM(
             hf.DistilBertConfig(

@@ -38,6 +38,14 @@ PACKED_ATTENTION = (
 )
 """The same with q, k and v in one matrix."""
 
+INTERLEAVED = {
+    "GPTNeoXAttention": ("query_key_value", "dense"),
+    "PersimmonAttention": ("query_key_value", "dense"),
+    "CodeGenAttention": ("qkv_proj", "out_proj"),
+}
+"""Classes of transformers whose packed layer has q, k and v of one head after another's, or of some heads (``mp_num``
+such groups), with the names of that layer and of the one that writes back."""
+
 FEED_FORWARD = (
     (("gate_proj", "up_proj"), ("down_proj",)),
     (("gate", "up"), ("down",)),
@@ -53,6 +61,8 @@ FEED_FORWARD = (
     (("lin1",), ("lin2",)),
     (("Wi",), ("Wo",)),
     (("dense_h_to_4h",), ("dense_4h_to_h",)),
+    (("fc_in",), ("fc_out",)),
+    (("pwconv1",), ("pwconv2",)),
 )
 
 GATES = ("gate", "g_proj")
@@ -85,6 +95,9 @@ def _module_plans(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
         part = _multihead(module)
     elif class_name(module) == "ShiftedWindowAttention":
         part = _shifted_windows(module)
+    elif class_name(module) in INTERLEAVED:
+        packed, row = INTERLEAVED[class_name(module)]
+        part = attention_plan(module, (packed,), row, 3, interleaved=True)
     else:
         part = _attention(module) or _feed_forward(module) or _sequential(module) or _gated(module)
     if part is not None:
@@ -123,8 +136,18 @@ def _attention(module: nn.Module) -> ModulePlan | None:
     return None
 
 
-def attention_plan(module: nn.Module, columns: tuple[str, ...], row: str | None, packed: int) -> ModulePlan | None:
-    """An attention module by the names of its layers; None if it does not tell its heads, or holds more."""
+def attention_plan(
+    module: nn.Module, columns: tuple[str, ...], row: str | None, packed: int, interleaved: bool = False
+) -> ModulePlan | None:
+    """An attention module by the names of its layers; None if it does not tell its heads, or holds more.
+
+    Args:
+        module: that is divided.
+        columns: of the layers that make q, k and v.
+        row: of the one that writes back; None where it lies elsewhere.
+        packed: how many of q, k and v one layer makes.
+        interleaved: head by head, so that the features of some heads lie together.
+    """
     children = dict(module.named_children())
     width, heads = layers.head_width(module), layers.count_heads(module)
     features = layers.outputs(children[columns[0]]) // packed
@@ -132,11 +155,13 @@ def attention_plan(module: nn.Module, columns: tuple[str, ...], row: str | None,
         heads = features // width
     if heads is None or features % heads:
         return None
-    if packed > 1 and not layers.counts_heads_itself(module):
+    if packed > 1 and not (interleaved or layers.counts_heads_itself(module)):
         return None  # it cuts q, k and v apart by numbers that are not its own (transformers' Phi3)
     if row is not None and layers.inputs(children[row]) != features:
         return None  # queries are not as wide as what is written back: it is packed in some way of its own
     divides = {"heads": heads}
+    if interleaved and hasattr(module, "mp_num"):
+        divides["groups of heads"] = int(module.mp_num)  # type: ignore[arg-type]
     if packed == 1 and len(columns) == 3:
         key_value = layers.outputs(children[columns[1]]) // (features // heads)
         if key_value != heads:
@@ -145,7 +170,7 @@ def attention_plan(module: nn.Module, columns: tuple[str, ...], row: str | None,
     attributes: tuple[str, ...] = layers.head_attributes(module)
     gates = [n for n in GATES if layers.is_dense(children.get(n)) and layers.outputs(children[n]) == features]
     for name in (*columns, *gates):
-        parameters |= layers.column(name, children[name], packed if name in columns else 1)
+        parameters |= layers.column(name, children[name], packed if name in columns and not interleaved else 1)
         attributes += layers.column_attributes(name, children[name])
     own = dict(module.named_parameters())
     parameters |= {name: Split(0) for name in BIASES if name in own and own[name].shape == (features,)}

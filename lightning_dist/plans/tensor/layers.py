@@ -9,6 +9,9 @@ from torch import nn
 from lightning_dist.compat.torch import own_parameters
 from lightning_dist.plans.tensor.plan import Split, join_names
 
+_LINEAR = ("FalconLinear",)
+"""Classes of transformers that compute what ``nn.Linear`` does, in words of their own."""
+
 
 def is_dense(module: object) -> bool:
     """Whether it is a matrix that its input is multiplied by: ``nn.Linear``, or transformers' ``Conv1D``.
@@ -16,7 +19,8 @@ def is_dense(module: object) -> bool:
     A layer with a forward of its own, or whose weight is computed (parametrised, pruned), is not.
     """
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward and "weight" in own_parameters(module)
+        is_plain = type(module).forward is nn.Linear.forward or type(module).__name__ in _LINEAR
+        return is_plain and "weight" in own_parameters(module)
     return _is_transposed(module)
 
 
