@@ -23,6 +23,7 @@ from lightning_dist.data.shards.index import (
     list_shards,
     local_path,
     read_index,
+    refuse_read_only,
     relative_to,
     write_index,
 )
@@ -48,6 +49,7 @@ def scan_shards(
     sources: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,
     progress: Progress = lambda done, total: None,
+    is_written: bool = True,
 ) -> tuple[str, ShardIndex, list[DamagedFile]]:
     """Reads shards, and tells what an index of them has to have; nothing is written.
 
@@ -55,15 +57,19 @@ def scan_shards(
         sources: see :func:`~lightning_dist.data.shards.index.list_shards`.
         output: where the index is to be; by default ``shards.json`` beside the first shard.
         progress: see :data:`Progress`.
+        is_written: the index is about to be written.
 
     Returns:
         The place of the index; the index of the shards that are whole; the others.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`~lightning_dist.data.shards.index.list_shards`.
+        FileNotFoundError, ValueError: see :func:`~lightning_dist.data.shards.index.list_shards`. ValueError also where
+            nothing can be written to, before a shard is read.
     """
     kind, urls = list_shards(sources)
     place = index_place(f"{urls[0].rpartition('/')[0]}/{INDEX}" if output is None else output)
+    if is_written:
+        refuse_read_only(place)
     folder = place.rpartition("/")[0]
     shards: list[Shard] = []
     damaged: list[DamagedFile] = []

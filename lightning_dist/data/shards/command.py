@@ -52,7 +52,7 @@ def check_shards(places: Sequence[str], drop: bool) -> int:
     if drop:
         raise ValueError("--drop leaves shards out of an index, and these have none; `lightning-dist data index` them")
     with _progress() as progress:
-        _, index, damaged = scan_shards(places, None, progress)
+        _, index, damaged = scan_shards(places, None, progress, is_written=False)
     if damaged:
         show_damaged(damaged, "shards")
         print(f"leave out {len(damaged):,} of {len(index.shards) + len(damaged):,} shards, or get them again")

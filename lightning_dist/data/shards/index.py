@@ -89,6 +89,12 @@ def index_place(place: str | os.PathLike[str]) -> str:
     return text if text.endswith(".json") else f"{text.rstrip('/')}/{INDEX}"
 
 
+def refuse_read_only(place: str) -> None:
+    """Raises a ValueError for an index at a web server, which only reads."""
+    if place.startswith(("http://", "https://")):
+        raise ValueError(f"{place} can't be written, since a web server is only read; pass a path with --output")
+
+
 def write_index(place: str | os.PathLike[str], index: ShardIndex) -> None:
     """Puts it in place at once: by a rename, or as an object of a store."""
     content = {
@@ -99,6 +105,7 @@ def write_index(place: str | os.PathLike[str], index: ShardIndex) -> None:
         "dropped": index.dropped,
         "shards": [asdict(shard) for shard in index.shards],
     }
+    refuse_read_only(index_place(place))
     path = as_path(index_place(place))
     text = json.dumps(content, indent=1)
     if is_remote(path):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
 from lightning_dist.cli import main
-from lightning_dist.data import ShardDataset
+from lightning_dist.data import ShardCache, ShardDataset
 from tests.data.shards.files import numbered_tables, numbered_tars
 
 
@@ -106,6 +110,40 @@ def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
         return capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of a web server over a folder of shards, and what it was asked for."""
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            asked.append(f"{self.command} {self.path}")
+
+    write("tar", tmp_path / "shards")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/shards", asked
+        server.shutdown()
+
+
+def test_shards_of_a_web_server_are_read(
+    served: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, asked = served
+    assert main(["data", "index", address]) == 2
+    assert "shards.json can't be written, since a web server is only read; pass a path with --output" in (
+        capsys.readouterr().err
+    )
+    assert not any(".tar" in request for request in asked)
+    for sources in (address, f"{address}/*.tar", f"{address}/shard-{{0000..0003}}.tar"):
+        assert main(["data", "index", sources, "--output", str(tmp_path / "index.json")]) == 0
+    assert main(["data", "check", f"{address}/*.tar"]) == 0
+    data = ShardDataset(tmp_path / "index.json", cache=ShardCache(tmp_path / "cache"))
+    assert len(data) == 160
+    assert main(["data", "index", str(tmp_path / "shards")]) == 0
+    assert data[150] == ShardDataset(tmp_path / "shards")[150]
 
 
 def test_what_can_not_be_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
