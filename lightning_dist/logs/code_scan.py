@@ -1,10 +1,10 @@
-"""What a user's hook does with logged values, seen in its code before it runs."""
+"""What a user's hook does, with logged values above all, seen in its code before it runs."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ def is_library(module_name: str) -> bool:
     return module_name.partition(".")[0] in _LIBRARIES
 
 
-def scan_hook(owner: Any, hook: str) -> frozenset[str]:
+def scan_hook(owner: Any, hook: str, words: Mapping[str, str] = _WORDS) -> frozenset[str]:
     """What the user's code in ``owner.hook``, and in what it calls, mentions.
 
     Which is seen by name: of functions and classes that the code can reach over its module, its closure, its owner, and
@@ -38,9 +38,11 @@ def scan_hook(owner: Any, hook: str) -> frozenset[str]:
 
     Args:
         owner: a callback or a module; ``hook`` names one of its methods.
+        words: what to look for, and what is said of it.
 
     Returns:
-        some of ``READS`` (a metrics property of the trainer), ``LOGS``, ``SYNCS`` and ``GRADIENTS``.
+        what is said of the words that are there; by default some of ``READS`` (a metrics property of the trainer),
+        ``LOGS``, ``SYNCS`` and ``GRADIENTS``.
     """
     start = vars(owner).get(hook) or inspect.getattr_static(type(owner), hook, None)
     waiting, owners = list(_functions(start)), [owner]
@@ -53,7 +55,7 @@ def scan_hook(owner: Any, hook: str) -> frozenset[str]:
         seen.add(function.__code__)
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         names = _names(function.__code__) | {value for value in defaults if isinstance(value, str)}
-        found |= {_WORDS[name] for name in names if name in _WORDS}
+        found |= {words[name] for name in names if name in words}
         reached = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         reached += [function.__globals__[name] for name in names if name in function.__globals__]
         for held in list(owners):

@@ -84,6 +84,45 @@ def test_columns_have_random_numbers_of_their_own(kind: type[Mlp], way: Ways, tr
     assert torch.equal(one["after"], other["after"])
 
 
+def dropout_of_half(hidden: Tensor) -> Tensor:
+    return F.dropout(hidden, 0.5)
+
+
+class Plain(nn.Module):
+    """Dropout as a layer, or in a function that a method calls."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH, bias=False)
+        self.drop = nn.Dropout(0.5) if layer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropped(self.fc1(x).relu()))
+
+    def dropped(self, hidden: Tensor) -> Tensor:
+        return dropout_of_half(hidden) if self.drop is None else self.drop(hidden)
+
+
+def _compiled(layer: bool) -> tuple[Tensor, Tensor]:
+    """What is kept of the first rank's columns, and of the other's, all of which are 1 before."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), Plain(layer))
+    with torch.no_grad():
+        plain[1].fc1.weight.zero_()
+        plain[1].fc1.bias.fill_(1)
+        plain[1].fc2.weight.copy_(torch.cat([torch.eye(WIDTH), 10 * torch.eye(WIDTH)], 1))
+    network, _ = divided_copy(plain)
+    output = torch.compile(network, backend="aot_eager")(torch.ones(64, WIDTH))
+    return (output % 20 > 1).detach(), (output > 19).detach()
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_compiled_columns_have_random_numbers_of_their_own(layer: bool) -> None:
+    for one, other in run_on_ranks(2, _compiled, layer):
+        assert 0.4 < float(one.float().mean()) < 0.6
+        assert 0.2 < float((one == other).float().mean()) < 0.8
+
+
 def _off_and_on(kind: type[Mlp]) -> dict[str, Any]:
     torch.manual_seed(0)
     network, _ = divided_copy(nn.Sequential(nn.Linear(WIDTH, WIDTH), kind(by_another_name)))

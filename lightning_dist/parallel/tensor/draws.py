@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from lightning_dist.compat.torch import DropoutNd
+from lightning_dist.logs.code_scan import is_library, scan_hook
 
 _DRAWING = {
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu"),
@@ -39,8 +38,10 @@ class Draws:
 
 
 def _calls(module: nn.Module) -> bool:
-    """Whether its forward names a function that draws; what it has itself under such a name is looked at by itself."""
-    forward: Any = type(module).forward
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    is_torchs = type(module).__module__.startswith("torch.")
-    return not is_torchs and any(name in _DRAWING and not hasattr(module, name) for name in names)
+    """Whether its forward, or what this calls, names a function that draws.
+
+    What the module itself has under such a name is looked at by itself; libraries have their probabilities among their
+    layers and numbers.
+    """
+    words = {name: name for name in _DRAWING if not hasattr(module, name)}
+    return not is_library(type(module).__module__) and bool(scan_hook(module, "forward", words))
