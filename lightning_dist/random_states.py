@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -128,11 +128,21 @@ class OwnStream:
 
     The ranks of a tensor axis share their stream: random numbers are alike where tensors are replicated. Where they are
     split each rank takes a stream of its own, seeded from the shared one, so that dropout on this rank's heads or
-    columns differs from the others'; the shared stream goes on by one draw, or by none where nothing was drawn.
+    columns differs from the others'; the shared stream goes on by one draw.
+
+    Args:
+        mesh: of the tensor axis.
+        moves: the shared stream goes on also where nothing was drawn in this one.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self._mesh = mesh
+    open: ClassVar[list[OwnStream]] = []
+    """Those that have begun and not ended, outermost first."""
+
+    is_seeding: ClassVar[bool] = False
+    """A seed is drawn just now, which no module asked for."""
+
+    def __init__(self, mesh: DeviceMesh, moves: bool = True) -> None:
+        self._mesh, self.moves = mesh, moves
         self._left: list[_Left] = []
         """The generators, until the shared stream goes on."""
 
@@ -142,22 +152,29 @@ class OwnStream:
             return
         generators = _generators(self._mesh.device_type)
         before = [generator.get_rng_state() for generator in generators]
+        OwnStream.is_seeding = True
         seed = int(torch.randint(2**31, (), device="cpu"))
+        OwnStream.is_seeding = False
         after = [generator.get_rng_state() for generator in generators]
         _seed_torch(seed + self._mesh.get_local_rank(), torch.device(self._mesh.device_type))
         own = [generator.get_rng_state() for generator in generators]
         self._left = [*map(_Left, generators, before, after, own)]
+        OwnStream.open.append(self)
 
     def end(self) -> None:
         """Goes on with the shared stream, where it was left."""
-        drew = any(not torch.equal(left.generator.get_rng_state(), left.own) for left in self._left)
-        while self._left:
-            left = self._left.pop()
-            left.generator.set_rng_state(left.after if drew else left.before)
+        left, self._left = self._left, []
+        moves = self.moves or any(not torch.equal(one.generator.get_rng_state(), one.own) for one in left)
+        for one in left:
+            one.generator.set_rng_state(one.after if moves else one.before)
+        if left:
+            OwnStream.open.remove(self)
 
     def forget(self) -> None:
         """Stays with the generators as they are: somebody else has put them back."""
-        self._left.clear()
+        if self._left:
+            OwnStream.open.remove(self)
+        self._left = []
 
 
 @dataclass(frozen=True)
@@ -179,9 +196,9 @@ def _generators(device_type: str) -> list[Any]:
 
 
 @contextmanager
-def own_stream(mesh: DeviceMesh) -> Iterator[None]:
+def own_stream(mesh: DeviceMesh, moves: bool = True) -> Iterator[None]:
     """Inside, and until :func:`shared_again`, a stream of this rank's own, see :class:`OwnStream`."""
-    _running.append(OwnStream(mesh))
+    _running.append(OwnStream(mesh, moves))
     try:
         _running[-1].begin()
         yield

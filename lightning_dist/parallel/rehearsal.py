@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from lightning_dist.compat.torchmetrics import metric_state
 from lightning_dist.logs.code_scan import is_library
 from lightning_dist.logs.metrics import metrics_in
 from lightning_dist.placeholder import is_placeholder
+from lightning_dist.random_states import OwnStream
 
 
 def is_users_object(value: Any) -> bool:
@@ -128,17 +130,40 @@ class FixedNumbers(TorchDispatchMode):
         return output
 
 
-class DrawsNoted(TorchDispatchMode):
-    """While it lasts, notes in ``drew`` whether random numbers are drawn."""
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers that were drawn: their shape, whether in a stream of the rank's own, and from which generator."""
 
-    drew = False
+    shape: tuple[int, ...]
+    is_own: bool
+    has_generator: bool
+
+
+class DrawsNoted(TorchDispatchMode):
+    """While it lasts, notes which random numbers are drawn, in their order, and whether others' operators run, of which
+    nothing tells whether they draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[Draw] = []
+        self.is_unknown = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        output = func(*args, **kwargs)
+        self.is_unknown |= name_of_operator(func).lstrip("_").partition("::")[0] not in _KNOWN
+        if torch.Tag.nondeterministic_seeded in func.tags and not OwnStream.is_seeding:
+            given = _given(func, args, kwargs)
             is_attention = any(argument.name == "dropout_p" for argument in arguments_of(func))
-            self.drew |= not is_attention or bool(_given(func, args, kwargs).get("dropout_p"))
-        return func(*args, **kwargs)
+            numbers = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(numbers, Tensor) and (not is_attention or given.get("dropout_p")):
+                is_own, has_generator = bool(OwnStream.open), given.get("generator") is not None
+                self.draws.append(Draw(tuple(numbers.shape), is_own, has_generator))
+        return output
+
+
+_KNOWN = {"aten", "prim", "prims", "c10d", "c10d_functional", "c10d_functional_autograd", "fsdp", "torchvision"}
+"""Namespaces whose operators say so if they draw, without what they begin with (``_c10d_functional``)."""
 
 
 def _given(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

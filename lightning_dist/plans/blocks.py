@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -89,6 +89,12 @@ def _repeated(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]
 def class_name(module: nn.Module) -> str:
     """Name of a module's class; of a sharded one, the name it had before fully_shard made a class of its own."""
     return _kind(module).__name__
+
+
+def is_of(module: nn.Module, library: str, names: Container[str]) -> bool:
+    """Whether a module's class is one of a library's, by its name."""
+    kind = _kind(module)
+    return kind.__module__.partition(".")[0] == library and kind.__name__ in names
 
 
 def _kind(module: nn.Module) -> type[Any]:

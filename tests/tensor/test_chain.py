@@ -182,3 +182,82 @@ def test_what_has_no_source_is_no_chain() -> None:
     found: dict[str, Any] = {"Block": Block, "F": F}
     exec("class Written(Block):\n    def forward(self, x):\n        return self.fc2(F.relu(self.fc1(x)))", found)
     assert not is_chain(found["Written"](), ("fc1",), "fc2")
+
+
+class Intermediate(nn.Module):
+    """As of BERT; what ``activate`` does lies between its layer and that of the output."""
+
+    def __init__(self, outputs: int = HIDDEN) -> None:
+        super().__init__()
+        self.dense, self.drop = nn.Linear(WIDTH, outputs), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dense(x)
+        return F.gelu(x)
+
+
+class GatedIntermediate(Intermediate):
+    def __init__(self) -> None:
+        super().__init__(2 * HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.dense(x).chunk(2, -1)
+        return F.gelu(gate) * value
+
+
+class Normalised(Intermediate):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(x).softmax(-1)
+
+
+class Dropping(Intermediate):
+    """In no part that would draw for its columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.dense(x))
+
+
+class AtTimes(Intermediate):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dense(x)
+        return F.gelu(hidden) if x.ndim else x
+
+
+class Output(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(HIDDEN, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        hidden = self.dense(hidden)
+        return self.norm(hidden + x)
+
+
+class Looking(Output):
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return super().forward(hidden / hidden.norm(), x)
+
+
+class BertLayer(nn.Module):
+    def __init__(self, intermediate: nn.Module, output: nn.Module) -> None:
+        super().__init__()
+        self.intermediate, self.output = intermediate, output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.intermediate(x), x)
+
+
+def test_layers_in_modules_beside_each_other_are_divided() -> None:
+    plan = find_tensor_plan(nn.Sequential(BertLayer(Intermediate(), Output())))
+    assert list(plan) == ["0.intermediate.dense", "0.output.dense"]
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "output"),
+    [(GatedIntermediate, Output), (Normalised, Output), (Dropping, Output), (AtTimes, Output), (Intermediate, Looking)],
+)
+def test_such_layers_are_whole_where_something_else_lies_between(
+    intermediate: type[nn.Module], output: type[nn.Module]
+) -> None:
+    with pytest.raises(ValueError, match="tp finds nothing to divide"):
+        find_tensor_plan(nn.Sequential(BertLayer(intermediate(), output())))

@@ -18,6 +18,10 @@ seen: list[Tensor] = []
 """What was drawn for hidden features that are all 1."""
 
 
+def nothing(module: Any, hidden: Tensor) -> Tensor:
+    return hidden
+
+
 def literal(module: Any, hidden: Tensor) -> Tensor:
     return F.dropout(hidden, 0.5)
 
@@ -123,6 +127,114 @@ def test_compiled_columns_have_random_numbers_of_their_own(layer: bool) -> None:
         assert 0.2 < float((one == other).float().mean()) < 0.8
 
 
+class Module(nn.Module):
+    """A feed-forward module that draws in some way; see the names of its methods."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+        self.way = way
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.way)(x)
+
+    def path(self, x: Tensor) -> Tensor:
+        """Stochastic depth: a number for each sample."""
+        kept = (torch.rand(len(x), 1, 1) > 0.5).float()
+        return self.fc2(self.fc1(x).relu()) * kept
+
+    def path_and_columns(self, x: Tensor) -> Tensor:
+        kept = (torch.rand(len(x), 1, 1) > 0.5).float()
+        return self.fc2(F.dropout(self.fc1(x).relu(), 0.5)) * kept
+
+    def in_chunks(self, x: Tensor) -> Tensor:
+        return torch.cat([self.fc2(F.dropout(self.fc1(part).relu(), 0.5)) for part in x.chunk(2, 1)], 1)
+
+    def from_its_own(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x).relu()
+        return self.fc2(hidden + torch.randn(hidden.shape, generator=self.generator))
+
+
+class ByBuffer(Mlp):
+    """Its rate is in a buffer, of which nothing tells that it changes."""
+
+    def __init__(self) -> None:
+        super().__init__(by_a_buffer)
+        self.register_buffer("rate_now", torch.zeros(()))
+
+
+def by_a_buffer(module: Any, hidden: Tensor) -> Tensor:
+    return F.dropout(hidden, float(module.rate_now))
+
+
+class Mixing(Pair):
+    """Between the layers of its pair it drops what all ranks have."""
+
+    def __init__(self) -> None:
+        super().__init__(nothing)
+        self.mix, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(self.norm(x))
+        beside = self.drop(self.mix(x))
+        return x + beside + self.fc2(self.relu(hidden))
+
+
+def _beside_one_process(plain: nn.Module) -> None:
+    """The divided module gives what the whole one does, from the same stream, which it leaves where that does."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), plain)
+    divided, _ = divided_copy(plain)
+    x = torch.randn(2, 6, WIDTH)
+    for _ in range(2):
+        outputs = []
+        for network in (plain, divided):
+            torch.manual_seed(1)
+            outputs += [network(x), torch.rand(3)]
+        torch.testing.assert_close(outputs[:2], outputs[2:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [Module("path"), Mixing()], ids=["part", "pair"])
+def test_what_is_drawn_for_all_ranks_is_that_of_one_process(module: nn.Module) -> None:
+    run_on_ranks(2, _beside_one_process, module)
+
+
+def _told(way: str) -> str:
+    network, _ = divided_copy(nn.Sequential(nn.Linear(WIDTH, WIDTH), Module(way)))
+    with pytest.raises(ValueError, match="it draws random numbers") as raised:
+        network(torch.randn(2, 6, WIDTH))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("path_and_columns", "for all of them, of which each rank would have others"),
+        ("in_chunks", "after its last divided layer, or from its own generator"),
+        ("from_its_own", "after its last divided layer, or from its own generator"),
+    ],
+)
+def test_what_no_stream_would_do_for_is_refused_on_all_ranks(way: str, message: str) -> None:
+    for told in run_on_ranks(2, _told, way):
+        assert message in told
+
+
+def _rate_of_a_buffer() -> Tensor:
+    torch.manual_seed(0)
+    network, _ = divided_copy(nn.Sequential(nn.Linear(WIDTH, WIDTH), ByBuffer()))
+    x = torch.randn(2, 6, WIDTH)
+    network(x)
+    network[1].rate_now.fill_(0.5)
+    network(x)
+    return seen.pop()
+
+
+def test_a_rate_in_a_buffer_may_begin_later() -> None:
+    one, other = run_on_ranks(2, _rate_of_a_buffer)
+    assert not torch.equal(one, other)
+
+
 def _off_and_on(kind: type[Mlp]) -> dict[str, Any]:
     torch.manual_seed(0)
     network, _ = divided_copy(nn.Sequential(nn.Linear(WIDTH, WIDTH), kind(by_another_name)))
@@ -157,7 +269,7 @@ class OnResidual(Pair):
 
 def _on_residual() -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), OnResidual(lambda _, hidden: hidden), nn.Dropout(0.5))
+    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), OnResidual(nothing), nn.Dropout(0.5))
     divided, _ = divided_copy(plain)
     x = torch.randn(2, 5, WIDTH)
     for _ in range(2):
@@ -179,6 +291,26 @@ class Written(Conditioned):
         drawn = F.dropout(torch.ones_like(x), 0.5)
         seen.append(drawn)
         return super().forward(x, condition) * drawn
+
+
+class Noisy(Conditioned):
+    """Adds noise to its positions, which nothing tells from what is drawn for all."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x, condition) + torch.randn_like(x)
+
+
+def _noisy() -> str:
+    network = Network()
+    network.blocks = nn.ModuleList([Noisy(), Noisy()])
+    divided, _ = divided_copy(network.train(), sequence_parallel=True)
+    with pytest.raises(ValueError, match="it draws random numbers") as raised:
+        divided(*inputs())
+    return str(raised.value)
+
+
+def test_noise_on_a_part_of_the_positions_is_refused() -> None:
+    assert all("which all ranks would have alike" in told for told in run_on_ranks(2, _noisy))
 
 
 def _of_positions() -> Tensor:

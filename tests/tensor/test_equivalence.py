@@ -65,6 +65,42 @@ class CentredFeedForward(nn.Module):
         return self.fc2(self.fc1(x).softmax(-1))
 
 
+class FromZero(CentredFeedForward):
+    """The same, and begins as nothing: its last layer, which would hide all that lies before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.fc2.weight)
+
+
+class Peak(nn.Module):
+    """Keeps the largest of the hidden features, which one of the ranks has right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.peak = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x).relu()
+        self.peak = hidden.detach().amax()
+        return self.fc2(hidden)
+
+
+class Counting(nn.Module):
+    """Sets a number of its own that hangs on what the rank has: another in each step, and on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.sparsity = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x).relu()
+        self.sparsity = float((hidden == 0).float().mean())
+        return self.fc2(hidden)
+
+
 def _attention(own_scale: bool) -> nn.Module:
     return nn.Sequential(Attention(own_scale), Attention(own_scale))
 
@@ -100,11 +136,44 @@ def test_heads_are_plain_numbers_where_these_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "args", "name"), [(_attention, (True,), "Attention"), (CentredFeedForward, (), "CentredFeedForward")]
+    ("network", "args", "name"),
+    [
+        (_attention, (True,), "Attention"),
+        (CentredFeedForward, (), "CentredFeedForward"),
+        (FromZero, (), "FromZero"),
+    ],
 )
 def test_a_part_that_gives_another_result_is_an_error(network: Any, args: Any, name: str) -> None:
     with pytest.raises(RankError, match=rf"tp runs {name} .* gives another result"):
         run_on_ranks(2, _run, network, *args)
+
+
+def test_what_one_rank_keeps_rightly_is_an_error_on_all() -> None:
+    for told in run_on_ranks(2, _told, Peak):
+        assert "its forward keeps" in told
+
+
+def _told(network: Any, *args: Any) -> str:
+    try:
+        _run(network, *args)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _weight_of_zeros() -> Tensor:
+    torch.manual_seed(0)
+    module = nn.Sequential(Mlp(), Mlp())
+    nn.init.zeros_(module[0].fc2.weight)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    split(module, ShardingPlan(find_tensor_plan(module)), mesh, patches=Patches())
+    module(torch.randn(2, 5, WIDTH)).sum().backward()
+    return module[0].fc2.weight.full_tensor().detach()  # type: ignore[union-attr, operator]
+
+
+def test_a_weight_of_zeros_is_left_as_it_was() -> None:
+    for weight in run_on_ranks(2, _weight_of_zeros):
+        assert not weight.any()
 
 
 class ResidualInside(nn.Module):
@@ -130,39 +199,40 @@ def test_another_gradient_is_an_error_also_where_the_first_layers_are_frozen() -
         run_on_ranks(2, _run, _above_frozen)
 
 
-def _both_raise() -> list[str]:
-    try:
-        _run(_attention, True)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
 def test_every_rank_raises() -> None:
-    assert all(run_on_ranks(2, _both_raise))
+    assert all(run_on_ranks(2, _told, _attention, True))
 
 
 def test_only_the_first_of_a_kind_is_compared() -> None:
-    assert run_on_ranks(2, _num_checks) == [2, 2]
+    assert run_on_ranks(2, _num_checks, _two_kinds) == [2, 2]
 
 
-def _num_checks() -> int:
-    """Of a network with two attention modules alike and one feed-forward, run twice."""
+def test_a_number_that_a_module_sets_itself_makes_it_no_other_kind() -> None:
+    assert run_on_ranks(2, _num_checks, Counting) == [1, 1]
+
+
+def _two_kinds() -> nn.Module:
+    """Two attention modules alike, and one feed-forward."""
+    return nn.Sequential(_attention(False), Mlp())
+
+
+def _num_checks(network: Any) -> int:
+    """Of a network that runs three times."""
     from lightning_dist.parallel.tensor.equivalence import EquivalenceCheck
 
     runs: list[str] = []
     original = EquivalenceCheck.run
 
-    def noting(self: Any, module: nn.Module, *args: Any) -> None:
+    def noting(self: Any, module: nn.Module, *args: Any) -> Any:
         runs.append(type(module).__name__)
-        original(self, module, *args)
+        return original(self, module, *args)
 
     EquivalenceCheck.run = noting  # type: ignore[method-assign]
     try:
-        module = nn.Sequential(_attention(False), Mlp())
+        module = network()
         mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
         split(module, ShardingPlan(find_tensor_plan(module)), mesh, patches=Patches())
-        for _ in range(2):
+        for _ in range(3):
             module(torch.randn(2, 5, WIDTH))
     finally:
         EquivalenceCheck.run = original  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lightning_dist.data.shards.check import DamagedFile, check_index, drop_shards, scan_shards
-from lightning_dist.data.shards.index import INDEX, write_index
+from lightning_dist.data.shards.index import INDEX, index_place, refuse_read_only, write_index
 
 
 def add_index(actions: Any) -> None:
@@ -62,6 +62,8 @@ def check_shards(places: Sequence[str], drop: bool) -> int:
 
 
 def _check_index(place: str, drop: bool) -> int:
+    if drop:
+        refuse_read_only(index_place(place))
     with _progress() as progress:
         index, damaged = check_index(place, progress)
     if not damaged:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_dist.compat.torch import is_in_backward
-from lightning_dist.parallel.tensor.draws import Draws
+from lightning_dist.parallel.tensor.draws import Drawn, Draws
 from lightning_dist.parallel.tensor.region import Args, Kwargs, Region
 from lightning_dist.random_states import OwnStream
 
@@ -60,6 +60,7 @@ class BlockPair:
     def begin(self, layer: nn.Module) -> None:
         """What follows is on this rank's columns."""
         if self.draws.now(layer):
+            self._stream.moves = self.draws.moves
             self._stream.begin()
 
     def end(self) -> None:
@@ -104,7 +105,7 @@ class Block(Region):
 
     pair: BlockPair | None = None
 
-    def note_draws(self, module: nn.Module, draws: bool) -> None:
+    def note_draws(self, module: nn.Module, draws: Drawn | None) -> None:
         """Wherever they are drawn in the block: where none are between the layers, nothing comes of it."""
         assert self.pair is not None
         self.pair.draws.noted = draws

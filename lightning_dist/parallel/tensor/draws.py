@@ -1,47 +1,99 @@
-"""Whether a part draws random numbers, which are this rank's own where its tensors are divided."""
+"""Which random numbers a part draws, and from which stream: those of its columns from one of this rank's own.
+
+[Note: draws of a part]
+The first run of each kind of module is compared with the whole (see [Note: parts are checked]); so are the shapes of
+the random numbers that both draw. What has another shape is of this rank's heads, columns or positions, and has to come
+from a stream of its own; what has the same shape is of what all ranks have, and has to come from the stream that they
+share. A module that draws both between its first divided layer and the last is refused, as is one that draws for its
+columns elsewhere, or from a generator of its own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
 
 import torch
 from torch import nn
 
-from lightning_dist.compat.torch import DropoutNd
+from lightning_dist.compat.torch import DropoutNd, children_of
 from lightning_dist.logs.code_scan import is_library, scan_hook
+from lightning_dist.parallel.rehearsal import Draw
 
 _DRAWING = {
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu"),
-    *("bernoulli", "bernoulli_", "normal", "normal_", "uniform_", "exponential_", "gumbel_softmax", "multinomial"),
-    *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu", "poisson"),
+    *("bernoulli", "bernoulli_", "normal", "normal_", "log_normal_", "uniform_", "exponential_", "geometric_"),
+    *("cauchy_", "random_", "gumbel_softmax", "multinomial", "sample", "rsample"),
+    *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"),
 }
 """Names of functions and methods."""
 
 
+class Drawn(Enum):
+    """What a kind of module was seen to draw while it runs on this rank's part."""
+
+    NOTHING = auto()
+    COLUMNS = auto()
+    WHOLE = auto()
+    UNKNOWN = auto()
+
+
 class Draws:
-    """What is known of a module's random numbers: what its first run told, and until then what it looks like.
+    """What is known of a module's random numbers: what its first run told, and what it looks like.
 
     Args:
         module: whose layers and numbers are looked at, and the names in its forward: it may hold a probability itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.noted: bool | None = None
+        self.noted: Drawn | None = None
         """As a run of a module of its kind told. What is compiled is not seen to run."""
-        layers = any(isinstance(child, DropoutNd) and child.p > 0 for child in module.modules())
-        numbers = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
-        self._may_draw = layers or any(value > 0 for value in numbers) or any(map(_calls, module.modules()))
+        self._may_draw = any(_looks_so(child) for child in module.modules())
 
     def now(self, module: nn.Module) -> bool:
-        """Whether the module's forward may draw."""
-        if self.noted is None or torch.compiler.is_compiling():
-            return self._may_draw and module.training
-        return self.noted
+        """Whether what the module's forward may draw is of its columns."""
+        if self.noted in (None, Drawn.NOTHING) or torch.compiler.is_compiling():
+            return self._may_draw and module.training  # a buffer, or an argument, may hold a probability that changes
+        return self.noted is not Drawn.WHOLE
+
+    @property
+    def moves(self) -> bool:
+        """Whether the shared stream goes on without regard to what a rank drew: alike, where that hangs on its part."""
+        return self.noted is Drawn.COLUMNS
+
+
+def drawn(whole: Sequence[Draw], part: Sequence[Draw], is_unknown: bool) -> tuple[bool, bool, bool, bool]:
+    """What a module drew on this rank, see [Note: draws of a part].
+
+    Args:
+        whole, part: as it ran whole, and in part.
+        is_unknown: operators ran of which nothing tells whether they draw.
+
+    Returns:
+        Whether it drew for its columns; for all of them in a stream of this rank's own; for its columns elsewhere, or
+        from another generator; and whether it can't be told.
+    """
+    if len(whole) != len(part):
+        return False, False, False, True
+    pairs = list(zip(whole, part, strict=True))
+    columns = [p for w, p in pairs if w.shape != p.shape]
+    alike = any(p.is_own for w, p in pairs if w.shape == p.shape)
+    return bool(columns), alike, any(p.has_generator or not p.is_own for p in columns), is_unknown
+
+
+def _looks_so(module: nn.Module) -> bool:
+    if isinstance(module, (DropoutNd, nn.RReLU)):
+        return not isinstance(module, DropoutNd) or module.p > 0
+    numbers = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
+    return any(value > 0 for value in numbers) or _calls(module)
 
 
 def _calls(module: nn.Module) -> bool:
     """Whether its forward, or what this calls, names a function that draws.
 
-    What the module itself has under such a name is looked at by itself; libraries have their probabilities among their
-    layers and numbers.
+    A layer or number that the module has under such a name is looked at by itself; libraries have their probabilities
+    among their layers and numbers.
     """
-    words = {name: name for name in _DRAWING if not hasattr(module, name)}
+    held = {**vars(module), **children_of(module)}
+    words = {name: name for name in _DRAWING if not isinstance(held.get(name), (nn.Module, float, int))}
     return not is_library(type(module).__module__) and bool(scan_hook(module, "forward", words))

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dist.compat.torch import MODULE_REGISTRIES, disable_current_modes
 from lightning_dist.parallel.rehearsal import DrawsNoted, FixedNumbers, undone
+from lightning_dist.parallel.tensor.draws import Drawn, drawn
 from lightning_dist.parallel.tensor.region import (
     Args,
     Kwargs,
@@ -34,6 +35,7 @@ from lightning_dist.parallel.tensor.region import (
     whole,
 )
 from lightning_dist.parallel.tensor.shards import shard_of
+from lightning_dist.parallel.tensor.stand_ins import nonzero
 from lightning_dist.parallel.tensor.users_hooks import without_users_hooks
 from lightning_dist.precision import rounds_products
 from lightning_dist.pytree import tree_map
@@ -55,8 +57,12 @@ class EquivalenceCheck:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
-        self._draws: dict[Any, bool] = {}
-        """Of the kinds of modules that were seen to run, whether they draw random numbers."""
+        self._drawn: dict[Any, Drawn | None] = {}
+        """What the kinds of modules drew that were seen to run; None where that can't be said."""
+        self._compared: list[nn.Module] = []
+        """Those that are compared just now, the outermost first."""
+        self._written: dict[type, set[tuple[str, str]]] = {}
+        """Plain attributes that a run of a module sets, which make it none of another kind."""
         self.own_outputs: dict[type, frozenset[int]] = {}
         """Which of the tensors that a kind of module returns, beside the first, are this rank's part."""
         self.by_width: set[type] = set()
@@ -72,14 +78,21 @@ class EquivalenceCheck:
         """
         if torch.compiler.is_compiling():
             return
-        kind = _kind(module), _has_backward(module)
-        if kind not in self._draws:
-            self._draws[kind] = False  # while it is compared
-            self._draws[kind] = self.run(module, region, args, kwargs, kind[1])
-        region.note_draws(module, self._draws[kind])
+        if any(module is compared for compared in self._compared):
+            region.note_draws(module, Drawn.COLUMNS)  # each draw is to be in the stream that it would be in
+            return
+        kind = self._kind(module)
+        if kind not in self._drawn:
+            self._compared.append(module)
+            try:
+                found = self.run(module, region, args, kwargs, _has_backward(module))
+            finally:
+                self._compared.pop()
+            self._drawn[kind] = self._drawn[self._kind(module)] = found
+        region.note_draws(module, self._drawn[kind])
 
-    def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool) -> bool:
-        """Compares; whether the whole draws random numbers, or may do so."""
+    def run(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool) -> Drawn | None:
+        """Compares, and tells what is drawn; None for what can't be compared."""
         is_block = not region.copies_inputs and region.positions is None
         if is_block and any(isinstance(child, FSDPModule) for child in module.modules() if child is not module):
             raise ValueError(
@@ -87,46 +100,78 @@ class EquivalenceCheck:
                 "which it can't where modules inside are sharded by themselves; name it in shard_units= in their place"
             )
         if region.is_given_own(args, kwargs):
-            return True  # made by another part: the whole module could not use it
-        draws = DrawsNoted()
+            return None  # made by another part: the whole module could not use it
         try:
-            outputs = self._compare(module, region, args, kwargs, has_backward, draws)
+            outputs, found = self._compare(module, region, args, kwargs, has_backward)
         except ValueError:
             if type(module) in self.by_width or not region.counts_heads:
                 raise
             self.by_width.add(type(module))
-            outputs = self._compare(module, region, args, kwargs, has_backward, draws)
+            outputs, found = self._compare(module, region, args, kwargs, has_backward)
         # those of another shape are this rank's: of its heads, say
         self.own_outputs[type(module)] = frozenset(i for i, (w, p) in enumerate(outputs) if i and w.shape != p.shape)
-        return draws.drew
+        return found
 
     @torch.no_grad()
     def _compare(
-        self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool, draws: DrawsNoted
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The outputs of the whole and of the part; a ValueError on every rank where they are not the same."""
+        self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs, has_backward: bool
+    ) -> tuple[list[tuple[Tensor, Tensor]], Drawn]:
+        """The outputs of the whole and of the part, and what is drawn; a ValueError on every rank where they are not
+        the same.
+        """
         device = torch.device(self.mesh.device_type)
-        with without_users_hooks(module), undone(module), kept_random_states(device):
+        of_whole, of_part = DrawsNoted(), DrawsNoted()
+        with without_users_hooks(module), undone(module), kept_random_states(device), nonzero(module, self.mesh):
+            before = _plain_attributes(module)
             try:
-                expected, part, kept = both_ways(module, region, args, kwargs, draws)
+                expected, part, kept = both_ways(module, region, args, kwargs, of_whole, of_part)
             except PartFailed as error:
                 raise ValueError(_told(module, f"that fails: {error.__cause__}")) from error.__cause__
+            written = {name for name, value in _plain_attributes(module).items() if before.get(name, before) != value}
             gradients = self._gradient_difference(module, region, args, kwargs) if has_backward else 0.0
-        outputs = self._largest(module, expected, part)
-        refuse_differences(module, not region.copies_inputs, outputs, kept, gradients, rounding_of(part[0]))
-        return list(zip(expected, part, strict=False))
+        seen = drawn(of_whole.draws, of_part.draws, of_part.is_unknown)
+        flags = map(float, (bool(kept), bool(written), *seen))
+        outputs, keeps, writes, *seen_anywhere = self._largest([self._difference(expected, part), *flags])
+        refuse_differences(
+            module,
+            not region.copies_inputs,
+            outputs,
+            kept or ["tensors"] * bool(keeps),
+            gradients,
+            rounding_of(part[0]),
+        )
+        if writes:
+            self._note_written(type(module), written)
+        return list(zip(expected, part, strict=False)), what_is_drawn(module, *map(bool, seen_anywhere))
 
-    def _largest(self, module: nn.Module, expected: list[Tensor], part: list[Tensor]) -> float:
+    def _difference(self, expected: list[Tensor], part: list[Tensor]) -> float:
         """The largest relative difference between outputs of one shape; infinite where there is none to compare."""
         if part[0].shape != expected[0].shape:  # it goes on divided
             expected = [shard_of(expected[0], Shard(expected[0].ndim - 1), self.mesh), *expected[1:]]
-        largest = torch.full((), torch.inf, device=part[0].device)
-        if len(part) == len(expected) and part[0].shape == expected[0].shape:
-            pairs = [(w, p) for w, p in zip(expected, part, strict=True) if w.shape == p.shape]
-            found = [(p - w).float().norm() / w.float().norm().clamp(min=1e-12) for w, p in pairs]
-            largest = torch.stack(found).max()
+        if len(part) != len(expected) or part[0].shape != expected[0].shape:
+            return torch.inf
+        pairs = [(w, p) for w, p in zip(expected, part, strict=True) if w.shape == p.shape]
+        found = [(p - w).float().norm() / w.float().norm().clamp(min=1e-12) for w, p in pairs]
+        return float(torch.stack(found).max())
+
+    def _largest(self, values: list[float]) -> list[float]:
+        """Of each of some numbers the largest among the ranks."""
+        largest = torch.tensor(values, device=self.mesh.device_type)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.mesh.get_group())
-        return float(largest)
+        return largest.tolist()
+
+    def _note_written(self, kind: type, names: set[tuple[str, str]]) -> None:
+        """By any rank: what is written may be what it was on one of them. Communication: an all-gather of names."""
+        gathered: list[Any] = [None] * self.mesh.size()
+        dist.all_gather_object(gathered, names, self.mesh.get_group())
+        self._written.setdefault(kind, set()).update(*gathered)
+
+    def _kind(self, module: nn.Module) -> Any:
+        """Class, shapes, plain attributes, and whether a backward may follow: another flag is another forward."""
+        written = self._written.get(type(module), ())
+        plain = tuple((name, value) for name, value in _plain_attributes(module).items() if name not in written)
+        shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+        return type(module), shapes, plain, _has_backward(module)
 
     @torch.enable_grad()
     def _gradient_difference(self, module: nn.Module, region: Region, args: Args, kwargs: Kwargs) -> float:
@@ -165,8 +210,7 @@ class EquivalenceCheck:
         largest = torch.stack(
             [(p - e).norm() / e.norm().clamp(min=least) for p, e in zip(part, expected, strict=True)]
         ).max()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, self.mesh.get_group())
-        return float(largest)
+        return self._largest([float(largest)])[0]
 
 
 def _whole_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -204,6 +248,19 @@ def refuse_differences(
         )
 
 
+def what_is_drawn(module: nn.Module, columns: bool, alike: bool, elsewhere: bool, is_unknown: bool) -> Drawn:
+    """What the ranks found a module to draw, see [Note: draws of a part]; a ValueError where no stream would do."""
+    if elsewhere:
+        what = "for these, which all ranks would have alike: after its last divided layer, or from its own generator"
+        raise ValueError(_told(module, f"it draws random numbers {what}"))
+    if columns and alike:
+        what = "for these, and, between its divided layers, for all of them, of which each rank would have others"
+        raise ValueError(_told(module, f"it draws random numbers {what}"))
+    if columns or is_unknown:
+        return Drawn.COLUMNS if columns else Drawn.UNKNOWN
+    return Drawn.WHOLE if alike else Drawn.NOTHING
+
+
 def _told(module: nn.Module, what: str) -> str:
     return (
         f"tp runs {type(module).__name__} on each rank's heads or columns, and {what}. Name the layers that may be "
@@ -239,16 +296,14 @@ def _has_backward(module: nn.Module) -> bool:
     return module.training or torch.is_grad_enabled()
 
 
-def _kind(module: nn.Module) -> Any:
-    """Class, shapes and plain attributes: another flag is another forward."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    plain = tuple(
-        (name, key, value)
+def _plain_attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """Numbers and words of a module and those below it, by their names."""
+    return {
+        (name, key): value
         for name, child in module.named_modules()
         for key, value in vars(child).items()
         if isinstance(value, (bool, str, type(None))) or (isinstance(value, (int, float)) and value == value)
-    )
-    return type(module), shapes, plain
+    }
 
 
 class PartFailed(Exception):

@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import Placement
 from lightning_dist.compat.distributed import is_fully_shards
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass, own_parameters
 from lightning_dist.divided.functions import Way, way_of
-from lightning_dist.parallel.tensor.draws import Draws
+from lightning_dist.parallel.tensor.draws import Drawn, Draws
 from lightning_dist.parallel.tensor.head_count import HeadCount
 from lightning_dist.parallel.tensor.mappings import (
     copy_to_tensor_region,
@@ -154,7 +154,8 @@ class Region:
     def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         if self.copies_inputs:
             args, kwargs = self._copy_inputs(args, kwargs)
-        draws = own_stream(self.mesh) if self.draws is not None and self.draws.now(module) else nullcontext()
+        is_drawing = self.draws is not None and self.draws.now(module)
+        draws = own_stream(self.mesh, self.draws.moves) if self.draws is not None and is_drawing else nullcontext()
         with self._local_view(module), draws, nullcontext() if self.mode is None else self.mode(module):
             output = type(module).forward(module, *args, **kwargs)
         if self.finish is not None:
@@ -166,8 +167,8 @@ class Region:
             output = output if bias is None else output + bias.to(output.dtype)
         return output
 
-    def note_draws(self, module: nn.Module, draws: bool) -> None:
-        """A module of this kind was seen to draw random numbers, or not to."""
+    def note_draws(self, module: nn.Module, draws: Drawn | None) -> None:
+        """A module of this kind was seen to draw these random numbers."""
         if self.draws is not None:
             self.draws.noted = draws
 

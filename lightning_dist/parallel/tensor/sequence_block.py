@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 from lightning_dist.parallel.tensor.block_pair import BlockPair
+from lightning_dist.parallel.tensor.draws import Drawn
 from lightning_dist.parallel.tensor.mappings import gather
 from lightning_dist.parallel.tensor.positions import DIM, Snapshot
 from lightning_dist.parallel.tensor.region import Args, Kwargs, Region, once_each, tensors_in
@@ -64,7 +65,7 @@ class SequenceBlock(Region):
             self.positions.restore(before)
             return self._run(module, args, kwargs)
 
-    def note_draws(self, module: nn.Module, draws: bool) -> None:
+    def note_draws(self, module: nn.Module, draws: Drawn | None) -> None:
         """Also of the parts inside, which are not compared by themselves."""
         if self.draws is None or draws == self.draws.noted:
             return
@@ -79,7 +80,8 @@ class SequenceBlock(Region):
         assert self.positions is not None
         begin = self.positions.begin if self.is_first else self.positions.go_on
         args, kwargs, others = self._prepare(args, kwargs, begin)
-        dropout = OwnDropout(self.mesh) if self.draws is not None and self.draws.now(module) else nullcontext()
+        is_drawing = self.draws is not None and self.draws.now(module)
+        dropout = OwnDropout(self.mesh) if is_drawing else nullcontext()
         pair = nullcontext() if self.pair is None else self.pair.running()
         with self.positions.inside(others), self._local_view(module), dropout, pair:
             output = type(module).forward(module, *args, **kwargs)

@@ -40,13 +40,25 @@ def is_chain(module: nn.Module, columns: Iterable[str], row: str) -> bool:
     calling = [tree for tree in map(_tree, _functions(type(module))) if tree is not None and _calls_of(tree, names)]
     if len(calling) != 1 or sorted(_calls_of(calling[0], names)) != sorted(names):
         return False
-    reader = _Reader(module, frozenset(names) - {row}, row)
-    try:
-        for statement in calling[0].body:
-            reader.visit(statement)
-    except _UsedOtherwiseError:
+    return _Reader(module, frozenset(names) - {row}, row).reads(calling[0])
+
+
+def hands_on(module: nn.Module, column: str) -> bool:
+    """Whether what one of a module's layers gives is what it returns, through functions of one element that draw
+    nothing: ranks would draw alike for other columns.
+    """
+    forward = _tree(type(module).forward)
+    if forward is None or _calls_of(forward, {column}) != [column] or not isinstance(forward.body[-1], ast.Return):
         return False
-    return True
+    return _Reader(module, frozenset({column}), "", returns=True).reads(forward)
+
+
+def takes_up(module: nn.Module, row: str) -> bool:
+    """Whether a module gives its first argument, through functions of one element, to one of its layers alone."""
+    forward = _tree(type(module).forward)
+    if forward is None or _calls_of(forward, {row}) != [row] or len(forward.args.args) < 2:
+        return False
+    return _Reader(module, frozenset(), row, between={forward.args.args[1].arg}).reads(forward)
 
 
 def _functions(kind: type) -> list[Any]:
@@ -85,11 +97,34 @@ class _UsedOtherwiseError(Exception):
 
 
 class _Reader:
-    """Visits statements in order, and knows which variables lie between the layers."""
+    """Visits statements in order, and knows which variables lie between the layers.
 
-    def __init__(self, module: nn.Module, columns: frozenset[str], row: str) -> None:
-        self._module, self._columns, self._row = module, columns, row
-        self._between: set[str] = set()
+    Args:
+        module: whose function is read.
+        columns, row: names of the layers.
+        between: variables that lie there from the beginning.
+        returns: what lies between, and nothing else, is returned.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        columns: frozenset[str],
+        row: str,
+        between: set[str] | None = None,
+        returns: bool = False,
+    ) -> None:
+        self._module, self._columns, self._row, self._returns = module, columns, row, returns
+        self._between = set(between or ())
+
+    def reads(self, function: ast.FunctionDef) -> bool:
+        """Whether the function does nothing else with what lies between."""
+        try:
+            for statement in function.body:
+                self.visit(statement)
+        except _UsedOtherwiseError:
+            return False
+        return True
 
     def visit(self, node: ast.AST) -> bool:
         """Whether an expression lies between; of other nodes, visits what is in them."""
@@ -107,6 +142,10 @@ class _Reader:
                 return node.id in self._between
             case ast.Call():
                 return self._call(node)
+            case ast.Return(value=ast.expr() as value) if self._returns:
+                if not self.visit(value):
+                    raise _UsedOtherwiseError
+                return False
             case ast.BinOp(op=ast.Mult()):
                 return self._product(node)
             case ast.Attribute() if node.attr in _SHAPELESS:
@@ -144,9 +183,11 @@ class _Reader:
         layer = _layer(function)
         if layer is None:
             name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
-            return name in _NAMES
+            return name in _NAMES and not (self._returns and name == "dropout")
         found = getattr(self._module, layer, None)
         if isinstance(found, nn.Module):
             is_activation = type(found).__module__ == "transformers.activations"
+            if self._returns and isinstance(found, nn.Dropout):
+                return False
             return isinstance(found, ELEMENTWISE) or (is_activation and not [*found.parameters()])
         return getattr(found, "__name__", None) in _NAMES

@@ -15,9 +15,9 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_dist.compat.torch import is_plain_feed_forward
-from lightning_dist.plans.blocks import class_name, find_blocks
+from lightning_dist.plans.blocks import class_name, find_blocks, is_of
 from lightning_dist.plans.tensor import layers
-from lightning_dist.plans.tensor.chain import is_chain
+from lightning_dist.plans.tensor.chain import hands_on, is_chain, takes_up
 from lightning_dist.plans.tensor.gated import ELEMENTWISE, gated_layers
 from lightning_dist.plans.tensor.plan import BESIDE_ARGUMENTS, OWN_ARGUMENTS, ModulePlan, Split, TensorPlan
 
@@ -95,7 +95,7 @@ def _module_plans(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
         part = _multihead(module)
     elif class_name(module) == "ShiftedWindowAttention":
         part = _shifted_windows(module)
-    elif class_name(module) in INTERLEAVED:
+    elif is_of(module, "transformers", INTERLEAVED):
         packed, row = INTERLEAVED[class_name(module)]
         part = attention_plan(module, (packed,), row, 3, interleaved=True)
     else:
@@ -244,7 +244,7 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
         return
     children = dict(module.named_children())
     dense = dict(children["output"].named_children()).get("dense") if "output" in children else None
-    if dense is None or not layers.is_dense(dense):
+    if dense is None or not layers.is_dense(dense) or not takes_up(children["output"], "dense"):
         return
     name = "self" if "self" in children else "attention"
     inner = children.get(name)
@@ -254,9 +254,15 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
         if part is not None:
             yield name, part
             yield "output.dense", row_alone(dense)
-    elif layers.is_dense(middle) and set(children["intermediate"].parameters()) == set(middle.parameters()):
+    elif layers.is_dense(middle) and _is_intermediate(children["intermediate"], middle, dense):
         yield "intermediate.dense", column_alone(middle)
         yield "output.dense", row_alone(dense)
+
+
+def _is_intermediate(module: nn.Module, dense: Any, after: Any) -> bool:
+    """Whether a module is a dense layer and functions of one element, and another layer takes what it gives."""
+    is_alone = set(module.parameters()) == set(dense.parameters())
+    return is_alone and layers.outputs(dense) == layers.inputs(after) and hands_on(module, "dense")
 
 
 def _pair_in_block(module: nn.Module) -> ModulePlan | None:

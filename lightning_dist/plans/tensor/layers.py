@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_dist.compat.torch import own_parameters
+from lightning_dist.plans.blocks import is_of
 from lightning_dist.plans.tensor.plan import Split, join_names
 
 _LINEAR = ("FalconLinear",)
@@ -19,7 +20,7 @@ def is_dense(module: object) -> bool:
     A layer with a forward of its own, or whose weight is computed (parametrised, pruned), is not.
     """
     if isinstance(module, nn.Linear):
-        is_plain = type(module).forward is nn.Linear.forward or type(module).__name__ in _LINEAR
+        is_plain = type(module).forward is nn.Linear.forward or is_of(module, "transformers", _LINEAR)
         return is_plain and "weight" in own_parameters(module)
     return _is_transposed(module)
 
