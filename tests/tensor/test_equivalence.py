@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_dist.parallel.tensor.split import split
 from lightning_dist.patches import Patches
@@ -146,6 +147,19 @@ def test_heads_are_plain_numbers_where_these_do() -> None:
 def test_a_part_that_gives_another_result_is_an_error(network: Any, args: Any, name: str) -> None:
     with pytest.raises(RankError, match=rf"tp runs {name} .* gives another result"):
         run_on_ranks(2, _run, network, *args)
+
+
+class Recomputing(CentredFeedForward):
+    """Computes its layers again in backward, when it is no part any more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: self.fc2(self.fc1(x).relu()), x, use_reentrant=False)
+
+
+def test_a_backward_that_fails_in_part_is_an_error_in_the_first_forward() -> None:
+    for told in run_on_ranks(2, _told, Recomputing):
+        assert told.startswith("tp runs Recomputing on each rank's heads or columns, and its backward fails: ")
+        assert "Name the layers that may be divided in tensor_plan=" in told
 
 
 def test_what_one_rank_keeps_rightly_is_an_error_on_all() -> None:

@@ -207,6 +207,31 @@ def test_dropout_between_is_of_each_ranks_columns_and_what_follows_is_alike(bloc
         assert 0.3 < float(found["kept"][0].float().mean()) < 0.7
 
 
+def _hooked() -> Tensor:
+    """What is drawn after a backward pass in which a gradient's hook calls a layer of the pair."""
+    torch.manual_seed(0)
+    network, _ = divided_copy(nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(dropout=0.5)))
+    x = torch.randn(2, WIDTH)
+    network(x)
+    output = network(x)
+    called: list[int] = []
+
+    def hook(_: Tensor) -> None:
+        called.append(1)
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            network[1].fc1(x)  # whole: under a strategy its weight answers as that
+
+    output.register_hook(hook)
+    output.sum().backward()
+    assert called
+    return torch.rand(())
+
+
+def test_a_layer_that_a_hook_calls_in_backward_is_whole() -> None:
+    one, other = run_on_ranks(2, _hooked)
+    assert torch.equal(one, other)
+
+
 def _frozen() -> None:
     """Layers that are frozen, or tied to those of another block, and a second layer without a bias."""
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ Whether all of that gives the whole's result is seen by comparing the block: its
 given and of the parameters that are not divided, of which one between the layers would get a part.
 
 A layer that is called while the block does not run (a loss that reads its output, say) gives what the whole one does;
-but in backward, where a forward that was called in the block is computed again.
+but in backward, where a forward that was called in the block is computed again. Hooks in backward do not record
+gradients, as what is computed again does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -55,7 +57,7 @@ class BlockPair:
     @property
     def is_in_block(self) -> bool:
         """Whether a layer is called by the block."""
-        return self._is_running or is_in_backward()
+        return self._is_running or (is_in_backward() and torch.is_grad_enabled())
 
     def begin(self, layer: nn.Module) -> None:
         """What follows is on this rank's columns."""

@@ -202,7 +202,10 @@ class EquivalenceCheck:
             output = tensors_in(region.run(module, *_copies(given)))[0]
             if output.shape != whole_output.shape:  # it goes on divided
                 return 0.0
-            part = _gradients(output, sources)
+            try:
+                part = _gradients(output, sources)
+            except Exception as error:  # checkpointing of its own computes again what is no part by then
+                raise ValueError(_told(module, f"its backward fails: {_first_line(error)}")) from error
         if expected is None or part is None:
             return 0.0
         # what only rounding moves (the keys' bias), the more the longer the sum, counts as a part of all
@@ -259,6 +262,10 @@ def what_is_drawn(module: nn.Module, columns: bool, alike: bool, elsewhere: bool
     if columns or is_unknown:
         return Drawn.COLUMNS if columns else Drawn.UNKNOWN
     return Drawn.WHOLE if alike else Drawn.NOTHING
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _told(module: nn.Module, what: str) -> str:
