@@ -196,12 +196,15 @@ def _generators(device_type: str) -> list[Any]:
 
 
 @contextmanager
-def own_stream(mesh: DeviceMesh, moves: bool = True) -> Iterator[None]:
-    """Inside, and until :func:`shared_again`, a stream of this rank's own, see :class:`OwnStream`."""
+def own_stream(mesh: DeviceMesh, moves: bool = True, begins: bool = True) -> Iterator[OwnStream]:
+    """Inside, and until :func:`shared_again`, a stream of this rank's own, see :class:`OwnStream`; or from where what
+    is given begins it.
+    """
     _running.append(OwnStream(mesh, moves))
     try:
-        _running[-1].begin()
-        yield
+        if begins:
+            _running[-1].begin()
+        yield _running[-1]
     finally:
         _running.pop().end()
 

@@ -238,6 +238,11 @@ class Looking(Output):
         return super().forward(hidden / hidden.norm(), x)
 
 
+class DroppedFirst(Output):
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(hidden, 0.1), x)
+
+
 class BertLayer(nn.Module):
     def __init__(self, intermediate: nn.Module, output: nn.Module) -> None:
         super().__init__()
@@ -247,17 +252,26 @@ class BertLayer(nn.Module):
         return self.output(self.intermediate(x), x)
 
 
+class BetweenThem(BertLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.normalize(self.intermediate(x), dim=-1), x)
+
+
 def test_layers_in_modules_beside_each_other_are_divided() -> None:
     plan = find_tensor_plan(nn.Sequential(BertLayer(Intermediate(), Output())))
     assert list(plan) == ["0.intermediate.dense", "0.output.dense"]
 
 
 @pytest.mark.parametrize(
-    ("intermediate", "output"),
-    [(GatedIntermediate, Output), (Normalised, Output), (Dropping, Output), (AtTimes, Output), (Intermediate, Looking)],
+    ("block", "intermediate", "output"),
+    [
+        *((BertLayer, kind, Output) for kind in (GatedIntermediate, Normalised, Dropping, AtTimes)),
+        *((BertLayer, Intermediate, kind) for kind in (Looking, DroppedFirst)),
+        (BetweenThem, Intermediate, Output),
+    ],
 )
 def test_such_layers_are_whole_where_something_else_lies_between(
-    intermediate: type[nn.Module], output: type[nn.Module]
+    block: type[BertLayer], intermediate: type[nn.Module], output: type[nn.Module]
 ) -> None:
     with pytest.raises(ValueError, match="tp finds nothing to divide"):
-        find_tensor_plan(nn.Sequential(BertLayer(intermediate(), output())))
+        find_tensor_plan(nn.Sequential(block(intermediate(), output())))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.support.ranks import run_on_ranks
-from tests.tensor.networks import WIDTH, Conditioned, Network, divided_copy, inputs
+from tests.tensor.networks import WIDTH, Conditioned, Network, divided_copy
+from tests.tensor.networks import inputs as network_inputs
 
 Ways = Callable[[Any, Tensor], Tensor]
 seen: list[Tensor] = []
@@ -145,8 +146,9 @@ class Module(nn.Module):
         return self.fc2(self.fc1(x).relu()) * kept
 
     def path_and_columns(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(self.fc1(x).relu(), 0.5)
         kept = (torch.rand(len(x), 1, 1) > 0.5).float()
-        return self.fc2(F.dropout(self.fc1(x).relu(), 0.5)) * kept
+        return self.fc2(hidden) * kept
 
     def in_chunks(self, x: Tensor) -> Tensor:
         return torch.cat([self.fc2(F.dropout(self.fc1(part).relu(), 0.5)) for part in x.chunk(2, 1)], 1)
@@ -166,6 +168,37 @@ class ByBuffer(Mlp):
 
 def by_a_buffer(module: Any, hidden: Tensor) -> Tensor:
     return F.dropout(hidden, float(module.rate_now))
+
+
+class InputDropped(Mlp):
+    """Drops what it is given, too: the same of which on all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = F.dropout(torch.ones_like(x), 0.5)
+        inputs.append(kept)
+        return self.fc2(self.relu(self.fc1(x * kept)))
+
+
+inputs: list[Tensor] = []
+
+
+def _of_input() -> list[Tensor]:
+    torch.manual_seed(0)
+    network, _ = divided_copy(nn.Sequential(nn.Linear(WIDTH, WIDTH), InputDropped(literal), nn.Dropout(0.5)))
+    x = torch.randn(2, 5, WIDTH)
+    for _ in range(2):
+        torch.manual_seed(1)
+        network(x)
+    return [seen.pop(), inputs.pop(), torch.rand(())]
+
+
+def test_what_is_drawn_before_the_first_divided_layer_is_alike() -> None:
+    one, other = run_on_ranks(2, _of_input)
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+    torch.manual_seed(1)
+    assert torch.equal(one[1], F.dropout(torch.ones(2, 5, WIDTH), 0.5))  # as one process draws it
+    assert torch.equal(one[2], other[2])
 
 
 class Mixing(Pair):
@@ -305,7 +338,7 @@ def _noisy() -> str:
     network.blocks = nn.ModuleList([Noisy(), Noisy()])
     divided, _ = divided_copy(network.train(), sequence_parallel=True)
     with pytest.raises(ValueError, match="it draws random numbers") as raised:
-        divided(*inputs())
+        divided(*network_inputs())
     return str(raised.value)
 
 
@@ -318,8 +351,8 @@ def _of_positions() -> Tensor:
     network = Network()
     network.blocks = nn.ModuleList([Written(), Written()])
     divided, _ = divided_copy(network.train(), sequence_parallel=True)
-    divided(*inputs())
-    divided(*inputs())
+    divided(*network_inputs())
+    divided(*network_inputs())
     return seen.pop()[:, :3]  # the last of 7 positions is alone
 
 

@@ -4,13 +4,15 @@
 The first run of each kind of module is compared with the whole (see [Note: parts are checked]); so are the shapes of
 the random numbers that both draw. What has another shape is of this rank's heads, columns or positions, and has to come
 from a stream of its own; what has the same shape is of what all ranks have, and has to come from the stream that they
-share. A module that draws both between its first divided layer and the last is refused, as is one that draws for its
-columns elsewhere, or from a generator of its own.
+share. Where a module draws for all before its first divided layer (dropout of its input, say), its own stream begins
+there; one that draws both kinds between the first and the last is refused, as is one that draws for its columns
+elsewhere, or from a generator of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
@@ -34,6 +36,7 @@ class Drawn(Enum):
 
     NOTHING = auto()
     COLUMNS = auto()
+    COLUMNS_LATER = auto()
     WHOLE = auto()
     UNKNOWN = auto()
 
@@ -54,31 +57,63 @@ class Draws:
         """Whether what the module's forward may draw is of its columns."""
         if self.noted in (None, Drawn.NOTHING) or torch.compiler.is_compiling():
             return self._may_draw and module.training  # a buffer, or an argument, may hold a probability that changes
-        return self.noted is not Drawn.WHOLE
+        return self.begins or (self.noted is Drawn.UNKNOWN and module.training)
+
+    @property
+    def begins(self) -> bool:
+        """Whether it was seen to draw for its columns."""
+        return self.noted in (Drawn.COLUMNS, Drawn.COLUMNS_LATER)
+
+    @property
+    def is_later(self) -> bool:
+        """Whether it draws for all before its first divided layer."""
+        return self.noted is Drawn.COLUMNS_LATER and not torch.compiler.is_compiling()
 
     @property
     def moves(self) -> bool:
         """Whether the shared stream goes on without regard to what a rank drew: alike, where that hangs on its part."""
-        return self.noted is Drawn.COLUMNS
+        return self.begins
 
 
-def drawn(whole: Sequence[Draw], part: Sequence[Draw], is_unknown: bool) -> tuple[bool, bool, bool, bool]:
+@dataclass(frozen=True)
+class DrawnByRank:
+    """What a module drew on a rank.
+
+    Args:
+        columns: for its columns.
+        before, after: for all, in a stream of this rank's own, before it first did so for its columns, and after.
+        elsewhere: for its columns in the shared stream, or from another generator.
+        is_unknown: it can't be told.
+    """
+
+    columns: bool = False
+    before: bool = False
+    after: bool = False
+    elsewhere: bool = False
+    is_unknown: bool = False
+
+
+def drawn(whole: Sequence[Draw], part: Sequence[Draw], is_unknown: bool) -> DrawnByRank:
     """What a module drew on this rank, see [Note: draws of a part].
 
     Args:
         whole, part: as it ran whole, and in part.
         is_unknown: operators ran of which nothing tells whether they draw.
-
-    Returns:
-        Whether it drew for its columns; for all of them in a stream of this rank's own; for its columns elsewhere, or
-        from another generator; and whether it can't be told.
     """
     if len(whole) != len(part):
-        return False, False, False, True
+        return DrawnByRank(is_unknown=True)
     pairs = list(zip(whole, part, strict=True))
+    is_columns = [w.shape != p.shape for w, p in pairs]
+    first = is_columns.index(True) if any(is_columns) else len(pairs)
     columns = [p for w, p in pairs if w.shape != p.shape]
-    alike = any(p.is_own for w, p in pairs if w.shape == p.shape)
-    return bool(columns), alike, any(p.has_generator or not p.is_own for p in columns), is_unknown
+    alike = [k for k, (w, p) in enumerate(pairs) if w.shape == p.shape and p.is_own and not p.has_generator]
+    return DrawnByRank(
+        columns=bool(columns),
+        before=any(k < first for k in alike),
+        after=any(k > first for k in alike),
+        elsewhere=any(p.has_generator or not p.is_own for p in columns),
+        is_unknown=is_unknown,
+    )
 
 
 def _looks_so(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ gradients that reach its inputs. A module whose plain attributes change is one o
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dist.compat.torch import MODULE_REGISTRIES, disable_current_modes
 from lightning_dist.parallel.rehearsal import DrawsNoted, FixedNumbers, undone
-from lightning_dist.parallel.tensor.draws import Drawn, drawn
+from lightning_dist.parallel.tensor.draws import Drawn, DrawnByRank, drawn
 from lightning_dist.parallel.tensor.region import (
     Args,
     Kwargs,
@@ -130,7 +131,7 @@ class EquivalenceCheck:
             written = {name for name, value in _plain_attributes(module).items() if before.get(name, before) != value}
             gradients = self._gradient_difference(module, region, args, kwargs) if has_backward else 0.0
         seen = drawn(of_whole.draws, of_part.draws, of_part.is_unknown)
-        flags = map(float, (bool(kept), bool(written), *seen))
+        flags = map(float, (bool(kept), bool(written), *astuple(seen)))
         outputs, keeps, writes, *seen_anywhere = self._largest([self._difference(expected, part), *flags])
         refuse_differences(
             module,
@@ -142,7 +143,8 @@ class EquivalenceCheck:
         )
         if writes:
             self._note_written(type(module), written)
-        return list(zip(expected, part, strict=False)), what_is_drawn(module, *map(bool, seen_anywhere))
+        anywhere = DrawnByRank(*map(bool, seen_anywhere))
+        return list(zip(expected, part, strict=False)), what_is_drawn(module, anywhere, bool(region.column_layers()))
 
     def _difference(self, expected: list[Tensor], part: list[Tensor]) -> float:
         """The largest relative difference between outputs of one shape; infinite where there is none to compare."""
@@ -251,17 +253,23 @@ def refuse_differences(
         )
 
 
-def what_is_drawn(module: nn.Module, columns: bool, alike: bool, elsewhere: bool, is_unknown: bool) -> Drawn:
-    """What the ranks found a module to draw, see [Note: draws of a part]; a ValueError where no stream would do."""
-    if elsewhere:
+def what_is_drawn(module: nn.Module, found: DrawnByRank, may_begin_later: bool) -> Drawn:
+    """What a module draws by what any rank found, see [Note: draws of a part].
+
+    Raises:
+        ValueError: no stream would do.
+    """
+    if found.elsewhere:
         what = "for these, which all ranks would have alike: after its last divided layer, or from its own generator"
         raise ValueError(_told(module, f"it draws random numbers {what}"))
-    if columns and alike:
+    if found.columns and (found.after or (found.before and not may_begin_later)):
         what = "for these, and, between its divided layers, for all of them, of which each rank would have others"
         raise ValueError(_told(module, f"it draws random numbers {what}"))
-    if columns or is_unknown:
-        return Drawn.COLUMNS if columns else Drawn.UNKNOWN
-    return Drawn.WHOLE if alike else Drawn.NOTHING
+    if found.columns:
+        return Drawn.COLUMNS_LATER if found.before else Drawn.COLUMNS
+    if found.before:
+        return Drawn.WHOLE
+    return Drawn.UNKNOWN if found.is_unknown else Drawn.NOTHING
 
 
 def _first_line(error: Exception) -> str:

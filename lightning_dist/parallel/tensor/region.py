@@ -154,9 +154,11 @@ class Region:
     def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         if self.copies_inputs:
             args, kwargs = self._copy_inputs(args, kwargs)
-        is_drawing = self.draws is not None and self.draws.now(module)
-        draws = own_stream(self.mesh, self.draws.moves) if self.draws is not None and is_drawing else nullcontext()
-        with self._local_view(module), draws, nullcontext() if self.mode is None else self.mode(module):
+        with (
+            self._local_view(module),
+            self._draws_of(module),
+            nullcontext() if self.mode is None else self.mode(module),
+        ):
             output = type(module).forward(module, *args, **kwargs)
         if self.finish is not None:
             output = self.finish(output)
@@ -166,6 +168,34 @@ class Region:
             bias = None if self.after is None else getattr(module, self.after)
             output = output if bias is None else output + bias.to(output.dtype)
         return output
+
+    def _draws_of(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """What the module's forward runs in, as far as random numbers go."""
+        if self.draws is None or not self.draws.now(module):
+            return nullcontext()
+        if not self.draws.is_later:
+            return own_stream(self.mesh, self.draws.moves)
+        return self._begins_at_layers(module, self.draws.moves)
+
+    @contextmanager
+    def _begins_at_layers(self, module: nn.Module, moves: bool) -> Iterator[None]:
+        """Inside, the first call of a column-wise layer begins a stream of this rank's own."""
+        with own_stream(self.mesh, moves, begins=False) as stream:
+
+            def begin(layer: Any, *args: Any, **kwargs: Any) -> Any:
+                stream.begin()
+                return type(layer).forward(layer, *args, **kwargs)
+
+            layers = {name: module.get_submodule(name) for name in self.column_layers()}
+            with overridden(module, {f"{name}.forward": MethodType(begin, layer) for name, layer in layers.items()}):
+                yield
+
+    def column_layers(self) -> list[str]:
+        """Names of the layers below the module whose outputs are divided, where it calls them itself."""
+        if not self.copies_inputs or self.positions is not None:
+            return []
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.local)
+        return [] if "" in owners else list(owners)
 
     def note_draws(self, module: nn.Module, draws: Drawn | None) -> None:
         """A module of this kind was seen to draw these random numbers."""

@@ -141,7 +141,7 @@ class OwnDropout(TorchFunctionMode):
         self.mesh = mesh
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with own_stream(self.mesh) if func in _DROPOUTS else nullcontext():
+        with own_stream(self.mesh, moves=False) if func in _DROPOUTS else nullcontext():
             return func(*args, **(kwargs or {}))
 
 

@@ -28,8 +28,8 @@ def nonzero(module: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
     divided = [p for p in module.parameters() if isinstance(p, DTensor) and p.ndim > 1 and p.device_mesh == mesh]
     zero = _are_zero(divided, mesh)
     for weight in zero:
-        values = torch.arange(weight.numel(), device=weight.device, dtype=torch.float64).sin_()
-        whole = (values / math.sqrt(weight.shape[-1])).to(weight.dtype).view(weight.shape)
+        values = torch.arange(weight.numel(), device=weight.device, dtype=torch.float32).sin_()
+        whole = values.div_(math.sqrt(weight.shape[-1])).to(weight.dtype).view(weight.shape)
         _memory(weight).copy_(shard_of(whole, weight.placements[0], mesh))
     try:
         yield

@@ -28,19 +28,20 @@ _SHAPELESS = {"dtype", "device", "requires_grad", "is_cuda", "ndim"}
 """What a tensor tells that is the same of a part."""
 
 
-def is_chain(module: nn.Module, columns: Iterable[str], row: str) -> bool:
+def is_chain(module: nn.Module, columns: Iterable[str], row: str, draws: bool = True) -> bool:
     """Whether what some layers of a module give goes nowhere but through functions of one element to another layer.
 
     Args:
         module: whose class's source is read; no number is computed.
         columns: names of the layers that begin, children of the module.
         row: that of the one that ends.
+        draws: dropout is one of these functions; not where ranks would draw alike for other columns.
     """
     names = {*columns, row}
     calling = [tree for tree in map(_tree, _functions(type(module))) if tree is not None and _calls_of(tree, names)]
     if len(calling) != 1 or sorted(_calls_of(calling[0], names)) != sorted(names):
         return False
-    return _Reader(module, frozenset(names) - {row}, row).reads(calling[0])
+    return _Reader(module, frozenset(names) - {row}, row, draws=draws).reads(calling[0])
 
 
 def hands_on(module: nn.Module, column: str) -> bool:
@@ -50,15 +51,17 @@ def hands_on(module: nn.Module, column: str) -> bool:
     forward = _tree(type(module).forward)
     if forward is None or _calls_of(forward, {column}) != [column] or not isinstance(forward.body[-1], ast.Return):
         return False
-    return _Reader(module, frozenset({column}), "", returns=True).reads(forward)
+    return _Reader(module, frozenset({column}), "", returns=True, draws=False).reads(forward)
 
 
 def takes_up(module: nn.Module, row: str) -> bool:
-    """Whether a module gives its first argument, through functions of one element, to one of its layers alone."""
+    """Whether a module gives its first argument, through functions of one element that draw nothing, to one of its
+    layers alone.
+    """
     forward = _tree(type(module).forward)
     if forward is None or _calls_of(forward, {row}) != [row] or len(forward.args.args) < 2:
         return False
-    return _Reader(module, frozenset(), row, between={forward.args.args[1].arg}).reads(forward)
+    return _Reader(module, frozenset(), row, between={forward.args.args[1].arg}, draws=False).reads(forward)
 
 
 def _functions(kind: type) -> list[Any]:
@@ -104,6 +107,7 @@ class _Reader:
         columns, row: names of the layers.
         between: variables that lie there from the beginning.
         returns: what lies between, and nothing else, is returned.
+        draws: dropout may lie between.
     """
 
     def __init__(
@@ -113,8 +117,9 @@ class _Reader:
         row: str,
         between: set[str] | None = None,
         returns: bool = False,
+        draws: bool = True,
     ) -> None:
-        self._module, self._columns, self._row, self._returns = module, columns, row, returns
+        self._module, self._columns, self._row, self._returns, self._draws = module, columns, row, returns, draws
         self._between = set(between or ())
 
     def reads(self, function: ast.FunctionDef) -> bool:
@@ -183,11 +188,11 @@ class _Reader:
         layer = _layer(function)
         if layer is None:
             name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
-            return name in _NAMES and not (self._returns and name == "dropout")
+            return name in _NAMES and (self._draws or name != "dropout")
         found = getattr(self._module, layer, None)
         if isinstance(found, nn.Module):
             is_activation = type(found).__module__ == "transformers.activations"
-            if self._returns and isinstance(found, nn.Dropout):
-                return False
+            if isinstance(found, nn.Dropout) and not self._draws:
+                return found.p == 0
             return isinstance(found, ELEMENTWISE) or (is_activation and not [*found.parameters()])
         return getattr(found, "__name__", None) in _NAMES

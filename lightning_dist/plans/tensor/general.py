@@ -254,15 +254,18 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
         if part is not None:
             yield name, part
             yield "output.dense", row_alone(dense)
-    elif layers.is_dense(middle) and _is_intermediate(children["intermediate"], middle, dense):
+    elif layers.is_dense(middle) and _is_intermediate(module, middle, dense):
         yield "intermediate.dense", column_alone(middle)
         yield "output.dense", row_alone(dense)
 
 
-def _is_intermediate(module: nn.Module, dense: Any, after: Any) -> bool:
-    """Whether a module is a dense layer and functions of one element, and another layer takes what it gives."""
-    is_alone = set(module.parameters()) == set(dense.parameters())
-    return is_alone and layers.outputs(dense) == layers.inputs(after) and hands_on(module, "dense")
+def _is_intermediate(block: Any, dense: Any, after: Any) -> bool:
+    """Whether a block's ``intermediate`` is a dense layer and functions of one element, and ``output`` takes what it
+    gives.
+    """
+    is_alone = set(block.intermediate.parameters()) == set(dense.parameters())
+    fits = is_alone and layers.outputs(dense) == layers.inputs(after)
+    return fits and hands_on(block.intermediate, "dense") and is_chain(block, ("intermediate",), "output", draws=False)
 
 
 def _pair_in_block(module: nn.Module) -> ModulePlan | None:
