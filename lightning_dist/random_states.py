@@ -161,6 +161,11 @@ class OwnStream:
         self._left = [*map(_Left, generators, before, after, own)]
         OwnStream.open.append(self)
 
+    @property
+    def episode(self) -> object:
+        """Another object each time that the stream begins; None where it has not."""
+        return self._left or None
+
     def end(self) -> None:
         """Goes on with the shared stream, where it was left."""
         left, self._left = self._left, []

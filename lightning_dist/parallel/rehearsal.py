@@ -132,10 +132,11 @@ class FixedNumbers(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers that were drawn: their shape, whether in a stream of the rank's own, and from which generator."""
+    """Random numbers that were drawn: their shape, in which episode of a stream of the rank's own (None: in the shared
+    one), and whether from a generator that was given."""
 
     shape: tuple[int, ...]
-    is_own: bool
+    episode: object
     has_generator: bool
 
 
@@ -157,8 +158,8 @@ class DrawsNoted(TorchDispatchMode):
             is_attention = any(argument.name == "dropout_p" for argument in arguments_of(func))
             numbers = output[0] if isinstance(output, (tuple, list)) else output
             if isinstance(numbers, Tensor) and (not is_attention or given.get("dropout_p")):
-                is_own, has_generator = bool(OwnStream.open), given.get("generator") is not None
-                self.draws.append(Draw(tuple(numbers.shape), is_own, has_generator))
+                episode = OwnStream.open[-1].episode if OwnStream.open else None
+                self.draws.append(Draw(tuple(numbers.shape), episode, given.get("generator") is not None))
         return output
 
 

@@ -150,8 +150,16 @@ class Module(nn.Module):
         kept = (torch.rand(len(x), 1, 1) > 0.5).float()
         return self.fc2(hidden) * kept
 
-    def in_chunks(self, x: Tensor) -> Tensor:
-        return torch.cat([self.fc2(F.dropout(self.fc1(part).relu(), 0.5)) for part in x.chunk(2, 1)], 1)
+    def path_between(self, x: Tensor) -> Tensor:
+        """Before the columns, and after the first divided layer."""
+        hidden = self.fc1(x)
+        kept = (torch.rand(len(x), 1, 1) > 0.5).float()
+        return self.fc2(F.dropout(hidden.relu(), 0.5)) * kept
+
+    def after_the_last(self, x: Tensor) -> Tensor:
+        """Numbers for its columns, of which nothing more is made."""
+        hidden = self.fc1(x).relu()
+        return self.fc2(hidden) + 0 * torch.rand_like(hidden).mean()
 
     def from_its_own(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x).relu()
@@ -168,6 +176,29 @@ class ByBuffer(Mlp):
 
 def by_a_buffer(module: Any, hidden: Tensor) -> Tensor:
     return F.dropout(hidden, float(module.rate_now))
+
+
+class InChunks(Mlp):
+    """Calls its layers more than once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.fc2(self.relu(self.fc1(part))) for part in x.chunk(2, 1)], 1)
+
+
+def _of_chunks() -> list[Tensor]:
+    torch.manual_seed(0)
+    network, _ = divided_copy(nn.Sequential(nn.Linear(WIDTH, WIDTH), InChunks(literal)))
+    x = torch.randn(2, 6, WIDTH)
+    network(x)
+    network(x)
+    return [*seen[-2:], torch.rand(())]
+
+
+def test_layers_that_are_called_twice_draw_for_their_columns_twice() -> None:
+    one, other = run_on_ranks(2, _of_chunks)
+    assert not any(torch.equal(*pair) for pair in zip(one[:2], other[:2], strict=True))
+    assert not torch.equal(*one[:2])
+    assert torch.equal(one[2], other[2])
 
 
 class InputDropped(Mlp):
@@ -244,7 +275,8 @@ def _told(way: str) -> str:
     ("way", "message"),
     [
         ("path_and_columns", "for all of them, of which each rank would have others"),
-        ("in_chunks", "after its last divided layer, or from its own generator"),
+        ("path_between", "for all of them, of which each rank would have others"),
+        ("after_the_last", "after its last divided layer, or from its own generator"),
         ("from_its_own", "after its last divided layer, or from its own generator"),
     ],
 )

@@ -4,9 +4,9 @@
 The first run of each kind of module is compared with the whole (see [Note: parts are checked]); so are the shapes of
 the random numbers that both draw. What has another shape is of this rank's heads, columns or positions, and has to come
 from a stream of its own; what has the same shape is of what all ranks have, and has to come from the stream that they
-share. Where a module draws for all before its first divided layer (dropout of its input, say), its own stream begins
-there; one that draws both kinds between the first and the last is refused, as is one that draws for its columns
-elsewhere, or from a generator of its own.
+share. Where a module draws for all before its first divided layer (dropout of its input, say), or calls its layers more
+than once, its own stream begins whenever it calls the first. One that draws both kinds between the first and the last
+is refused, as is one that draws for its columns elsewhere, or from a generator of its own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Draws:
 
     @property
     def is_later(self) -> bool:
-        """Whether it draws for all before its first divided layer."""
+        """Whether its own stream begins at its first divided layer."""
         return self.noted is Drawn.COLUMNS_LATER and not torch.compiler.is_compiling()
 
     @property
@@ -81,14 +81,17 @@ class DrawnByRank:
 
     Args:
         columns: for its columns.
-        before, after: for all, in a stream of this rank's own, before it first did so for its columns, and after.
+        alike: for all, in a stream of this rank's own.
+        before: for all in the shared stream, before it first did so for its columns.
+        again: for its columns after its own stream had ended and begun anew.
         elsewhere: for its columns in the shared stream, or from another generator.
         is_unknown: it can't be told.
     """
 
     columns: bool = False
+    alike: bool = False
     before: bool = False
-    after: bool = False
+    again: bool = False
     elsewhere: bool = False
     is_unknown: bool = False
 
@@ -106,12 +109,13 @@ def drawn(whole: Sequence[Draw], part: Sequence[Draw], is_unknown: bool) -> Draw
     is_columns = [w.shape != p.shape for w, p in pairs]
     first = is_columns.index(True) if any(is_columns) else len(pairs)
     columns = [p for w, p in pairs if w.shape != p.shape]
-    alike = [k for k, (w, p) in enumerate(pairs) if w.shape == p.shape and p.is_own and not p.has_generator]
+    others = [(k, p) for k, (w, p) in enumerate(pairs) if w.shape == p.shape and not p.has_generator]
     return DrawnByRank(
         columns=bool(columns),
-        before=any(k < first for k in alike),
-        after=any(k > first for k in alike),
-        elsewhere=any(p.has_generator or not p.is_own for p in columns),
+        alike=any(p.episode is not None for _, p in others),
+        before=any(k < first and p.episode is None for k, p in others),
+        again=any(p.episode is not columns[0].episode for p in columns),
+        elsewhere=any(p.has_generator or p.episode is None for p in columns),
         is_unknown=is_unknown,
     )
 

@@ -80,7 +80,7 @@ class EquivalenceCheck:
         if torch.compiler.is_compiling():
             return
         if any(module is compared for compared in self._compared):
-            region.note_draws(module, Drawn.COLUMNS)  # each draw is to be in the stream that it would be in
+            region.note_draws(module, Drawn.COLUMNS_LATER)  # each draw is to be in the stream that it would be in
             return
         kind = self._kind(module)
         if kind not in self._drawn:
@@ -144,7 +144,7 @@ class EquivalenceCheck:
         if writes:
             self._note_written(type(module), written)
         anywhere = DrawnByRank(*map(bool, seen_anywhere))
-        return list(zip(expected, part, strict=False)), what_is_drawn(module, anywhere, bool(region.column_layers()))
+        return list(zip(expected, part, strict=False)), what_is_drawn(module, anywhere)
 
     def _difference(self, expected: list[Tensor], part: list[Tensor]) -> float:
         """The largest relative difference between outputs of one shape; infinite where there is none to compare."""
@@ -253,7 +253,7 @@ def refuse_differences(
         )
 
 
-def what_is_drawn(module: nn.Module, found: DrawnByRank, may_begin_later: bool) -> Drawn:
+def what_is_drawn(module: nn.Module, found: DrawnByRank) -> Drawn:
     """What a module draws by what any rank found, see [Note: draws of a part].
 
     Raises:
@@ -262,12 +262,12 @@ def what_is_drawn(module: nn.Module, found: DrawnByRank, may_begin_later: bool) 
     if found.elsewhere:
         what = "for these, which all ranks would have alike: after its last divided layer, or from its own generator"
         raise ValueError(_told(module, f"it draws random numbers {what}"))
-    if found.columns and (found.after or (found.before and not may_begin_later)):
+    if found.columns and found.alike:
         what = "for these, and, between its divided layers, for all of them, of which each rank would have others"
         raise ValueError(_told(module, f"it draws random numbers {what}"))
     if found.columns:
-        return Drawn.COLUMNS_LATER if found.before else Drawn.COLUMNS
-    if found.before:
+        return Drawn.COLUMNS_LATER if found.before or found.again else Drawn.COLUMNS
+    if found.alike or found.before:
         return Drawn.WHOLE
     return Drawn.UNKNOWN if found.is_unknown else Drawn.NOTHING
 

@@ -173,29 +173,29 @@ class Region:
         """What the module's forward runs in, as far as random numbers go."""
         if self.draws is None or not self.draws.now(module):
             return nullcontext()
-        if not self.draws.is_later:
-            return own_stream(self.mesh, self.draws.moves)
-        return self._begins_at_layers(module, self.draws.moves)
+        moves = self.draws.moves
+        layers = self._column_layers(module) if self.draws.is_later else {}
+        return self._begins_at(module, layers, moves) if layers else own_stream(self.mesh, moves)
 
     @contextmanager
-    def _begins_at_layers(self, module: nn.Module, moves: bool) -> Iterator[None]:
-        """Inside, the first call of a column-wise layer begins a stream of this rank's own."""
+    def _begins_at(self, module: nn.Module, layers: dict[str, nn.Module], moves: bool) -> Iterator[None]:
+        """Inside, the first call of one of these layers begins a stream of this rank's own."""
         with own_stream(self.mesh, moves, begins=False) as stream:
 
             def begin(layer: Any, *args: Any, **kwargs: Any) -> Any:
                 stream.begin()
                 return type(layer).forward(layer, *args, **kwargs)
 
-            layers = {name: module.get_submodule(name) for name in self.column_layers()}
-            with overridden(module, {f"{name}.forward": MethodType(begin, layer) for name, layer in layers.items()}):
+            forwards = {f"{name}.forward": MethodType(begin, layer) for name, layer in layers.items()}
+            with overridden(module, forwards):
                 yield
 
-    def column_layers(self) -> list[str]:
-        """Names of the layers below the module whose outputs are divided, where it calls them itself."""
-        if not self.copies_inputs or self.positions is not None:
-            return []
+    def _column_layers(self, module: nn.Module) -> dict[str, nn.Module]:
+        """By name, the layers below the module whose outputs are divided; none where it does not call them itself."""
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.local)
-        return [] if "" in owners else list(owners)
+        if "" in owners or not self.copies_inputs or self.positions is not None:
+            return {}
+        return {name: module.get_submodule(name) for name in owners}
 
     def note_draws(self, module: nn.Module, draws: Drawn | None) -> None:
         """A module of this kind was seen to draw these random numbers."""
