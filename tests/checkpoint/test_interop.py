@@ -166,7 +166,7 @@ def save_shards(layout: str, path: Path) -> Any:
     return whole_weights(module)
 
 
-@pytest.mark.parametrize("layout", [slow("dp_replicate=2"), "dp_shard=2", slow("tp=2"), slow("pp=2")])
+@pytest.mark.parametrize("layout", [slow("dp_replicate=2"), slow("dp_shard=2"), slow("tp=2"), slow("pp=2")])
 def test_lightnings_own_consolidation_reads_our_directories(layout: str, tmp_path: Path) -> None:
     weights = run_on_ranks(2, save_shards, layout, tmp_path / "shards.ckpt")[0]
     command = "lightning.pytorch.utilities.consolidate_checkpoint"

@@ -227,6 +227,7 @@ def _refused(cache: Path) -> None:
         _train_and_test("pp=2", cache)
 
 
+@pytest.mark.slow
 def test_a_pipeline_measures_losses_and_generates_nothing(tested: Any) -> None:
     cache, one = tested
     run_on_ranks(2, _refused, cache)

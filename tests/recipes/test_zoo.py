@@ -16,7 +16,7 @@ from tests.support.source import PACKAGE
 
 PAGE = PACKAGE / "guides" / "networks.md"
 SAMPLE = [
-    ("torch.nn TransformerEncoder", "tp=2"),
+    slow("torch.nn TransformerEncoder", "tp=2"),
     slow("timm resnet10t", "dp_shard=2"),
     slow("torchvision squeezenet1_1", "tp=2"),
     ("transformers t5", "dp_shard=2,tp=2"),

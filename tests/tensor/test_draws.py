@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.parity import slow
 from tests.support.ranks import run_on_ranks
 from tests.tensor.networks import WIDTH, Conditioned, Network, divided_copy
 from tests.tensor.networks import inputs as network_inputs
@@ -121,7 +122,7 @@ def _compiled(layer: bool) -> tuple[Tensor, Tensor]:
     return (output % 20 > 1).detach(), (output > 19).detach()
 
 
-@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize("layer", [slow(True), False])
 def test_compiled_columns_have_random_numbers_of_their_own(layer: bool) -> None:
     for one, other in run_on_ranks(2, _compiled, layer):
         assert 0.4 < float(one.float().mean()) < 0.6
