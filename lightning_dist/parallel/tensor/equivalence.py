@@ -206,6 +206,8 @@ class EquivalenceCheck:
                 return 0.0
             try:
                 part = _gradients(output, sources)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # checkpointing of its own computes again what is no part by then
                 raise ValueError(_told(module, f"its backward fails: {_first_line(error)}")) from error
         if expected is None or part is None:

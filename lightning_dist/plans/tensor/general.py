@@ -160,8 +160,9 @@ def attention_plan(
     if row is not None and layers.inputs(children[row]) != features:
         return None  # queries are not as wide as what is written back: it is packed in some way of its own
     divides = {"heads": heads}
-    if interleaved and hasattr(module, "mp_num"):
-        divides["groups of heads"] = int(module.mp_num)  # type: ignore[arg-type]
+    groups = getattr(module, "mp_num", None)
+    if interleaved and isinstance(groups, int):
+        divides["groups of heads"] = groups
     if packed == 1 and len(columns) == 3:
         key_value = layers.outputs(children[columns[1]]) // (features // heads)
         if key_value != heads:
