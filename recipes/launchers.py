@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from recipes import targets
 from recipes.config_errors import ConfigError, did_you_mean
+from recipes.overrides import task_overrides
 
 log = logging.getLogger("recipes.train")
 
@@ -123,7 +124,7 @@ def _command_of_pod(cfg: DictConfig, output: str, first_pod: str) -> list[str]:
     if elsewhere := [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]:
         raise ValueError(f"--config-dir {elsewhere[0]} is on this machine only; put what it has into conf/")
     of_pods = "launcher=", "launcher.", "trainer.devices=", "trainer.num_nodes=", "hydra."
-    overrides = [argument for argument in hydra_cfg.overrides.task if not argument.lstrip("+~").startswith(of_pods)]
+    overrides = [argument for argument in task_overrides(hydra_cfg) if not argument.lstrip("+~").startswith(of_pods)]
     least, most, per_pod = cfg.launcher.min_nodes, cfg.trainer.num_nodes, cfg.trainer.devices
     of_agent = [
         *(f"trainer.devices={per_pod}", f"launcher.nnodes={most if least is None else f'{least}:{most}'}"),

@@ -36,6 +36,7 @@ if PLUGINS not in sys.path:
 
 from recipes import batches, fork_server, launchers, targets  # noqa: E402
 from recipes.config_errors import ConfigError, did_you_mean, explain  # noqa: E402
+from recipes.overrides import task_overrides  # noqa: E402
 from recipes.sweep import job_process, resume  # noqa: E402
 from recipes.sweep.result import JobResult  # noqa: E402
 from recipes.sweep.running import hand_on, running  # noqa: E402
@@ -64,7 +65,7 @@ def train(cfg: DictConfig) -> float | None:
             if in_sweep and (before := _begin(cfg, stack)) is not None:
                 return _optimized(cfg, before.metrics)
             # once more: a launcher of Hydra's may have brought this to another process
-            with targets.allow(allowed_targets(hydra_cfg.overrides.task)):
+            with targets.allow(allowed_targets(task_overrides(hydra_cfg))):
                 metrics = _run(cfg)
             if metrics is None:
                 hand_on(Path(hydra_cfg.runtime.output_dir))
@@ -85,7 +86,7 @@ def _begin(cfg: DictConfig, stack: contextlib.ExitStack) -> JobResult | None:
     """A job of a sweep begins, and runs until the stack unwinds; the result of one that an earlier start of the sweep
     has done.
     """
-    overrides, directory = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir)
+    overrides, directory = task_overrides(HydraConfig.get()), Path(HydraConfig.get().runtime.output_dir)
     try:
         done = resume.done_before(cfg, directory, overrides)
         if done is None and _is_first_rank():
@@ -335,7 +336,7 @@ def _describe(error: Exception) -> str:
 
 def _save_result(cfg: DictConfig, error: str | None, metrics: dict[str, float]) -> None:
     if _is_first_rank():
-        overrides = list(HydraConfig.get().overrides.task)
+        overrides = task_overrides(HydraConfig.get())
         JobResult(overrides, error, metrics, cfg.optimized_metric).save(Path(HydraConfig.get().runtime.output_dir))
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from recipes import fork_server
+from recipes.overrides import task_overrides
 from recipes.sweep.job_process import Call, run, start_method
 from recipes.sweep.machine import Machine
 from recipes.sweep.result import NOT_ENDED, JobResult
@@ -157,7 +158,7 @@ def _settle(job: SlotJob, exit_code: int) -> str | None:
     result = JobResult.of(job.directory)
     if exit_code and (result is None or result.error == NOT_ENDED):
         died = f"was killed ({signal.Signals(-exit_code).name})" if exit_code < 0 else f"ended with status {exit_code}"
-        result = JobResult(list(job.config.hydra.overrides.task), f"the process of the job {died}", {})
+        result = JobResult(task_overrides(job.config.hydra), f"the process of the job {died}", {})
         result.save(job.directory)
     return result.error if result and result.error != NOT_ENDED else None
 

@@ -21,9 +21,11 @@ def result(directory: Path) -> dict:
 
 
 def test_two_ranks_train_test_predict_and_report_once(tmp_path: Path):
-    done = run(command("predict=true", directory=tmp_path))
+    refers = "data.batch_size=${per_data_rank:8}"  # to the ranks of the run, which Hydra's own config has not
+    done = run(command("predict=true", refers, directory=tmp_path))
 
     assert done.returncode == 0, done.stderr
+    assert refers in result(tmp_path)["overrides"]
     assert done.stdout.count("Initializing distributed: GLOBAL_RANK: 0, MEMBER: 1/2") == 1
     assert "GLOBAL_RANK: 1" not in done.stdout + done.stderr
     assert done.stdout.count("at most 100: reached") == 1

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from lightning_dist.plans.tensor import find_tensor_plan
-from lightning_dist.plans.tensor.chain import is_chain
+from lightning_dist.plans.tensor.chain import is_chain, passes_on
 
 WIDTH, HIDDEN = 8, 24
 
@@ -275,3 +275,118 @@ def test_such_layers_are_whole_where_something_else_lies_between(
 ) -> None:
     with pytest.raises(ValueError, match="tp finds nothing to divide"):
         find_tensor_plan(nn.Sequential(block(intermediate(), output())))
+
+
+class SelfAttention(nn.Module):
+    """As of BERT; whole heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.num_attention_heads, self.attention_head_size = 2, WIDTH // 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (layer(x).unflatten(-1, (-1, WIDTH // 2)) for layer in (self.query, self.key, self.value))
+        weights = torch.einsum("bqhf,bkhf->bhqk", q, k).softmax(-1)
+        return torch.einsum("bhqk,bkhf->bqhf", weights, v).flatten(-2), weights
+
+
+class SelfOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return self.norm(self.dense(hidden) + x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self, self.output = SelfAttention(), SelfOutput()
+        self.norm, self.gate = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Any:
+        given = self.self(x)
+        mixed = self.output(given[0], x)
+        return (mixed, *given[1:])
+
+
+class Unpacked(Attention):
+    def forward(self, x: Tensor) -> Any:
+        mixed, weights = self.self(self.norm(x))
+        mixed = self.output(mixed.to(x.dtype), x)
+        return mixed, weights
+
+
+class InOne(Attention):
+    def forward(self, x: Tensor) -> Any:
+        return self.output(F.relu(self.self(x)[0]), x)
+
+
+class GatedByTheInput(Attention):
+    def forward(self, x: Tensor) -> Any:
+        mixed, weights = self.self(x)
+        return self.output(mixed * torch.sigmoid(x), x), weights
+
+
+class NormalisedBetween(Attention):
+    def forward(self, x: Tensor) -> Any:
+        given = self.self(x)
+        return self.output(F.normalize(given[0], dim=-1), x)
+
+
+class WithWeightsBetween(Attention):
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.gate(self.self(x)[0]), x)
+
+
+class TheOther(Attention):
+    def forward(self, x: Tensor) -> Any:
+        given = self.self(x)
+        return self.output(given[1], x)
+
+
+class TheLast(Attention):
+    def forward(self, x: Tensor) -> Any:
+        given = self.self(x)
+        return self.output(given[-1], x)
+
+
+class ReturnedToo(Attention):
+    def forward(self, x: Tensor) -> Any:
+        given = self.self(x)
+        return self.output(given[0], x), given[0]
+
+
+class NotAlways(Attention):
+    def forward(self, x: Tensor) -> Any:
+        mixed = self.self(x)[0]
+        if x.ndim == 2:
+            mixed = x
+        return self.output(mixed, x)
+
+
+class AsResidual(Attention):
+    def forward(self, x: Tensor) -> Any:
+        mixed, _ = self.self(x)
+        return self.output(mixed, x + mixed)
+
+
+PASSING = [Attention, Unpacked, InOne]
+STOPPING = [
+    *(GatedByTheInput, NormalisedBetween, WithWeightsBetween, TheOther, TheLast, ReturnedToo, NotAlways, AsResidual),
+]
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_attention_that_lies_beside_its_output_is_divided(kind: type[Attention]) -> None:
+    assert passes_on(kind(), "self", "output")
+    assert list(find_tensor_plan(nn.Sequential(kind()))) == ["0.self", "0.output.dense"]
+
+
+@pytest.mark.parametrize("kind", STOPPING)
+def test_such_attention_is_whole_where_something_else_is_done_with_what_it_gives(kind: type[Attention]) -> None:
+    assert not passes_on(kind(), "self", "output")
+    with pytest.raises(ValueError, match="tp finds nothing to divide"):
+        find_tensor_plan(nn.Sequential(kind()))

@@ -64,6 +64,16 @@ def takes_up(module: nn.Module, row: str) -> bool:
     return _Reader(module, frozenset(), row, between={forward.args.args[1].arg}, draws=False).reads(forward)
 
 
+def passes_on(module: nn.Module, inner: str, outer: str) -> bool:
+    """Whether the first that one of a module's children gives goes nowhere but through functions of one element that
+    draw nothing to another child, as its first argument. What else the inner one gives is not looked at.
+    """
+    forward = _tree(type(module).forward)
+    if forward is None or sorted(_calls_of(forward, {inner, outer})) != sorted((inner, outer)):
+        return False
+    return _Reader(module, frozenset({inner}), outer, gives_tuple=True, draws=False).reads(forward)
+
+
 def _functions(kind: type) -> list[Any]:
     """The methods of a module's class, those of its bases that it has not replaced included."""
     found: dict[str, Any] = {}
@@ -107,6 +117,7 @@ class _Reader:
         columns, row: names of the layers.
         between: variables that lie there from the beginning.
         returns: what lies between, and nothing else, is returned.
+        gives_tuple: what ``columns`` give may be a tuple, of which the first lies between.
         draws: dropout may lie between.
     """
 
@@ -117,10 +128,13 @@ class _Reader:
         row: str,
         between: set[str] | None = None,
         returns: bool = False,
+        gives_tuple: bool = False,
         draws: bool = True,
     ) -> None:
         self._module, self._columns, self._row, self._returns, self._draws = module, columns, row, returns, draws
-        self._between = set(between or ())
+        self._between, self._gives_tuple = set(between or ()), gives_tuple
+        self._tuples = set[str]()
+        """Variables that lie between, and may be tuples of which the first does."""
 
     def reads(self, function: ast.FunctionDef) -> bool:
         """Whether the function does nothing else with what lies between."""
@@ -136,13 +150,23 @@ class _Reader:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)]):
                 self._assign([name], self.visit(node.value))
+                if self._is_tuple(node.value):
+                    self._tuples.add(name)
                 return False
+            case ast.Assign(targets=[ast.Tuple(elts=[ast.Name(id=name), *others])]) if self._is_tuple(node.value):
+                self._assign([other.id for other in others if isinstance(other, ast.Name)], False)
+                self._assign([name], self.visit(node.value))
+                return False
+            case ast.Subscript(value=ast.Name(id=name), slice=index) if name in self._tuples:
+                return self._is_first(index)
             case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Call(func=ast.Attribute(attr="chunk")) as cut):
                 # of a gate and a value in one layer
                 self._assign([target.id for target in targets if isinstance(target, ast.Name)], self._call(cut))
                 return False
             case ast.AugAssign(target=ast.Name(id=name)) if name in self._between:
                 raise _UsedOtherwiseError
+            case ast.Subscript(value=ast.Call() as call, slice=index) if self._is_tuple(call):
+                return self.visit(call) and self._is_first(index)
             case ast.Name(ctx=ast.Load()):
                 return node.id in self._between
             case ast.Call():
@@ -163,7 +187,20 @@ class _Reader:
         return False
 
     def _assign(self, names: Iterable[str], is_between: bool) -> None:
+        self._tuples.difference_update(names)
         (self._between.update if is_between else self._between.difference_update)(names)
+
+    def _is_tuple(self, value: ast.AST) -> bool:
+        return self._gives_tuple and isinstance(value, ast.Call) and _layer(value.func) in self._columns
+
+    def _is_first(self, index: ast.AST) -> bool:
+        """Whether the first of a tuple is meant, not others."""
+        match index:
+            case ast.Constant(value=int(place)) if place >= 0:
+                return place == 0
+            case ast.Slice(lower=ast.Constant(value=int(place)), upper=None, step=None) if place > 0:
+                return False
+        raise _UsedOtherwiseError
 
     def _product(self, node: ast.BinOp) -> bool:
         sides = self.visit(node.left), self.visit(node.right)

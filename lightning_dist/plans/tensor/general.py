@@ -17,7 +17,7 @@ from torch import nn
 from lightning_dist.compat.torch import is_plain_feed_forward
 from lightning_dist.plans.blocks import class_name, find_blocks, is_of
 from lightning_dist.plans.tensor import layers
-from lightning_dist.plans.tensor.chain import hands_on, is_chain, takes_up
+from lightning_dist.plans.tensor.chain import hands_on, is_chain, passes_on, takes_up
 from lightning_dist.plans.tensor.gated import ELEMENTWISE, gated_layers
 from lightning_dist.plans.tensor.plan import BESIDE_ARGUMENTS, OWN_ARGUMENTS, ModulePlan, Split, TensorPlan
 
@@ -252,7 +252,7 @@ def _apart(module: nn.Module) -> Iterator[tuple[str, ModulePlan]]:
     middle: Any = dict(children["intermediate"].named_children()).get("dense") if "intermediate" in children else None
     if inner is not None and {"query", "key", "value"} <= dict(inner.named_children()).keys():
         part = attention_plan(inner, ("query", "key", "value"), None, 1)
-        if part is not None:
+        if part is not None and passes_on(module, name, "output"):
             yield name, part
             yield "output.dense", row_alone(dense)
     elif layers.is_dense(middle) and _is_intermediate(module, middle, dense):

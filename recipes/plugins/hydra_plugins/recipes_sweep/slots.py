@@ -13,6 +13,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from recipes.overrides import task_overrides
 from recipes.sweep.job_process import start_method
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class SlotsLauncher(Launcher):
         def to_run() -> Iterator[SlotJob]:
             for number, overrides in jobs:
                 job = self._job(number, list(overrides), SlotJob)
-                done = done_before(job.config, job.directory, list(job.config.hydra.overrides.task))
+                done = done_before(job.config, job.directory, task_overrides(job.config.hydra))
                 if done is None:
                     refuse_running(job.directory)
                     yield job
@@ -109,7 +110,7 @@ def _returned(config: DictConfig, directory: Path) -> JobReturn:
     if result is not None and result.error is None:
         name = config.optimized_metric
         value = None if name is None else result.metrics.get(name, math.nan)
-    overrides = list(config.hydra.overrides.task)
+    overrides = task_overrides(config.hydra)
     returned = JobReturn(overrides=overrides, cfg=config, working_dir=str(directory), status=JobStatus.COMPLETED)
     returned.return_value = value
     return returned
