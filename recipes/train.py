@@ -323,14 +323,14 @@ def _optimized(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
 
 def _describe(error: Exception) -> str:
     """All that there is to show of a failure: one message for a config error, else the failing rank's traceback."""
-    from lightning_dist.elastic import WorkerFailed
+    of_config = CompactHydraException, OmegaConfBaseException
+    if isinstance(error, of_config):
+        return str(error)
+    from lightning_dist.elastic import WorkerFailed  # See [Note: late imports]
     from lightning_dist.elastic.failures import short_traceback
 
-    told = error.exception if isinstance(error, WorkerFailed) and error.exception else error
-    if isinstance(told, (CompactHydraException, OmegaConfBaseException)):
-        return str(told)
     if isinstance(error, WorkerFailed):
-        return str(error)
+        return str(error.exception if isinstance(error.exception, of_config) else error)
     return f"{type(error).__name__}: {error}\n\n{short_traceback(error)}"
 
 

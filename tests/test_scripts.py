@@ -12,17 +12,13 @@ import pytest
 from tests.support.scripts import ROOT, assert_no_process_left, finish, start
 
 
+@pytest.mark.slow  # the ranks of other tests find the environment of torchrun
 @pytest.mark.parametrize(
     ("strategy", "torchrun"),
     [
-        pytest.param("'hybrid'", False, id="lightnings-launch", marks=pytest.mark.slow),
+        pytest.param("'hybrid'", False, id="lightnings-launch"),
         pytest.param("'hybrid'", True, id="torchrun"),
-        pytest.param(
-            "lightning_dist.HybridStrategy('dp_shard=2', start_method='spawn')",
-            False,
-            id="spawn",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param("lightning_dist.HybridStrategy('dp_shard=2', start_method='spawn')", False, id="spawn"),
     ],
 )
 def test_a_script_trains(strategy: str, torchrun: bool, tmp_path: Path) -> None:

@@ -63,12 +63,13 @@ def preempted(folder: Path, how: str, max_time: str | None = None) -> tuple[int,
     return status, output + rest
 
 
+@pytest.mark.slow  # the status of ranks is shown in test_places.py
 @pytest.mark.parametrize(
     ("how", "status"),
     [
         ("script", REQUEUE),
-        pytest.param("launch", REQUEUE, marks=pytest.mark.slow),
-        pytest.param("torchrun", 1, marks=pytest.mark.slow),  # its own
+        ("launch", REQUEUE),
+        ("torchrun", 1),  # its own
     ],
 )
 def test_a_signal_to_the_first_process(how: str, status: int, tmp_path: Path) -> None:

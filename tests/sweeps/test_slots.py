@@ -20,7 +20,6 @@ from recipes.sweep.jobs import Jobs
 from recipes.sweep.machine import Machine
 from tests.launch.commands import ROOT, run
 from tests.launch.processes import running
-from tests.support.parity import slow
 from tests.sweeps.training import SLOTS, result, starts, sweep
 
 
@@ -62,14 +61,15 @@ def test_jobs_run_in_processes_of_their_own_that_end(three):
 ONE_BY_ONE = ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "launcher"),
     [
         (signal.SIGKILL, SLOTS),
-        slow(signal.SIGINT, SLOTS),
-        slow(signal.SIGTERM, SLOTS),
-        slow(signal.SIGTERM, ONE_BY_ONE),
-        slow(signal.SIGKILL, ONE_BY_ONE),
+        (signal.SIGINT, SLOTS),
+        (signal.SIGTERM, SLOTS),
+        (signal.SIGTERM, ONE_BY_ONE),
+        (signal.SIGKILL, ONE_BY_ONE),
     ],
 )
 def test_a_sweep_that_was_ended_goes_on_and_each_job_is_done_once(
