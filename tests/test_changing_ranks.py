@@ -245,6 +245,7 @@ CASES = [
     pytest.param(Run("dp_replicate=4", saves="validation"), (4, 2, 4), (2, 4), id="saved-by-validation"),
     pytest.param(Run("dp_replicate=4", trainer={"limit_val_batches": 0}), (4, 2, 4), (2, 4), id="ends-of-epochs"),
     pytest.param(Run("dp_shard=4", drop_last=True, size=42), (4, 2, 4), (1, 3), id="shard-drop-last"),
+    pytest.param(Run(**TWO, batch_size=4, drop_last=True, size=45), (2, 4, 2), (1, 4), id="more-that-drop-last"),
     pytest.param(Run("dp_replicate=2,tp=2", size=45, strategy=DIVIDED), (4, 2, 4), (1, 5), id="replicate-tp"),
     pytest.param(Run("pp=2,dp_replicate=2", size=41), (4, 2, 4), (3, 5), id="pp-replicate"),
     pytest.param(Run("dp_replicate=4", accumulate=1, size=36), (4, 3, 1, 4), (2, 4, 8), id="other-batch-size"),
@@ -293,6 +294,7 @@ def test_the_steps_are_the_same_on_other_ranks(
         (Run("dp_replicate=4", accumulate=1, batch_size=1), 3, "a step's batch was 4 items .* 1, 2, 4 can"),
         (Run("dp_replicate=2", ranks=2, accumulate=1, data="dealt"), 4, "the loader makes itself; 1, 2 can"),
         (Run("dp_replicate=2", ranks=2, trainer={"limit_train_batches": 3}), 4, "choose a multiple of 2 batches"),
+        (Run("dp_replicate=2", ranks=2, drop_last=True, size=33), 4, "5 batches of 6 items.* 1, 2, 3, 6 can"),
         (Run("dp_replicate=1,tp=2", ranks=2), 3, "need a multiple of 2 ranks"),
     ],
 )

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_structure, tree_unflatten
+from torch.utils.data._utils import worker
 
 from lightning_dist.compat.names import getter, hands_on, method, setter, uses
 
@@ -207,6 +208,19 @@ def place_in_file(fake: Tensor) -> int | None:
 def forget_iterator(loader: Any) -> None:
     """Lets a copy of a ``DataLoader`` begin without the iterator, and the workers, of the one that it was copied of."""
     object.__setattr__(loader, "_iterator", None)
+
+
+@uses("torch.utils.data._utils.worker._worker_info", "torch.utils.data._utils.worker.WorkerInfo")
+@contextmanager
+def as_first_worker(loader: Any) -> Iterator[None]:
+    """While it lasts, ``get_worker_info`` says that this is the first of a ``DataLoader``'s workers, if it has any."""
+    before = worker._worker_info
+    if getattr(loader, "num_workers", 0):
+        worker._worker_info = worker.WorkerInfo(id=0, num_workers=loader.num_workers, seed=0, dataset=loader.dataset)
+    try:
+        yield
+    finally:
+        worker._worker_info = before
 
 
 class StandsForLoader:

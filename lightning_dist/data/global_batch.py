@@ -41,8 +41,9 @@ class Division:
 
     @property
     def unit_dropped(self) -> int | None:
-        """What they are cut to a multiple of, where what is left over is dropped."""
-        return self.first_ranks * self.first_size if self.ratio.denominator == 1 else None
+        """What they are cut to a multiple of, where what is left over is dropped: all batches of the first ranks."""
+        whole = self.first_ranks * self.first_size
+        return whole if whole % self.num_ranks == 0 else None
 
     def weight(self, number: int, size: int, drops: bool, is_fixed: bool = False) -> float:
         """What the mean loss of a batch counts, beside that of a full one.
@@ -77,10 +78,16 @@ class Division:
 
 
 class DividedBatches(BatchSampler):
-    """The batches of a rank under a :class:`Division`: each of the first ranks' is the same number of them."""
+    """The batches of a rank under a :class:`Division`: each of the first ranks' is the same number of them, or the same
+    part of one, so that the last may be smaller.
 
-    def __init__(self, order: DistributedSamples, division: Division, drop_last: bool) -> None:
-        super().__init__(order, division.batch_size, drop_last)
+    Args:
+        order: this rank's share of the items, from which the first ranks' incomplete batch was cut if it is dropped.
+        division: of the batches.
+    """
+
+    def __init__(self, order: DistributedSamples, division: Division) -> None:
+        super().__init__(order, division.batch_size, drop_last=False)
         self._division = division
         self._together = division.batch_size * int(division.ratio) if division.ratio.denominator == 1 else 0
 
@@ -88,9 +95,9 @@ class DividedBatches(BatchSampler):
         items = iter(self.sampler)
         while batch := list(itertools.islice(items, self._together or self.batch_size)):
             if not self._together:
-                sizes = [] if self.drop_last and len(batch) < self.batch_size else [len(batch)]
+                sizes = [len(batch)]
             elif len(batch) < self._together:
-                sizes = self._rest(len(batch))
+                sizes = self._division.sizes_of_rest(len(batch))
             else:
                 sizes = [self.batch_size] * int(self._division.ratio)
             start = 0
@@ -98,18 +105,15 @@ class DividedBatches(BatchSampler):
                 yield batch[start : start + size]
                 start += size
 
-    def _rest(self, items: int) -> list[int]:
-        return [] if self.drop_last else self._division.sizes_of_rest(items)
-
     def __len__(self) -> int:
         return self.batches_of(len(self.sampler))  # type: ignore[arg-type]
 
     def batches_of(self, items: int) -> int:
         """Of so many items of this rank, at the end of an epoch."""
         if not self._together:
-            return items // self.batch_size if self.drop_last else math.ceil(items / self.batch_size)
+            return math.ceil(items / self.batch_size)
         full, rest = divmod(items, self._together)
-        return full * (self._together // self.batch_size) + len(self._rest(rest))
+        return full * (self._together // self.batch_size) + len(self._division.sizes_of_rest(rest))
 
 
 def divide(
@@ -148,14 +152,25 @@ def divide(
 
 
 def divided(loader: DataLoader, division: Division) -> DataLoader:
-    """A loader of :func:`~lightning_dist.data.shard_loader`, in batches of this division; changed in place."""
+    """A loader of :func:`~lightning_dist.data.shard_loader`, in batches of this division; changed in place.
+
+    Raises:
+        ValueError: it drops its last batch, and the batches before can't be dealt evenly to these data ranks.
+    """
     order = distributed_sampler(loader)
     assert isinstance(order, DistributedOrder)
     drops = bool(loader.drop_last)
     order.unit = division.unit_dropped if drops else division.unit
     if not can_be_divided(loader):
         return loader
-    return with_batch_sampler(loader, DividedBatches(cast(DistributedSamples, order), division, drops))
+    whole, ranks = division.first_ranks * division.first_size, division.num_ranks
+    if drops and order.unit is None and (len(order.source) // whole * whole) % (division.batch_size * ranks):
+        others = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
+        raise ValueError(
+            f"with drop_last=True an epoch has {len(order.source) // whole} batches of {whole} items, as the run began "
+            f"on {division.first_ranks} data ranks, and {ranks} can't share the last of them evenly; {others} can"
+        )
+    return with_batch_sampler(loader, DividedBatches(cast(DistributedSamples, order), division))
 
 
 def can_be_divided(loader: Any) -> bool:

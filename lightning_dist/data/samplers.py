@@ -21,6 +21,11 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from lightning_dist.data.orders import ComputedOrder, ComputedSampler
 from lightning_dist.random_states import seed_generators
 
+LONGEST = 10_000_000
+"""Indices that are drawn of a sampler that does not tell its length, before it is taken for one without end."""
+
+END = object()
+
 
 class Shares:
     """Samples or batches of which each of ``num_replicas`` data ranks takes some: of a sampler, or of a stream."""
@@ -134,12 +139,23 @@ class DistributedOrder(Shares, Sampler[Any]):
     def _draw(self, epoch: int) -> Sequence[Any]:
         before = None if self.generator is None else self.generator.get_state()
         self._source = source = iter(self.source)
-        size = None if self.generator is None else sized_len(self.source)
+        size = sized_len(self.source)
         with isolate_rng():  # leaves the process's own streams untouched
             seed_generators(self.seed + epoch)
-            order = list(source if size is None else itertools.islice(source, size))
+            order = list(itertools.islice(source, LONGEST if size is None else size))
+            if self.generator is None:
+                self._source = None
+                if next(source, END) is not END and size is None:
+                    self._refuse_endless()
         self._drawn = {"epoch": epoch, "digest": _digest(order), "before": before}
         return order
+
+    def _refuse_endless(self) -> None:
+        kind = type(getattr(self.source, "sampler", self.source)).__name__
+        raise ValueError(
+            f"the {kind} has no __len__ and gives more than {LONGEST:,} indices, so its order can't be drawn and dealt "
+            "to the data ranks; give it a __len__ (the samples of an epoch), or read a stream (IterableDataset)"
+        )
 
     def _repeat(self) -> Sequence[Any]:
         """The order of the epoch, once the sampler has drawn what the earlier run had drawn last.

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import math
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.data import has_iterable_dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dist.compat.torch import StandsForLoader
+from lightning_dist.compat.torch import StandsForLoader, as_first_worker
 from lightning_dist.data.samplers import Shares
 from lightning_dist.pytree import tree_leaves
 from lightning_dist.random_states import CPU, RandomStates, kept_random_states, seed_generators
@@ -116,9 +120,9 @@ def is_stream(loader: Any) -> bool:
 def shard_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessGroup, training: bool) -> Any:
     """The loader as it is, if its owner shards it; a :class:`DistributedStream`, if all data ranks read the same.
 
-    Two samples are read from an iterator that is thrown away, with generators that are alike on all ranks; the
-    data set's attributes are put back. What ranks read apart is left as it is, and so is an iterator, which can be read
-    once only.
+    Two samples are read from an iterator that is thrown away, as the first worker would if there are any, with
+    generators that are alike on all ranks; the data set's attributes are put back. Of an iterator, which can be read
+    once only, a copy is read. What ranks read apart is left as it is; so is what can't be read here, with a warning.
 
     Args:
         loader: see :func:`is_stream`.
@@ -130,22 +134,30 @@ def shard_stream(loader: Any, num_replicas: int, rank: int, group: dist.ProcessG
     Raises:
         ValueError: on every rank, if some data ranks read the same and others do not.
     """
-    source = loader.dataset if isinstance(loader, DataLoader) else loader
     everyone: list[Any] = [None] * num_replicas
-    own = _digest(source) or f"unknown on {rank}", RandomStates.now(CPU).to_state()
-    dist.all_gather_object(everyone, own, group)
-    digests = [digest for digest, _ in everyone]
+    dist.all_gather_object(everyone, (*_digest(loader), RandomStates.now(CPU).to_state()), group)
+    digests = [digest for digest, _, _ in everyone]
+    unknown = next((why for digest, why, _ in everyone if digest is None), None)
+    name = type(_source(loader)).__name__
+    if unknown is not None:
+        rank_zero_warn(
+            f"whether data ranks read the same of {name} can't be seen ({unknown}), so each rank reads it as it is. If "
+            "it is written for one process, all train on the same samples: shard it by trainer.strategy.data_rank of "
+            "num_data_ranks, or pass an iterable that can be read anew; Trainer(use_distributed_sampler=False) says "
+            "that it is meant so"
+        )
+        return loader
     if len(set(digests)) == num_replicas:
         return loader
     if len(set(digests)) > 1:
         same = [index for index, digest in enumerate(digests) if digests.count(digest) > 1]
         raise ValueError(
-            f"of the data of {type(source).__name__}, data ranks {', '.join(map(str, same))} read the same and others "
+            f"of the data of {name}, data ranks {', '.join(map(str, same))} read the same and others "
             "do not: shard it by trainer.strategy.data_rank of num_data_ranks, leave that out (it is then done for "
             "you), or say Trainer(use_distributed_sampler=False) if it is meant so"
         )
     drop_last = training and bool(getattr(loader, "drop_last", False))
-    random = RandomStates.from_state(everyone[0][1])
+    random = RandomStates.from_state(everyone[0][-1])
     return DistributedStream(loader, num_replicas, rank, random, drop_last, limited=not training)
 
 
@@ -154,21 +166,40 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _digest(source: Any) -> str | None:
-    """A digest of the first samples; None if there are none, or they can't be read here."""
+def _source(loader: Any) -> Any:
+    return loader.dataset if isinstance(loader, DataLoader) else loader
+
+
+def _digest(loader: Any) -> tuple[str | None, str]:
+    """A digest of the first samples; None, and why, where they can't be read here."""
+    source = _source(loader)
     snapshot = Snapshot([source] if hasattr(source, "__dict__") else [], data=True)
+    digest = hashlib.sha256()
     try:
-        with kept_random_states(CPU):
+        with kept_random_states(CPU), as_first_worker(loader):
+            if getattr(loader, "num_workers", 0) and loader.worker_init_fn is not None:
+                loader.worker_init_fn(0)  # the owner may shard by it
             seed_generators(0)
             samples = iter(source)
             if samples is source:
-                return None
-            leaves = tree_leaves(list(itertools.islice(samples, 2)))
-    except Exception:  # it may want workers, or what only the training brings
-        return None
+                samples = iter(copy.deepcopy(source))  # it can be read once only
+            for leaf in tree_leaves(list(itertools.islice(samples, 2))):
+                digest.update(_bytes_of(leaf))
+    except Exception as error:  # it may want what only the training brings
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         snapshot.restore()
-    digest = hashlib.sha256()
-    for leaf in leaves:
-        digest.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
-    return digest.hexdigest() if leaves else None
+    return digest.hexdigest(), ""
+
+
+def _bytes_of(leaf: Any) -> bytes:
+    """What tells a sample's part from others, and is the same in all processes."""
+    if isinstance(leaf, Tensor):
+        return tensor_bytes(leaf)
+    if isinstance(leaf, (str, bytes, int, float, bool, type(None))):
+        return repr(leaf).encode()
+    if hasattr(leaf, "__array_interface__"):  # numpy's, and Pillow's images
+        array = np.asarray(leaf)
+        if not array.dtype.hasobject:
+            return f"{array.dtype} {array.shape}".encode() + array.tobytes()
+    return pickle.dumps(leaf)

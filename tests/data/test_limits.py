@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
@@ -19,6 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_dist.data import samplers, shard_loader
 from tests.data.strategies import layouts, strategy_of
 from tests.support import models
 from tests.support.parity import QUIET, Losses, once
@@ -188,6 +191,33 @@ def pairs(ranks: int) -> Any:
 @pytest.mark.parametrize("loaders", [own_batches, pairs])
 def test_batch_samplers_of_the_users_own_are_sharded_in_their_order(layout: str, num_ranks: int, loaders: Any) -> None:
     compare(layout, num_ranks, loaders, {"max_epochs": 3})
+
+
+class WithoutEnd(Sampler[int]):
+    """Of a user's own, for ``max_steps``."""
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.cycle(range(7))
+
+
+class WithoutEndSized(WithoutEnd):
+    def __len__(self) -> int:
+        return 24
+
+
+def test_of_a_sampler_without_end_its_length_is_taken() -> None:
+    loader = DataLoader(Indexed(32), batch_size=4, sampler=WithoutEndSized())
+    shares = [shard_loader(loader, 2, rank, RunningStage.TRAINING) for rank in range(2)]
+    taken = [[int(index) for batch in share for index in batch[-1]] for share in shares]
+    assert [len(mine) for mine in taken] == [12, 12]
+    assert [index for pair in zip(*taken, strict=True) for index in pair] == [index % 7 for index in range(24)]
+
+
+def test_without_a_length_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers, "LONGEST", 1000)
+    loader = DataLoader(Indexed(32), batch_size=4, sampler=WithoutEnd())
+    with pytest.raises(ValueError, match="the WithoutEnd has no __len__ and gives more than 1,000 indices"):
+        next(iter(shard_loader(loader, 2, 0, RunningStage.TRAINING)))
 
 
 def combined(mode: str, val_mode: str, ranks: int) -> Any:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lightning_dist.data import DistributedStream, shard_stream
 from tests.data.strategies import layouts, strategy_of
 from tests.support import models
 from tests.support.parity import QUIET, Losses, once, whole_weights
@@ -156,3 +161,154 @@ def test_a_stream_that_is_dealt_to_some_ranks_is_refused_on_all() -> None:
     with pytest.raises(RankError) as error:
         run_on_ranks(4, fit, "dp_replicate=2,dp_shard=2", ByHalf, 0)
     assert str(error.value).count("read the same and others") >= 4
+
+
+COUNT = 16
+
+
+class Numbers(IterableDataset):  # type: ignore[type-arg]
+    """Of one process."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from range(COUNT)
+
+
+class ItsOwnIterator(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        self.next = 0
+        return self
+
+    def __next__(self) -> int:
+        if self.next == COUNT:
+            raise StopIteration
+        self.next += 1
+        return self.next - 1
+
+
+class OfWorkers(IterableDataset):  # type: ignore[type-arg]
+    """Reads in workers only."""
+
+    def __iter__(self) -> Iterator[Any]:
+        worker: Any = get_worker_info()
+        yield from range(worker.id, COUNT, worker.num_workers)
+
+
+class Images(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(COUNT):
+            yield Image.fromarray(np.full((4, 4), number, dtype=np.uint8))
+
+
+class Samples(IterableDataset):  # type: ignore[type-arg]
+    """Objects that show where they lie in memory."""
+
+    class Sample:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from map(self.Sample, range(COUNT))
+
+
+class FramedByRank(IterableDataset):  # type: ignore[type-arg]
+    """Sharded by its owner; arrays differ within a black frame only."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(torch.distributed.get_rank(), COUNT, 2):
+            frame = np.zeros((64, 64))
+            frame[32, 32] = number
+            yield frame
+
+
+class Begun(Numbers):
+    """``worker_init_fn`` shards it."""
+
+    first, step = 0, 1
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from range(self.first, COUNT, self.step)
+
+
+def _by_worker(number: int) -> None:
+    worker: Any = get_worker_info()
+    worker.dataset.step = 2 * worker.num_workers
+    worker.dataset.first = 2 * number + torch.distributed.get_rank()
+
+
+def _number(sample: Any) -> int:
+    match sample:
+        case np.ndarray():
+            return int(sample[32, 32])
+        case Image.Image():
+            return int(np.asarray(sample)[0, 0])
+    return getattr(sample, "number", sample)
+
+
+def _numbers(samples: list[Any]) -> Tensor:
+    return torch.tensor([_number(sample) for sample in samples])
+
+
+def _taken(make: Any) -> tuple[bool, list[int]]:
+    """Whether the loader is sharded, and the numbers that this rank gets, in two epochs."""
+    rank = torch.distributed.get_rank()
+    stream = shard_stream(make(), 2, rank, torch.distributed.group.WORLD, training=True)  # type: ignore[arg-type]
+    return isinstance(stream, DistributedStream), [n for _ in range(2) for batch in stream for n in batch.tolist()]
+
+
+def _loader(kind: type[Any], **options: Any) -> DataLoader:  # type: ignore[type-arg]
+    return DataLoader(kind(), batch_size=2, collate_fn=_numbers, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ItsOwnIterator, {}),
+        (Images, {}),
+        (Samples, {}),
+        (OfWorkers, {"num_workers": 1}),
+    ],
+)
+def test_what_is_written_for_one_process_is_sharded_whatever_it_yields(kind: type[Any], options: Any) -> None:
+    (first, mine), (second, others) = run_on_ranks(2, _taken, partial(_loader, kind, **options))
+    assert first
+    assert second
+    assert sorted(mine + others) == sorted(2 * list(range(COUNT)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(FramedByRank, {}), (Begun, {"num_workers": 2, "worker_init_fn": _by_worker})]
+)
+def test_what_its_owner_shards_is_not_sharded_again(kind: type[Any], options: Any) -> None:
+    (first, mine), (second, others) = run_on_ranks(2, _taken, partial(_loader, kind, **options))
+    assert not first
+    assert not second
+    assert sorted(mine + others) == sorted(2 * list(range(COUNT)))
+
+
+def _generator() -> Iterator[Tensor]:
+    yield from torch.arange(COUNT).split(2)
+
+
+def _iterator() -> Iterator[Tensor]:
+    return iter(torch.arange(COUNT).split(2))
+
+
+def _warned(make: Any) -> tuple[bool, list[int], list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        is_sharded, numbers = _taken(make)
+    return is_sharded, numbers, [str(warning.message) for warning in caught]
+
+
+def test_of_an_iterator_a_copy_is_looked_at() -> None:
+    (first, mine), (second, others) = run_on_ranks(2, _taken, _iterator)
+    assert first
+    assert second
+    assert sorted(mine + others) == list(range(COUNT))
+
+
+def test_what_can_not_be_looked_at_is_left_alone_with_a_warning() -> None:
+    for is_sharded, numbers, _ in (ranks := run_on_ranks(2, _warned, _generator)):
+        assert not is_sharded
+        assert numbers == list(range(COUNT))
+    assert "whether data ranks read the same of generator can't be seen" in ranks[0][2][0]
