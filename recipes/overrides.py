@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 
-def task_overrides(hydra_cfg: DictConfig) -> list[str]:
+def task_overrides(hydra_cfg: Any) -> list[str]:
     """The overrides of a job. What they refer to (``lr=${scheduler.lr}``) is of the job's config, so in Hydra's own it
     is left as it stands.
 

@@ -87,6 +87,47 @@ class Stateful(Stream):
         self.position = state["position"]
 
 
+class ShuffledStream(Stream):
+    """As written for one process."""
+
+    def __iter__(self) -> Any:
+        for index in torch.randperm(SIZE).tolist():
+            yield self.data[index]
+
+
+class CountingStream(Stream):
+    epochs = 0
+
+    def __iter__(self) -> Any:
+        self.epochs += 1
+        for index in random.Random(self.epochs).sample(range(SIZE), SIZE):
+            yield self.data[index]
+
+
+class DrawingStream(Stream):
+    """From a generator of its own."""
+
+    def __init__(self, data_rank: int, num_data_ranks: int) -> None:
+        super().__init__(data_rank, num_data_ranks)
+        self.random = np.random.default_rng(3)
+
+    def __iter__(self) -> Any:
+        for index in self.random.permutation(SIZE).tolist():
+            yield self.data[index]
+
+
+class HidingStream(Stream):
+    """Draws from a state that nobody sees."""
+
+    def __init__(self, data_rank: int, num_data_ranks: int) -> None:
+        super().__init__(data_rank, num_data_ranks)
+        self.random = [random.Random(3)]
+
+    def __iter__(self) -> Any:
+        for index in self.random[0].sample(range(SIZE), SIZE):
+            yield self.data[index]
+
+
 class Dropping(models.Classifier):
     """With dropout and BatchNorm, or another norm."""
 
@@ -385,6 +426,39 @@ def test_combined_loaders_go_on_each_where_it_was(mode: str, batches: int, tmp_p
 @pytest.mark.parametrize("batches", [2, 3, 4, 6])  # within an epoch of 3, and at its end
 def test_a_stream_that_never_ends_goes_on(loader: Any, batches: int, tmp_path: Path) -> None:
     check("dp_shard=1", loader, batches, tmp_path, {"limit_train_batches": 3})
+
+
+def of_one_process(kind: type[Stream], workers: int = 0) -> DataLoader:
+    return DataLoader(kind(0, 1), batch_size=2, num_workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "workers", "batches"),
+    few_and_many(
+        list(
+            itertools.product(
+                ["dp_shard=1", "dp_replicate=2"], [ShuffledStream, CountingStream, DrawingStream], [0, 1], [14, 22]
+            )
+        ),
+        {
+            ("dp_shard=1", ShuffledStream, 0, 14),
+            ("dp_replicate=2", ShuffledStream, 0, 14),
+            ("dp_replicate=2", CountingStream, 0, 14),
+            ("dp_replicate=2", DrawingStream, 0, 22),
+            ("dp_shard=1", CountingStream, 0, 22),
+        },
+    ),
+)
+def test_a_stream_that_shuffles_goes_on_in_its_order(
+    layout: str, kind: type[Stream], workers: int, batches: int, tmp_path: Path
+) -> None:
+    check(layout, partial(of_one_process, kind, workers), batches, tmp_path, {})
+
+
+def test_a_stream_that_can_not_be_read_again_is_told(tmp_path: Path) -> None:
+    train("dp_shard=1", partial(of_one_process, HidingStream), (tmp_path / "a.ckpt", 30))
+    with pytest.warns(UserWarning, match="can't be read again: other data, or HidingStream goes by a state"):
+        train("dp_shard=1", partial(of_one_process, HidingStream), None, tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("loader", [dealt_by_the_user, stateful, streamed])

@@ -52,7 +52,8 @@ class DistributedStream(StandsForLoader, Shares):
         limited: bool = False,
     ) -> None:
         super().__init__(loader)
-        self.num_replicas, self.rank, self._random = num_replicas, rank, random
+        self.num_replicas, self.rank, self.random = num_replicas, rank, random
+        """``random``: of the generators that the next batch is read with."""
         self.drops_last, self._limit = drop_last, None if limited else math.inf
         if sized_len(loader) is not None:
             self.__class__ = _SizedStream
@@ -92,11 +93,11 @@ class DistributedStream(StandsForLoader, Shares):
 
     def _draw(self, read: Any) -> Any:
         with kept_random_states(CPU):
-            self._random.restore(CPU)
+            self.random.restore(CPU)
             try:
                 return read()
             finally:
-                self._random = RandomStates.now(CPU)
+                self.random = RandomStates.now(CPU)
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader" or name.startswith("__"):
