@@ -116,7 +116,7 @@ def _read(
     found = []
     for name in experiment_files(config_dir) if asked_all else dict.fromkeys(names):
         experiment = Experiment.read(name, overrides, config_dir)
-        lacks = _lacks(experiment, overrides, asked_all)
+        lacks = _lacks_runs(experiment) or (asked_all and _lacks_data(experiment, layouts, overrides, config_dir))
         if lacks and not asked_all:
             raise ValueError(f"{name} {lacks}")
         if lacks:
@@ -131,19 +131,27 @@ def _read(
     return found
 
 
-def _lacks(experiment: Experiment, overrides: list[str], look_for_data: bool) -> str:
-    """Why an experiment can't be run here; empty if it can."""
+def _lacks_runs(experiment: Experiment) -> str:
+    """Why an experiment is not run; empty if it is."""
     if experiment.band is None or experiment.reproduction is None:
         return "says neither what to expect nor under which layouts; it is there for `lightning-dist explain`"
-    if look_for_data:
-        from recipes import job  # which imports torch and Lightning
-        from recipes.train import allowed_targets
+    return ""
 
-        try:
-            with targets.allow(allowed_targets(overrides)):
-                job.build_data(experiment.cfg).prepare_data()
-        except (ConfigError, ValueError, OSError, ImportError) as error:
-            return f"has no data here: {error}"
+
+def _lacks_data(experiment: Experiment, layouts: list[str], overrides: list[str], config_dir: Path | None) -> str:
+    """Why an experiment has no data here, for the first layout that will run; empty if it has."""
+    from recipes import batches, job  # which imports torch and Lightning
+    from recipes.train import allowed_targets
+
+    assert experiment.reproduction is not None
+    batches.register()
+    layout = of_layout((layouts or experiment.reproduction.layouts)[0])
+    try:
+        cfg = Experiment.read(experiment.name, [*overrides, *layout], config_dir).cfg
+        with targets.allow(allowed_targets(overrides)):
+            job.build_data(cfg).prepare_data()
+    except (ConfigError, ValueError, OSError, ImportError) as error:
+        return f"has no data here: {error}"
     return ""
 
 

@@ -147,13 +147,27 @@ def test_a_mistake_is_told_in_a_line(words: list[str], message: str, capsys: pyt
 def test_all_leaves_out_what_has_no_data_here(
     measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Whatever the devices of this machine: the batch is dealt to the ranks of the layouts that run."""
     measured(lambda layout, seed, point: 1.0)
-    files = {name: ROOT / f"tests/launch/conf/experiment/{name}.yaml" for name in ("probe", "reproduced")}
-    monkeypatch.setattr(reproduce, "experiment_files", lambda config_dir: files)
-    assert main(["reproduce", "all", TRUST, *PROBE, "data.path=nowhere", "--output", str(tmp_path)]) == 2
+    monkeypatch.setattr("recipes.train._available", lambda accelerator: 3)
+    OmegaConf.clear_resolver(batches.NAME)  # as in a process of its own
+    files = experiment_files() | {"probe": ROOT / "tests/launch/conf/experiment/probe.yaml"}
+    chosen = {name: files[name] for name in ("probe", "digits_vit", "breast_cancer")}
+    monkeypatch.setattr(reproduce, "experiment_files", lambda config_dir: chosen)
+    asked = ["reproduce", "all", TRUST, *PROBE, "--seeds", "0", "--output", str(tmp_path)]
+    main(asked)
     output = capsys.readouterr().out
     assert "probe is left out: it says neither" in output
-    assert "reproduced is left out: it has no data here" in output
+    assert output.count("is left out") == 1
+    runs = json.loads((tmp_path / "reproduce.json").read_text())["runs"]
+    assert {run["experiment"] for run in runs} == {"digits_vit", "breast_cancer"}
+
+    chosen = {"reproduced": ROOT / "tests/launch/conf/experiment/reproduced.yaml"}
+    assert main([*asked, "data.path=nowhere"]) == 2
+    told = capsys.readouterr()
+    told_out = " ".join(told.out.split())
+    assert "reproduced is left out: it has no data here: data: data path nowhere does not exist" in told_out
+    assert "no experiment is left to run" in told.err
 
 
 def test_the_command_hands_all_words_to_what_the_project_names(
