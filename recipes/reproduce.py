@@ -28,7 +28,7 @@ from recipes import targets
 from recipes.config_errors import ConfigError
 from recipes.experiments import CONF, Experiment, Reproduction, experiment_files
 from recipes.reproduced import Outcome, Run, agreements, outcomes, table
-from recipes.sweep.result import RESULT, JobResult
+from recipes.sweep.result import JobResult
 
 EVERY = "all"
 """In place of names: each experiment that trains here and whose data is here."""
@@ -209,8 +209,7 @@ def _run(run: Run, experiment: Experiment, overrides: list[str]) -> tuple[dict[s
             _end(process)
             raise
     seconds = time.monotonic() - started
-    file = run.directory / RESULT
-    result = JobResult.load(file) if file.is_file() else None
+    result = JobResult.of(run.directory)
     if process.returncode != 0 or result is None or result.error:
         lines = (run.directory / "run.log").read_text().split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no output")
