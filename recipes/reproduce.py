@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"in {directory}/reproduce.json, and the output of each run in run.log of its directory")
     if len(finished) < len(runs):
         return 130
-    all_hold = [o.verdict == "within" for o in outcomes(experiments, finished)]
-    return 0 if all(all_hold) and all(a.holds for a in agreements(experiments, finished)) else 1
+    within = [outcome for outcome in outcomes(experiments, finished) if outcome.verdict == "within"]
+    asked = {(run.experiment, run.layout, run.seed) for run in runs}
+    return 0 if len(within) == len(asked) and all(a.holds for a in agreements(experiments, finished)) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     what = f"experiments, or {EVERY} for each that trains here and whose data is here; and overrides (key=value)"
     parser.add_argument("words", nargs="*", metavar="NAME", help=what + ", as for python -m recipes.train")
     layouts = "in place of those of the experiment, such as dp_shard=2 or 'pp=2 strategy.num_microbatches=1'"
-    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help=layouts)
-    parser.add_argument("--seeds", nargs="+", metavar="SEED", help="in place of those of the experiment")
+    parser.add_argument("--layouts", nargs="+", action="extend", metavar="LAYOUT", help=layouts)
+    parser.add_argument(
+        "--seeds", nargs="+", action="extend", metavar="SEED", help="in place of those of the experiment"
+    )
     parser.add_argument("--list", action="store_true", help="show the experiments")
     parser.add_argument("--output", type=Path, metavar="DIR", help="directory for the results (default: in outputs)")
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a directory of configs of your own")
@@ -94,7 +98,7 @@ def _sort(words: Sequence[str]) -> tuple[list[str], list[str], list[int], list[s
     for word in words:
         if word.isdecimal():
             seeds.append(int(word))
-        elif "=" not in word:
+        elif "=" not in word and not word.startswith("~"):
             names.append(word)
         elif word.partition("=")[0] in MESH_AXES:
             layouts.append(word)
@@ -126,6 +130,7 @@ def _read(
         found.append(experiment.with_runs(layouts, seeds))
         for layout in found[-1].reproduction.layouts:  # type: ignore[union-attr]
             _num_ranks(layout)
+        _refuse_overwritten(found[-1], overrides)
     if not found:
         raise ValueError("no experiment is left to run")
     return found
@@ -163,6 +168,21 @@ def _runs(experiment: Experiment, directory: Path) -> list[Run]:
         for layout in reproduction.layouts
         for point in reproduction.points()
     ]
+
+
+def _refuse_overwritten(experiment: Experiment, overrides: list[str]) -> None:
+    """Raises a ValueError for an override of what each run sets itself."""
+    over = dict.fromkeys(experiment.reproduction.over, "reproduce.over")  # type: ignore[union-attr]
+    instead = {"seed": "--seeds", "experiment": "the experiment's name", "hydra.run.dir": "--output", **over}
+    given = {re.split("[=@]", override.lstrip("+~"))[0]: override for override in overrides}
+    for run in _runs(experiment, Path()):
+        for key in (argument.lstrip("+~").partition("=")[0] for argument in _of_run(run)):
+            for other in given:
+                if other == key or other.startswith(f"{key}."):
+                    raise ValueError(
+                        f"{given[other]} is what the runs of {experiment.name} set themselves; pass "
+                        f"{instead.get(key, '--layouts')} instead"
+                    )
 
 
 def _run_all(
@@ -218,17 +238,20 @@ def _run(run: Run, experiment: Experiment, overrides: list[str]) -> tuple[dict[s
 
 
 def _arguments(run: Run, experiment: Experiment, overrides: list[str]) -> list[str]:
-    arguments = [
-        *overrides,
+    arguments = [*overrides, *_of_run(run)]
+    if experiment.cfg.trainer.accelerator == "auto" and _has_too_few_accelerators(_num_ranks(run.layout)):
+        arguments.append("trainer.accelerator=cpu")
+    return arguments
+
+
+def _of_run(run: Run) -> list[str]:
+    return [
         f"experiment={run.experiment}",
         f"seed={run.seed}",
         f"hydra.run.dir='{run.directory.resolve()}'",
         *(f"{key}={value}" for key, value in run.point),
         *of_layout(run.layout),
     ]
-    if experiment.cfg.trainer.accelerator == "auto" and _has_too_few_accelerators(_num_ranks(run.layout)):
-        arguments.append("trainer.accelerator=cpu")
-    return arguments
 
 
 def of_layout(text: str) -> list[str]:
