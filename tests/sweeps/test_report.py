@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 import re
+import shlex
 from io import StringIO
 from pathlib import Path
 
@@ -184,6 +186,20 @@ def test_sweeps_are_compared_in_a_file_that_is_named(grid: Path, tmp_path: Path,
     assert "other/0" in [job["label"] for job in drawn["jobs"]]
     assert "other/0" in capsys.readouterr().out
     assert (tmp_path / "both.csv").is_file()
+
+
+def test_the_page_has_the_command_of_the_best_job_and_its_data_whatever_the_overrides(tmp_path: Path):
+    given = ["+model.name='a b'", "recipe.prompt=it's <!-- <script> </script>", "seed=1"]
+    leave_job(tmp_path, 0, given, loss=1.0)
+    leave_job(tmp_path, 1, [*given[:2], "seed=2"], loss=2.0)
+    assert main(["report", str(tmp_path)]) == 0
+    found = re.search(r"<pre>python -m recipes.train (.*?)</pre>", (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert found is not None
+    assert shlex.split(html.unescape(found[1])) == given
+
+    leave_job(tmp_path, 2, [given[0], "recipe.prompt=<!-- <script>", "seed=3"], loss=3.0)
+    assert main(["report", str(tmp_path)]) == 0
+    assert data_of(tmp_path / "report.html")["jobs"][2]["given"]["recipe.prompt"] == "<!-- <script>"
 
 
 def test_a_directory_without_jobs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
