@@ -109,10 +109,12 @@ class Experiment:
         return cls(name, _about(files[name]), cfg, band, reproduction)
 
     def with_runs(self, layouts: Sequence[str], seeds: Sequence[int]) -> Experiment:
-        """The same with other layouts and seeds, where any are given."""
+        """The same with other layouts and seeds, where any are given; each once, however often it is named."""
         assert self.reproduction is not None
-        changes: dict[str, Any] = {name: given for name, given in (("layouts", layouts), ("seeds", seeds)) if given}
-        return replace(self, reproduction=replace(self.reproduction, **changes))
+        own = self.reproduction
+        changes: dict[str, Any] = {"layouts": layouts or own.layouts, "seeds": seeds or own.seeds}
+        once = {name: list(dict.fromkeys(values)) for name, values in changes.items()}
+        return replace(self, reproduction=replace(own, **once))
 
 
 def experiment_files(config_dir: Path | None = None) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from recipes import targets
 from recipes.config_errors import ConfigError
 from recipes.experiments import CONF, Experiment, Reproduction, experiment_files
 from recipes.reproduced import Outcome, Run, agreements, outcomes, table
-from recipes.sweep.result import RESULT, JobResult
+from recipes.sweep.result import JobResult
 
 EVERY = "all"
 """In place of names: each experiment that trains here and whose data is here."""
@@ -71,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"in {directory}/reproduce.json, and the output of each run in run.log of its directory")
     if len(finished) < len(runs):
         return 130
-    all_hold = [o.verdict == "within" for o in outcomes(experiments, finished)]
-    return 0 if all(all_hold) and all(a.holds for a in agreements(experiments, finished)) else 1
+    within = [outcome for outcome in outcomes(experiments, finished) if outcome.verdict == "within"]
+    asked = {(run.experiment, run.layout, run.seed) for run in runs}
+    return 0 if len(within) == len(asked) and all(a.holds for a in agreements(experiments, finished)) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     what = f"experiments, or {EVERY} for each that trains here and whose data is here; and overrides (key=value)"
     parser.add_argument("words", nargs="*", metavar="NAME", help=what + ", as for python -m recipes.train")
     layouts = "in place of those of the experiment, such as dp_shard=2 or 'pp=2 strategy.num_microbatches=1'"
-    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help=layouts)
-    parser.add_argument("--seeds", nargs="+", metavar="SEED", help="in place of those of the experiment")
+    parser.add_argument("--layouts", nargs="+", action="extend", metavar="LAYOUT", help=layouts)
+    parser.add_argument(
+        "--seeds", nargs="+", action="extend", metavar="SEED", help="in place of those of the experiment"
+    )
     parser.add_argument("--list", action="store_true", help="show the experiments")
     parser.add_argument("--output", type=Path, metavar="DIR", help="directory for the results (default: in outputs)")
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a directory of configs of your own")
@@ -94,7 +98,7 @@ def _sort(words: Sequence[str]) -> tuple[list[str], list[str], list[int], list[s
     for word in words:
         if word.isdecimal():
             seeds.append(int(word))
-        elif "=" not in word:
+        elif "=" not in word and not word.startswith("~"):
             names.append(word)
         elif word.partition("=")[0] in MESH_AXES:
             layouts.append(word)
@@ -116,7 +120,7 @@ def _read(
     found = []
     for name in experiment_files(config_dir) if asked_all else dict.fromkeys(names):
         experiment = Experiment.read(name, overrides, config_dir)
-        lacks = _lacks(experiment, overrides, asked_all)
+        lacks = _lacks_runs(experiment) or (asked_all and _lacks_data(experiment, layouts, overrides, config_dir))
         if lacks and not asked_all:
             raise ValueError(f"{name} {lacks}")
         if lacks:
@@ -126,24 +130,33 @@ def _read(
         found.append(experiment.with_runs(layouts, seeds))
         for layout in found[-1].reproduction.layouts:  # type: ignore[union-attr]
             _num_ranks(layout)
+        _refuse_overwritten(found[-1], overrides)
     if not found:
         raise ValueError("no experiment is left to run")
     return found
 
 
-def _lacks(experiment: Experiment, overrides: list[str], look_for_data: bool) -> str:
-    """Why an experiment can't be run here; empty if it can."""
+def _lacks_runs(experiment: Experiment) -> str:
+    """Why an experiment is not run; empty if it is."""
     if experiment.band is None or experiment.reproduction is None:
         return "says neither what to expect nor under which layouts; it is there for `lightning-dist explain`"
-    if look_for_data:
-        from recipes import job  # which imports torch and Lightning
-        from recipes.train import allowed_targets
+    return ""
 
-        try:
-            with targets.allow(allowed_targets(overrides)):
-                job.build_data(experiment.cfg).prepare_data()
-        except (ConfigError, ValueError, OSError, ImportError) as error:
-            return f"has no data here: {error}"
+
+def _lacks_data(experiment: Experiment, layouts: list[str], overrides: list[str], config_dir: Path | None) -> str:
+    """Why an experiment has no data here, for the first layout that will run; empty if it has."""
+    from recipes import batches, job  # which imports torch and Lightning
+    from recipes.train import allowed_targets
+
+    assert experiment.reproduction is not None
+    batches.register()
+    layout = of_layout((layouts or experiment.reproduction.layouts)[0])
+    try:
+        cfg = Experiment.read(experiment.name, [*overrides, *layout], config_dir).cfg
+        with targets.allow(allowed_targets(overrides)):
+            job.build_data(cfg).prepare_data()
+    except (ConfigError, ValueError, OSError, ImportError) as error:
+        return f"has no data here: {error}"
     return ""
 
 
@@ -155,6 +168,21 @@ def _runs(experiment: Experiment, directory: Path) -> list[Run]:
         for layout in reproduction.layouts
         for point in reproduction.points()
     ]
+
+
+def _refuse_overwritten(experiment: Experiment, overrides: list[str]) -> None:
+    """Raises a ValueError for an override of what each run sets itself."""
+    over = dict.fromkeys(experiment.reproduction.over, "reproduce.over")  # type: ignore[union-attr]
+    instead = {"seed": "--seeds", "experiment": "the experiment's name", "hydra.run.dir": "--output", **over}
+    given = {re.split("[=@]", override.lstrip("+~"))[0]: override for override in overrides}
+    for run in _runs(experiment, Path()):
+        for key in (argument.lstrip("+~").partition("=")[0] for argument in _of_run(run)):
+            for other in given:
+                if other == key or other.startswith(f"{key}."):
+                    raise ValueError(
+                        f"{given[other]} is what the runs of {experiment.name} set themselves; pass "
+                        f"{instead.get(key, '--layouts')} instead"
+                    )
 
 
 def _run_all(
@@ -201,8 +229,7 @@ def _run(run: Run, experiment: Experiment, overrides: list[str]) -> tuple[dict[s
             _end(process)
             raise
     seconds = time.monotonic() - started
-    file = run.directory / RESULT
-    result = JobResult.load(file) if file.is_file() else None
+    result = JobResult.of(run.directory)
     if process.returncode != 0 or result is None or result.error:
         lines = (run.directory / "run.log").read_text().split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no output")
@@ -211,17 +238,20 @@ def _run(run: Run, experiment: Experiment, overrides: list[str]) -> tuple[dict[s
 
 
 def _arguments(run: Run, experiment: Experiment, overrides: list[str]) -> list[str]:
-    arguments = [
-        *overrides,
+    arguments = [*overrides, *_of_run(run)]
+    if experiment.cfg.trainer.accelerator == "auto" and _has_too_few_accelerators(_num_ranks(run.layout)):
+        arguments.append("trainer.accelerator=cpu")
+    return arguments
+
+
+def _of_run(run: Run) -> list[str]:
+    return [
         f"experiment={run.experiment}",
         f"seed={run.seed}",
         f"hydra.run.dir='{run.directory.resolve()}'",
         *(f"{key}={value}" for key, value in run.point),
         *of_layout(run.layout),
     ]
-    if experiment.cfg.trainer.accelerator == "auto" and _has_too_few_accelerators(_num_ranks(run.layout)):
-        arguments.append("trainer.accelerator=cpu")
-    return arguments
 
 
 def of_layout(text: str) -> list[str]:

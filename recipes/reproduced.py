@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,7 +135,7 @@ class Agreement:
         experiment: its name.
         seed: of the runs.
         metric: that is compared.
-        distance: of the two that are furthest apart, in any run that is repeated.
+        distance: of the two that are furthest apart, in any run that is repeated; NaN where one of them is.
         within: how far they may be apart; None if each has to lie in the band only.
     """
 
@@ -146,10 +147,12 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether they are no further apart than they may."""
-        return self.within is None or self.distance <= self.within
+        """Whether they are no further apart than they may; not if one is no number."""
+        return not math.isnan(self.distance) and (self.within is None or self.distance <= self.within)
 
     def __str__(self) -> str:
+        if math.isnan(self.distance):
+            return f"{self.experiment}, seed {self.seed}: {self.metric} is not a number under all layouts: DIFFER"
         bound = "" if self.within is None else f", at most {self.within:g}: {'agree' if self.holds else 'DIFFER'}"
         return f"{self.experiment}, seed {self.seed}: the layouts' {self.metric} differ by {self.distance:.2g}{bound}"
 
@@ -184,11 +187,16 @@ def agreements(experiments: Iterable[Experiment], runs: Sequence[Run]) -> list[A
             for run in runs:
                 if (run.experiment, run.seed) == (experiment.name, seed) and metric in run.metrics:
                     by_point.setdefault(run.point, []).append(run.metrics[metric])
-            distances = [max(values) - min(values) for values in by_point.values() if len(values) > 1]
+            distances = [_largest(values) - min(values) for values in by_point.values() if len(values) > 1]
             if distances:
                 within = reproduction.layouts_within
-                found.append(Agreement(experiment.name, seed, metric, max(distances), within))
+                found.append(Agreement(experiment.name, seed, metric, _largest(distances), within))
     return found
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Not a number if one of them is none, which ``max`` leaves to their order."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def table(found: Sequence[Outcome]) -> Table:

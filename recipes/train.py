@@ -107,6 +107,7 @@ def main() -> None:
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then raises what it would print itself, with less to go on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    batches.register()  # for --cfg job --resolve
     try:
         with targets.allow(allowed_targets(sys.argv[1:])):
             train()

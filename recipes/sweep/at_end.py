@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +48,51 @@ class SweepTable(Callback):
         """Prints and writes.
 
         Raises:
-            SystemExit: a job failed, or did not come to its end.
+            SystemExit: a job failed, or did not come to its end, or the jobs can't be read.
         """
         if self._live is not None:
             self._live.stop()
-        directory = Path(config.hydra.sweep.dir)
-        jobs = Jobs.read([directory])
-        console = Console()
-        print_table(jobs, console)
-        try:
-            _write(jobs, directory)
-            console.print(f"{directory / REPORT} shows them", highlight=False, soft_wrap=True)
-        except ImportError as error:
-            log.warning("no %s: %s", REPORT, error)
-        wrong = {state: len(jobs.of_state(state)) for state in ("failed", "interrupted")}
+        directory, console = Path(config.hydra.sweep.dir), Console()
+        try:  # Hydra makes a warning of what a callback raises, and status 0
+            jobs = Jobs.read([directory])
+            wrong = {state: len(jobs.of_state(state)) for state in ("failed", "interrupted")}
+        except Exception as error:
+            console.print(f"the jobs in {directory} can't be read: {error}", markup=False, soft_wrap=True)
+            raise SystemExit(1) from None
+        _show(jobs, directory, console)
         if any(wrong.values()):
             told = " and ".join(f"{count} of {len(jobs.all)} jobs {state}" for state, count in wrong.items() if count)
             console.print(f"{told}; their logs are in {directory}", highlight=False, soft_wrap=True)
             raise SystemExit(1)
 
 
+def _show(jobs: Jobs, directory: Path, console: Console) -> None:
+    """The table and both files, as far as they can be written."""
+    with _warned("table"):
+        print_table(jobs, console)
+    with _warned(CSV):
+        write_csv(jobs, directory / CSV)
+    with _warned(REPORT):
+        _write_page(jobs, directory)
+        console.print(f"{directory / REPORT} shows them", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """What can't be written is a warning: how the jobs ended is told all the same."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("no %s of the sweep: %s", what, error)
+
+
 def _write(jobs: Jobs, directory: Path) -> None:
     """Both files; an ImportError, after the first of them, where what the page needs is missing."""
+    write_csv(jobs, directory / CSV)
+    _write_page(jobs, directory)
+
+
+def _write_page(jobs: Jobs, directory: Path) -> None:
     from recipes.sweep.report import write_report  # slow to import
 
-    write_csv(jobs, directory / CSV)
     write_report(jobs, directory / REPORT)

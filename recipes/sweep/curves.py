@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from collections import defaultdict
@@ -56,15 +57,25 @@ def _of_tensorboard(directory: Path) -> dict[str, list[Point]]:
 
 
 def _of_csv(directory: Path) -> dict[str, list[Point]]:
+    """What is no number is left out: others write files of this name too."""
     found: dict[str, dict[int, Point]] = defaultdict(dict)
-    for file in directory.rglob("metrics.csv"):
-        with file.open(newline="") as lines:
+    for file in filter(Path.is_file, directory.rglob("metrics.csv")):
+        with file.open(newline="", encoding="utf-8", errors="replace") as lines, contextlib.suppress(csv.Error):
             for row in csv.DictReader(lines):
-                step = int(float(row.pop("step", None) or 0))
+                step = _number(row.pop("step", None) or "0")
+                if step is None or not math.isfinite(step):
+                    continue
                 for name, text in row.items():
-                    if name and text:
-                        found[name][step] = Point(step, None, float(text))
+                    if name and text and (value := _number(text)) is not None:
+                        found[name][int(step)] = Point(int(step), None, value)
     return _in_order(found)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _in_order(found: dict[str, dict[int, Point]]) -> dict[str, list[Point]]:

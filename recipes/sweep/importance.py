@@ -14,6 +14,9 @@ FEWEST = 8
 PER_KEY = 4
 """And for each swept key."""
 
+LARGEST = 3e38
+"""Number of single precision, in which forests reckon."""
+
 
 @dataclass(frozen=True)
 class Importance:
@@ -72,9 +75,8 @@ def _forest(rows: Any) -> Any:
 
 
 def is_number(text: str) -> bool:
-    """Whether a value of an override is one."""
+    """Whether a value of an override is one, and can be drawn and reckoned with: not infinite in single precision."""
     try:
-        float(text)
+        return abs(float(text)) <= LARGEST
     except ValueError:
         return False
-    return True

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -156,10 +157,12 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 def _read(sweep: Path) -> list[Job]:
     if not sweep.is_dir():
         raise ValueError(f"{sweep} is no directory; pass that of a sweep, as hydra.sweep.dir names it")
-    results = {file.parent: JobResult.load(file) for file in sweep.rglob(RESULT)}
-    # a job that was ended before it could begin to write
+    left = {file.parent: JobResult.of(file.parent) for file in sweep.rglob(RESULT)}
+    results = {directory: result for directory, result in left.items() if result is not None}
     for file in sweep.rglob(".hydra/overrides.yaml"):
-        results.setdefault(file.parent.parent, JobResult(list(map(str, OmegaConf.load(file))), NOT_ENDED, {}))
+        if (directory := file.parent.parent) not in results:  # it was ended before it could begin to write
+            overrides: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            results[directory] = JobResult(list(map(str, overrides)), NOT_ENDED, {})
     if not results:
         raise ValueError(f"{sweep} has no jobs: no {RESULT} is in it or below")
     return [Job(directory, sweep, results[directory]) for directory in sorted(results, key=_by_number)]

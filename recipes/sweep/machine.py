@@ -59,21 +59,21 @@ class Machine:
         """The devices or cores that a job takes: one for each rank, at most all.
 
         Raises:
-            ConfigError: it names devices rather than their number.
+            ConfigError: it names devices rather than their number, or something that is no number.
         """
         devices, on_accelerator = cfg.trainer.devices, self.devices and cfg.trainer.accelerator != "cpu"
         if on_accelerator and (OmegaConf.is_list(devices) or "," in str(devices)):
             raise ConfigError(
                 f"trainer.devices={devices} names devices, which hydra/launcher=slots deals out; pass their number"
             )
+        from recipes.train import count_devices  # which imports this package
+
         if on_accelerator:
             share = len(self.devices) // (self.slots or 1)
-            wanted = share if devices in ("auto", -1, "-1") else int(devices)
+            wanted = share if devices in ("auto", -1, "-1") else count_devices(devices, "cpu")
             return max(1, min(wanted, len(self.devices)))
         if self.slots is not None or self.devices:
             return 0  # cores are shared
-        from recipes.train import count_devices  # which imports this package
-
         return min(count_devices(devices, "cpu"), self.cores)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.sweep.result import JobResult
 
-SMALL_IS_GOOD = ("loss", "error", "perplexity", "brier", "mse", "mae", "rmse", "nll", "cost", "seconds", "time")
-"""Parts of the names of metrics of which less is better, where a config does not say it."""
+SMALL_IS_GOOD = (
+    *("loss", "losses", "logloss", "error", "errors", "err", "perplexity", "ppl", "bits", "nats", "nll", "entropy"),
+    *("bce", "brier", "mse", "mae", "rmse", "mape", "wer", "cer", "ter", "fid", "cost", "costs", "regret", "latency"),
+    *("time", "seconds", "collision", "collisions"),
+)
+"""Words in the names of metrics of which less is better, where a config does not say it."""
+
+LARGE_IS_GOOD = (
+    *("accuracy", "acc", "auc", "auroc", "f1", "bleu", "chrf", "reward", "return", "precision", "recall"),
+    *("sensitivity", "specificity", "gini", "ks", "r2", "dice", "iou", "map"),
+)
+"""And of which more is, as it is of what has no such word."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,12 @@ def _monitored(cfg: DictConfig) -> Metric | None:
 
 
 def _expected(cfg: DictConfig) -> Metric | None:
+    """A band with one end tells which is the good one."""
     name = _select(cfg, "expected.metric")
-    return None if name is None else Metric(name, _select(cfg, "expected.at_least") is not None)
+    if name is None:
+        return None
+    has_low, has_high = (_select(cfg, f"expected.{end}") is not None for end in ("at_least", "at_most"))
+    return Metric(name, has_low if has_low != has_high else not _is_small_good(name))
 
 
 def _select(cfg: DictConfig, key: str) -> Any:
@@ -85,4 +100,11 @@ def _select(cfg: DictConfig, key: str) -> Any:
 
 
 def _is_small_good(name: str) -> bool:
-    return any(part in name.lower() for part in SMALL_IS_GOOD)
+    """By the last word that tells, which is the thing itself: ``cost_weighted_accuracy``, ``dice_loss``. What follows
+    ``per`` and ``at`` only says of what: ``loss_per_byte``, ``recall_at_error``.
+    """
+    written = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower()  # MeanSquaredError
+    words = re.split(r"[^a-z0-9]+", re.split(r"(?<![a-z0-9])(?:per|at)(?![a-z0-9])", written)[0])
+    known = {*SMALL_IS_GOOD, *LARGE_IS_GOOD}
+    telling = [found for word in words for found in (word, word.rstrip("0123456789")) if found in known]
+    return bool(telling) and telling[-1] in SMALL_IS_GOOD

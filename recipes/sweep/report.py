@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ def write_report(jobs: Jobs, file: Path) -> None:
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'lightning_dist[recipes]' brings what the page needs") from None
     environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["digits"] = digits
+    environment.filters |= {"digits": digits, "quoted": shlex.quote}
     page = environment.get_template("report.html").render(
         jobs=jobs,
         states=STATES,
@@ -126,5 +127,5 @@ def _axis(key: str, name: str, values: list[str]) -> dict[str, Any]:
 
 
 def _script_safe(data: Any) -> str:
-    """JSON within ``<script>``: nothing in it ends the element."""
-    return json.dumps(data, allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    """JSON within ``<script>``: nothing in it ends the element, or begins a comment."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")

@@ -37,11 +37,21 @@ class JobResult:
 
     @classmethod
     def load(cls, file: Path) -> JobResult:
-        """Reads what :meth:`save` wrote."""
-        return cls(**json.loads(file.read_text()))
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: something else is in the file, which has a common name.
+        """
+        values = json.loads(file.read_text())
+        try:
+            return cls(**values)
+        except TypeError:
+            raise ValueError(f"{file} is not what a job leaves") from None
 
     @classmethod
     def of(cls, directory: Path) -> JobResult | None:
         """That of a job's directory; None where no job has begun there."""
-        file = directory / RESULT
-        return cls.load(file) if file.is_file() else None
+        try:
+            return cls.load(directory / RESULT)
+        except (FileNotFoundError, IsADirectoryError, ValueError):
+            return None

@@ -17,6 +17,12 @@ from recipes.config_errors import ConfigError, did_you_mean
 JOURNAL = "optuna.journal"
 """Where a study is kept, in the directory of its sweep, unless a storage is named."""
 
+ASKED, PLACE, EXHAUSTED = "asked", "directory", "exhausted"
+"""What a study keeps of its search, a trial of the sweep that runs it, and a study when no point is left to try."""
+
+KEEP_THEIR_PLACE = ("GridSampler", "QMCSampler")
+"""Samplers that go on in a sequence that hangs on the seed, wherever a study was left."""
+
 
 def import_optuna() -> Any:
     """Optuna; a ConfigError where it is not installed."""
@@ -73,14 +79,14 @@ class Search:
     Args:
         directory: of the sweep.
         space, fixed: what :func:`search_space` gives.
-        num_trials: jobs in all, those of an earlier start included.
+        num_trials: jobs in all, those of an earlier start and of other processes of the study included.
         is_maximized: whether more of the metric is better.
         sampler, options: the name of a sampler of Optuna's, and its arguments.
         storage: the URL of a database; None for a file in the directory.
         name: of the study in the storage.
 
     Raises:
-        ConfigError: there is no such sampler.
+        ConfigError: there is no such sampler, a storage without a name, or the study is that of another search.
     """
 
     def __init__(
@@ -99,36 +105,82 @@ class Search:
         optuna = import_optuna()
         self._space, self._fixed, self._num_trials = space, fixed, num_trials
         self._states = optuna.trial.TrialState
+        self._place, self._is_of_one_directory = str(directory.absolute()), storage is None
         if not hasattr(optuna.samplers, sampler):
             names = [known for known in optuna.samplers.__all__ if known.endswith("Sampler")]
             raise ConfigError(f"hydra.sweeper.sampler={sampler} is none of Optuna's{did_you_mean(sampler, names)}")
+        if storage is not None and name is None:
+            raise ConfigError(
+                f"hydra.sweeper.storage={storage} may hold several searches; pass hydra.sweeper.study_name=NAME too"
+            )
         journal = optuna.storages.journal
+        direction = "maximize" if is_maximized else "minimize"
         self.study = optuna.create_study(
             study_name=name or "sweep",
             storage=storage or journal.JournalStorage(journal.JournalFileBackend(str(directory / JOURNAL))),
-            sampler=getattr(optuna.samplers, sampler)(**options),
-            direction="maximize" if is_maximized else "minimize",
+            direction=direction,
             load_if_exists=True,
         )
+        self._refuse_another(direction)
+        self.study.sampler = getattr(optuna.samplers, sampler)(**self._seeded(sampler, options))
+
+    def _refuse_another(self, direction: str) -> None:
+        """Raises a ConfigError where the study was begun with other overrides, values to search or direction."""
+        written = import_optuna().distributions.distribution_to_json
+        asked = [
+            f"direction {direction}",
+            *(text for text in self._fixed if text.partition("=")[0].lstrip("+") != "resume"),
+            *(f"{key}: {written(distribution)}" for key, distribution in sorted(self._space.items())),
+        ]
+        found = [f"direction {self.study.direction.name.lower()}"]
+        before = self.study.user_attrs.get(ASKED, found + asked[1:])
+        if found[0] == asked[0] and before == asked:
+            self.study.set_user_attr(ASKED, asked)
+            return
+        changed = [text for text in before if text not in asked] or before
+        where = self._place if self._is_of_one_directory else f"the study {self.study.study_name}"
+        other = "hydra.sweep.dir" if self._is_of_one_directory else "hydra.sweeper.study_name"
+        raise ConfigError(f"{where} has a search that was begun otherwise ({', '.join(changed)}); pass another {other}")
+
+    def _seeded(self, sampler: str, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of the sampler, with another seed where trials are there, whose points it would try again."""
+        seed = options.get("seed")
+        if not isinstance(seed, int) or sampler in KEEP_THEIR_PLACE:
+            return options
+        return options | {"seed": seed + len(self.study.get_trials(deepcopy=False))}
 
     def jobs(self) -> Iterator[tuple[int, list[str]]]:
-        """Numbers and overrides of the jobs to run: first those that an earlier start of the search did not finish,
-        then new ones, each chosen when it is asked for.
+        """Numbers and overrides of the jobs to run: first those that an earlier start of the search in this directory
+        did not finish, then new ones, each chosen when it is asked for.
         """
-        trials = self.study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state == self._states.RUNNING:
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state == self._states.RUNNING and self._is_own(trial):
                 yield trial.number, self._overrides(trial.params)
-        for _ in range(self._num_trials - len(trials)):
+        while len(self.study.get_trials(deepcopy=False)) < self._num_trials and not self._is_exhausted:
             asked = self.study.ask(self._space)
+            asked.set_user_attr(PLACE, self._place)
             yield asked.number, self._overrides(asked.params)
+
+    def _is_own(self, trial: Any) -> bool:
+        """Others may search in the same study, and run theirs."""
+        return trial.user_attrs.get(PLACE, self._place if self._is_of_one_directory else None) == self._place
+
+    @property
+    def _is_exhausted(self) -> bool:
+        return bool(self.study.user_attrs.get(EXHAUSTED))
 
     def tell(self, number: int, value: Any) -> None:
         """How a job ended: its metric, or none or no number where it failed."""
-        if value is None or not math.isfinite(value):
-            self.study.tell(number, state=self._states.FAIL)
-        else:
-            self.study.tell(number, value)
+        try:
+            if value is None or not math.isfinite(value):
+                self.study.tell(number, state=self._states.FAIL, skip_if_finished=True)
+            else:
+                self.study.tell(number, value, skip_if_finished=True)
+        except RuntimeError as error:
+            # a sampler of finitely many points has tried them all, and the trial is stored (seen in Optuna 5.0)
+            if "Study.stop" not in str(error):
+                raise
+            self.study.set_user_attr(EXHAUSTED, True)
 
     def best(self) -> dict[str, Any] | None:
         """Parameters and value of the best trial; None where none came to its end."""

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from recipes import fork_server
+from recipes.config_errors import ConfigError
 from recipes.overrides import task_overrides
 from recipes.sweep.job_process import Call, run, start_method
 from recipes.sweep.machine import Machine
@@ -75,7 +77,7 @@ class Slots:
 
         Args:
             jobs: asked for when there is a slot for the next one.
-            ended: is told of each job when it has ended.
+            ended: is told of each job when it has ended, or failed because it can't start.
             look_ahead: whether to ask for more jobs while one waits; not where the next hangs on results of others.
 
         Raises:
@@ -84,7 +86,7 @@ class Slots:
         source, waiting = iter(jobs), list[SlotJob]()
         with _signals_unwind(), self._ends_all():
             while True:
-                self._start_all(source, waiting, look_ahead)
+                self._start_all(source, waiting, ended, look_ahead)
                 if not self._running:
                     return
                 connection.wait([process.sentinel for process in self._running])
@@ -92,27 +94,37 @@ class Slots:
                     job = self._end(process)
                     ended(job)
 
-    def _start_all(self, source: Iterator[SlotJob], waiting: list[SlotJob], look_ahead: bool) -> None:
-        """Starts what fits: of those that wait, then of what comes next."""
+    def _start_all(
+        self, source: Iterator[SlotJob], waiting: list[SlotJob], ended: Callable[[SlotJob], None], look_ahead: bool
+    ) -> None:
+        """Starts what fits: of those that wait, then of what comes next. What can't start has ended."""
         for job in list(waiting):
-            if self._start(job):
+            if self._start(job, ended):
                 waiting.remove(job)
         while (look_ahead or not waiting) and self._machine.has_slot:
             following = next(source, None)
             if following is None:
                 return
-            if not self._start(following):
+            if not self._start(following, ended):
                 waiting.append(following)
         if look_ahead and not waiting and (following := next(source, None)) is not None:
             waiting.append(following)  # composed while others run, not when a slot is free
 
-    def _start(self, job: SlotJob) -> bool:
-        needed = self._machine.needs(job.config)
+    def _start(self, job: SlotJob, ended: Callable[[SlotJob], None]) -> bool:
+        """Whether it no longer waits."""
+        try:
+            needed = self._machine.needs(job.config)
+            num_ranks = needed or _num_ranks(job.config)
+        except (ConfigError, ValueError, OmegaConfBaseException) as error:
+            log.error("#%d failed: %s", job.number, error)
+            JobResult(task_overrides(job.config.hydra), str(error).splitlines()[0], {}).save(job.directory)
+            ended(job)
+            return True
         taken = self._machine.take(needed)
         if taken is None:
             return False
         job.taken, job.began = taken, time.monotonic()
-        environment = dict(os.environ) | self._machine.environment(taken, needed or _num_ranks(job.config))
+        environment = dict(os.environ) | self._machine.environment(taken, num_ranks)
         method = start_method(job.config)
         server: dict[str, Any] = {}
         if method == "forkserver":

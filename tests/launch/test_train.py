@@ -161,7 +161,11 @@ def test_wrong_data_path_is_told_without_a_traceback(tmp_path: Path):
 
 
 def test_cfg_help_and_tab_completion_answer():
-    assert "_target_: tests.launch.probe.Probe" in run(command("--cfg", "job")).stdout
+    resolved = run(
+        command("--cfg", "job", "--resolve", "data.batch_size=${per_data_rank:8}", "trainer.devices=2")
+    ).stdout
+    assert "_target_: tests.launch.probe.Probe" in resolved
+    assert "batch_size: 4" in resolved
     shown = run(command("--help")).stdout
     assert "strategy: ddp, fsdp, hybrid" in shown
     line = "python recipes/train.py strategy="

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from omegaconf import OmegaConf
 from lightning_dist.cli import main
 from recipes import batches, job, reproduce, targets
 from recipes.experiments import Band, Experiment, experiment_files
+from recipes.reproduced import agreements
 from tests.launch.processes import noted_pids, running
 from tests.support.source import ROOT
 
@@ -93,8 +95,9 @@ def test_a_signal_ends_the_run_in_progress(number: int, status: int, tmp_path: P
         (lambda layout, seed, point: math.nan, 1, {"outside"}),
         (lambda layout, seed, point: None if seed else 1.0, 1, {"within", "failed"}),
         (lambda layout, seed, point: 1.0 + seed * (layout == "dp_replicate=2"), 1, {"within"}),
+        (lambda layout, seed, point: math.nan if layout == "dp_replicate=2" else 1.0, 1, {"within", "outside"}),
     ],
-    ids=["within", "above", "below", "nan", "failed", "layouts differ"],
+    ids=["within", "above", "below", "nan", "failed", "layouts differ", "nan in one layout"],
 )
 def test_the_status_says_whether_all_lie_within_and_agree(
     metric: Any, status: int, verdicts: set[str], measured: Any, tmp_path: Path
@@ -130,6 +133,31 @@ def test_words_are_told_apart_by_what_they_look_like(measured: Any, tmp_path: Pa
     assert {"trainer.devices=2", "strategy.layout='pp=2'", "strategy.num_microbatches=1", words[4]} <= {*arguments}
 
 
+@pytest.mark.parametrize("metric", [1.0, None])
+def test_what_is_asked_twice_runs_once_and_options_add_up(
+    metric: float | None, measured: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(lambda layout, seed, point: metric)
+    layouts = ["--layouts", "dp_replicate=1", "dp_replicate=1", "--layouts", "dp_replicate=2"]
+    seeds = ["--seeds", "0", "0", "--seeds", "1"]
+    status, found = run("reproduced", TRUST, "~callbacks.learning_rate", *layouts, *seeds, output=tmp_path)
+    assert status == (0 if metric else 1)
+    asked = [(layout, seed) for layout in ("dp_replicate=1", "dp_replicate=2") for seed in (0, 1)]
+    assert [(o["layout"], o["seed"]) for o in found["outcomes"]] == asked
+    assert len(found["runs"]) == 4
+
+
+def test_a_run_that_is_no_number_is_told_as_one_that_differs() -> None:
+    experiment = Experiment.read("reproduced", [TRUST], ROOT / "tests/launch/conf")
+    layouts = ["dp_replicate=1", "dp_replicate=2", "tp=2"]
+    runs = [reproduce.Run("reproduced", layout, 0, (), Path()) for layout in layouts]
+    for values in itertools.permutations([0.5, 0.5, math.nan]):
+        ended = [run.ended({"test/loss": value}, None, 1.0) for run, value in zip(runs, values, strict=True)]
+        (agreement,) = agreements([experiment], ended)
+        assert not agreement.holds
+        assert str(agreement) == "reproduced, seed 0: test/loss is not a number under all layouts: DIFFER"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -137,6 +165,16 @@ def test_words_are_told_apart_by_what_they_look_like(measured: Any, tmp_path: Pa
         (["digits_vit", "--layouts", "dp_shard=-1"], "takes as many ranks as there are"),
         (["digits_vit", "data.batch_sise=3"], "Did you mean batch_size"),
         (["probe", TRUST], "probe says neither what to expect nor under which layouts"),
+        (["digits_vit", "seed=7"], "seed=7 is what the runs of digits_vit set themselves; pass --seeds instead"),
+        (["digits_vit", "trainer.devices=4"], "pass --layouts instead"),
+        (["digits_vit", "++strategy.layout.tp=2"], "pass --layouts instead"),
+        (["digits_vit", "experiment=austen_lm"], "pass the experiment's name instead"),
+        (["digits_vit", "hydra.run.dir=here"], "pass --output instead"),
+        (["german_credit", "data.fold=3"], "pass reproduce.over instead"),
+        (
+            ["digits_vit", "strategy.num_microbatches=4", "--layouts", "pp=2 strategy.num_microbatches=2"],
+            "strategy.num_microbatches=4 is what the runs of digits_vit set themselves; pass --layouts instead",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_a_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,13 +185,27 @@ def test_a_mistake_is_told_in_a_line(words: list[str], message: str, capsys: pyt
 def test_all_leaves_out_what_has_no_data_here(
     measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Whatever the devices of this machine: the batch is dealt to the ranks of the layouts that run."""
     measured(lambda layout, seed, point: 1.0)
-    files = {name: ROOT / f"tests/launch/conf/experiment/{name}.yaml" for name in ("probe", "reproduced")}
-    monkeypatch.setattr(reproduce, "experiment_files", lambda config_dir: files)
-    assert main(["reproduce", "all", TRUST, *PROBE, "data.path=nowhere", "--output", str(tmp_path)]) == 2
+    monkeypatch.setattr("recipes.train._available", lambda accelerator: 3)
+    OmegaConf.clear_resolver(batches.NAME)  # as in a process of its own
+    files = experiment_files() | {"probe": ROOT / "tests/launch/conf/experiment/probe.yaml"}
+    chosen = {name: files[name] for name in ("probe", "digits_vit", "breast_cancer")}
+    monkeypatch.setattr(reproduce, "experiment_files", lambda config_dir: chosen)
+    asked = ["reproduce", "all", TRUST, *PROBE, "--seeds", "0", "--output", str(tmp_path)]
+    main(asked)
     output = capsys.readouterr().out
     assert "probe is left out: it says neither" in output
-    assert "reproduced is left out: it has no data here" in output
+    assert output.count("is left out") == 1
+    runs = json.loads((tmp_path / "reproduce.json").read_text())["runs"]
+    assert {run["experiment"] for run in runs} == {"digits_vit", "breast_cancer"}
+
+    chosen = {"reproduced": ROOT / "tests/launch/conf/experiment/reproduced.yaml"}
+    assert main([*asked, "data.path=nowhere"]) == 2
+    told = capsys.readouterr()
+    told_out = " ".join(told.out.split())
+    assert "reproduced is left out: it has no data here: data: data path nowhere does not exist" in told_out
+    assert "no experiment is left to run" in told.err
 
 
 def test_the_command_hands_all_words_to_what_the_project_names(

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 import re
+import shlex
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from lightning_dist.cli import main
 from recipes.sweep.curves import Point, read_curves, thin_out
 from recipes.sweep.importance import importance
 from recipes.sweep.jobs import Jobs, short_names
-from recipes.sweep.metric import Metric
+from recipes.sweep.metric import Metric, metric_of
 from recipes.sweep.table import print_table
 from tests.sweeps.leavings import leave_curve, leave_grid, leave_job
 
+LOW, HIGH = Metric("val/loss", is_maximized=False), Metric("val/loss", is_maximized=True)
 GIVEN = "experiment=probe", "optimizer.lr=0.1"
 
 
@@ -55,18 +59,66 @@ def test_only_what_was_swept_is_shown_best_first(grid: Path):
     [
         ({"optimized_metric": "test/loss"}, Metric("test/loss", False)),
         ({"optimized_metric": "test/auc"}, Metric("test/auc", True)),
-        ({"optimized_metric": "val/loss", "callbacks": {"checkpoint": {"monitor": "val/loss", "mode": "max"}}}, None),
+        ({"optimized_metric": "val/loss", "callbacks": {"checkpoint": {"monitor": "val/loss", "mode": "max"}}}, HIGH),
         ({"callbacks": {"checkpoint": {"monitor": "test/loss", "mode": "max"}}}, Metric("test/loss", True)),
-        ({"callbacks": None, "expected": {"metric": "val/loss", "at_least": 1}}, Metric("val/loss", True)),
+        ({"callbacks": None, "expected": {"metric": "val/loss", "at_least": 1}}, HIGH),
+        ({"callbacks": None, "expected": {"metric": "val/loss", "at_most": 1}}, LOW),
+        (
+            {"callbacks": None, "expected": {"metric": "val/loss", "at_least": 1, "at_most": 2}},
+            Metric("val/loss", False),
+        ),
         ({"callbacks": {"checkpoint": {"monitor": "val/none"}}}, Metric("test/loss", False)),
     ],
 )
-def test_jobs_are_compared_by_the_metric_of_their_recipe(config: dict, metric: Metric | None, tmp_path: Path):
+def test_jobs_are_compared_by_the_metric_of_their_recipe(config: dict, metric: Metric, tmp_path: Path):
     leave_job(tmp_path, 0, GIVEN, 1.0, config={"optimized_metric": None, **config})
     result = json.loads((tmp_path / "0" / "result.json").read_text())
     (tmp_path / "0" / "result.json").write_text(json.dumps(result | {"metrics": result["metrics"] | {"test/auc": 0.5}}))
 
-    assert Jobs.read([tmp_path]).metric == (metric or Metric("val/loss", True))
+    assert Jobs.read([tmp_path]).metric == metric
+
+
+LESS_IS_BETTER = (
+    # what the recipes log
+    *("train/loss", "train/loss_step", "val/perplexity", "test/loss_per_byte", "val/bits_per_byte", "seconds"),
+    *("val/unigram_loss_per_byte", "test/ngram/loss_per_byte_4", "test/gzip/loss_per_byte", "first/test/loss"),
+    *("test/word_error_rate", "test/word_by_word/word_error_rate", "test/brier", "test/logistic_regression/brier"),
+    *("test/calibration_error", "test/collisions", "test/expert/collisions"),
+    # others that are usual
+    *(
+        "val_loss",
+        "mse",
+        "test/rmse/dataloader_idx_0",
+        "brier_score",
+        "logloss",
+        "dice_loss",
+        "loss1",
+        "wer",
+        "val/cer",
+    ),
+    *("MeanSquaredError", "validLoss", "time_to_train", "cost"),
+)
+MORE_IS_BETTER = (
+    *("test/accuracy", "val/auc", "auc/0", "accuracy/3", "test/gini", "test/ks", "val/cost_weighted_accuracy"),
+    *("test/sensitivity", "test/specificity", "test/sensitivity_at_specificity", "test/bleu", "test/chrf"),
+    *("test/exact_match", "test/reward", "test/expert/reward", "test/speed", "test/length", "test/ridge/accuracy"),
+    *(
+        "sentiment_accuracy",
+        "time_series/f1",
+        "macro_f1",
+        "mAP",
+        "r2",
+        "recall_at_error",
+        "samples_per_second",
+        "lossless",
+    ),
+    *("test/dice", "BinaryAUROC", "top5_accuracy"),
+)
+
+
+@pytest.mark.parametrize("name", [*LESS_IS_BETTER, *MORE_IS_BETTER])
+def test_the_name_of_a_metric_says_which_end_of_it_is_good(name: str):
+    assert metric_of(OmegaConf.create({"optimized_metric": name})) == Metric(name, name in MORE_IS_BETTER)
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -134,6 +186,20 @@ def test_sweeps_are_compared_in_a_file_that_is_named(grid: Path, tmp_path: Path,
     assert "other/0" in [job["label"] for job in drawn["jobs"]]
     assert "other/0" in capsys.readouterr().out
     assert (tmp_path / "both.csv").is_file()
+
+
+def test_the_page_has_the_command_of_the_best_job_and_its_data_whatever_the_overrides(tmp_path: Path):
+    given = ["+model.name='a b'", "recipe.prompt=it's <!-- <script> </script>", "seed=1"]
+    leave_job(tmp_path, 0, given, loss=1.0)
+    leave_job(tmp_path, 1, [*given[:2], "seed=2"], loss=2.0)
+    assert main(["report", str(tmp_path)]) == 0
+    found = re.search(r"<pre>python -m recipes.train (.*?)</pre>", (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert found is not None
+    assert shlex.split(html.unescape(found[1])) == given
+
+    leave_job(tmp_path, 2, [given[0], "recipe.prompt=<!-- <script>", "seed=3"], loss=3.0)
+    assert main(["report", str(tmp_path)]) == 0
+    assert data_of(tmp_path / "report.html")["jobs"][2]["given"]["recipe.prompt"] == "<!-- <script>"
 
 
 def test_a_directory_without_jobs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

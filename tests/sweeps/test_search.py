@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf
 
+from recipes import targets, train
 from recipes.config_errors import ConfigError
+from recipes.experiments import CONF
+from recipes.sweep.jobs import Jobs as SweptJobs
 from tests.launch.commands import run
 from tests.sweeps.training import SLOTS, result, starts, sweep
 
@@ -26,8 +36,17 @@ def space_of(*overrides: str) -> tuple[dict, list[str]]:
 
 def search(directory: Path, num_trials: int, **options) -> Search:
     space, fixed = space_of("optimizer.lr=interval(0.0, 1.0)", LAYOUTS, "seed=1")
-    asked = {"is_maximized": False, "sampler": "TPESampler", "options": {"seed": 0}, "storage": None, "name": None}
-    return Search(directory, space, fixed, num_trials=num_trials, **{**asked, **options})
+    directory.mkdir(exist_ok=True)
+    asked = {
+        "space": space,
+        "fixed": fixed,
+        "is_maximized": False,
+        "sampler": "TPESampler",
+        "options": {"seed": 0},
+        "storage": None,
+        "name": None,
+    }
+    return Search(directory, num_trials=num_trials, **{**asked, **options})
 
 
 @pytest.mark.parametrize(
@@ -94,6 +113,110 @@ def test_more_is_better_where_the_metric_says_so(tmp_path: Path):
 def test_an_unknown_sampler_is_told(tmp_path: Path):
     with pytest.raises(ConfigError, match="Did you mean TPESampler"):
         search(tmp_path, 2, sampler="TPSampler")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"is_maximized": True}, "direction minimize"),
+        ({"fixed": ["seed=2"]}, "seed=1"),
+        ({"space": {"optimizer.lr": FloatDistribution(0.0, 1.0), "a": CategoricalDistribution(["1", "2"])}}, "layout"),
+        ({"space": {"optimizer.lr": FloatDistribution(0.0, 2.0)}}, "optimizer.lr: "),
+    ],
+)
+def test_another_search_does_not_go_on_in_the_directory(change: dict, told: str, tmp_path: Path):
+    first = search(tmp_path, 2)
+    for number, _ in first.jobs():
+        first.tell(number, 1.0)
+    with pytest.raises(ConfigError, match=rf"was begun otherwise \(.*{told}.*\); pass another hydra.sweep.dir"):
+        search(tmp_path, 4, **change)
+    assert len(list(search(tmp_path, 4, fixed=["seed=1", "resume=false"]).jobs())) == 2
+
+
+def test_a_search_that_gets_more_trials_tries_other_points(tmp_path: Path):
+    tried = []
+    for num_trials in (3, 6, 9):
+        searched = search(tmp_path, num_trials)
+        for number, overrides in searched.jobs():
+            tried.append(overrides[1])
+            searched.tell(number, math.nan)
+    assert len(set(tried)) == 9
+
+
+@pytest.mark.parametrize("sampler", ["GridSampler", "BruteForceSampler"])
+def test_a_search_of_finitely_many_points_ends_with_the_last(sampler: str, tmp_path: Path):
+    values = ["1", "2", "3"]
+    options = {"seed": 0} | ({"search_space": {"a": values}} if sampler == "GridSampler" else {})
+    space = {"a": CategoricalDistribution(values)}
+    tried = []
+    for most in (2, 20, 20):
+        searched = search(tmp_path, most, space=space, sampler=sampler, options=options)
+        for number, overrides in searched.jobs():
+            tried.append(overrides[-1])
+            searched.tell(number, float(number))
+    assert sorted(tried) == ["a=1", "a=2", "a=3"]
+    assert len(searched.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) == 3
+
+
+def test_a_storage_needs_the_name_of_a_study(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"may hold several searches; pass hydra\.sweeper\.study_name=NAME too"):
+        search(tmp_path, 2, storage=f"sqlite:///{tmp_path}/search.db")
+
+
+def test_two_processes_search_in_one_study(tmp_path: Path):
+    """Each runs its own jobs, together as many as were asked for; each hears of a job once."""
+    shared = {"storage": f"sqlite:///{tmp_path}/search.db", "name": "both"}
+    one, other = search(tmp_path / "one", 5, **shared), search(tmp_path / "other", 5, **shared)
+    asked_by_one, asked_by_other = one.jobs(), other.jobs()
+    begun = [next(asked_by_one)[0], next(asked_by_other)[0], next(asked_by_one)[0]]
+    assert begun == [0, 1, 2]
+    again = search(tmp_path / "one", 5, **shared)
+    assert [number for number, _ in again.jobs()] == [0, 2, 3, 4]
+    assert list(asked_by_other) == []
+    other.tell(1, 0.5)
+    again.tell(1, 7.0)
+    assert other.study.trials[1].value == 0.5
+
+
+class Jobs:
+    """A launcher that runs nothing: a job reaches its number. It is handed the jobs in batches, or one by one."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def launch(self, job_overrides: list, initial_job_idx: int) -> list[JobReturn]:
+        numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+        self.numbers += numbers
+        return [JobReturn(_return_value=float(number), status=JobStatus.COMPLETED) for number in numbers]
+
+
+class OneByOne(Jobs):
+    def launch_each(self, jobs: Iterable, ended: Callable) -> None:
+        for number, overrides in jobs:
+            ended(number, self.launch([overrides], number)[0])
+
+
+@pytest.mark.parametrize("launcher", [Jobs(), OneByOne()], ids=["batches", "one by one"])
+def test_a_config_that_does_not_compose_is_a_failed_job(
+    launcher: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(train.PLUGINS)
+    from hydra_plugins.recipes_sweep.search import OptunaSweeper
+
+    with initialize_config_dir(str(CONF), **targets.VERSION_BASE):
+        loader = GlobalHydra.instance().config_loader()
+        given = [f"hydra.sweep.dir={tmp_path}", "hydra/sweeper=optuna"]
+        master = loader.load_configuration("config", given, RunMode.MULTIRUN)
+        sweeper = OptunaSweeper(8, 2, None, "RandomSampler", OmegaConf.create({"seed": 0}), None, None, None)
+        sweeper.context, sweeper.master, sweeper.launcher = HydraContext(loader, Callbacks()), master, launcher
+        sweeper.sweep(["optimizer=adamw,nothing_like_it"])
+
+    results = {job.name: job for job in SweptJobs.read([tmp_path]).all}
+    assert 0 < len(results) < 8
+    assert sorted([*launcher.numbers, *map(int, results)]) == list(range(8))
+    assert {job.state for job in results.values()} == {"failed"}
+    assert all("nothing_like_it" in str(job.error) for job in results.values())
+    assert "best_value" in (tmp_path / "optimization_results.yaml").read_text()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dist.elastic.signals import REQUEUE_STATUS
 from recipes.config_errors import ConfigError
+from recipes.sweep import slots
 from recipes.sweep.curves import read_curves
 from recipes.sweep.jobs import Jobs
 from recipes.sweep.machine import Machine
@@ -139,6 +140,28 @@ def test_twelve_jobs_in_two_slots_take_the_time_of_six(tmp_path: Path):
     assert [job.name for job in jobs.failed] == ["4"]
     assert len([job for job in jobs.all if job.state == "done"]) == 11
     assert {job: len(steps) for job, steps in starts(tmp_path / "notes").items()} == {str(job): 1 for job in range(12)}
+
+
+@pytest.mark.parametrize(
+    "machine", [Machine(None, 2), Machine(2, 2), Machine(1, 2, ("0", "1"), "CUDA_VISIBLE_DEVICES")]
+)
+@pytest.mark.parametrize("wrong", [0, "x"])
+def test_a_job_that_can_not_start_has_failed_and_ends_no_other(
+    wrong: object, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(slots, "run", lambda call: None)
+    jobs = []
+    for number, devices in enumerate([1, wrong, 2, wrong]):
+        own = {"hydra": {"overrides": {"task": [f"trainer.devices={devices}"]}}, "start_method": "fork"}
+        config = OmegaConf.merge(job_config(devices), own)
+        jobs.append(slots.SlotJob(number, config, tmp_path / str(number), [], ("recipes.train", "train")))
+    ended = list[int]()
+
+    slots.Slots(machine, ()).run(jobs, lambda job: ended.append(job.number))
+
+    assert sorted(ended) == [0, 1, 2, 3]
+    told = {job.name: job.error for job in Jobs.read([tmp_path]).all}
+    assert told == dict.fromkeys("13", f"trainer.devices={wrong}: pass a number of ranks, a list of devices, or auto")
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:

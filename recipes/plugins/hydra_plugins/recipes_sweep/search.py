@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger("recipes.train")
 
 
 class OptunaSweeper(Sweeper):
@@ -53,7 +58,6 @@ class OptunaSweeper(Sweeper):
         metric, is_maximized = self._metric(fixed)
         directory = Path(self.master.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.master, directory / "multirun.yaml")
         search = Search(
             directory,
             space,
@@ -65,6 +69,7 @@ class OptunaSweeper(Sweeper):
             storage=self.storage,
             name=self.name,
         )
+        OmegaConf.save(self.master, directory / "multirun.yaml")
         self._run(search)
         if (best := search.best()) is not None:
             OmegaConf.save(OmegaConf.create(best), directory / "optimization_results.yaml")
@@ -86,10 +91,10 @@ class OptunaSweeper(Sweeper):
             search.tell(number, returned.return_value)
 
         if hasattr(self.launcher, "launch_each"):
-            self.launcher.launch_each(search.jobs(), ended)
+            self.launcher.launch_each(self._composed(search), ended)
             return
         batch: list[tuple[int, Sequence[str]]] = []
-        for number, overrides in search.jobs():
+        for number, overrides in self._composed(search):
             if batch and (len(batch) == self.num_jobs or number != batch[-1][0] + 1):
                 self._launch(batch, ended)
                 batch = []
@@ -99,6 +104,23 @@ class OptunaSweeper(Sweeper):
                 batch = []
         if batch:
             self._launch(batch, ended)
+
+    def _composed(self, search: Any) -> Iterator[tuple[int, list[str]]]:
+        """The jobs whose configs compose; the others have failed, and the search knows it."""
+        from recipes.config_errors import explain
+        from recipes.sweep.result import JobResult
+
+        for number, overrides in search.jobs():
+            try:
+                self.context.config_loader.load_sweep_config(self.master, list(overrides))
+            except (CompactHydraException, OmegaConfBaseException) as error:
+                told = explain(error)
+                log.error("job %d failed: %s", number, told)
+                directory = Path(self.master.hydra.sweep.dir, str(number))
+                JobResult(list(overrides), told.splitlines()[0], {}).save(directory)
+                search.tell(number, None)
+            else:
+                yield number, overrides
 
     def _launch(self, batch: list[tuple[int, Sequence[str]]], ended: Any) -> None:
         returned = self.launcher.launch([overrides for _, overrides in batch], initial_job_idx=batch[0][0])
