@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_dist.compat.torch import DisableTorchFunctionSubclass
 from lightning_dist.doctor.results import CheckFailed
-from lightning_dist.doctor.training import Piece, pieces_of_gradients
+from lightning_dist.doctor.training import Piece, piece_of, pieces_of_gradients
 from lightning_dist.dtensors import full
 from lightning_dist.layout import Layout
 from lightning_dist.placeholder import is_placeholder
@@ -85,19 +85,25 @@ class Record:
         losses: by batch, over this rank's samples.
         squares: by step of an optimizer, before clipping.
         batch_of: which batch a step of an optimizer belongs to.
+        start: sums of squares of the parameters before the first step.
+        moved: before each step, and after the last, those of how far the parameters have moved from there.
+        groups: of the optimizers' parameters, in words.
         logged: by name, and by what was the step when it was logged; of rank 0.
         draws: a step drew random numbers though dropout was off.
         coarsest: dtype of fewest bits in which something was computed.
         dropouts: names of dropout that was switched off.
         buffers: names of those among the weights.
         validated: what the validation logged, by name; None where there was none.
-        files: by what they have: ``"weights"``, ``"batches"``, ``"activations"``, and in ``"changed"`` the weights that
-            the validation changed.
+        files: by what they have: ``"weights"``, ``"start"`` (in one process, the weights before the first step),
+            ``"batches"``, ``"activations"``, and in ``"changed"`` the weights that the validation changed.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
     squares: list[Pieces] = field(default_factory=list)
     batch_of: list[int] = field(default_factory=list)
+    start: Pieces = field(default_factory=dict)
+    moved: list[Pieces] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)
     logged: dict[str, dict[int, float]] = field(default_factory=dict)
     draws: bool = False
     coarsest: torch.dtype = torch.float64
@@ -112,26 +118,43 @@ class Record:
 
 
 class Watch(Callback):
-    """Notes losses, and gradients as this rank holds them; it communicates nothing. Ends a training whose steps are
-    skipped.
+    """Notes losses, and gradients and movements of the parameters as this rank holds them; it communicates nothing.
+    Ends a training whose steps are skipped.
 
     Args:
         steps: of the optimizer, that the training is to have.
+        keeps_start: the weights before the first step are kept whole, as one process has them.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, keeps_start: bool) -> None:
         self.record = Record()
-        self._steps, self._batch = steps, -1
+        self.start: dict[str, Tensor] = {}
+        self._steps, self._batch, self._keeps_start = steps, -1, keeps_start
+        self._movement: _Movement | None = None
 
     @override
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._batch += 1
+        if self._movement is None:
+            self._movement = _Movement(pl_module)
+            self.record.start = self._movement.squares_of_start()
+            self.start = _weights(pl_module) if self._keeps_start else {}
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         with DisableTorchFunctionSubclass():
             self.record.squares.append(pieces_of_gradients(pl_module))
         self.record.batch_of.append(self._batch)
+        self.record.groups |= _groups(pl_module, optimizer)
+        self._note_movement(pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note_movement(pl_module)
+
+    def _note_movement(self, module: pl.LightningModule) -> None:
+        if self._movement is not None and (squares := self._movement.squares(module)) is not None:
+            self.record.moved.append(squares)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
@@ -140,6 +163,40 @@ class Watch(Callback):
             self.record.losses[self._batch] = float(loss)
         if self._batch + 1 >= _MOST_BATCHES * self._steps * trainer.accumulate_grad_batches:
             trainer.should_stop = True
+
+
+class _Movement:
+    """How far what this rank holds of the parameters has moved since this was made."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._start = {name: (piece, part.clone()) for name, (piece, part) in _held(module).items()}
+
+    def squares_of_start(self) -> Pieces:
+        """Sums of squares."""
+        return {name: {piece: float(part.square().sum())} for name, (piece, part) in self._start.items()}
+
+    def squares(self, module: pl.LightningModule) -> Pieces | None:
+        """Sums of squares; None while the rank holds other pieces, as FSDP does where it keeps gathered weights."""
+        found = Pieces()
+        for name, (piece, part) in _held(module).items():
+            before = self._start.get(name)
+            if before is None or before[0] != piece or before[1].shape != part.shape:
+                return None
+            found[name] = {piece: float((part - before[1]).square().sum())}
+        return found
+
+
+def _held(module: pl.LightningModule) -> dict[str, tuple[Piece, Tensor]]:
+    with DisableTorchFunctionSubclass():
+        pieces = {n: piece_of(p.detach()) for n, p in module.named_parameters() if not is_placeholder(p)}
+        return {name: (piece, part.as_subclass(Tensor).cpu().double()) for name, (piece, part) in pieces.items()}
+
+
+def _groups(module: pl.LightningModule, optimizer: Any) -> dict[str, str]:
+    """Which of several groups of the optimizer a parameter is in."""
+    groups = optimizer.param_groups
+    found = {id(p): f" (group {number} of {len(groups)})" for number, g in enumerate(groups, 1) for p in g["params"]}
+    return {name: found[id(p)] for name, p in module.named_parameters() if id(p) in found and len(groups) > 1}
 
 
 class LoggedValues(DummyLogger):
@@ -180,7 +237,7 @@ def _train(job: Job) -> Record:
     module = job.make_module()
     if not isinstance(module, pl.LightningModule):
         raise ValueError(f"a {type(module).__name__} has no training_step; a LightningModule is what can be verified")
-    dropout, watch, step_watch = DropoutOff(), Watch(job.steps), StepWatch()
+    dropout, watch, step_watch = DropoutOff(), Watch(job.steps, job.layout is None), StepWatch()
     dropout.found |= switch_off_dropout(module)
     logged, recorder = LoggedValues(), BatchRecorder()
     looking = [] if job.looked_at is None else [ActivationRecorder(job.looked_at)]
@@ -195,6 +252,8 @@ def _train(job: Job) -> Record:
     record.logged = {**_at_the_end(trainer), **logged.values}
     record.buffers = {name for name, _ in module.named_buffers()}
     left: dict[str, Any] = {"weights": _weights(module), "batches": recorder.recorded}
+    if watch.start:
+        left["start"] = watch.start
     if looking:
         left["activations"] = looking[0].recorded
     elif job.validation_batches and all(_parts_of_validation(module, data)):
