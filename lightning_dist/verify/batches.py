@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
@@ -44,18 +45,19 @@ class Recorded:
     length: float = float("inf")
     validation: list[list[Any]] = field(default_factory=list)
 
-    def loader(self) -> Any:
-        """What gives them again, epoch by epoch."""
-        return _Endless(self) if self.length == float("inf") else _Finite(self)
+    def loader(self, of: Callable[[], Any] = lambda: None) -> Any:
+        """What gives them again, epoch by epoch; ``of`` gives the user's own loader, whose attributes it has too."""
+        return _Endless(self, of) if self.length == float("inf") else _Finite(self, of)
 
     @property
     def num_validation(self) -> list[int]:
         """Batches of the validation, by loader."""
         return [len(batches) for batches in self.validation]
 
-    def validation_loaders(self) -> Any:
-        """What gives the batches of the validation again."""
-        loaders = [_Listed(batches) for batches in self.validation]
+    def validation_loaders(self, of: Callable[[], Any] = lambda: None) -> Any:
+        """What gives the batches of the validation again; ``of`` gives the user's own loaders."""
+        own = [partial(_number, of, index) for index in range(len(self.validation))]
+        loaders = [_Listed(batches, of_one) for batches, of_one in zip(self.validation, own, strict=True)]
         return loaders[0] if len(loaders) == 1 else loaders
 
     def is_like(self, other: Recorded) -> bool:
@@ -66,8 +68,27 @@ class Recorded:
         return places and len(mine) == len(theirs) and all(map(_is_same, mine, theirs))
 
 
-class _Endless:
-    def __init__(self, recorded: Recorded) -> None:
+class _Again:
+    """A loader that has the attributes of another, which is made where one is asked for.
+
+    Args:
+        of: makes it.
+    """
+
+    def __init__(self, of: Callable[[], Any]) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if "_own" not in vars(self):
+            self._own = self._of()
+        return getattr(vars(self)["_own"], name)
+
+
+class _Endless(_Again):
+    def __init__(self, recorded: Recorded, of: Callable[[], Any]) -> None:
+        super().__init__(of)
         self._recorded, self._epoch = recorded, -1
 
     def __iter__(self) -> Iterator[Any]:
@@ -82,10 +103,11 @@ class _Finite(_Endless):
         return int(self._recorded.length)
 
 
-class _Listed:
+class _Listed(_Again):
     """Batches, as a loader: Lightning takes each item of a list for one."""
 
-    def __init__(self, batches: list[Any]) -> None:
+    def __init__(self, batches: list[Any], of: Callable[[], Any]) -> None:
+        super().__init__(of)
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,6 +115,11 @@ class _Listed:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+
+def _number(of: Callable[[], Any], index: int) -> Any:
+    loaders = of()
+    return loaders[index] if isinstance(loaders, (list, tuple)) else loaders
 
 
 class BatchRecorder(Callback):
@@ -131,16 +158,23 @@ def give_again(recorded: Recorded, module: pl.LightningModule, data: Any) -> Any
         module: of the next one; its hooks are taken off.
         data: a LightningDataModule, which stays the trainer's, or anything else.
     """
-    loader = recorded.loader()
     is_module = isinstance(data, pl.LightningDataModule)
-    for owner in (module, data) if is_module else (module,):
+    owners = (module, data) if is_module else (module,)
+    own = [owner.train_dataloader for owner in owners if is_overridden("train_dataloader", owner)]
+    loader = recorded.loader(own[-1] if data is None or is_module else lambda: data)
+    for owner in owners:
         vars(owner).update(on_before_batch_transfer=_as_it_is, on_after_batch_transfer=_as_it_is)
+        vars(owner).update(transfer_batch_to_device=_moved)
         if recorded.validation:
-            vars(owner)["val_dataloader"] = recorded.validation_loaders
+            vars(owner)["val_dataloader"] = partial(recorded.validation_loaders, owner.val_dataloader)
     if not is_module:
         return loader
     vars(data)["train_dataloader"] = lambda: loader
     return data
+
+
+def _moved(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    return deep_map(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
 
 
 def _as_it_is(batch: Any, dataloader_idx: int) -> Any:

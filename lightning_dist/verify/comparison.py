@@ -55,6 +55,7 @@ class Comparison:
         first_batch: where losses or gradients differ first; None where none do.
         departure: of what was recorded in all steps: a weight's gradient, a weight, a buffer, a logged value; or after
             them, a value of the validation.
+        stepped: where weights depart before any loss or gradient does, what the step of an optimizer did.
     """
 
     differences: dict[str, Difference] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Comparison:
     values: Values = field(default_factory=dict)
     first_batch: int | None = None
     departure: Departure | None = None
+    stepped: Departure | None = None
 
     @property
     def wrong(self) -> list[Difference]:
@@ -76,6 +78,7 @@ def compare(records: Sequence[Record], one: Record, layout: Layout, tolerance: T
     compared = Comparison(bounds={**bounds, "weights": tolerance.weights})
     _compare_losses(compared, records, one, layout)
     gradients = _compare_gradients(compared, records, one)
+    compared.stepped = _first_step_apart(compared, records, one, tolerance)
     weights = _compare_weights(compared, records, one, tolerance)
     logged = _compare_logged(compared, records[0].logged, one.logged)
     validated = None if one.validated is None else _compare_validation(compared, records, one)
@@ -235,7 +238,9 @@ class _Moves:
             return {"weights": away}
         if share is None and not torch.equal(before, whole):  # by other code than the optimizer's, as a teacher follows
             return {"weights": away}
-        apart, moved = ((a.double() - b.double()).nan_to_num(0.0, 0.0, 0.0) for a, b in ((mine, whole), (whole, before)))
+        apart, moved = (
+            (a.double() - b.double()).nan_to_num(0.0, 0.0, 0.0) for a, b in ((mine, whole), (whole, before))
+        )
         return self._relative(apart, moved, largest_norm([before]) * torch.finfo(whole.dtype).eps, share or 1.0)
 
     def _relative(self, apart: Tensor, moved: Tensor, rounding: float, share: float) -> dict[str, float]:
@@ -247,6 +252,31 @@ class _Moves:
         size_of_typical = max(float(moved.norm()), rounded / (10 * self._tolerance.numbers), TINY)
         heard = min(1.0, share / (10 * self._tolerance.numbers))
         return {"weights": float(apart.norm()) / size, "steps of weights": typical / size_of_typical * heard}
+
+
+def _first_step_apart(
+    compared: Comparison, records: Sequence[Record], one: Record, tolerance: Tolerance
+) -> Departure | None:
+    """The first step of an optimizer, before any loss or gradient departs, after which weights are elsewhere."""
+    shares, sizes = _smallest_shares(one.squares), _norms([one.start])
+    bound, eps = min(tolerance.weights, 100 * tolerance.numbers), torch.finfo(one.coarsest).eps
+    for step in range(1, min(len(record.moved) for record in (one, *records))):
+        if compared.first_batch is not None and compared.first_batch <= one.batch_of[step - 1]:
+            return None
+        mine, expected = _norms([record.moved[step] for record in records]), _norms([one.moved[step]])
+        for name, moved in expected.items():
+            is_rounding = shares.get(name, 1.0) <= tolerance.numbers / 10
+            if is_rounding or (moved and name not in shares):  # that other code than the optimizer's moves
+                continue
+            away = abs(mine.get(name, 0.0) - moved)
+            relative = away / max(moved, step * eps * sizes[name] / bound, TINY)
+            if not relative <= bound:
+                told = f"the weights after step {step} depart, though its gradients do not: look at the optimizer, its "
+                told += f"groups, clipping or the scheduler; {name}{one.groups.get(name, '')} has moved by "
+                return Departure(
+                    "weight", name, f"{told}{mine.get(name, 0.0):.6g}, of one process {moved:.6g}", relative
+                )
+    return None
 
 
 def _smallest_shares(steps: Iterable[Pieces]) -> dict[str, float]:

@@ -23,8 +23,8 @@ class Departure:
     """Where the numbers depart.
 
     Args:
-        kind: of what departs: ``"output"``, ``"gradient"``, ``"weight gradient"``, ``"weight"``, ``"buffer"``,
-            ``"logged value"``, ``"validation value"``, or ``"loss"``.
+        kind: of what departs: ``"input"``, ``"output"``, ``"gradient"``, ``"weight gradient"``, ``"weight"``,
+            ``"buffer"``, ``"logged value"``, ``"validation value"``, or ``"loss"``.
         name: of the module, the weight or the value.
         sentence: what is seen there.
         relative: difference.
@@ -132,9 +132,20 @@ class _Walk:
                 continue
             found = self._told(place, call, *away, what="output")
             if self._one.outputs[place][call].ndim:
-                return found
+                return self._given(place[0], call) or found
             scalars = scalars or found  # a mean of means, which may be none of the network's
         return scalars
+
+    def _given(self, name: str, call: int) -> Departure | None:
+        """What the module of the first output that departs was given, where that departs already."""
+        get: _Getter = attrgetter("inputs")
+        floor = _floor(self._one.inputs)
+        for place, calls in self._one.inputs.items():
+            if place[0] == name and call in calls and calls[call].ndim:
+                away = self._departs(get, place, call, floor, mean=False)
+                if away is not None:
+                    return self._told(place, call, *away, what="input")
+        return None
 
     def first_gradient(self) -> Departure | None:
         get: _Getter = attrgetter("gradients")
@@ -205,6 +216,11 @@ class _Walk:
         size = f"it is {factor:.3g} times as large" if factor is not None else f"relative difference {relative:.1e}"
         if what == "output":
             sentence = f"the output of {name} ({kind}){which} departs first: {size}"
+        elif what == "input":
+            sentence = (
+                f"what {name} ({kind}){which} is given departs already, before the output of any module, so it is the "
+                f"code that calls it: {size}"
+            )
         elif side == "input":
             sentence = f"no output departs; the gradient that {name} ({kind}){which} hands back departs first: {size}"
         else:

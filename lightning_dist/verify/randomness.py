@@ -63,6 +63,7 @@ class StepWatch(Callback):
         self.draws = False
         """Whether a step drew numbers of torch's generators."""
         self._mode = _Dtypes()
+        self._is_in_step = False
         self._state: list[Tensor] = []
 
     @property
@@ -72,13 +73,29 @@ class StepWatch(Callback):
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
+        self._leave_step()
         self._state = _random_states()
         self._mode.__enter__()
+        self._is_in_step = True
 
     @override
     def on_train_batch_end(self, *_: Any) -> None:
-        self._mode.__exit__(None, None, None)
-        self._note_draws()
+        self._leave_step()
+
+    @override
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self._leave_step()
+
+    @override
+    def on_exception(self, *_: Any) -> None:
+        self._leave_step()
+
+    def _leave_step(self) -> None:
+        """Once: a batch that is None has an end without a start, one that the module skips a start without an end."""
+        if self._is_in_step:
+            self._is_in_step = False
+            self._mode.__exit__(None, None, None)
+            self._note_draws()
 
     @override
     def on_validation_batch_start(self, *_: Any) -> None:

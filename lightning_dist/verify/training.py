@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 import warnings
 from collections import defaultdict
@@ -30,6 +31,7 @@ from lightning_dist.placeholder import is_placeholder
 from lightning_dist.strategy import HybridStrategy
 from lightning_dist.verify.activations import ActivationRecorder
 from lightning_dist.verify.batches import BatchRecorder, Recorded, give_again
+from lightning_dist.verify.callbacks import WatchersOff
 from lightning_dist.verify.randomness import DropoutOff, StepWatch, switch_off_dropout
 
 _MOST_BATCHES = 16
@@ -92,6 +94,7 @@ class Record:
         draws: a step drew random numbers though dropout was off.
         coarsest: dtype of fewest bits in which something was computed.
         dropouts: names of dropout that was switched off.
+        notes: what else was left out.
         buffers: names of those among the weights.
         validated: what the validation logged, by name; None where there was none.
         files: by what they have: ``"weights"``, ``"start"`` (in one process, the weights before the first step),
@@ -108,6 +111,7 @@ class Record:
     draws: bool = False
     coarsest: torch.dtype = torch.float64
     dropouts: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
     buffers: set[str] = field(default_factory=set)
     validated: dict[str, float] | None = None
     files: dict[str, Path] = field(default_factory=dict)
@@ -217,32 +221,34 @@ def train(job: Job) -> Record:
     """Trains on this rank and the others that the environment names, or alone.
 
     Raises:
-        CheckFailed: the layout is refused, with ``refused`` among its details; or one process does not train.
+        CheckFailed: the layout is refused, before any optimizer has stepped, with ``refused`` among its details; or one
+            process does not train.
     """
     warnings.simplefilter("ignore")
+    watch = Watch(job.steps, job.layout is None)
     try:
-        return _train(job)
+        return _train(job, watch)
     except Exception as error:
         if job.layout is None:
-            raise CheckFailed(_where_it_failed(error), {"users": True}) from error
-        if is_refusal(error):
+            raise CheckFailed(_where_it_failed(error, job.precision), {"users": True}) from error
+        if is_refusal(error) and not watch.record.squares:
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             raise CheckFailed(" ".join(str(error).split()) + notes, {"refused": True}) from error
         raise
 
 
-def _train(job: Job) -> Record:
+def _train(job: Job, watch: Watch) -> Record:
     rank = int(os.environ.get("RANK", 0))
     pl.seed_everything(job.seed, workers=True, verbose=False)
     module = job.make_module()
     if not isinstance(module, pl.LightningModule):
         raise ValueError(f"a {type(module).__name__} has no training_step; a LightningModule is what can be verified")
-    dropout, watch, step_watch = DropoutOff(), Watch(job.steps, job.layout is None), StepWatch()
+    dropout, watchers, step_watch = DropoutOff(), WatchersOff(module), StepWatch()
     dropout.found |= switch_off_dropout(module)
     logged, recorder = LoggedValues(), BatchRecorder()
     looking = [] if job.looked_at is None else [ActivationRecorder(job.looked_at)]
     alone = [step_watch] if job.layout is None else []
-    trainer = _trainer(job, rank, [dropout, recorder, watch, *looking, *alone], logged)
+    trainer = _trainer(job, rank, [dropout, watchers, recorder, watch, *looking, *alone], logged)
     data = _data(job, module)
     if isinstance(data, pl.LightningDataModule):
         trainer.fit(module, datamodule=data)
@@ -260,6 +266,7 @@ def _train(job: Job) -> Record:
         record.validated = _validate(job, trainer, module, data)
         left["changed"] = _changed(left["weights"], _weights(module))
     record.draws, record.coarsest, record.dropouts = step_watch.draws, step_watch.coarsest, dropout.found
+    record.notes = watchers.notes
     for what, value in left.items():
         record.files[what] = job.folder / f"{what}-{rank}.pt"
         torch.save(value, record.files[what])
@@ -348,6 +355,7 @@ def _trainer(job: Job, rank: int, callbacks: list[Callback], logged: LoggedValue
             "callbacks": callbacks,
             "logger": logged,
             "enable_checkpointing": False,
+            "default_root_dir": job.folder,
             "enable_progress_bar": False,
             "enable_model_summary": False,
             **how,
@@ -362,16 +370,23 @@ def is_refusal(error: Exception) -> bool:
     return here and (frames[-1].line or "").startswith("raise") and type(error) in (ValueError, RuntimeError)
 
 
-def _where_it_failed(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    if frames[-1].filename.startswith(_OWN):
+def _where_it_failed(error: Exception, precision: Any) -> str:
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if frames[-1].filename.startswith(_OWN) and (frames[-1].line or "").startswith("raise"):
         return str(error)
+    while len(frames) > 1 and frames[-1].filename.startswith(_OWN):  # which looks at each function of torch
+        frames.pop()
     users = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
-    frame = (users or list(frames))[-1]
+    frame = (users or frames)[-1]
     first_line = str(error).strip().partition("\n")[0]
     does = "validate" if _IN_VALIDATION in getattr(error, "__notes__", ()) else "train"
-    without = "; leave it out with --validation-batches 0" if does == "validate" else ""
+    advice = "; leave it out with --validation-batches 0" if does == "validate" else ""
+    if "64" in str(precision) and _OF_DTYPES.search(first_line):
+        advice = "; it computes in float64 here, and with --precision 32-true in float32"
     return (
         f"the module does not {does} in one process, so there is nothing to compare: {type(error).__name__}: "
-        f"{first_line} ({frame.filename}:{frame.lineno}, in {frame.name}){without}"
+        f"{first_line} ({frame.filename}:{frame.lineno}, in {frame.name}){advice}"
     )
+
+
+_OF_DTYPES = re.compile(r"dtype|scalar type|(input|data|bias|weight) type", re.IGNORECASE)

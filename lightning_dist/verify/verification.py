@@ -160,6 +160,7 @@ class _Run:
         if dropouts:
             more = f" and {len(dropouts) - _NAMED} more" if len(dropouts) > _NAMED else ""
             notes.append(f"dropout was switched off in both ({', '.join(dropouts[:_NAMED])}{more})")
+        notes += sorted(self.own.notes)
         if self.own.draws:
             notes.append("the steps draw random numbers, of which ranks draw others than one process")
         if self.own.coarsest != torch.float64 and "64" in str(self.job.precision):
@@ -199,8 +200,8 @@ class _Run:
 
     def _departure(self, layout: Layout, compared: Comparison) -> Departure | None:
         """The first module; where no activation departs, or none can be looked at, what the comparison found."""
-        if compared.first_batch is None:
-            return compared.departure
+        if compared.first_batch is None or compared.stepped is not None:
+            return compared.stepped or compared.departure
         looking = replace(self.job, layout=layout, looked_at=compared.first_batch, validation_batches=0)
         try:
             records = self._train(looking)
@@ -233,7 +234,7 @@ class _Run:
         try:
             (record,) = self._train(replace(self.job, batches=self._saved(batches)))
         except CheckFailed as failed:
-            raise _Refused(f"on the batches of the data ranks, joined: {failed.reason}") from None
+            raise CheckFailed(f"on the batches of the data ranks, joined: {failed.reason}", failed.details) from None
         self._references.append((batches, record))
         return record
 
