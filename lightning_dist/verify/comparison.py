@@ -274,7 +274,7 @@ def _first_step_apart(
                 told = f"the weights after step {step} depart, though its gradients do not: look at the optimizer, its "
                 told += f"groups, clipping or the scheduler; {name}{one.groups.get(name, '')} has moved by "
                 return Departure(
-                    "weight", name, f"{told}{mine.get(name, 0.0):.6g}, of one process {moved:.6g}", relative
+                    "weight", name, f"{told}{mine.get(name, 0.0):.6g}, of one process by {moved:.6g}", relative
                 )
     return None
 

@@ -78,7 +78,9 @@ def test_a_frozen_mask_hides_no_weight(compared: Any, value: float) -> None:
     assert compared(expected, expected, start, squares=squares).wrong == []
 
 
-def departure(mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], given: tuple[Tensor, ...] = ()) -> Departure | None:
+def departure(
+    mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], given: tuple[Tensor, ...] = ()
+) -> Departure | None:
     """Of what modules of these names return, and that of one process."""
     recorded = []
     for outputs in (mine, expected):
