@@ -80,7 +80,7 @@ def compare(records: Sequence[Record], one: Record, layout: Layout, tolerance: T
     gradients = _compare_gradients(compared, records, one)
     compared.stepped = _first_step_apart(compared, records, one, tolerance)
     weights = _compare_weights(compared, records, one, tolerance)
-    logged = _compare_logged(compared, records[0].logged, one.logged)
+    logged = _compare_logged(compared, records, one.logged)
     validated = None if one.validated is None else _compare_validation(compared, records, one)
     compared.departure = gradients or weights or logged or validated
     return compared
@@ -95,7 +95,7 @@ def _note(compared: Comparison, kind: str, relative: float, sentence: str, batch
 
 
 def _compare_losses(compared: Comparison, records: Sequence[Record], one: Record, layout: Layout) -> None:
-    scale = max((abs(loss) for loss in one.losses.values()), default=0.0)
+    scale = max((abs(loss) for loss in one.losses.values() if math.isfinite(loss)), default=0.0)
     for batch, expected in one.losses.items():
         of_ranks: dict[int, list[float]] = {}
         for rank, record in enumerate(records):
@@ -301,22 +301,33 @@ def _apart(value: float, other: float, floor: float) -> float:
 Logged = Mapping[str, Mapping[int, float]]
 
 
-def _compare_logged(compared: Comparison, mine: Logged, expected: Logged) -> Departure | None:
-    departure = None
-    for name in [*expected, *(mine.keys() - expected.keys())]:
-        steps = expected.get(name, {})
-        scale = max((abs(value) for value in steps.values() if math.isfinite(value)), default=0.0)
-        for step in sorted(steps.keys() | mine.get(name, {}).keys()):
-            value, other = mine.get(name, {}).get(step, math.nan), steps.get(step, math.nan)
-            relative = _apart(value, other, 1e-3 * scale)
-            told = f"the logged {name} (step {step}) is {value:.8g}, of one process {other:.8g}"
-            _note(compared, "logged values", relative, told)
-            if not relative <= compared.bounds["logged values"] and departure is None:
-                departure = Departure("logged value", name, told, relative)
-        if steps:
-            last = max(steps)
-            compared.values[f"{name}"] = mine.get(name, {}).get(last, math.nan), steps[last]
-    return departure
+def _compare_logged(compared: Comparison, records: Sequence[Record], expected: Logged) -> Departure | None:
+    """On rank 0 all that is logged; on others, which may log less, what they do."""
+    found = list[Departure]()
+    for rank, record in enumerate(records):
+        mine = record.logged
+        names = [name for name in expected if rank == 0 or name in mine]
+        for name in [*names, *(mine.keys() - expected.keys() if rank == 0 else ())]:
+            found += _compare_logged_value(compared, rank, name, mine.get(name, {}), expected.get(name, {}))
+    return found[0] if found else None
+
+
+def _compare_logged_value(
+    compared: Comparison, rank: int, name: str, mine: Mapping[int, float], expected: Mapping[int, float]
+) -> list[Departure]:
+    found, on_rank = list[Departure](), f" on rank {rank}" if rank else ""
+    scale = max((abs(value) for value in expected.values() if math.isfinite(value)), default=0.0)
+    for step in sorted(expected.keys() | mine.keys() if rank == 0 else expected.keys() & mine.keys()):
+        value, other = mine.get(step, math.nan), expected.get(step, math.nan)
+        relative = _apart(value, other, 1e-3 * scale)
+        told = f"the logged {name} (step {step}) is {value:.8g}{on_rank}, of one process {other:.8g}"
+        _note(compared, "logged values", relative, told)
+        if not relative <= compared.bounds["logged values"]:
+            found.append(Departure("logged value", name, told, relative))
+    if expected and rank == 0:
+        last = max(expected)
+        compared.values[f"{name}"] = mine.get(last, math.nan), expected[last]
+    return found
 
 
 def _compare_validation(compared: Comparison, records: Sequence[Record], one: Record) -> Departure | None:
@@ -362,3 +373,10 @@ def note_batches(compared: Comparison, given: Sequence[int], own: Sequence[int])
             told = f"the ranks validated on {number} batches{which}, one process on {expected}"
             departures = _note_validation(compared, "validation batches", 1 - number / expected, told)
             compared.departure = compared.departure or departures[0]
+
+
+def note_alike(compared: Comparison, told: str) -> None:
+    """That data ranks were given the same, of which the numbers of one process on their batches know nothing."""
+    compared.bounds["batches"] = 0.0
+    _note(compared, "batches", math.inf, told)
+    compared.departure = Departure("batch", told.partition(" are")[0], told, math.inf)

@@ -24,7 +24,7 @@ class Departure:
 
     Args:
         kind: of what departs: ``"input"``, ``"output"``, ``"gradient"``, ``"weight gradient"``, ``"weight"``,
-            ``"buffer"``, ``"logged value"``, ``"validation value"``, or ``"loss"``.
+            ``"buffer"``, ``"logged value"``, ``"validation value"``, ``"batch"``, or ``"loss"``.
         name: of the module, the weight or the value.
         sentence: what is seen there.
         relative: difference.

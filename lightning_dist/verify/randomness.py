@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ def switch_off_dropout(module: nn.Module) -> set[str]:
     found = set()
     for name, holder in _holders(module):
         for key, value in vars(holder).items():
-            if _is_dropping(holder, key) and isinstance(value, float) and value > 0:
+            if _is_dropping(holder, key) and isinstance(value, float) and 0 < value < 1:
                 vars(holder)[key] = 0.0
                 found.add(f"{name}.{key}".strip("."))
     return found
@@ -42,7 +43,16 @@ def _holders(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _is_dropping(holder: Any, key: str) -> bool:
     # torchvision's StochasticDepth, as dropout, calls it p
     is_layer = isinstance(holder, DropoutNd) or "stochastic" in type(holder).__name__.lower()
-    return "drop" in key or (is_layer and key == "p")
+    return _OF_DROPPING.fullmatch(key.lower()) is not None or (is_layer and key == "p")
+
+
+_PROBABILITY = r"_?(p|probs?|probability|rate|ratio)"
+_DROPPED = "attn|attention|proj|mlp|ffn?|path|emb|embd|embed|embedding|pos|head|resid|residual|hidden|act|layer|token"
+_OF_DROPPING = re.compile(
+    rf"\w*(drop_?out|layer_?drop|drop_?path|drop_?connect)({_PROBABILITY})?|(\w+_)?p_?drop"
+    rf"|(?!lr_|learning_)(\w+_)?drop{_PROBABILITY}|((\w+_)?({_DROPPED})_?)?drop"
+)
+"""Names of probabilities, as libraries have them; not of rates, weights and steps that drop."""
 
 
 class DropoutOff(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import traceback
@@ -90,7 +91,7 @@ class Record:
         start: sums of squares of the parameters before the first step.
         moved: before each step, and after the last, those of how far the parameters have moved from there.
         groups: of the optimizers' parameters, in words.
-        logged: by name, and by what was the step when it was logged; of rank 0.
+        logged: by name, and by what was the step when it was logged.
         draws: a step drew random numbers though dropout was off.
         coarsest: dtype of fewest bits in which something was computed.
         dropouts: names of dropout that was switched off.
@@ -342,25 +343,34 @@ def _trainer(job: Job, rank: int, callbacks: list[Callback], logged: LoggedValue
         how = {"devices": 1 if job.device_type == "cpu" else [rank], "plugins": [LightningEnvironment()]}
     else:
         how = {"devices": job.layout.world_size, "strategy": HybridStrategy(job.layout, **job.strategy)}
-    return pl.Trainer(
-        **{
-            **job.trainer,
-            "accelerator": job.device_type,
-            "precision": job.precision,
-            "max_steps": job.steps,
-            "max_epochs": 1_000_000,
-            "limit_val_batches": 0,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "callbacks": callbacks,
-            "logger": logged,
-            "enable_checkpointing": False,
-            "default_root_dir": job.folder,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **how,
-        }
-    )
+    ours = {"accelerator": job.device_type, "precision": job.precision, "max_steps": job.steps, "logger": logged}
+    return pl.Trainer(**{**job.trainer, **_OURS, **ours, "callbacks": callbacks, "default_root_dir": job.folder, **how})
+
+
+_OURS: dict[str, Any] = {
+    "max_epochs": 1_000_000,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+_ALSO_OURS = {"accelerator", "callbacks", "default_root_dir", "devices", "fast_dev_run", "logger", "max_steps"}
+_ALSO_OURS |= {"num_nodes", "plugins"}
+_BY_OPTION = {"precision", "strategy"}
+
+
+def validate_trainer(arguments: Mapping[str, Any]) -> None:
+    """Raises a ValueError for arguments that the Trainer does not have, or that :func:`train` sets."""
+    known = inspect.signature(pl.Trainer).parameters
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"the Trainer has no {name!r}; it has {', '.join(known)}")
+        if name in _BY_OPTION:
+            raise ValueError(f"the Trainer's {name} has an option of its own; give it as {name}, not among trainer")
+        if name in _ALSO_OURS or name in _OURS:
+            raise ValueError(f"the Trainer's {name} is set by verify itself; leave it out of trainer")
 
 
 def is_refusal(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_dist.cli import main
 from lightning_dist.doctor.results import CheckFailed
 from lightning_dist.layout import Layout
 from lightning_dist.verify import LayoutResult, training, verification, verify
+from lightning_dist.verify.randomness import switch_off_dropout
 from lightning_dist.verify.training import Job, Record, Watch, train
 
 
@@ -59,10 +62,7 @@ Make = Callable[[], L.LightningModule]
 @pytest.fixture
 def trained(tmp_path: Path) -> Callable[..., Record]:
     def run(make: Make, **options: Any) -> Record:
-        options = {"steps": 6, "precision": "64-true", **options}
-        return train(
-            Job(make, None, None, seed=0, device_type="cpu", trainer={}, strategy={}, folder=tmp_path, **options)
-        )
+        return train(replace(Job(make, None, None, 6, 0, "64-true", "cpu", {}, {}, tmp_path), **options))
 
     return run
 
@@ -292,3 +292,85 @@ def test_code_before_the_first_module_is_told(found: Callable[..., LayoutResult]
     result = found(Shifted)
     assert result.departure is not None
     assert (result.departure.kind, result.departure.name) == ("input", "first")
+
+
+class LogsItsRank(Small):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("rank", 1.0 + float(os.environ.get("RANK", 0)))
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_any_rank_logs_is_compared(found: Callable[..., LayoutResult]) -> None:
+    result = found(LogsItsRank)
+    assert (result.status, result.departure and result.departure.name) == ("differs", "rank")
+    assert "is 2 on rank 1, of one process 1" in result.sentence
+
+
+# ---------------------------------------------------------------- what is asked of the Trainer
+
+
+def test_arguments_of_the_trainer_are_taken_or_refused(trained: Callable[..., Record]) -> None:
+    assert trained(Small, trainer={"accumulate_grad_batches": 2}, steps=2).batch_of == [1, 3]
+    for name, told in {
+        "max_epochs": "the Trainer's max_epochs is set by verify itself; leave it out of trainer",
+        "precision": "the Trainer's precision has an option of its own",
+        "clipping": "the Trainer has no 'clipping'",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            verify(Small, None, ["tp=2"], trainer={name: 1})
+
+
+def test_the_command_takes_arguments_of_the_trainer(
+    found: Callable[..., LayoutResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what = ["verify", f"{__name__}:Small", "--layouts", "tp=2", "--accelerator", "cpu", "--json", str(tmp_path / "f")]
+    assert main([*what, "--trainer", "accumulate_grad_batches=2", "--trainer", "gradient_clip_val=0.1"]) == 0
+    (result,) = json.loads((tmp_path / "f").read_text())["results"]
+    assert len([name for name in result["values"] if name.startswith("loss")]) == 8
+    assert main([*what, "--trainer", "max_steps=2"]) == 2
+    assert "the Trainer's max_steps is set by verify itself" in capsys.readouterr().err
+
+
+PROBABILITIES = "dropout drop_prob attn_drop attention_dropout resid_pdrop encoder_layerdrop drop_rate"
+PROBABILITIES += " hidden_dropout_prob dropout_p p_drop proj_drop drop droprate attn_drop_rate drop_p"
+OTHERS = " lr_drop drop_weight step_drop lr_drop_rate drop_after dropout_weight drop_every backdrop_scale"
+
+
+def test_what_is_named_as_a_probability_is_switched_off() -> None:
+    layer = nn.Identity()
+    vars(layer).update(dict.fromkeys((PROBABILITIES + OTHERS).split(), 0.1))
+    assert switch_off_dropout(layer) == {*PROBABILITIES.split()}
+    vars(layer).update(dict.fromkeys(PROBABILITIES.split(), 2.0))
+    assert not switch_off_dropout(layer)
+
+
+# ---------------------------------------------------------------- which samples ranks get
+
+
+class SameStream(Validated):
+    """Its ranks here have no part of the data, but all of it."""
+
+
+class OneBatch(SameStream):
+    """Which one process sees again and again too."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*(t[:1].expand(16, *t.shape[1:]) for t in self.samples().tensors)), 16)
+
+    def val_dataloader(self) -> list[Any]:
+        return []
+
+
+def test_ranks_that_are_given_the_same_batches_are_told(found: Callable[..., LayoutResult]) -> None:
+    result = found(SameStream, "dp_shard=2", validation_batches=0)
+    assert (result.status, result.departure and result.departure.kind) == ("differs", "batch")
+    assert result.sentence.startswith(
+        "data ranks 0 and 1 are given the same batch in each step, and one process others"
+    )
+    assert found(SameStream, "tp=2").status == "same"
+    assert found(OneBatch, "dp_shard=2", validation_batches=0).status == "same"
+
+
+def test_ranks_that_all_validate_on_everything_are_told(found: Callable[..., LayoutResult]) -> None:
+    result = found(SameStream, "dp_shard=2", steps=1)
+    assert "all data ranks are given the same 4 batches of the validation: divide" in result.sentence
