@@ -143,13 +143,18 @@ def pieces_of_gradients(module: nn.Module) -> dict[str, dict[Piece, float]]:
         gradient = None if is_placeholder(parameter) else parameter.grad
         if gradient is None:
             continue
-        piece: Piece = ()
-        if isinstance(gradient, DTensor):
-            place = gradient.device_mesh.get_coordinate() or ()
-            piece = tuple(c for c, p in zip(place, gradient.placements, strict=True) if not p.is_replicate())
-            gradient = local_tensor(gradient)
-        found[name] = {piece: float(gradient.detach().double().square().sum())}
+        piece, part = piece_of(gradient)
+        found[name] = {piece: float(part.detach().double().square().sum())}
     return found
+
+
+def piece_of(tensor: Tensor) -> tuple[Piece, Tensor]:
+    """What this rank holds of a tensor, and where that is in the whole."""
+    if not isinstance(tensor, DTensor):
+        return (), tensor
+    place = tensor.device_mesh.get_coordinate() or ()
+    piece = tuple(c for c, p in zip(place, tensor.placements, strict=True) if not p.is_replicate())
+    return piece, local_tensor(tensor)
 
 
 class WrongWeight(Callback):

@@ -39,12 +39,14 @@ class Activations:
     Args:
         kinds: classes of modules by name.
         outputs: what each call of a module returned, by the place, in the order of calls.
+        inputs: what it was given, likewise.
         gradients: what reached each, likewise.
         outputs_in_order, gradients_in_order: places and numbers of calls, as they came.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
     outputs: dict[Place, dict[int, Tensor]] = field(default_factory=dict)
+    inputs: dict[Place, dict[int, Tensor]] = field(default_factory=dict)
     gradients: dict[Place, dict[int, Tensor]] = field(default_factory=dict)
     outputs_in_order: list[tuple[Place, int]] = field(default_factory=list)
     gradients_in_order: list[tuple[Place, int]] = field(default_factory=list)
@@ -84,6 +86,8 @@ class ActivationRecorder(Callback):
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if _is_real(given := deep_tensors((args, kwargs))):
             for index, tensor in enumerate(given):
+                if not isinstance(tensor, nn.Parameter):
+                    self.recorded.inputs.setdefault((name, "input", index), {})[self._given[name]] = _kept(tensor)
                 if not tensor.is_leaf:
                     self._watch((name, "input", index), self._given[name], tensor)
             self._given[name] += 1

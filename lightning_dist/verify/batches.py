@@ -9,7 +9,7 @@ data ranks, in the same epochs, with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -19,11 +19,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dist.parallel.pipeline.batch_split import EACH, batch_size, sample_places
-from lightning_dist.pytree import deep_leaves, deep_map, rebuilt
+from lightning_dist.parallel.pipeline.batch_split import EACH, Splitter, sample_places
+from lightning_dist.pytree import PLAIN, deep_leaves, deep_map, rebuilt
 
 _ADVICE = "give every data rank batches of one form and size (padding to a fixed length, drop_last=True, fewer steps)"
 
@@ -37,25 +39,30 @@ class Recorded:
         epochs: the epoch of each.
         length: batches of an epoch, where it has an end.
         validation: batches of the validation after it, by loader.
+        by_loader: a batch has those of several loaders, each with its own number of samples.
+        alike: what data ranks were given that is the same, though it should not be; sentences.
     """
 
     batches: list[Any] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     length: float = float("inf")
     validation: list[list[Any]] = field(default_factory=list)
+    by_loader: bool = False
+    alike: list[str] = field(default_factory=list)
 
-    def loader(self) -> Any:
-        """What gives them again, epoch by epoch."""
-        return _Endless(self) if self.length == float("inf") else _Finite(self)
+    def loader(self, of: Callable[[], Any] = lambda: None) -> Any:
+        """What gives them again, epoch by epoch; ``of`` gives the user's own loader, whose attributes it has too."""
+        return _Endless(self, of) if self.length == float("inf") else _Finite(self, of)
 
     @property
     def num_validation(self) -> list[int]:
         """Batches of the validation, by loader."""
         return [len(batches) for batches in self.validation]
 
-    def validation_loaders(self) -> Any:
-        """What gives the batches of the validation again."""
-        loaders = [_Listed(batches) for batches in self.validation]
+    def validation_loaders(self, of: Callable[[], Any] = lambda: None) -> Any:
+        """What gives the batches of the validation again; ``of`` gives the user's own loaders."""
+        own = [partial(_number, of, index) for index in range(len(self.validation))]
+        loaders = [_Listed(batches, of_one) for batches, of_one in zip(self.validation, own, strict=True)]
         return loaders[0] if len(loaders) == 1 else loaders
 
     def is_like(self, other: Recorded) -> bool:
@@ -66,8 +73,27 @@ class Recorded:
         return places and len(mine) == len(theirs) and all(map(_is_same, mine, theirs))
 
 
-class _Endless:
-    def __init__(self, recorded: Recorded) -> None:
+class _Again:
+    """A loader that has the attributes of another, which is made where one is asked for.
+
+    Args:
+        of: makes it.
+    """
+
+    def __init__(self, of: Callable[[], Any]) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if "_own" not in vars(self):
+            self._own = self._of()
+        return getattr(vars(self)["_own"], name)
+
+
+class _Endless(_Again):
+    def __init__(self, recorded: Recorded, of: Callable[[], Any]) -> None:
+        super().__init__(of)
         self._recorded, self._epoch = recorded, -1
 
     def __iter__(self) -> Iterator[Any]:
@@ -82,10 +108,11 @@ class _Finite(_Endless):
         return int(self._recorded.length)
 
 
-class _Listed:
+class _Listed(_Again):
     """Batches, as a loader: Lightning takes each item of a list for one."""
 
-    def __init__(self, batches: list[Any]) -> None:
+    def __init__(self, batches: list[Any], of: Callable[[], Any]) -> None:
+        super().__init__(of)
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,6 +120,11 @@ class _Listed:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+
+def _number(of: Callable[[], Any], index: int) -> Any:
+    loaders = of()
+    return loaders[index] if isinstance(loaders, (list, tuple)) else loaders
 
 
 class BatchRecorder(Callback):
@@ -104,6 +136,7 @@ class BatchRecorder(Callback):
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
         self.recorded.length = trainer.num_training_batches
+        self.recorded.by_loader = _is_of_several(trainer.train_dataloader, batch)
         self.recorded.epochs.append(trainer.current_epoch)
         self.recorded.batches.append(deep_map(batch, _kept))
 
@@ -114,6 +147,12 @@ class BatchRecorder(Callback):
         validation = self.recorded.validation
         validation.extend([] for _ in range(len(validation), dataloader_idx + 1))
         validation[dataloader_idx].append(deep_map(batch, _kept))
+
+
+def _is_of_several(loaders: Any, batch: Any) -> bool:
+    """Whether a batch has an item for each of several loaders."""
+    of = loaders.flattened if isinstance(loaders, CombinedLoader) else loaders
+    return all(isinstance(each, (list, tuple, Mapping)) for each in (of, batch)) and len(batch) == len(of)
 
 
 def _kept(leaf: Any) -> Any:
@@ -131,27 +170,35 @@ def give_again(recorded: Recorded, module: pl.LightningModule, data: Any) -> Any
         module: of the next one; its hooks are taken off.
         data: a LightningDataModule, which stays the trainer's, or anything else.
     """
-    loader = recorded.loader()
     is_module = isinstance(data, pl.LightningDataModule)
-    for owner in (module, data) if is_module else (module,):
+    owners = (module, data) if is_module else (module,)
+    own = [owner.train_dataloader for owner in owners if is_overridden("train_dataloader", owner)]
+    loader = recorded.loader(own[-1] if data is None or is_module else lambda: data)
+    for owner in owners:
         vars(owner).update(on_before_batch_transfer=_as_it_is, on_after_batch_transfer=_as_it_is)
+        vars(owner).update(transfer_batch_to_device=_moved)
         if recorded.validation:
-            vars(owner)["val_dataloader"] = recorded.validation_loaders
+            vars(owner)["val_dataloader"] = partial(recorded.validation_loaders, owner.val_dataloader)
     if not is_module:
         return loader
     vars(data)["train_dataloader"] = lambda: loader
     return data
 
 
+def _moved(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    return deep_map(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+
 def _as_it_is(batch: Any, dataloader_idx: int) -> Any:
     return batch
 
 
-def joined(of_ranks: list[Recorded]) -> Recorded:
+def joined(of_ranks: list[Recorded], batch_split: Any = None) -> Recorded:
     """The batches of one process.
 
     Args:
         of_ranks: by data rank.
+        batch_split: where a batch has its samples, see :class:`~..batch_split.Splitter`; a function says nothing.
 
     Raises:
         ValueError: they can't be joined, in one sentence.
@@ -161,9 +208,45 @@ def joined(of_ranks: list[Recorded]) -> Recorded:
         return first
     if any(other.epochs != first.epochs for other in of_ranks):
         raise ValueError(f"the data ranks had other numbers of batches in an epoch: {_ADVICE}")
+    join: Callable[[int, list[Any]], Any] = partial(_joined_batch, split=None if callable(batch_split) else batch_split)
+    if first.by_loader and batch_split is None:
+        join = _joined_by_loader
     steps = zip(*(one.batches for one in of_ranks), strict=True)
-    batches = [_joined_batch(step, list(parts)) for step, parts in enumerate(steps, 1)]
+    batches = [join(step, list(parts)) for step, parts in enumerate(steps, 1)]
     return Recorded(batches, first.epochs, first.length)
+
+
+def told_alike(of_ranks: list[Recorded], own: Recorded) -> list[str]:
+    """Where data ranks are given the same batches.
+
+    Args:
+        of_ranks: by data rank.
+        own: of one process with its own data, which may be the same in each step.
+    """
+    told, advice = list[str](), "divide the data set's samples over the data ranks"
+    first, *rest = (one.batches for one in of_ranks)
+    others = next((rank for rank, batches in enumerate(rest, 1) if _is_same_list(first, batches)), 0)
+    if others and own.length >= len(of_ranks) and _are_several(own.batches):
+        same = f"data ranks 0 and {others} are given the same batch in each step, and one process others"
+        told.append(f"{same}: {advice}")
+    for own_batches, first, *rest in zip(own.validation, *(one.validation for one in of_ranks), strict=False):
+        if len(first) > 1 and _are_several(own_batches) and rest and all(_is_same_list(first, other) for other in rest):
+            told.append(f"all data ranks are given the same {len(first)} batches of the validation: {advice}")
+    return told
+
+
+def _is_same_list(mine: list[Any], others: list[Any]) -> bool:
+    return len(mine) == len(others) and all(map(_is_alike, mine, others))
+
+
+def _are_several(batches: list[Any]) -> bool:
+    """Whether not all are the same one."""
+    return any(not _is_alike(batches[0], batch) for batch in batches[1:])
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    mine, theirs = deep_leaves(one), deep_leaves(other)
+    return len(mine) == len(theirs) and all(map(_is_same, mine, theirs))
 
 
 def interleaved(of_ranks: list[Recorded], num_batches: list[int]) -> list[list[Any]]:
@@ -171,8 +254,8 @@ def interleaved(of_ranks: list[Recorded], num_batches: list[int]) -> list[list[A
 
     Args:
         of_ranks: by data rank.
-        num_batches: that one process itself has, by loader. Where the ranks were given more, but fewer than one each,
-            those at the end are repeated by ranks that had none left.
+        num_batches: that one process itself has, by loader. Where the ranks were given more, those at the end are left
+            out that repeat an earlier one, as ranks do that have none left.
     """
     dealt = []
     for index in range(max(len(one.validation) for one in of_ranks)):
@@ -181,18 +264,38 @@ def interleaved(of_ranks: list[Recorded], num_batches: list[int]) -> list[list[A
         )
         batches = [batch for dealt_at_once in rounds for batch in dealt_at_once if batch is not _NONE]
         own = num_batches[index] if index < len(num_batches) else len(batches)
-        dealt.append(batches[:own] if len(batches) - own < len(of_ranks) else batches)
+        if len(batches) - own < len(of_ranks):
+            while len(batches) > own and _is_repeated(batches[-1], batches[:-1]):
+                batches.pop()
+        dealt.append(batches)
     return dealt
 
 
 _NONE = object()
 
 
-def _joined_batch(step: int, parts: list[Any]) -> Any:
+def _is_repeated(batch: Any, earlier: list[Any]) -> bool:
+    """Whether it is equal to one before; of what can't be compared, as if it were."""
+    can_be_compared = all(isinstance(leaf, (Tensor, np.ndarray, *PLAIN)) for leaf in deep_leaves(batch))
+    return not can_be_compared or any(_is_alike(batch, other) for other in earlier)
+
+
+def _joined_by_loader(step: int, parts: list[Any]) -> Any:
+    """Each loader's batches by themselves; one that has ended gives None."""
+    keys = list(parts[0]) if isinstance(parts[0], Mapping) else range(len(parts[0]))
+    items = {key: [part[key] for part in parts] for key in keys}
+    new = {k: None if all(i is None for i in of) else _joined_batch(step, of) for k, of in items.items()}
+    if isinstance(parts[0], Mapping):
+        return new if type(parts[0]) is dict else rebuilt(parts[0], new)
+    return type(parts[0])(new.values())
+
+
+def _joined_batch(step: int, parts: list[Any], split: Any = None) -> Any:
     where = f"the batches of the data ranks in step {step} can't be joined"
+    splitter = Splitter(split)
     try:
-        sizes = [batch_size(part) for part in parts]
-        places = [sample_places(part) for part in parts]
+        sizes = [splitter.size(part) for part in parts]
+        places = [sample_places(part) if split is None else split for part in parts]
     except ValueError:
         kind = type(parts[0]).__name__
         raise ValueError(f"{where}: this {kind} has no tensor whose first dim could be the samples") from None
@@ -213,12 +316,12 @@ def _join(parts: list[Any], places: Any, refuse: Callable[[str], Any]) -> Any:
     if places == EACH:
         return [item for part in parts for item in part]
     if isinstance(places, int):
-        return _concatenated(parts, places, refuse)
-    if isinstance(places, list):
+        return _concatenated_leaves(parts, places, refuse)
+    if isinstance(places, (list, tuple)):
         items = [_join([part[i] for part in parts], place, refuse) for i, place in enumerate(places)]
         return first._make(items) if hasattr(first, "_make") else type(first)(items)
-    if isinstance(places, dict):
-        new = {key: _join([part[key] for part in parts], place, refuse) for key, place in places.items()}
+    if isinstance(places, Mapping):
+        new = {key: _join([part[key] for part in parts], places.get(key), refuse) for key in first}
         return new if type(first) is dict else rebuilt(first, new)
     leaves = [deep_leaves(part) for part in parts]
     if places is not None and len({len(found) for found in leaves}) == 1:  # the fields of an object
@@ -229,9 +332,18 @@ def _join(parts: list[Any], places: Any, refuse: Callable[[str], Any]) -> Any:
     return first
 
 
-def _joined_leaf(leaves: list[Any], refuse: Callable[[str], Any]) -> Any:
-    if isinstance(leaves[0], (Tensor, np.ndarray)) and leaves[0].ndim:
-        return _concatenated(leaves, 0, refuse)
+def _concatenated_leaves(parts: list[Any], dim: int, refuse: Callable[[str], Any]) -> Any:
+    """Arrays along a dim; of what holds arrays, as a user's ``batch_split`` may say, each of them."""
+    if isinstance(parts[0], (Tensor, np.ndarray)):
+        return _concatenated(parts, dim, refuse)
+    leaves = zip(*(deep_leaves(part) for part in parts), strict=True)
+    new = iter([_joined_leaf(list(items), refuse, dim) for items in leaves])
+    return deep_map(parts[0], lambda _: next(new))
+
+
+def _joined_leaf(leaves: list[Any], refuse: Callable[[str], Any], dim: int = 0) -> Any:
+    if isinstance(leaves[0], (Tensor, np.ndarray)) and leaves[0].ndim > dim:
+        return _concatenated(leaves, dim, refuse)
     if not all(_is_same(leaf, leaves[0]) for leaf in leaves):
         refuse(f"a {type(leaves[0]).__name__} that is no tensor of all samples differs between them")
     return leaves[0]

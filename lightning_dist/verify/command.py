@@ -59,6 +59,8 @@ def add_verify(commands: Any) -> None:
     parser.add_argument(
         "--strategy", nargs="+", default=[], metavar="name=value", help="arguments of HybridStrategy beside its layout"
     )
+    more = "arguments of the Trainer, such as accumulate_grad_batches=2 gradient_clip_val=1.0; can be given again"
+    parser.add_argument("--trainer", nargs="+", action="extend", default=[], metavar="name=value", help=more)
     parser.add_argument("--accelerator", choices=["auto", "cpu"], default="auto", help="cpu: leave accelerators alone")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for each training (default: 300)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it for machines")
@@ -95,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         tolerance=options.tolerance,
         accelerator=options.accelerator,
         timeout=options.timeout,
-        trainer=trainer,
+        trainer={**trainer, **parse_arguments(options.trainer)},
         strategy=parse_arguments(options.strategy),
         on_begin=shown.begin,
     )

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_dist.doctor.parity import TINY, Difference
 from lightning_dist.layout import Layout
-from lightning_dist.verify.departure import SMALL, Departure
+from lightning_dist.verify.departure import Departure
+from lightning_dist.verify.distances import SMALL, distance, largest_norm
 from lightning_dist.verify.training import Pieces, Record
 
 Values = dict[str, tuple[float, float]]
@@ -26,8 +27,8 @@ class Tolerance:
 
     Args:
         numbers: of losses, logged values and those of the validation; ten times that of gradients and buffers.
-        weights: of weights after the last step. An optimizer divides gradients by their size, and so makes rounding
-            of those that would be zero (of biases of keys, say) larger.
+        weights: of weights after the last step, relative to how far they have moved. An optimizer divides gradients by
+            their size, and so makes rounding of single entries larger.
     """
 
     numbers: float
@@ -39,7 +40,7 @@ class Tolerance:
         return _TOLERANCES.get(dtype, _COARSE)
 
 
-_TOLERANCES = {torch.float64: Tolerance(1e-9, 1e-7), torch.float32: Tolerance(1e-4, 5e-2)}
+_TOLERANCES = {torch.float64: Tolerance(1e-9, 1e-5), torch.float32: Tolerance(1e-4, 5e-2)}
 _COARSE = Tolerance(5e-2, 0.5)
 
 
@@ -54,6 +55,7 @@ class Comparison:
         first_batch: where losses or gradients differ first; None where none do.
         departure: of what was recorded in all steps: a weight's gradient, a weight, a buffer, a logged value; or after
             them, a value of the validation.
+        stepped: where weights depart before any loss or gradient does, what the step of an optimizer did.
     """
 
     differences: dict[str, Difference] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Comparison:
     values: Values = field(default_factory=dict)
     first_batch: int | None = None
     departure: Departure | None = None
+    stepped: Departure | None = None
 
     @property
     def wrong(self) -> list[Difference]:
@@ -71,12 +74,13 @@ class Comparison:
 def compare(records: Sequence[Record], one: Record, layout: Layout, tolerance: Tolerance) -> Comparison:
     """The records of all ranks, in their order, beside that of one process on the same batches."""
     bounds = dict.fromkeys(("loss", "gradient norm", "logged values", "validation"), tolerance.numbers)
-    bounds |= dict.fromkeys(("gradients", "buffers"), 10 * tolerance.numbers)
+    bounds |= dict.fromkeys(("gradients", "buffers", "steps of weights"), 10 * tolerance.numbers)
     compared = Comparison(bounds={**bounds, "weights": tolerance.weights})
     _compare_losses(compared, records, one, layout)
     gradients = _compare_gradients(compared, records, one)
+    compared.stepped = _first_step_apart(compared, records, one, tolerance)
     weights = _compare_weights(compared, records, one, tolerance)
-    logged = _compare_logged(compared, records[0].logged, one.logged)
+    logged = _compare_logged(compared, records, one.logged)
     validated = None if one.validated is None else _compare_validation(compared, records, one)
     compared.departure = gradients or weights or logged or validated
     return compared
@@ -91,7 +95,7 @@ def _note(compared: Comparison, kind: str, relative: float, sentence: str, batch
 
 
 def _compare_losses(compared: Comparison, records: Sequence[Record], one: Record, layout: Layout) -> None:
-    scale = max((abs(loss) for loss in one.losses.values()), default=0.0)
+    scale = max((abs(loss) for loss in one.losses.values() if math.isfinite(loss)), default=0.0)
     for batch, expected in one.losses.items():
         of_ranks: dict[int, list[float]] = {}
         for rank, record in enumerate(records):
@@ -179,53 +183,111 @@ def _compare_weights(
     compared: Comparison, records: Sequence[Record], one: Record, tolerance: Tolerance
 ) -> Departure | None:
     expected: dict[str, Tensor] = one.load("weights")
-    rounding = _of_rounding(one.squares, tolerance.numbers)
-    floors = {
-        "weights": SMALL * _largest(expected[name] for name in expected.keys() - one.buffers),
-        "buffers": 1e-3 * _largest(expected[name] for name in expected.keys() & one.buffers),
-    }
+    moves = _Moves(expected, one, tolerance)
+    largest = largest_norm(expected[name] for name in expected.keys() & one.buffers)
     departures, seen = dict[str, Departure](), set[str]()
     for rank, record in enumerate(records):
         weights: dict[str, Tensor] = record.load("weights")
         seen |= weights.keys()
         for name in [name for name in expected if name in weights]:
-            kind, what = ("buffers", "the buffer ") if name in one.buffers else ("weights", "")
-            relative = 0.0 if name in rounding else _away(weights[name], expected[name], floors[kind])
-            told = f"{what}{name} after the last step is another on rank {rank} than in one process"
-            _note(compared, kind, relative, f"{told} (relative difference {relative:.1e})")
-            if not relative <= compared.bounds[kind] and kind not in departures:
-                departures[kind] = Departure(kind.removesuffix("s"), name, f"{told}, and no gradient departs", relative)
+            told = f"{name} after the last step is another on rank {rank} than in one process"
+            if name in one.buffers:
+                floor = 1e-3 * min(largest, math.sqrt(expected[name].numel()))
+                found = {"buffers": distance(weights[name], expected[name], floor)}
+                told, more = f"the buffer {told}", ""
+            else:
+                found, more = moves.apart(name, weights[name]), f": look at the optimizer{one.groups.get(name, '')}"
+            for kind, relative in found.items():
+                _note(compared, kind, relative, f"{told} (relative difference {relative:.1e})")
+                if not relative <= compared.bounds[kind] and kind not in departures:
+                    sentence = f"{told}, and no gradient departs{more}"
+                    departures[kind] = Departure(_DEPARTS[kind], name, sentence, relative)
     if names := sorted(seen ^ expected.keys()):
         told = f"the weights are others than in one process: {', '.join(names[:3])}"
         _note(compared, "weights", math.inf, told)
         departures.setdefault("weights", Departure("weight", names[0], told, math.inf))
-    return departures.get("weights") or departures.get("buffers")
+    return next((departures[kind] for kind in _DEPARTS if kind in departures), None)
 
 
-def _largest(weights: Iterable[Tensor]) -> float:
-    """The largest norm."""
-    return max((float(w.double().norm()) for w in weights if w.is_floating_point()), default=0.0)
+_DEPARTS = {"weights": "weight", "steps of weights": "weight", "buffers": "buffer"}
 
 
-def _of_rounding(steps: Iterable[Pieces], tolerance: float) -> set[str]:
-    """Weights whose gradients are rounding beside those of the others, in all steps."""
-    largest: dict[str, float] = {}
+class _Moves:
+    """How far weights have moved in one process, and how far from there those of a layout are.
+
+    Args:
+        expected: the weights of one process.
+        one: its record.
+        tolerance: of numbers.
+    """
+
+    def __init__(self, expected: Mapping[str, Tensor], one: Record, tolerance: Tolerance) -> None:
+        self._expected, self._start, self._tolerance = expected, one.load("start"), tolerance
+        self._steps, self._shares = len(one.squares), _smallest_shares(one.squares)
+
+    def apart(self, name: str, mine: Tensor) -> dict[str, float]:
+        """By kind: the difference relative to the movement, and where its gradients say more than rounding, the median
+        of those of the entries that move, in which the few whose gradients are rounding have no part.
+        """
+        whole, before = self._expected[name], self._start.get(name)
+        share = self._shares.get(name)
+        if share is not None and share <= self._tolerance.numbers / 10:
+            return {"weights": 0.0}
+        away = distance(mine, whole, 0.0)
+        if not away or math.isinf(away) or before is None or before.shape != whole.shape:
+            return {"weights": away}
+        if share is None and not torch.equal(before, whole):  # by other code than the optimizer's, as a teacher follows
+            return {"weights": away}
+        apart, moved = (
+            (a.double() - b.double()).nan_to_num(0.0, 0.0, 0.0) for a, b in ((mine, whole), (whole, before))
+        )
+        return self._relative(apart, moved, largest_norm([before]) * torch.finfo(whole.dtype).eps, share or 1.0)
+
+    def _relative(self, apart: Tensor, moved: Tensor, rounding: float, share: float) -> dict[str, float]:
+        """Beside movements that are more than what a weight's dtype rounds off in each step."""
+        rounded = self._steps * rounding
+        size = max(float(moved.norm()), rounded / self._tolerance.weights, TINY)
+        moving = apart[(moved != 0) | (apart != 0)].abs()
+        typical = float(moving.median()) * math.sqrt(moving.numel()) if moving.numel() else 0.0
+        size_of_typical = max(float(moved.norm()), rounded / (10 * self._tolerance.numbers), TINY)
+        heard = min(1.0, share / (10 * self._tolerance.numbers))
+        return {"weights": float(apart.norm()) / size, "steps of weights": typical / size_of_typical * heard}
+
+
+def _first_step_apart(
+    compared: Comparison, records: Sequence[Record], one: Record, tolerance: Tolerance
+) -> Departure | None:
+    """The first step of an optimizer, before any loss or gradient departs, after which weights are elsewhere."""
+    shares, sizes = _smallest_shares(one.squares), _norms([one.start])
+    bound, eps = min(tolerance.weights, 100 * tolerance.numbers), torch.finfo(one.coarsest).eps
+    for step in range(1, min(len(record.moved) for record in (one, *records))):
+        if compared.first_batch is not None and compared.first_batch <= one.batch_of[step - 1]:
+            return None
+        mine, expected = _norms([record.moved[step] for record in records]), _norms([one.moved[step]])
+        for name, moved in expected.items():
+            is_rounding = shares.get(name, 1.0) <= tolerance.numbers / 10
+            if is_rounding or (moved and name not in shares):  # that other code than the optimizer's moves
+                continue
+            away = abs(mine.get(name, 0.0) - moved)
+            relative = away / max(moved, step * eps * sizes[name] / bound, TINY)
+            if not relative <= bound:
+                told = f"the weights after step {step} depart, though its gradients do not: look at the optimizer, its "
+                told += f"groups, clipping or the scheduler; {name}{one.groups.get(name, '')} has moved by "
+                return Departure(
+                    "weight", name, f"{told}{mine.get(name, 0.0):.6g}, of one process by {moved:.6g}", relative
+                )
+    return None
+
+
+def _smallest_shares(steps: Iterable[Pieces]) -> dict[str, float]:
+    """The norm of each weight's gradient beside that of all, in the step where it is smallest; but zero."""
+    smallest: dict[str, float] = {}
     for pieces in steps:
         norms = _norms([pieces])
         whole = math.sqrt(sum(norm**2 for norm in norms.values())) or 1.0
         for name, norm in norms.items():
-            largest[name] = max(largest.get(name, 0.0), norm / whole)
-    return {name for name, norm in largest.items() if norm <= tolerance}
-
-
-def _away(mine: Tensor, whole: Tensor, floor: float) -> float:
-    if mine.shape != whole.shape:
-        return math.inf
-    if not whole.is_floating_point():
-        return 0.0 if torch.equal(mine, whole) else math.inf
-    away = (mine.double() - whole.double()).nan_to_num(0.0, 0.0, 0.0)
-    same = torch.equal(mine.isfinite(), whole.isfinite())
-    return float(away.norm()) / max(float(whole.double().norm()), floor, TINY) if same else math.inf
+            smallest[name] = min(smallest.get(name, math.inf), norm / whole or math.inf)
+    return {name: 1.0 if share == math.inf else share for name, share in smallest.items()}
 
 
 def _apart(value: float, other: float, floor: float) -> float:
@@ -239,22 +301,33 @@ def _apart(value: float, other: float, floor: float) -> float:
 Logged = Mapping[str, Mapping[int, float]]
 
 
-def _compare_logged(compared: Comparison, mine: Logged, expected: Logged) -> Departure | None:
-    departure = None
-    for name in [*expected, *(mine.keys() - expected.keys())]:
-        steps = expected.get(name, {})
-        scale = max((abs(value) for value in steps.values() if math.isfinite(value)), default=0.0)
-        for step in sorted(steps.keys() | mine.get(name, {}).keys()):
-            value, other = mine.get(name, {}).get(step, math.nan), steps.get(step, math.nan)
-            relative = _apart(value, other, 1e-3 * scale)
-            told = f"the logged {name} (step {step}) is {value:.8g}, of one process {other:.8g}"
-            _note(compared, "logged values", relative, told)
-            if not relative <= compared.bounds["logged values"] and departure is None:
-                departure = Departure("logged value", name, told, relative)
-        if steps:
-            last = max(steps)
-            compared.values[f"{name}"] = mine.get(name, {}).get(last, math.nan), steps[last]
-    return departure
+def _compare_logged(compared: Comparison, records: Sequence[Record], expected: Logged) -> Departure | None:
+    """On rank 0 all that is logged; on others, which may log less, what they do."""
+    found = list[Departure]()
+    for rank, record in enumerate(records):
+        mine = record.logged
+        names = [name for name in expected if rank == 0 or name in mine]
+        for name in [*names, *(mine.keys() - expected.keys() if rank == 0 else ())]:
+            found += _compare_logged_value(compared, rank, name, mine.get(name, {}), expected.get(name, {}))
+    return found[0] if found else None
+
+
+def _compare_logged_value(
+    compared: Comparison, rank: int, name: str, mine: Mapping[int, float], expected: Mapping[int, float]
+) -> list[Departure]:
+    found, on_rank = list[Departure](), f" on rank {rank}" if rank else ""
+    scale = max((abs(value) for value in expected.values() if math.isfinite(value)), default=0.0)
+    for step in sorted(expected.keys() | mine.keys() if rank == 0 else expected.keys() & mine.keys()):
+        value, other = mine.get(step, math.nan), expected.get(step, math.nan)
+        relative = _apart(value, other, 1e-3 * scale)
+        told = f"the logged {name} (step {step}) is {value:.8g}{on_rank}, of one process {other:.8g}"
+        _note(compared, "logged values", relative, told)
+        if not relative <= compared.bounds["logged values"]:
+            found.append(Departure("logged value", name, told, relative))
+    if expected and rank == 0:
+        last = max(expected)
+        compared.values[f"{name}"] = mine.get(last, math.nan), expected[last]
+    return found
 
 
 def _compare_validation(compared: Comparison, records: Sequence[Record], one: Record) -> Departure | None:
@@ -277,7 +350,7 @@ def _compare_validation(compared: Comparison, records: Sequence[Record], one: Re
         held: dict[str, Tensor] = record.load("weights")
         for name in sorted(here.keys() | (changed.keys() & held.keys())):
             in_both = name in here and name in changed
-            relative = _away(here[name], changed[name], 0.0) if in_both else math.inf
+            relative = distance(here[name], changed[name], 0.0) if in_both else math.inf
             verb = "sets another" if in_both else "changes" if name in here else "leaves alone"
             told = f"the validation {verb} {name} on rank {rank}, unlike in one process"
             found += _note_validation(compared, name, relative, told)
@@ -300,3 +373,10 @@ def note_batches(compared: Comparison, given: Sequence[int], own: Sequence[int])
             told = f"the ranks validated on {number} batches{which}, one process on {expected}"
             departures = _note_validation(compared, "validation batches", 1 - number / expected, told)
             compared.departure = compared.departure or departures[0]
+
+
+def note_alike(compared: Comparison, told: str) -> None:
+    """That data ranks were given the same, of which the numbers of one process on their batches know nothing."""
+    compared.bounds["batches"] = 0.0
+    _note(compared, "batches", math.inf, told)
+    compared.departure = Departure("batch", told.partition(" are")[0], told, math.inf)

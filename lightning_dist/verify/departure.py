@@ -11,13 +11,11 @@ from torch import Tensor
 
 from lightning_dist.layout import Layout
 from lightning_dist.verify.activations import Activations, Place
+from lightning_dist.verify.distances import SMALL, distance, largest_norm
 
 PACKED = (1, 2, 3)
 """Into how many pieces, of each of which a rank of ``tp`` has its part, an activation is cut: a gate and values; q, k
 and v."""
-
-SMALL = 1e-6
-"""Beside the largest of its kind, what is so small is rounding of others."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class Departure:
     """Where the numbers depart.
 
     Args:
-        kind: of what departs: ``"output"``, ``"gradient"``, ``"weight gradient"``, ``"weight"``, ``"buffer"``,
-            ``"logged value"``, ``"validation value"``, or ``"loss"``.
+        kind: of what departs: ``"input"``, ``"output"``, ``"gradient"``, ``"weight gradient"``, ``"weight"``,
+            ``"buffer"``, ``"logged value"``, ``"validation value"``, ``"batch"``, or ``"loss"``.
         name: of the module, the weight or the value.
         sentence: what is seen there.
         relative: difference.
@@ -54,7 +52,7 @@ class Shares:
         """
         by_rank = [list(self._over_samples(parts, whole)) for parts in self.parts]
         found = list(self._over_tensor_axis(by_rank, whole))
-        measured = [(_distance(candidate, whole, floor), candidate) for candidate in found]
+        measured = [(distance(candidate, whole, floor), candidate) for candidate in found]
         return min(measured, key=lambda pair: pair[0], default=None)
 
     def _over_samples(self, parts: list[list[Tensor]], whole: Tensor) -> Iterator[Tensor]:
@@ -75,12 +73,12 @@ class Shares:
             elif not whole.ndim:
                 yield stacked.mean(dim=0) if stacked.is_floating_point() else stacked[0]
             else:
-                yield max(flat, key=lambda part: _distance(part, whole, 0.0))
+                yield max(flat, key=lambda part: distance(part, whole, 0.0))
 
     def _over_tensor_axis(self, by_rank: list[list[Tensor]], whole: Tensor) -> Iterator[Tensor]:
         for parts in zip(*by_rank, strict=False):
             if all(part.shape == whole.shape for part in parts):
-                yield max(parts, key=lambda part: _distance(part, whole, 0.0))
+                yield max(parts, key=lambda part: distance(part, whole, 0.0))
                 if self.mean and len(parts) > 1:
                     yield torch.stack(parts).sum(dim=0)
             elif len(parts) > 1:
@@ -99,21 +97,6 @@ def _joined_parts(parts: Sequence[Tensor], whole: Tensor) -> Iterator[Tensor]:
             if packed and not any(size % packed for size in sizes):
                 pieces = [part.unflatten(dim, (packed, -1)) for part in parts]
                 yield torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
-
-
-def _distance(mine: Tensor, whole: Tensor, floor: float) -> float:
-    """Relative to the whole, or to ``floor`` where that is larger."""
-    if mine.shape != whole.shape:
-        return torch.inf
-    if not whole.is_floating_point():
-        return 0.0 if torch.equal(mine, whole) else torch.inf
-    mine, whole = mine.double(), whole.double()
-    finite = whole.isfinite()
-    if not torch.equal(finite, mine.isfinite()):
-        return torch.inf
-    mine, whole = mine.where(finite, 0), whole.where(finite, 0)
-    away = float((mine - whole).norm())
-    return away / max(float(whole.norm()), floor, 1e-300) if away else 0.0
 
 
 def first_departure(
@@ -149,9 +132,20 @@ class _Walk:
                 continue
             found = self._told(place, call, *away, what="output")
             if self._one.outputs[place][call].ndim:
-                return found
+                return self._given(place[0], call) or found
             scalars = scalars or found  # a mean of means, which may be none of the network's
         return scalars
+
+    def _given(self, name: str, call: int) -> Departure | None:
+        """What the module of the first output that departs was given, where that departs already."""
+        get: _Getter = attrgetter("inputs")
+        floor = _floor(self._one.inputs)
+        for place, calls in self._one.inputs.items():
+            if place[0] == name and call in calls and calls[call].ndim:
+                away = self._departs(get, place, call, floor, mean=False)
+                if away is not None:
+                    return self._told(place, call, *away, what="input")
+        return None
 
     def first_gradient(self) -> Departure | None:
         get: _Getter = attrgetter("gradients")
@@ -222,6 +216,11 @@ class _Walk:
         size = f"it is {factor:.3g} times as large" if factor is not None else f"relative difference {relative:.1e}"
         if what == "output":
             sentence = f"the output of {name} ({kind}){which} departs first: {size}"
+        elif what == "input":
+            sentence = (
+                f"what {name} ({kind}){which} is given departs already, before the output of any module, so it is the "
+                f"code that calls it: {size}"
+            )
         elif side == "input":
             sentence = f"no output departs; the gradient that {name} ({kind}){which} hands back departs first: {size}"
         else:
@@ -233,8 +232,7 @@ class _Walk:
 
 
 def _floor(found: dict[Place, dict[int, Tensor]]) -> float:
-    norms = (float(t.double().norm()) for calls in found.values() for t in calls.values() if t.is_floating_point())
-    return SMALL * max(norms, default=0.0)
+    return SMALL * largest_norm(tensor for calls in found.values() for tensor in calls.values())
 
 
 def times(mine: Tensor, whole: Tensor) -> float | None:

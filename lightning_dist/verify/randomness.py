@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ def switch_off_dropout(module: nn.Module) -> set[str]:
     found = set()
     for name, holder in _holders(module):
         for key, value in vars(holder).items():
-            if _is_dropping(holder, key) and isinstance(value, float) and value > 0:
+            if _is_dropping(holder, key) and isinstance(value, float) and 0 < value < 1:
                 vars(holder)[key] = 0.0
                 found.add(f"{name}.{key}".strip("."))
     return found
@@ -42,7 +43,16 @@ def _holders(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _is_dropping(holder: Any, key: str) -> bool:
     # torchvision's StochasticDepth, as dropout, calls it p
     is_layer = isinstance(holder, DropoutNd) or "stochastic" in type(holder).__name__.lower()
-    return "drop" in key or (is_layer and key == "p")
+    return _OF_DROPPING.fullmatch(key.lower()) is not None or (is_layer and key == "p")
+
+
+_PROBABILITY = r"_?(p|probs?|probability|rate|ratio)"
+_DROPPED = "attn|attention|proj|mlp|ffn?|path|emb|embd|embed|embedding|pos|head|resid|residual|hidden|act|layer|token"
+_OF_DROPPING = re.compile(
+    rf"\w*(drop_?out|layer_?drop|drop_?path|drop_?connect)({_PROBABILITY})?|(\w+_)?p_?drop"
+    rf"|(?!lr_|learning_)(\w+_)?drop{_PROBABILITY}|((\w+_)?({_DROPPED})_?)?drop"
+)
+"""Names of probabilities, as libraries have them; not of rates, weights and steps that drop."""
 
 
 class DropoutOff(Callback):
@@ -63,6 +73,7 @@ class StepWatch(Callback):
         self.draws = False
         """Whether a step drew numbers of torch's generators."""
         self._mode = _Dtypes()
+        self._is_in_step = False
         self._state: list[Tensor] = []
 
     @property
@@ -72,13 +83,29 @@ class StepWatch(Callback):
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
+        self._leave_step()
         self._state = _random_states()
         self._mode.__enter__()
+        self._is_in_step = True
 
     @override
     def on_train_batch_end(self, *_: Any) -> None:
-        self._mode.__exit__(None, None, None)
-        self._note_draws()
+        self._leave_step()
+
+    @override
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self._leave_step()
+
+    @override
+    def on_exception(self, *_: Any) -> None:
+        self._leave_step()
+
+    def _leave_step(self) -> None:
+        """Once: a batch that is None has an end without a start, one that the module skips a start without an end."""
+        if self._is_in_step:
+            self._is_in_step = False
+            self._mode.__exit__(None, None, None)
+            self._note_draws()
 
     @override
     def on_validation_batch_start(self, *_: Any) -> None:

@@ -18,11 +18,11 @@ from lightning_dist.doctor.ranks import run_ranks
 from lightning_dist.doctor.results import CheckFailed
 from lightning_dist.doctor.settings import Settings, usable_accelerators
 from lightning_dist.layout import REST, Layout
-from lightning_dist.verify.batches import Recorded, interleaved, joined
-from lightning_dist.verify.comparison import Comparison, Tolerance, compare, note_batches
+from lightning_dist.verify.batches import Recorded, interleaved, joined, told_alike
+from lightning_dist.verify.comparison import Comparison, Tolerance, compare, note_alike, note_batches
 from lightning_dist.verify.departure import Departure, first_departure
 from lightning_dist.verify.results import LayoutResult, Verification
-from lightning_dist.verify.training import Job, Record, train
+from lightning_dist.verify.training import Job, Record, train, validate_trainer
 
 _PATIENCE = 3.0
 """Seconds that ranks get to say what they met after one has failed."""
@@ -67,11 +67,12 @@ def verify(
             depends on parameters is computed.
         accelerator: ``"auto"`` or ``"cpu"``.
         timeout: seconds for each training.
-        trainer, strategy: more arguments of the Trainer, and of HybridStrategy.
+        trainer, strategy: more arguments of the Trainer, such as ``accumulate_grad_batches``, and of HybridStrategy.
         on_begin: called before each layout, with what was found so far and its name.
 
     Raises:
-        ValueError: a layout that is none; a module that does not train in one process.
+        ValueError: a layout that is none; an argument of the Trainer that is set here; a module that does not train in
+            one process.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; there is nothing to compare without one")
@@ -81,6 +82,7 @@ def verify(
     named = {str(layout): _resolved(layout) for layout in asked}
     if not named:
         raise ValueError("there are no layouts to compare with one process; give some, such as dp_shard=2")
+    validate_trainer(trainer or {})
     _validate_pickled(make_module, make_data)
     device_type = _device_type(accelerator, max(layout.world_size for layout in named.values()))
     with tempfile.TemporaryDirectory(prefix="lightning_dist-verify-") as folder:
@@ -160,6 +162,7 @@ class _Run:
         if dropouts:
             more = f" and {len(dropouts) - _NAMED} more" if len(dropouts) > _NAMED else ""
             notes.append(f"dropout was switched off in both ({', '.join(dropouts[:_NAMED])}{more})")
+        notes += sorted(self.own.notes)
         if self.own.draws:
             notes.append("the steps draw random numbers, of which ranks draw others than one process")
         if self.own.coarsest != torch.float64 and "64" in str(self.job.precision):
@@ -185,6 +188,8 @@ class _Run:
         one = self._reference(batches)
         compared = compare(records, one, layout, self.tolerance)
         note_batches(compared, batches.num_validation, self.own_batches.num_validation)
+        for told in batches.alike:
+            note_alike(compared, told)
         num_data_ranks = layout.num_data_ranks
         differences = {kind: d.relative for kind, d in compared.differences.items()}
         if not compared.wrong:
@@ -199,8 +204,8 @@ class _Run:
 
     def _departure(self, layout: Layout, compared: Comparison) -> Departure | None:
         """The first module; where no activation departs, or none can be looked at, what the comparison found."""
-        if compared.first_batch is None:
-            return compared.departure
+        if compared.first_batch is None or compared.stepped is not None:
+            return compared.stepped or compared.departure
         looking = replace(self.job, layout=layout, looked_at=compared.first_batch, validation_batches=0)
         try:
             records = self._train(looking)
@@ -221,10 +226,11 @@ class _Run:
             raise _Refused("a data rank was given no batch, so there is nothing to compare; give more data")
         of_ranks = [recorded for _, recorded in sorted(of_data.items(), key=lambda pair: pair[0])]
         try:
-            training = joined(of_ranks)
+            training = joined(of_ranks, self.job.strategy.get("batch_split"))
         except ValueError as error:
             raise _Refused(str(error)) from None
-        return replace(training, validation=interleaved(of_ranks, self.own_batches.num_validation))
+        alike = told_alike(of_ranks, self.own_batches)
+        return replace(training, validation=interleaved(of_ranks, self.own_batches.num_validation), alike=alike)
 
     def _reference(self, batches: Recorded) -> Record:
         for known, record in self._references:
@@ -233,7 +239,7 @@ class _Run:
         try:
             (record,) = self._train(replace(self.job, batches=self._saved(batches)))
         except CheckFailed as failed:
-            raise _Refused(f"on the batches of the data ranks, joined: {failed.reason}") from None
+            raise CheckFailed(f"on the batches of the data ranks, joined: {failed.reason}", failed.details) from None
         self._references.append((batches, record))
         return record
 
