@@ -157,7 +157,7 @@ class Seq2Seq(ConfiguredModule):
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Loss of each target, ``(batch, length)``."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _token_metrics() -> nn.ModuleDict:
