@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from recipes.optimization import (
     OptimizerFactory,
@@ -54,7 +56,30 @@ class ConfiguredModule(L.LightningModule):
             freeze_parameters(self.model, self._freeze)
             self._without_decay = parameters_without_decay(self)
 
+    def on_validation_start(self) -> None:
+        """See :func:`widen_metrics`."""
+        widen_metrics(self)
+
+    def on_test_start(self) -> None:
+        """See :func:`widen_metrics`."""
+        widen_metrics(self)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer without weight decay on norms and biases, and rates of their own by name; schedule by step."""
         rates = {f"model.{pattern}": rate for pattern, rate in self._learning_rates.items()}
         return configure_optimization(self, self._make_optimizer, self._make_scheduler, self._without_decay, rates)
+
+
+def widen_metrics(module: nn.Module) -> None:
+    """Has metrics whose sums are of 16 bits sum up in float64; for when an evaluation starts.
+
+    ``precision="bf16-true"`` and ``"16-true"`` cast them with the network, and a sum in bfloat16 stands still at 256
+    times one batch.
+    """
+    for metric in module.modules():
+        if isinstance(metric, Metric) and any(map(_is_narrow, metric.metric_state.values())):
+            metric.to(torch.float64)
+
+
+def _is_narrow(state: list[Tensor] | Tensor) -> bool:
+    return isinstance(state, Tensor) and state.is_floating_point() and state.dtype.itemsize < 4

@@ -70,7 +70,8 @@ def parameter_groups(
     Args:
         module: the module to train; wrapped is fine if ``without_decay`` is given.
         without_decay: what :func:`parameters_without_decay` said, by default asked now.
-        learning_rates: by patterns of names; of several that fit, the last counts.
+        learning_rates: by patterns of names, for a tied parameter of any of its names; of several that fit, the last
+            counts.
 
     Raises:
         ValueError: no parameter of the module requires a gradient, or a pattern fits none.
@@ -83,16 +84,17 @@ def parameter_groups(
             f"{type(module).__name__} has no parameter that requires a gradient, so there is nothing to optimise; "
             "unfreeze a part of it, or call validate, test or predict"
         )
-    names = [_plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)]
+    # By all names: a head that is tied to an embedding is known to named_parameters() by the first alone.
+    named = {_plain_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     rates = {
-        name: rate
+        named[name]: rate
         for pattern, rate in (learning_rates or {}).items()
-        for name in _fitting(pattern, names, "learning_rates")
+        for name in _fitting(pattern, named, "learning_rates")
     }
     groups: list[dict[str, Any]] = []
     for rate in dict.fromkeys([None, *rates.values()]):
         own: dict[str, Any] = {} if rate is None else {"lr": rate}
-        chosen = [(name, p) for name, p in trainable if rates.get(name) == rate]
+        chosen = [(name, p) for name, p in trainable if rates.get(p) == rate]
         groups.append(own | {"params": [p for name, p in chosen if name not in without_decay]})
         groups.append(own | {"params": [p for name, p in chosen if name in without_decay], "weight_decay": 0.0})
     return [group for group in groups if group["params"]]

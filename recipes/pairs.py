@@ -108,25 +108,27 @@ def read_pairs(path: str | Path, fields: Sequence[str] = ("source", "target")) -
 
 
 def _of_json(file: Path, source: str, target: str) -> Iterator[Pair]:
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        pair: Pair | None
-        try:
-            found = json.loads(line)
-            pair = Pair(found[source], found[target])
-        except (ValueError, KeyError, TypeError):
-            pair = None
-        if pair is None or not all(isinstance(text, str) for text in pair):
-            raise ValueError(
-                f"line {number} of {file} is no JSON object with texts {source!r} and {target!r}; name others as "
-                "data.fields=[...]"
-            )
-        yield pair
+    # Not splitlines(): texts may have other characters that end a line, such as U+2028.
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            pair: Pair | None
+            try:
+                found = json.loads(line)
+                pair = Pair(found[source], found[target])
+            except (ValueError, KeyError, TypeError):
+                pair = None
+            if pair is None or not all(isinstance(text, str) for text in pair):
+                raise ValueError(
+                    f"line {number} of {file} is no JSON object with texts {source!r} and {target!r}; name others as "
+                    "data.fields=[...]"
+                )
+            yield pair
 
 
 def _of_columns(file: Path, source: str, target: str) -> Iterator[Pair]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         columns: Sequence[int] | None = None
         for row in rows:

@@ -39,4 +39,4 @@ def mean_over_tokens(nats: Tensor, batch: dict[str, Tensor]) -> Tensor:
         batch: of :func:`add_shares`; without shares, the mean is that of the batch alone.
     """
     counts = batch[SHARE if SHARE in batch else NUM_TARGETS]
-    return nats.sum() / counts.sum()
+    return nats.float().sum() / counts.sum()

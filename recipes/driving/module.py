@@ -56,7 +56,7 @@ class ImitationModule(ConfiguredModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss, and the share of the expert's actions that are the likeliest."""
-        logits, actions = self(batch["grid"], batch["vehicles"]), batch["action"]
+        logits, actions = self(batch["grid"], batch["vehicles"]).float(), batch["action"]
         self.val_accuracy.update(logits, actions)
         self.log("val/loss", F.cross_entropy(logits, actions), batch_size=len(actions))
         self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=len(actions))

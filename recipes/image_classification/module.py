@@ -67,7 +67,7 @@ class ImageClassifier(ConfiguredModule):
 
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        logits = self(images)
+        logits = self(images).float()
         accuracy.update(logits, labels)
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))

@@ -18,7 +18,8 @@ from recipes.parts import PartsData
 
 
 class ImageShards(PartsData):
-    """Images and labels of shards that ``lightning-dist data index`` has indexed, resized to squares.
+    """Images and labels of shards that ``lightning-dist data index`` has indexed, resized to squares. Transparency is
+    left aside.
 
     Args:
         train: index of the training shards, or several for a mixture.
@@ -71,7 +72,7 @@ class ImageShards(PartsData):
         if min_area is not None:
             vary.insert(0, v2.RandomResizedCrop(image_size, scale=(min_area, 1.0)))
         per_channel = [[x] * in_channels if isinstance(x, float | int) else list(x) for x in (mean, std)]
-        colours: list[Any] = [_resizable, v2.RGB() if in_channels == 3 else v2.Grayscale()]
+        colours: list[Any] = [_opaque, _resizable, v2.RGB() if in_channels == 3 else v2.Grayscale()]
         last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*per_channel)]
         self._transforms = {
             "train": v2.Compose([*colours, *(crop if min_area is None else vary), *last]),
@@ -95,6 +96,11 @@ class ImageShards(PartsData):
         assert isinstance(data, ShardDataset)
         sampler = ShardSampler(data, weights=self.weights, **self._order)
         return self._loader("train", self.batch_size, sampler=sampler, drop_last=True)
+
+
+def _opaque(image: Tensor) -> Tensor:
+    """The colours alone of what has transparency, as Pillow's ``convert("RGB")``, by which image folders are read."""
+    return image[:3] if len(image) == 4 else image
 
 
 def _resizable(image: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class CausalLM(ConfiguredModule):
 
     def _evaluate(self, stage: str, metrics: nn.ModuleDict, batch: dict[str, Tensor]) -> None:
         targets = batch["targets"].flatten()
-        logits = self(batch["inputs"], **_documents(batch)).flatten(0, 1)
+        logits = self(batch["inputs"], **_documents(batch)).flatten(0, 1).float()
         nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         num_tokens = (targets != IGNORED).sum()
         sums = {

@@ -109,6 +109,7 @@ class MedMNIST(PartsData):
             return
         with np.load(self.path) as file:
             read = {part: self._read(file, part) for part in ("train", "val", "test")}
+        self._check_labels(torch.cat([labels for _, labels in read.values()]))
         values = read["train"][0].float()
         mean, std = float(values.mean()), max(float(values.std()), 1e-6)
         for part, (scans, labels) in read.items():
@@ -122,11 +123,19 @@ class MedMNIST(PartsData):
         if labels.ndim == 2 and labels.shape[1] > 1:
             raise ValueError(f"{self.path} has {labels.shape[1]} labels a scan; this recipe tells one class each")
         labels = labels.flatten()
-        if int(labels.max()) >= self.num_classes:
-            raise ValueError(f"{self.path} has a label {int(labels.max())} and data.num_classes={self.num_classes}")
         has_colours = images.shape[-1] == 3
         scans = images.movedim(-1, 1) if has_colours else images[:, None]
         if scans.shape[1] != self.in_channels or set(scans.shape[2:]) != {self.image_size}:
             told = f"data.in_channels={self.in_channels} and data.image_size={self.image_size}"
             raise ValueError(f"{self.path} has scans of {tuple(images.shape[1:])}, which are not {told}")
         return scans.contiguous(), labels
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Of all parts together: each class has to occur in one of them, or its figures would be of nothing."""
+        found = labels.unique().tolist()
+        if found == list(range(self.num_classes)):
+            return
+        counts = found == list(range(len(found)))
+        advice = f"pass data.num_classes={len(found)}" if counts else "number the classes that there are from 0 on"
+        shown = f"{', '.join(map(str, found[:20]))}{', ...' if len(found) > 20 else ''}"
+        raise ValueError(f"{self.path} has the labels {shown}, and data.num_classes={self.num_classes}; {advice}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -16,6 +17,7 @@ from torchmetrics.classification import (
     MulticlassAUROC,
 )
 from torchmetrics.regression import MeanSquaredError
+from torchmetrics.utilities.data import dim_zero_cat
 
 
 class SensitivityAtSpecificity(BinarySensitivityAtSpecificity):
@@ -63,6 +65,25 @@ class AUCOfClass(BinaryAUROC):
         super().update(preds[:, self.index], (target == self.index).long())
 
 
+class MeanAUC(MulticlassAUROC):
+    """The mean over classes of the area under the ROC curve of each against the others, of those that occur and are not
+    alone; not a number where none does.
+
+    Args:
+        num_classes: number of classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average=None)
+
+    def compute(self) -> Any:
+        """Of all that was seen."""
+        of_classes = super().compute()
+        labels = dim_zero_cat(self.target)
+        counts = torch.bincount(labels, minlength=len(of_classes))
+        return of_classes[(counts > 0) & (counts < len(labels))].mean()
+
+
 def diagnosis_metrics(min_specificity: float) -> MetricCollection:
     """By name: ``auc``, ``accuracy``, ``sensitivity`` and ``specificity`` at a probability of one half, ``brier``, and
     ``sensitivity_at_specificity``.
@@ -82,12 +103,13 @@ def diagnosis_metrics(min_specificity: float) -> MetricCollection:
 
 
 def class_metrics(num_classes: int) -> MetricCollection:
-    """By name: ``accuracy``, ``auc`` (mean over the classes, each against the others, as MedMNIST's evaluator has it),
-    and both of each class as ``accuracy/0`` and ``auc/0``.
+    """By name: ``accuracy``, ``auc`` (mean over the classes, each against the others, as MedMNIST's evaluator has it, of
+    those that occur in what is measured), and both of each class as ``accuracy/0`` and ``auc/0``, which are 0 for one
+    that does not occur.
     """
     metrics: dict[str, Any] = {
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        "auc": MulticlassAUROC(num_classes),
+        "auc": MeanAUC(num_classes),
     }
     for index in range(num_classes):
         metrics[f"accuracy/{index}"] = AccuracyOfClass(index, num_classes)

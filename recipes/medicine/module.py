@@ -63,9 +63,9 @@ class ScanClassifier(ConfiguredModule):
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> None:
         scans, labels = batch
-        logits = self(scans)
+        logits = self(scans).float()
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
-        probabilities = logits.float().softmax(dim=-1)
+        probabilities = logits.softmax(dim=-1)
         for name, metric in metrics.items():
             metric.update(probabilities, labels)
             self.log(f"{stage}/{name}", metric, prog_bar=name == "auc", batch_size=len(labels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -29,9 +29,10 @@ DEFAULT_CACHE = "~/.cache/lightning_dist/pairs"
 class PairData(PartsData):
     """Pairs of texts in batches of tokens.
 
-    Batches are ``{"sources", "source_mask", "inputs", "targets", "num_targets"}``: tokens ``(batch, source length)``
-    int64 and 1 where they are none of padding, the decoder's inputs and targets ``(batch, target length)``, each with
-    the end behind, targets of padding -100, and how many targets each pair has, ``(batch,)``.
+    Batches are ``{"sources", "source_mask", "inputs", "targets", "num_targets", "index"}``: tokens ``(batch, source
+    length)`` int64 and 1 where they are none of padding, the decoder's inputs and targets ``(batch, target length)``,
+    each with the end behind, targets of padding -100, how many targets each pair has, ``(batch,)``, and its place in
+    its part, likewise.
 
     Args:
         path: a .tsv or .jsonl file; see :func:`recipes.pairs.pair_parts` for this and the next ones.
@@ -114,9 +115,14 @@ class PairData(PartsData):
         """The texts of rows of tokens ``(rows, length)``."""
         return [self.vocabulary.decode(row) for row in tokens.tolist()]
 
-    def collate(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    def references(self, batch: dict[str, Tensor]) -> list[str]:
+        """The true targets of a test batch, also where they have words that the vocabulary lacks."""
+        targets = [self.pairs["test"][index].target for index in batch["index"].tolist()]
+        return [" ".join(target.split()) for target in targets] if self.tokens == "words" else targets
+
+    def collate(self, pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
         """A batch of encoded pairs."""
-        sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
+        indices, sources, targets = map(list, zip(*pairs, strict=True))
         is_fixed = self.padding == "max_length"
         lengths = self.max_lengths if is_fixed else (max(map(len, sources)), max(map(len, targets)))
         tokens = padded(sources, lengths[0], PADDING)
@@ -127,13 +133,22 @@ class PairData(PartsData):
             "inputs": padded([[PADDING, *row[:-1]] for row in targets], lengths[1], PADDING),
             "targets": padded(targets, lengths[1], IGNORED),
             "num_targets": torch.tensor([len(row) for row in targets]),
+            "index": torch.tensor(indices),
         }
 
     def _loader(self, part: str, batch_size: int, **arguments: object) -> DataLoader:
         return super()._loader(part, batch_size, collate_fn=self.collate, **arguments)
 
 
-class EncodedPairs(Dataset[tuple[list[int], list[int]]]):
+class EncodedPair(NamedTuple):
+    """The place of a pair in its part, and its tokens."""
+
+    index: int
+    source: list[int]
+    target: list[int]
+
+
+class EncodedPairs(Dataset[EncodedPair]):
     """Tokens of the source and of the target of each pair.
 
     Args:
@@ -151,8 +166,10 @@ class EncodedPairs(Dataset[tuple[list[int], list[int]]]):
     ) -> None:
         sources = vocabulary.encode([pair.source for pair in pairs])
         targets = vocabulary.encode([pair.target for pair in pairs])
-        every = list(zip(sources, targets, strict=True))
-        self._encoded = [pair for pair in every if all(len(x) <= n for x, n in zip(pair, max_lengths, strict=True))]
+        every = list(map(EncodedPair, range(len(pairs)), sources, targets))
+        self._encoded = [
+            pair for pair in every if len(pair.source) <= max_lengths[0] and len(pair.target) <= max_lengths[1]
+        ]
         left_out = len(every) - len(self._encoded)
         needed = [max(map(len, side)) for side in (sources, targets)]
         enough = f"data.max_source_length={needed[0]} data.max_target_length={needed[1]}"
@@ -168,5 +185,5 @@ class EncodedPairs(Dataset[tuple[list[int], list[int]]]):
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+    def __getitem__(self, index: int) -> EncodedPair:
         return self._encoded[index]

@@ -28,7 +28,8 @@ class Seq2Seq(ConfiguredModule):
     - ``loss``, nats per target token, and ``perplexity``, its exponential;
     - ``accuracy`` of the next token, of which those before it are given;
 
-    and for ``test``, of what it generates, greedily or by beam search:
+    and for ``test``, of what it generates, greedily or by beam search, beside the true texts, so that a word which the
+    vocabulary lacks is an error:
 
     - ``word_error_rate``, edits by words to the reference, over the words of all references;
     - ``exact_match``, the share of pairs without any;
@@ -103,10 +104,8 @@ class Seq2Seq(ConfiguredModule):
         self._evaluate("test", self.test_metrics, batch)
         if not self.generates:
             return
-        translations, targets = (
-            self._translations(batch),
-            self._texts(batch["targets"].masked_fill(batch["targets"] == IGNORED, PADDING)),
-        )
+        data: Any = getattr(self.trainer, "datamodule", None)
+        translations, targets = self._translations(batch), data.references(batch)
         for name, metric in self.text_metrics.items():
             references = targets if name == "word_error_rate" else [[target] for target in targets]
             cast(Metric, metric).update(translations, references)
@@ -157,7 +156,7 @@ class Seq2Seq(ConfiguredModule):
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Loss of each target, ``(batch, length)``."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _token_metrics() -> nn.ModuleDict:

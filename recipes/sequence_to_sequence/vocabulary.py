@@ -45,10 +45,10 @@ class Vocabulary:
         return [[*encoding.ids, END] for encoding in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens up to the end, if there is one."""
+        """The text of tokens up to the end, if there is one; ``<unk>`` stands for each that is unknown."""
         kept = list(tokens)
         kept = kept[: kept.index(END)] if END in kept else kept
-        return self._tokenizer.decode([token for token in kept if token not in (PADDING, UNKNOWN)])
+        return self._tokenizer.decode([token for token in kept if token != PADDING], skip_special_tokens=False)
 
 
 def train_vocabulary(pairs: Sequence[Pair], kind: Kind, vocab_size: int) -> tokenizers.Tokenizer:

@@ -108,14 +108,8 @@ class TableData(PartsData):
             return
         rows = self.rows()
         if lacking := [n for n in (self.target, *self.numeric, *self.categorical) if n not in rows[0]]:
-            name = self.path.name if self.path else "the table"
-            raise ValueError(f"{name} has no column {lacking[0]!r}; its columns are {', '.join(rows[0])}")
-        labels = [int(str(row[self.target]) == str(self.positive)) for row in rows]
-        if len(set(labels)) < 2:
-            values = sorted({str(row[self.target]) for row in rows})
-            raise ValueError(
-                f"data.positive={self.positive!r}, and {self.target!r} has the values {', '.join(values[:5])}"
-            )
+            raise ValueError(f"{self._name} has no column {lacking[0]!r}; its columns are {', '.join(rows[0])}")
+        labels = self._labels(rows)
         folds = StratifiedKFold(self.num_folds, shuffle=True, random_state=SPLIT_SEED).split(rows, labels)
         rest, test = list(folds)[self.fold]
         stratify = [labels[index] for index in rest]
@@ -129,3 +123,26 @@ class TableData(PartsData):
             )
         for name, part in (("train", train), ("val", val), ("test", test)):
             self.parts[name] = Rows([rows[i] for i in part], encoding, [labels[i] for i in part])
+
+    @property
+    def _name(self) -> str:
+        return self.path.name if self.path else "the table"
+
+    def _labels(self, rows: Sequence[Row]) -> list[int]:
+        """1 for each row of the positive class, 0 for those of the other."""
+        targets = [row[self.target] for row in rows]
+        if missing := sum(target is None or target != target for target in targets):
+            raise ValueError(
+                f"{missing} of the {len(rows)} rows of {self._name} have no {self.target!r}, so their class is not "
+                "known; leave these rows out of the table"
+            )
+        values = sorted(set(map(str, targets)))
+        told = f"{', '.join(values[:5])}{', ...' if len(values) > 5 else ''}"
+        if str(self.positive) not in values or len(values) < 2:
+            raise ValueError(f"data.positive={self.positive!r}, and {self.target!r} has the values {told}")
+        if len(values) > 2:
+            raise ValueError(
+                f"{self.target!r} of {self._name} has {len(values)} values ({told}), and this recipe tells two classes "
+                "apart; leave the rows of others out, or write one value for all that are not data.positive"
+            )
+        return [int(str(target) == str(self.positive)) for target in targets]

@@ -62,10 +62,10 @@ class RowClassifier(ConfiguredModule):
         return self(batch).sigmoid()
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch) -> None:
-        logits, labels = self(batch), batch["label"]
+        logits, labels = self(batch).float(), batch["label"].float()
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         self.log(f"{stage}/loss", loss, batch_size=len(labels))
-        probabilities, classes = logits.float().sigmoid(), labels.long()
+        probabilities, classes = logits.sigmoid(), labels.long()
         for name, metric in metrics.items():
             metric.update(probabilities, labels if name == "brier" else classes)
             self.log(f"{stage}/{name}", metric, prog_bar=name == "auc", batch_size=len(labels))

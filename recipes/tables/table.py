@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,12 @@ def read_table(path: Path) -> list[Row]:
     """The rows of a CSV or Parquet file, by the names of their columns; None where a value is missing.
 
     Raises:
-        ValueError: a file of another kind, or one that has no rows.
+        ValueError: a file of another kind, or one that has no rows, or a line of a CSV file with other fields than its
+            first.
     """
     rows: list[Row]
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [
-                {name: None if value in MISSING else value for name, value in row.items()}
-                for row in csv.DictReader(file)
-            ]
+        rows = list(_of_lines(path))
     elif path.suffix == ".parquet":
         try:
             from pyarrow import parquet
@@ -41,6 +39,19 @@ def read_table(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
+
+
+def _of_lines(path: Path) -> Iterator[Row]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file)
+        names = next(lines, [])
+        for fields in filter(None, lines):
+            if len(fields) != len(names):
+                raise ValueError(
+                    f"line {lines.line_num} of {path} has {len(fields)} fields, and the first line names {len(names)}; "
+                    "write as many, in quotes where a field has a comma"
+                )
+            yield {name: None if value in MISSING else value for name, value in zip(names, fields, strict=True)}
 
 
 @dataclass
@@ -60,14 +71,19 @@ class Encoding:
     """The number of each category of a column; None is what is missing, or was not there."""
 
     def learn(self, rows: Iterable[Row]) -> None:
-        """Takes mean and standard deviation of the numbers, and the categories in the order of their names."""
+        """Takes mean and standard deviation of the numbers, and the categories in the order of their names.
+
+        A column whose spread is nothing but rounding of its mean keeps its unit, as with scikit-learn's StandardScaler.
+        """
         rows = list(rows)
         numbers = self._numbers(rows)
         known = ~numbers.isnan()
         count = known.sum(0).clamp(min=1)
         self.mean = numbers.nan_to_num(0.0).sum(0) / count
-        squares = torch.where(known, numbers - self.mean, 0.0).square().sum(0) / count
-        self.std = squares.sqrt().clamp(min=1e-6)
+        variance = torch.where(known, numbers - self.mean, 0.0).square().sum(0) / count
+        rounding = count * torch.finfo(torch.float64).eps
+        is_constant = variance <= rounding * variance + (rounding * self.mean).square()
+        self.std = torch.where(is_constant, 1.0, variance.sqrt())
         for name in self.categorical:
             found = sorted({str(row[name]) for row in rows if row[name] is not None})
             for category in (None, *found):
@@ -92,6 +108,9 @@ class Encoding:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float("nan") if value is None else float(value)
+        number = float("nan") if value is None else float(value)
     except ValueError:
         raise ValueError(f"column {name!r} has {value!r}, which is no number; name it among data.categorical") from None
+    if math.isinf(number):
+        raise ValueError(f"column {name!r} has {value!r}, which is not finite; leave it empty where a value is missing")
+    return number

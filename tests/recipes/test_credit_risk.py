@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from pyarrow import parquet
 from sklearn.metrics import brier_score_loss, roc_auc_score, roc_curve
+from sklearn.preprocessing import StandardScaler
 
 from recipes.credit_risk import german_credit
 from recipes.credit_risk.metrics import credit_metrics
@@ -55,6 +56,48 @@ def test_missing_values_and_unknown_categories_are_told_apart_from_others() -> N
     assert numbers[0] == 3.0  # mean 2, standard deviation 1
     assert numbers[1].isnan()
     assert categories.tolist() == [[2, 4], [0, 3]]
+
+
+def test_columns_are_scaled_as_scikit_learn_does() -> None:
+    draw = np.random.default_rng(0)
+    columns = {"tiny": 1e-9 * draw.normal(size=50), "constant": np.full(50, 0.1), "large": 1e9 + draw.normal(size=50)}
+    known = [dict(zip(columns, map(float, values), strict=True)) for values in zip(*columns.values(), strict=True)]
+    others: list[Any] = [{"tiny": 3e-9, "constant": 1.1, "large": 1e9}]
+    encoding = Encoding(list(columns), [])
+    encoding.learn(known)
+    scaler = StandardScaler().fit([list(row.values()) for row in known])
+    for rows in (known, others):
+        expected = scaler.transform([list(row.values()) for row in rows])
+        np.testing.assert_allclose(encoding.encode(rows)[0], expected, rtol=1e-5, atol=1e-6)
+    assert float(encoding.encode(others)[0][0, 1]) == pytest.approx(1.0)  # a constant column keeps its unit
+
+
+@pytest.mark.parametrize(("value", "told"), [("-inf", "'-inf'"), (float("inf"), "inf")])
+def test_a_number_that_is_not_finite_is_refused_by_its_column(value: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=f"column 'income' has {told}, which is not finite"):
+        Encoding(["age", "income"], []).learn([{"age": 1, "income": 2}, {"age": None, "income": value}])
+
+
+@pytest.mark.parametrize("line", ["30,radio, tv,good", "30,car"])
+def test_a_line_with_other_fields_than_the_first_is_told(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f'age,purpose,paid\n31,"radio, tv",bad\n\n{line}\n')
+    with pytest.raises(ValueError, match=rf"line 4 of .* has {line.count(',') + 1} fields, and the first line names 3"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["bad", "good", "?", "good", ""], "2 of the 5 rows of table.csv have no 'paid'"),
+        (["bad", "good", "late"], r"'paid' of table.csv has 3 values \(bad, good, late\), and this recipe tells two"),
+    ],
+)
+def test_rows_without_a_class_or_of_a_third_are_refused(values: list[str], message: str, tmp_path: Path) -> None:
+    data = table(tmp_path)
+    (tmp_path / "table.csv").write_text("age,kind,paid\n" + "".join(f"1,a,{value}\n" for value in values))
+    with pytest.raises(ValueError, match=message):
+        data.setup("fit")
 
 
 def test_each_row_is_tested_in_one_fold_and_parts_have_the_same_share_of_bad_ones() -> None:

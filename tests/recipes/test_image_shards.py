@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_dist import HybridStrategy
 from lightning_dist.data import index_shards
 from recipes import targets
-from recipes.image_classification import ImageShards
+from recipes.image_classification import ImageFolders, ImageShards
 from tests.data.shards.files import write_tar
 from tests.recipes.runs import vit
 from tests.support.parity import QUIET, Losses, whole_weights
@@ -180,6 +180,28 @@ def test_a_scan_of_16_bits_is_scaled_as_one_of_8(tmp_path: Path) -> None:
         data.setup("test")
         images.append(data.parts["test"][0][0])
     torch.testing.assert_close(*images, rtol=0, atol=3 / 255)  # integers are rounded when they are resized
+
+
+def test_images_with_transparency_are_those_of_image_folders(tmp_path: Path) -> None:
+    draw, samples = np.random.default_rng(0), []
+    for mode, channels in (("RGBA", 4), ("LA", 2), ("P", 1), ("L", 1)):
+        pixels = draw.integers(0, 256, (40, 40, channels), dtype=np.uint8).squeeze()
+        image = Image.fromarray(pixels).convert(mode)
+        for part in ("train", "val"):
+            (tmp_path / part / "some").mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / part / "some" / f"{mode}.png", **({"transparency": 3} if mode == "P" else {}))
+        samples.append((mode, {"png": (tmp_path / "val/some" / f"{mode}.png").read_bytes(), "cls": b"0"}))
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "a.tar", sorted(samples))
+    index_shards([tmp_path / "shards"])
+    folders = ImageFolders(tmp_path, 1, image_size=28, num_workers=0)
+    shards = ImageShards(*[tmp_path / "shards"] * 3, num_classes=1, image="png", image_size=28, num_workers=0)
+    grey = ImageShards(*[tmp_path / "shards"] * 3, 1, "png", image_size=28, in_channels=1, mean=0.5, std=0.5)
+    for data in (folders, shards, grey):
+        data.setup("fit")
+    for one, other in zip(folders.parts["val"], shards.parts["val"], strict=True):
+        torch.testing.assert_close(other[0], one[0], rtol=0, atol=0.05)  # another resizing: of Pillow and of torch
+    assert [image.shape for image, _ in grey.parts["val"]] == [(1, 28, 28)] * 4
 
 
 def test_the_config_makes_it(shards: Path) -> None:

@@ -70,7 +70,10 @@ def test_scans_are_mirrored_in_training_only(tmp_path: Path) -> None:
     [
         ({"val_labels": None}, {}, "has no val_labels; it has train_images"),
         ({"test_labels": np.ones((21, 14), int)}, {}, "has 14 labels a scan; this recipe tells one class each"),
-        ({}, {"num_classes": 2}, "has a label 2 and data.num_classes=2"),
+        ({}, {"num_classes": 2}, "has the labels 0, 1, 2, and data.num_classes=2; pass data.num_classes=3"),
+        ({}, {"num_classes": 4}, "has the labels 0, 1, 2, and data.num_classes=4; pass data.num_classes=3"),
+        ({"val_labels": np.full((12, 1), -1)}, {}, "has the labels -1, 0, 1, 2, and data.num_classes=3; number the"),
+        ({"val_labels": np.full((12, 1), 5)}, {"num_classes": 6}, "has the labels 0, 1, 2, 5, and .*; number the"),
         ({}, {"in_channels": 3}, r"has scans of \(8, 8, 8\), which are not data.in_channels=3"),
         ({}, {"image_size": 28}, "which are not data.in_channels=1 and data.image_size=28"),
     ],
@@ -126,6 +129,19 @@ def test_classes_are_measured_as_others_measure_them() -> None:
         expected[f"accuracy/{index}"] = recall
         expected[f"auc/{index}"] = roc_auc_score(labels == index, probabilities[:, index])
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_class_that_a_part_lacks_has_no_say_in_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 1, 3])[torch.randint(3, (301,), generator=generator)]
+    probabilities = (torch.randn(301, 4, generator=generator) + torch.eye(4)[labels]).softmax(1)
+    auc, alone = class_metrics(4)["auc"], class_metrics(4)["auc"]
+    for piece, of_piece in zip(probabilities.split(50), labels.split(50), strict=True):
+        auc.update(piece, of_piece)
+    expected = np.mean([roc_auc_score(labels == index, probabilities[:, index]) for index in (0, 1, 3)])
+    assert float(auc.compute()) == pytest.approx(expected, rel=1e-5)
+    alone.update(probabilities[:9], torch.ones(9, dtype=torch.int64))
+    assert alone.compute().isnan()
 
 
 def test_a_diagnosis_is_measured_as_others_measure_it() -> None:

@@ -49,6 +49,15 @@ def test_every_trainable_parameter_is_in_one_group_once():
     assert "weight_decay" not in decayed
 
 
+@pytest.mark.parametrize("pattern", ["head.*", "embedding.*", "head.weight"])
+def test_a_tied_parameter_has_the_rate_of_any_of_its_names(pattern):
+    network = Tied()
+    rates = {p: g.get("lr") for g in parameter_groups(network, None, {pattern: 0.5}) for p in g["params"]}
+    assert len(rates) == 4
+    assert rates[network.head.weight] == 0.5
+    assert rates[network.head.bias] == (0.5 if pattern == "head.*" else None)
+
+
 def test_groups_follow_the_shapes_before_wrapping():
     network = nn.Sequential(nn.Linear(3, 4))
     without = parameters_without_decay(network)

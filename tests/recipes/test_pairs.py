@@ -32,6 +32,18 @@ def test_both_kinds_of_files_are_read(tmp_path: Path) -> None:
     assert read_pairs(write(tmp_path / "e.jsonl", PAIRS, ("en", "de")), ("en", "de")) == PAIRS
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "b.tsv"])
+def test_lines_end_where_lines_end(name: str, tmp_path: Path) -> None:
+    """With Windows' ends and a mark of byte order, and characters within texts that other readers take for ends."""
+    pairs = [Pair(f"one{mark}two", "x") for mark in "\u2028\x85\x0c\x1c"]
+    if name.endswith("jsonl"):
+        lines = [json.dumps(pair._asdict(), ensure_ascii=False) for pair in pairs]
+    else:
+        lines = ["\t".join(pair) for pair in (Pair("source", "target"), *pairs)]
+    (tmp_path / name).write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:], ""]).encode())
+    assert read_pairs(tmp_path / name) == pairs
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -92,6 +93,40 @@ def test_batches_are_padded_and_targets_one_on(tmp_path: Path) -> None:
     longest = pair_data(tmp_path, batch_size=3, padding="longest")
     longest.setup("fit")
     assert next(iter(longest.val_dataloader()))["targets"].shape == (3, 4)
+
+
+def test_references_keep_words_that_the_vocabulary_lacks(tmp_path: Path) -> None:
+    tested = [Pair("1", "one"), Pair("1 2", "one  zillion"), Pair("2 1", "zillion one")]
+    data = pair_data(tmp_path, otherwise=lambda: {**three_parts(), "test": tested}, eval_batch_size=2)
+    data.prepare_data()
+    data.setup("test")
+    batches = list(data.test_dataloader())
+    assert [text for batch in batches for text in data.references(batch)] == ["one", "one zillion", "zillion one"]
+    assert data.decode(batches[1]["targets"]) == ["<unk> one"]
+
+
+class Echo(nn.Module):
+    """Says the target, token by token, unknown ones too: they are the source, one on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, decoder_input_ids: Tensor, input_ids: Tensor | None = None, **given: Any) -> Any:
+        tokens = given["encoder_outputs"][0] if input_ids is None else input_ids
+        length = decoder_input_ids.shape[1]
+        logits = nn.functional.one_hot(tokens[:, :length], 16).float() + self.unused
+        return SimpleNamespace(logits=logits, encoder_last_hidden_state=tokens)
+
+
+def test_an_unknown_word_of_a_reference_is_an_error_whatever_is_said(tmp_path: Path) -> None:
+    texts = ["one two", "zillion", "one zillion two"]
+    parts = {**three_parts(), "test": [Pair(text, text) for text in texts]}
+    data = pair_data(tmp_path, otherwise=lambda: parts)
+    module = Seq2Seq(Echo, partial(torch.optim.SGD, lr=0.1), max_length=5)
+    found = L.Trainer(**QUIET, devices=1).test(module, datamodule=data, verbose=False)[0]
+    assert found["test/word_error_rate"] == pytest.approx(2 / 6)
+    assert found["test/exact_match"] == pytest.approx(1 / 3)
 
 
 def test_long_pairs_are_left_out_of_training_and_refused_in_evaluation(tmp_path: Path) -> None:
