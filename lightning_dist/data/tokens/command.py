@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def add_tokenize(commands: Any) -> None:
         description="Encodes text in parallel into a store that lightning_dist.data.TokenDataset reads. A command that "
         "was interrupted goes on where it was when it is given again, to the same bytes.",
     )
-    kinds = "text files, .jsonl, .jsonl.gz or .parquet, or folders of them"
+    kinds = "text files, JSON lines (.jsonl, .json; .gz) or .parquet, or folders of them"
     command.add_argument("sources", nargs="+", metavar="SRC", help=kinds)
     command.add_argument("destination", metavar="DST", help="directory of the store")
     what = "tokenizer.json of the library tokenizers, or a directory that has one"
@@ -72,6 +73,7 @@ def _tokenize(options: argparse.Namespace) -> None:
             pattern=options.pattern,
             end_of_document=options.end_of_document,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
+            report=lambda text: print(f"lightning-dist: {text}", file=sys.stderr),
         )
     print(
         f"{options.destination} has {index.num_tokens:,} tokens of {index.num_documents:,} documents in "

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_dist.data.tokens.encode import Encoder, encoded, load_tokenizer
 from lightning_dist.data.tokens.format import INDEX, TOKENIZER, StoreIndex, read_index, write_index
-from lightning_dist.data.tokens.sources import fingerprint, list_sources, pieces
+from lightning_dist.data.tokens.listing import fingerprint, list_sources
+from lightning_dist.data.tokens.sources import pieces
 from lightning_dist.data.tokens.writer import JOURNAL, Journal, ShardsWriter, locked
 
 _NAMES = {
@@ -39,11 +41,12 @@ def tokenize(
     pattern: str | None = None,
     end_of_document: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[str], None] = rank_zero_warn,
 ) -> StoreIndex:
     """Writes a token store; one that was begun goes on, one that is whole stays.
 
     Args:
-        sources: files or folders, see :func:`~lightning_dist.data.tokens.sources.list_sources`.
+        sources: files or folders, see :func:`~lightning_dist.data.tokens.listing.list_sources`.
         destination: the store's directory.
         tokenizer: a file of the library ``tokenizers``, or a directory with a ``tokenizer.json``.
         workers: processes that encode; by default one for each core that this process may use.
@@ -52,6 +55,7 @@ def tokenize(
         pattern: of names of files in folders.
         end_of_document: token after each document.
         progress: called with the bytes of the sources that are done, and all.
+        report: called with a sentence for files of a folder that are not read, and for what a store lacks.
 
     Returns:
         The store's index.
@@ -62,8 +66,8 @@ def tokenize(
             source that can't be read; an option that can't be.
     """
     folder, content = Path(destination).expanduser(), _read_tokenizer(tokenizer)
-    there = folder.resolve()  # a store within a source is none of it
-    files = [file for file in list_sources(sources, pattern) if not Path(file.path).resolve().is_relative_to(there)]
+    _validate_destination(folder)
+    files = list_sources(sources, pattern, folder, report)  # a store within a source is none of it
     encoder, vocab_size, version = _encoder(content, field, end_of_document)
     if shard_tokens < 1 or (workers is not None and workers < 1):
         raise ValueError(f"--shard-tokens {shard_tokens} and --workers {workers} must be at least 1")
@@ -75,7 +79,6 @@ def tokenize(
         "field": field,
         "end_of_document": end_of_document,
     }
-    _validate_destination(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists():  # nothing is written, so several may ask, also who may not write there
         return _whole(folder, settings)
