@@ -15,6 +15,12 @@ from lightning_dist.data.tokens.listing import SourceFile, reading
 PIECE_BYTES = 1 << 20
 """Of text, about, that is encoded at a time. Part of the store's format: a place is told in pieces."""
 
+PART_BYTES = 1 << 22
+"""Of a text file that are encoded at a time; a longer one is cut at ends of lines. Part of the store's format too."""
+
+PIECES = 2
+"""Version of how sources are cut, by which alone a store that was begun goes on."""
+
 _BINARY = 8000
 """Bytes from the begin of a file in which text has no zero; the same number as git's."""
 
@@ -27,11 +33,12 @@ class Piece:
     """Part of the sources, that is encoded at a time.
 
     Args:
-        kind: of the files.
+        kind: of the files; ``part`` for part of a text file.
         paths: one, or several text files.
-        start, stop: bytes in which the lines of a jsonl file begin, or the row groups of a Parquet file.
-        data: lines that were read already, since they can't be found again without reading what is before.
+        start, stop: bytes in which the lines of a jsonl file begin, or of a part, or the row groups of a Parquet file.
+        data: what was read already, since it can't be found again without reading what is before.
         num_bytes: of the files, for a progress bar.
+        goes_on: whether the text file has another part.
     """
 
     kind: str
@@ -40,16 +47,20 @@ class Piece:
     stop: int = 0
     data: bytes | None = None
     num_bytes: int = 0
+    goes_on: bool = False
 
 
 def pieces(files: Sequence[SourceFile]) -> Iterator[Piece]:
     """The sources cut into pieces: by the files alone, so that they are the same every time."""
     group: list[SourceFile] = []
     for file in files:
-        if group and (file.kind != "text" or sum(each.size for each in group) >= PIECE_BYTES):
+        is_long = file.kind == "text" and file.size > PART_BYTES
+        if group and (file.kind != "text" or is_long or sum(each.size for each in group) >= PIECE_BYTES):
             yield _texts(group)
             group = []
-        if file.kind == "text":
+        if is_long:
+            yield from _parts(file)
+        elif file.kind == "text":
             group.append(file)
         elif file.kind == "jsonl":
             for start in range(0, file.size, PIECE_BYTES):
@@ -67,6 +78,36 @@ def pieces(files: Sequence[SourceFile]) -> Iterator[Piece]:
 
 def _texts(files: Sequence[SourceFile]) -> Piece:
     return Piece("text", tuple(file.path for file in files), num_bytes=sum(file.size for file in files))
+
+
+def _parts(file: SourceFile) -> Iterator[Piece]:
+    """A long text file, of which no more than a part is held."""
+    is_compressed, rest = _is_compressed(file.path), b""
+    start = done = 0
+    goes_on = True
+    with reading(file.path), open(file.path, "rb") as raw, gzip.open(raw) if is_compressed else raw as text:
+        while goes_on:
+            data = rest + text.read(PART_BYTES - len(rest))
+            goes_on = len(data) == PART_BYTES
+            size = _end_of_lines(data) if goes_on else len(data)
+            read = raw.tell() - done
+            part = data[:size] if is_compressed else None
+            yield Piece("part", (file.path,), start, start + size, part, read, goes_on)
+            start, done, rest = start + size, done + read, data[size:]
+
+
+def _end_of_lines(data: bytes) -> int:
+    """Where the last whole line ends, or where there is none the last whole character."""
+    if stop := data.rfind(b"\n") + 1:
+        return stop
+    stop = len(data) - 1
+    while stop > len(data) - 4 and data[stop] & 0xC0 == 0x80:  # a byte within a character
+        stop -= 1
+    return stop
+
+
+def _is_compressed(path: str) -> bool:
+    return path.lower().endswith(".gz")
 
 
 def _inflated(file: SourceFile) -> Iterator[Piece]:
@@ -91,7 +132,7 @@ def documents(piece: Piece, field: str) -> Iterator[str]:
     """
     if piece.kind == "text":
         for path in piece.paths:
-            opened = gzip.open if path.lower().endswith(".gz") else open
+            opened = gzip.open if _is_compressed(path) else open
             with reading(path), opened(path, "rb") as file:
                 yield _decode(file.read(), path)
     elif piece.kind == "jsonl":
@@ -100,6 +141,16 @@ def documents(piece: Piece, field: str) -> Iterator[str]:
                 yield _text_of_line(line, field, piece.paths[0])
     else:
         yield from _rows(piece, field)
+
+
+def text_of_part(piece: Piece) -> str:
+    """The text of a part of a file; a ValueError where it is none."""
+    data = piece.data
+    if data is None:
+        with open(piece.paths[0], "rb") as file:
+            file.seek(piece.start)
+            data = file.read(piece.stop - piece.start)
+    return _decode(data, piece.paths[0], piece.start)
 
 
 def _decode(data: bytes, path: str, offset: int = 0) -> str:
@@ -114,7 +165,7 @@ def _decode(data: bytes, path: str, offset: int = 0) -> str:
             raise UnicodeDecodeError("utf-8", data, place, place + 1, "zero byte")
         return text
     except UnicodeDecodeError as error:
-        unpacked = ", unpacked," if path.lower().endswith(".gz") else ""
+        unpacked = ", unpacked," if _is_compressed(path) else ""
         raise ValueError(
             f"{path}{unpacked} is no text in UTF-8, by its byte {offset + error.start:,} (of value "
             f"{data[error.start]:#04x}); leave it out if it is no text, unpack it if it is compressed, or convert it, "

@@ -13,10 +13,19 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_dist.data.tokens.encode import Encoder, encoded, load_tokenizer
-from lightning_dist.data.tokens.format import INDEX, TOKENIZER, StoreIndex, read_index, write_index
+from lightning_dist.checkpoint.locations import flush
+from lightning_dist.data.tokens.encode import EncodedPart, Encoder, encoded, load_tokenizer
+from lightning_dist.data.tokens.format import (
+    INDEX,
+    TOKENIZER,
+    DamagedStore,
+    StoreIndex,
+    lost_part,
+    read_index,
+    write_index,
+)
 from lightning_dist.data.tokens.listing import fingerprint, list_sources
-from lightning_dist.data.tokens.sources import pieces
+from lightning_dist.data.tokens.sources import PIECES, pieces
 from lightning_dist.data.tokens.writer import JOURNAL, Journal, ShardsWriter, locked
 
 _NAMES = {
@@ -62,6 +71,7 @@ def tokenize(
 
     Raises:
         FileNotFoundError: a source or the tokenizer is not there.
+        DamagedStore: the store was whole, and lost shards since.
         ValueError: the directory holds something else, or a store of another tokenizer, other sources or options; a
             source that can't be read; an option that can't be.
     """
@@ -78,18 +88,25 @@ def tokenize(
         "shard_tokens": shard_tokens,
         "field": field,
         "end_of_document": end_of_document,
+        "pieces": PIECES,
     }
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists():  # nothing is written, so several may ask, also who may not write there
-        return _whole(folder, settings)
+        return _whole(folder, settings, report)
     with locked(folder) as file:
         if (folder / INDEX).exists():
-            return _whole(folder, settings)
+            return _whole(folder, settings, report)
         journal = Journal(file, settings)
         _validate_same(folder, journal.settings, settings)
-        journal.remove_others(folder)
-        (folder / TOKENIZER).write_text(content, encoding="utf-8")
+        if journal.settings.get("pieces") != PIECES:  # in which places are told, and nothing else
+            raise ValueError(
+                f"{folder} was begun by a version of lightning_dist that cuts sources otherwise, so it can't go on; "
+                "remove the directory to begin anew"
+            )
         index = StoreIndex(encoder.dtype, vocab_size, settings, ())
+        journal.end_at_first_lost(folder, index)
+        journal.remove_others(folder)
+        _write_tokenizer(folder, content)
         writer = ShardsWriter(folder, journal, index.token_type, shard_tokens)
         _write(files, encoder, workers or _cores(), journal, writer, progress)
         if not journal.shards:
@@ -100,12 +117,28 @@ def tokenize(
     return index
 
 
-def _whole(folder: Path, settings: dict[str, Any]) -> StoreIndex:
-    """The index of a store that is there."""
+def _whole(folder: Path, settings: dict[str, Any], report: Callable[[str], None]) -> StoreIndex:
+    """The index of a store that is there; a DamagedStore where shards were lost since. What was dropped is told."""
     _remove_journal(folder)
     index = read_index(folder)
     _validate_same(folder, index.settings, settings)
+    if what := next(filter(None, (lost_part(folder, index.files(shard)) for shard in index.shards)), None):
+        raise DamagedStore(
+            f"token store {folder} is damaged: {what}; remove the directory and tokenize anew, or leave out what is "
+            f"damaged by `lightning-dist data check {folder} --drop`"
+        )
+    if index.dropped:
+        report(
+            f"{folder} is without {len(index.dropped):,} of its shards, which were damaged and dropped; remove the "
+            "directory and tokenize anew to have them again"
+        )
     return index
+
+
+def _write_tokenizer(folder: Path, content: str) -> None:
+    with (folder / TOKENIZER).open("w", encoding="utf-8") as file:
+        file.write(content)
+        flush(file)
 
 
 def _remove_journal(folder: Path) -> None:
@@ -122,7 +155,10 @@ def _write(files: Any, encoder: Encoder, workers: int, journal: Journal, writer:
     count = place.pieces
     try:
         for piece, part in encoded(every, encoder, workers):
-            writer.add(part, count, place.documents if count == place.pieces else 0)
+            if isinstance(part, EncodedPart):
+                writer.add_part(part, count)
+            else:
+                writer.add(part, count, place.documents if count == place.pieces else 0)
             count, done = count + 1, done + piece.num_bytes
             progress(done, total)
         writer.finish(count)
