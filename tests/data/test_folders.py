@@ -10,7 +10,7 @@ import pytest
 
 from lightning_dist.data import index_shards
 from lightning_dist.data.folders import files_below
-from lightning_dist.data.tokens.sources import list_sources
+from lightning_dist.data.tokens.listing import list_sources
 from tests.data.shards.files import numbered_tars
 
 

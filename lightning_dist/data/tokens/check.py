@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,23 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_dist.checkpoint.checksums import checksum_of
-from lightning_dist.data.tokens.format import Shard, StoreIndex, read_index, write_index
+from lightning_dist.data.tokens.format import TOKENIZER, Shard, StoreIndex, lost_part, read_index, write_index
 
 _THREADS = 4
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A shard, and what is wrong with it in words."""
+    """A shard, or None for the tokenizer, and what is wrong with it in words."""
 
-    shard: Shard
+    shard: Shard | None
     what: str
 
 
 def check_store(
     path: str | os.PathLike[str], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[StoreIndex, list[Damage]]:
-    """Reads every file of a store and compares size and checksum.
+    """Reads every file of a store and compares size and checksum. Damage of the tokenizer comes last.
 
     Args:
         path: its directory.
@@ -45,18 +46,17 @@ def check_store(
                 damaged.append(Damage(shard, what))
             done += shard.num_tokens
             progress(done, index.num_tokens)
+    if (what := _damage_of_tokenizer(folder, index)) is not None:
+        damaged.append(Damage(None, what))
     return index, damaged
 
 
 def _damage(folder: Path, files: dict[str, tuple[int, int]]) -> str | None:
-    for name, (size, crc) in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (there := path.stat().st_size) != size:
-            return f"{name} has {there} bytes, and {size} were written"
+    if (what := lost_part(folder, files)) is not None:
+        return what
+    for name, (_, crc) in files.items():
         try:
-            found = checksum_of(path)[1]
+            found = checksum_of(folder / name)[1]
         except OSError as error:
             return f"{name} can't be read ({error})"
         if found != crc:
@@ -64,16 +64,29 @@ def _damage(folder: Path, files: dict[str, tuple[int, int]]) -> str | None:
     return None
 
 
+def _damage_of_tokenizer(folder: Path, index: StoreIndex) -> str | None:
+    try:
+        found = hashlib.sha256((folder / TOKENIZER).read_text(encoding="utf-8").encode()).hexdigest()
+    except FileNotFoundError:
+        return f"{TOKENIZER} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{TOKENIZER} can't be read ({error})"
+    wanted = index.settings.get("tokenizer")
+    return None if found == wanted else f"{TOKENIZER} has SHA-256 {found}, and {wanted} made the tokens"
+
+
 def drop_shards(path: str | os.PathLike[str], index: StoreIndex, damaged: Sequence[Damage]) -> StoreIndex:
-    """Writes the index without the damaged shards, whose files stay.
+    """Writes the index without the damaged shards, whose files stay. A damaged tokenizer stays damaged.
 
     Raises:
         ValueError: none would be left.
     """
-    names = {damage.shard.name for damage in damaged}
+    names = {damage.shard.name for damage in damaged if damage.shard is not None}
     left = tuple(shard for shard in index.shards if shard.name not in names)
     if not left:
-        raise ValueError(f"all shards of {path} are damaged, so none would be left; tokenize it again")
+        raise ValueError(
+            f"all shards of {path} are damaged, so none would be left; remove the directory, and tokenize anew"
+        )
     index = replace(index, shards=left, dropped=(*index.dropped, *sorted(names)))
     write_index(Path(path).expanduser(), index)
     return index

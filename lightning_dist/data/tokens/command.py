@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from lightning_dist.data.folders import files_below
 from lightning_dist.data.shards.command import add_index, check_shards
 from lightning_dist.data.shards.index import INDEX as SHARDS
+from lightning_dist.data.shards.index import KINDS as SHARD_KINDS
 from lightning_dist.data.tokens.check import check_store, drop_shards
+from lightning_dist.data.tokens.format import INDEX, TOKENIZER
 from lightning_dist.data.tokens.tokenization import tokenize
+from lightning_dist.data.tokens.writer import JOURNAL
 
 
 def add_tokenize(commands: Any) -> None:
@@ -24,7 +29,7 @@ def add_tokenize(commands: Any) -> None:
         description="Encodes text in parallel into a store that lightning_dist.data.TokenDataset reads. A command that "
         "was interrupted goes on where it was when it is given again, to the same bytes.",
     )
-    kinds = "text files, .jsonl, .jsonl.gz or .parquet, or folders of them"
+    kinds = "text files, JSON lines (.jsonl, .json; .gz) or .parquet, or folders of them"
     command.add_argument("sources", nargs="+", metavar="SRC", help=kinds)
     command.add_argument("destination", metavar="DST", help="directory of the store")
     what = "tokenizer.json of the library tokenizers, or a directory that has one"
@@ -72,6 +77,7 @@ def _tokenize(options: argparse.Namespace) -> None:
             pattern=options.pattern,
             end_of_document=options.end_of_document,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
+            report=lambda text: print(f"lightning-dist: {text}", file=sys.stderr),
         )
     print(
         f"{options.destination} has {index.num_tokens:,} tokens of {index.num_documents:,} documents in "
@@ -80,33 +86,51 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    if len(options.places) > 1 or not _is_token_store(options.places[0]):
-        return check_shards(options.places, options.drop)
-    options.store = Path(options.places[0])
+    """Each place by its own kind; shards without an index together."""
+    stores = [place for place in options.places if _is_token_store(place)]
+    others = [place for place in options.places if place not in stores]
+    indexes = [place for place in others if place.endswith(".json") or _in(place, SHARDS)]
+    shards = [place for place in others if place not in indexes]
+    found = [check_shards(shards, options.drop)] if shards else []  # first, since nothing can be dropped of them
+    found += [_check_store(place, options.drop) for place in stores]
+    return max(found + [check_shards([place], options.drop) for place in indexes])
+
+
+def _check_store(place: str, drop: bool) -> int:
     with Progress(TextColumn("read"), BarColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("read", total=None)
-        index, damaged = check_store(
-            options.store, lambda done, total: progress.update(task, completed=done, total=total)
-        )
+        index, damaged = check_store(place, lambda done, total: progress.update(task, completed=done, total=total))
     if not damaged:
-        print(f"all {len(index.shards):,} shards of {options.store} are as they were written")
+        dropped = f"; {len(index.dropped):,} were dropped" if index.dropped else ""
+        print(f"all {len(index.shards):,} shards of {place} are as they were written{dropped}")
         return 0
-    table = Table("shard", "what is wrong", "tokens", title=f"damaged in {options.store}", title_justify="left")
+    table = Table("shard", "what is wrong", "tokens", title=f"damaged in {place}", title_justify="left")
+    shards = [damage.shard for damage in damaged if damage.shard is not None]
     for damage in damaged:
-        table.add_row(damage.shard.name, damage.what, f"{damage.shard.num_tokens:,}")
+        cells = (damage.shard.name, damage.what, f"{damage.shard.num_tokens:,}") if damage.shard else ("", damage.what)
+        table.add_row(*cells)
     Console().print(table)
-    lost = sum(damage.shard.num_tokens for damage in damaged)
-    share = f"{len(damaged):,} of {len(index.shards):,} shards, {lost / index.num_tokens:.2%} of the tokens"
-    if options.drop:
-        drop_shards(options.store, index, damaged)
+    if len(shards) < len(damaged):
+        print(f"copy the tokenizer that made the tokens to {Path(place) / TOKENIZER}")
+    lost = sum(shard.num_tokens for shard in shards)
+    share = f"{len(shards):,} of {len(index.shards):,} shards, {lost / index.num_tokens:.2%} of the tokens"
+    if shards and drop:
+        drop_shards(place, index, damaged)
         print(f"dropped {share}; the store is the rest")
-        return 0
-    print(f"`lightning-dist data check {options.store} --drop` would leave out {share}")
-    return 1
+    elif shards:
+        print(f"`lightning-dist data check {place} --drop` would leave out {share}")
+    return 0 if drop and len(shards) == len(damaged) else 1
 
 
 def _is_token_store(place: str) -> bool:
     """Whether a place is to be a token store: what is of no shards."""
-    if "://" in place or "*" in place or place.endswith((".json", ".tar", ".parquet")):
+    if "://" in place or "*" in place or place.endswith((".json", *SHARD_KINDS)) or _in(place, SHARDS):
         return False
-    return not (Path(place).expanduser() / SHARDS).exists()
+    folder = Path(place).expanduser()
+    if _in(place, INDEX) or _in(place, JOURNAL) or not folder.is_dir():
+        return True
+    return not any(path.name.endswith(tuple(SHARD_KINDS)) for path in files_below(folder))
+
+
+def _in(place: str, name: str) -> bool:
+    return "://" not in place and (Path(place).expanduser() / name).exists()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dist.data.tokens.sources import Piece, documents
+from lightning_dist.data.tokens.sources import Piece, documents, text_of_part
 
 _BATCH = 1 << 20
 """Characters that are encoded at a time: an encoding takes some hundred times the memory of its tokens."""
@@ -55,6 +55,18 @@ class Encoded:
     lengths: np.ndarray
 
 
+@dataclass(frozen=True)
+class EncodedPart:
+    """The tokens of part of a document, ``(n,)``, that comes in several pieces.
+
+    Args:
+        end: what comes after the document's last token, if it has any; None where the document goes on.
+    """
+
+    tokens: np.ndarray
+    end: np.ndarray | None
+
+
 def load_tokenizer(content: str) -> Any:
     """A ``tokenizers.Tokenizer`` that encodes whole texts as text: without truncation or padding, and what spells a
     special token is no special token.
@@ -88,8 +100,10 @@ class Worker:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder, self._tokenizer = encoder, load_tokenizer(encoder.tokenizer)
 
-    def encode(self, piece: Piece) -> Encoded:
+    def encode(self, piece: Piece) -> Encoded | EncodedPart:
         """The tokens of a piece's documents, in their order."""
+        if piece.kind == "part":
+            return self._part(piece)
         parts: list[np.ndarray] = []
         lengths: list[int] = []
         texts: list[str] = []
@@ -107,6 +121,11 @@ class Worker:
                 texts, waiting = [], 0
         self._add(texts, parts, lengths)
         return Encoded(np.concatenate([*parts, np.empty(0, self._encoder.dtype)]), np.asarray(lengths, np.int64))
+
+    def _part(self, piece: Piece) -> EncodedPart:
+        dtype, end = self._encoder.dtype, [] if self._encoder.end is None else [self._encoder.end]
+        ids = self._tokenizer.encode_batch_fast([text_of_part(piece)], add_special_tokens=False)[0].ids
+        return EncodedPart(np.array(ids, dtype), None if piece.goes_on else np.array(end, dtype))
 
     def _add(self, texts: list[str], parts: list[np.ndarray], lengths: list[int]) -> None:
         end = [] if self._encoder.end is None else [self._encoder.end]
@@ -158,7 +177,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode(piece: Piece) -> Encoded:
+def _encode(piece: Piece) -> Encoded | EncodedPart:
     assert _worker is not None, "this process is no worker"
     try:
         return _worker.encode(piece)
@@ -179,14 +198,14 @@ def _processes(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def encoded(parts: Iterable[Piece], encoder: Encoder, workers: int) -> Iterator[tuple[Piece, Encoded]]:
+def encoded(parts: Iterable[Piece], encoder: Encoder, workers: int) -> Iterator[tuple[Piece, Encoded | EncodedPart]]:
     """The tokens of pieces in their order, encoded in so many processes, a few pieces ahead.
 
     Raises:
         ValueError: a piece can't be read, or a process was killed.
     """
     with _processes(encoder, workers) as pool:
-        waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
+        waiting: deque[tuple[Piece, Future[Encoded | EncodedPart]]] = deque()
         try:
             for piece in parts:
                 waiting.append((piece, pool.submit(_encode, piece)))
@@ -199,5 +218,6 @@ def encoded(parts: Iterable[Piece], encoder: Encoder, workers: int) -> Iterator[
         except BrokenProcessPool as error:
             raise ValueError(
                 "a process that encodes was killed, most likely for want of memory; run the same command again with "
-                "fewer --workers, it goes on where it was"
+                "fewer --workers, it goes on where it was; where one is too many, a line or row of the sources is a "
+                "document that is too long to be held, so divide it or write it as a text file"
             ) from error

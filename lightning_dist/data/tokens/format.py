@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,22 @@ class StoreIndex:
         }
 
 
+def lost_part(folder: Path, files: dict[str, tuple[int, int]]) -> str | None:
+    """What is wrong, in words, with the first of a shard's files that is missing or has another size than was written.
+
+    Args:
+        files: of :meth:`StoreIndex.files`.
+    """
+    for name, (size, _) in files.items():
+        try:
+            there = (folder / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if there != size:
+            return f"{name} has {there} bytes, and {size} were written"
+    return None
+
+
 def shard_name(number: int) -> str:
     """Of the shard of this number, counted from 0."""
     return f"shard-{number:05d}"
@@ -105,6 +122,17 @@ def write_index(folder: Path, index: StoreIndex) -> None:
         json.dump(content, file, indent=1)
         flush(file)
     os.replace(beside, folder / INDEX)
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Names that files were given survive a power failure, where the system lets a directory be flushed."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_index(folder: Path) -> StoreIndex:
@@ -116,7 +144,7 @@ def read_index(folder: Path) -> StoreIndex:
         ValueError: it is of another format, or of a later version of it.
     """
     try:
-        text = (folder / INDEX).read_text()
+        text = (folder / INDEX).read_bytes()
     except FileNotFoundError:
         hint = "tokenize it first" if not folder.exists() else "run the same `lightning-dist tokenize` again to its end"
         raise FileNotFoundError(f"{folder} has no {INDEX}, so it is no whole token store; {hint}") from None
@@ -135,7 +163,7 @@ def read_index(folder: Path) -> StoreIndex:
             dropped=tuple(content["dropped"]),
         )
         sums = content["num_tokens"], content["num_documents"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DamagedStore(f"token store {folder} is damaged: {INDEX} can't be read ({error!r})") from error
     if sums != (index.num_tokens, index.num_documents):
         raise DamagedStore(f"token store {folder} is damaged: the shards in {INDEX} do not have the tokens it names")

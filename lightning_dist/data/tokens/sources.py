@@ -1,52 +1,31 @@
-"""Where text comes from: files, in an order that does not change, and the pieces of them that are encoded at a time."""
+"""The pieces of files that are encoded at a time, and the documents in them."""
 
 from __future__ import annotations
 
-import fnmatch
 import gzip
-import hashlib
 import io
 import json
-import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lightning_dist.data.folders import files_below, first_repeated
+from lightning_dist.data.tokens.listing import SourceFile, reading
 
 PIECE_BYTES = 1 << 20
 """Of text, about, that is encoded at a time. Part of the store's format: a place is told in pieces."""
 
-KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".jsonl.gz": "jsonl.gz",
-    ".ndjson.gz": "jsonl.gz",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".txt.gz": "text",
-}
-"""By the end of a file's name; what else is named itself, or matches a pattern, is text."""
+PART_BYTES = 1 << 22
+"""Of a text file that are encoded at a time; a longer one is cut at ends of lines. Part of the store's format too."""
+
+PIECES = 2
+"""Version of how sources are cut, by which alone a store that was begun goes on."""
+
+_BINARY = 8000
+"""Bytes from the begin of a file in which text has no zero; the same number as git's."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a character, which JSON may spell (``\\ud83d``) and no tokenizer takes."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file to read: its path, what it is, and what tells whether it is still the same."""
-
-    path: str
-    name: str
-    kind: str
-    size: int
-    modified: int
 
 
 @dataclass(frozen=True)
@@ -54,11 +33,12 @@ class Piece:
     """Part of the sources, that is encoded at a time.
 
     Args:
-        kind: of the files.
+        kind: of the files; ``part`` for part of a text file.
         paths: one, or several text files.
-        start, stop: bytes in which the lines of a jsonl file begin, or the row groups of a Parquet file.
-        data: lines that were read already, since they can't be found again without reading what is before.
+        start, stop: bytes in which the lines of a jsonl file begin, or of a part, or the row groups of a Parquet file.
+        data: what was read already, since it can't be found again without reading what is before.
         num_bytes: of the files, for a progress bar.
+        goes_on: whether the text file has another part.
     """
 
     kind: str
@@ -67,65 +47,20 @@ class Piece:
     stop: int = 0
     data: bytes | None = None
     num_bytes: int = 0
-
-
-def list_sources(sources: Sequence[str | os.PathLike[str]], pattern: str | None = None) -> list[SourceFile]:
-    """The files of sources, in the order that they are given; those of a folder, at any depth, in that of their names,
-    links followed.
-
-    Args:
-        pattern: of names of files in folders, such as ``*.py``; by default those whose kind is known by their end.
-
-    Raises:
-        FileNotFoundError: a source is not there.
-        PermissionError: a folder can't be listed.
-        ValueError: there is no file to read, or one that comes twice.
-    """
-    files: list[SourceFile] = []
-    for number, source in enumerate(sources):
-        root = Path(source).expanduser()
-        if not root.exists():
-            raise FileNotFoundError(f"{root} is not there; pass files of text, .jsonl or .parquet, or folders of them")
-        inside = [root] if root.is_file() else files_below(root)
-        for path in inside:
-            if root.is_dir() and not (fnmatch.fnmatch(path.name, pattern) if pattern else _kind(path)):
-                continue
-            name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-            found = path.stat()
-            kind = _kind(path) or "text"
-            files.append(SourceFile(str(path), f"{number}/{name}", kind, found.st_size, found.st_mtime_ns))
-    if not files:
-        ends = pattern or ", ".join(KINDS)
-        raise ValueError(f"no file to tokenize in {', '.join(map(str, sources))}: none matches {ends}; see --pattern")
-    if twice := first_repeated(os.path.abspath(file.path) for file in files):
-        raise ValueError(
-            f"{twice} is named twice, so its documents would be read twice; name it once, or write a store of its own "
-            "and mix stores by weights="
-        )
-    return files
-
-
-def _kind(path: Path) -> str | None:
-    name = path.name.lower()
-    return next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
-
-
-def fingerprint(files: Sequence[SourceFile]) -> dict[str, Any]:
-    """What tells whether sources are the same ones: names below what was given, sizes, times of the last change."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(json.dumps([file.name, file.kind, file.size, file.modified]).encode())
-    return {"files": len(files), "bytes": sum(file.size for file in files), "sha256": digest.hexdigest()}
+    goes_on: bool = False
 
 
 def pieces(files: Sequence[SourceFile]) -> Iterator[Piece]:
     """The sources cut into pieces: by the files alone, so that they are the same every time."""
     group: list[SourceFile] = []
     for file in files:
-        if group and (file.kind != "text" or sum(each.size for each in group) >= PIECE_BYTES):
+        is_long = file.kind == "text" and file.size > PART_BYTES
+        if group and (file.kind != "text" or is_long or sum(each.size for each in group) >= PIECE_BYTES):
             yield _texts(group)
             group = []
-        if file.kind == "text":
+        if is_long:
+            yield from _parts(file)
+        elif file.kind == "text":
             group.append(file)
         elif file.kind == "jsonl":
             for start in range(0, file.size, PIECE_BYTES):
@@ -145,10 +80,40 @@ def _texts(files: Sequence[SourceFile]) -> Piece:
     return Piece("text", tuple(file.path for file in files), num_bytes=sum(file.size for file in files))
 
 
+def _parts(file: SourceFile) -> Iterator[Piece]:
+    """A long text file, of which no more than a part is held."""
+    is_compressed, rest = _is_compressed(file.path), b""
+    start = done = 0
+    goes_on = True
+    with reading(file.path), open(file.path, "rb") as raw, gzip.open(raw) if is_compressed else raw as text:
+        while goes_on:
+            data = rest + text.read(PART_BYTES - len(rest))
+            goes_on = len(data) == PART_BYTES
+            size = _end_of_lines(data) if goes_on else len(data)
+            read = raw.tell() - done
+            part = data[:size] if is_compressed else None
+            yield Piece("part", (file.path,), start, start + size, part, read, goes_on)
+            start, done, rest = start + size, done + read, data[size:]
+
+
+def _end_of_lines(data: bytes) -> int:
+    """Where the last whole line ends, or where there is none the last whole character."""
+    if stop := data.rfind(b"\n") + 1:
+        return stop
+    stop = len(data) - 1
+    while stop > len(data) - 4 and data[stop] & 0xC0 == 0x80:  # a byte within a character
+        stop -= 1
+    return stop
+
+
+def _is_compressed(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
 def _inflated(file: SourceFile) -> Iterator[Piece]:
     """Whole lines of a compressed file, which can only be read from its start."""
     done = 0
-    with _reading(file.path), open(file.path, "rb") as compressed, gzip.open(compressed) as lines:
+    with reading(file.path), open(file.path, "rb") as compressed, gzip.open(compressed) as lines:
         while data := lines.read(PIECE_BYTES):
             data += lines.readline()
             read = compressed.tell() - done
@@ -167,15 +132,45 @@ def documents(piece: Piece, field: str) -> Iterator[str]:
     """
     if piece.kind == "text":
         for path in piece.paths:
-            opened = gzip.open if path.lower().endswith(".gz") else open
-            with _reading(path), opened(path, "rb") as file:
-                yield file.read().decode("utf-8", errors="replace")
+            opened = gzip.open if _is_compressed(path) else open
+            with reading(path), opened(path, "rb") as file:
+                yield _decode(file.read(), path)
     elif piece.kind == "jsonl":
         for line in _lines(piece):
             if line.strip():
                 yield _text_of_line(line, field, piece.paths[0])
     else:
         yield from _rows(piece, field)
+
+
+def text_of_part(piece: Piece) -> str:
+    """The text of a part of a file; a ValueError where it is none."""
+    data = piece.data
+    if data is None:
+        with open(piece.paths[0], "rb") as file:
+            file.seek(piece.start)
+            data = file.read(piece.stop - piece.start)
+    return _decode(data, piece.paths[0], piece.start)
+
+
+def _decode(data: bytes, path: str, offset: int = 0) -> str:
+    """Text of a file, from a byte on.
+
+    Raises:
+        ValueError: it is in another encoding than UTF-8, or no text.
+    """
+    try:
+        text = data.decode("utf-8")
+        if not offset and (place := data.find(0, 0, _BINARY)) >= 0:
+            raise UnicodeDecodeError("utf-8", data, place, place + 1, "zero byte")
+        return text
+    except UnicodeDecodeError as error:
+        unpacked = ", unpacked," if _is_compressed(path) else ""
+        raise ValueError(
+            f"{path}{unpacked} is no text in UTF-8, by its byte {offset + error.start:,} (of value "
+            f"{data[error.start]:#04x}); leave it out if it is no text, unpack it if it is compressed, or convert it, "
+            "as `iconv -f LATIN1 -t UTF-8` does from Latin-1"
+        ) from error
 
 
 def _lines(piece: Piece) -> Iterator[bytes]:
@@ -212,25 +207,12 @@ def _rows(piece: Piece, field: str) -> Iterator[str]:
     names = table.schema_arrow.names
     if field not in names:
         raise ValueError(f"{piece.paths[0]} has no column {field!r}; name one of {', '.join(names)} by --field")
-    with _reading(piece.paths[0]):
+    with reading(piece.paths[0]):
         for batch in table.iter_batches(1024, row_groups=range(piece.start, piece.stop), columns=[field]):
             for text in batch.column(0).to_pylist():
                 if text is not None and not isinstance(text, str):
                     raise ValueError(f"column {field!r} of {piece.paths[0]} is no text; name another by --field")
                 yield text or ""
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """What the libraries that read a file raise where it is damaged, in a sentence."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again, or leave it out") from error
-    except Exception as error:
-        if not type(error).__module__.startswith("pyarrow"):
-            raise
-        raise ValueError(f"{path} is no Parquet file, or a damaged one ({error}); get it again") from error
 
 
 def parquet_file(path: str) -> Any:
@@ -241,5 +223,5 @@ def parquet_file(path: str) -> Any:
         raise ValueError(
             f"{path} is a Parquet file, and pyarrow is not installed; run `pip install 'lightning-dist[parquet]'`"
         ) from None
-    with _reading(path):
+    with reading(path):
         return ParquetFile(path)

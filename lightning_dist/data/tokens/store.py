@@ -60,7 +60,14 @@ class TokenStore:
     def __getitem__(self, part: slice) -> np.ndarray:
         """Tokens ``[start:stop]`` of the stream, ``(n,)`` of the store's dtype; a DamagedStore where they are not all
         there. What the tokens are is not checked; ``lightning-dist data check`` does.
+
+        Raises:
+            TypeError: one token is asked for, which would be read alone.
         """
+        if not isinstance(part, slice):
+            raise TypeError(
+                f"a token store is read in runs, not by {part!r}; take [start:stop], as [0:1] for the first"
+            )
         start, stop, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"a token store is read in runs; take [{start}:{stop}] and then every {step}th")

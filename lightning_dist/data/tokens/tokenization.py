@@ -11,10 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_dist.data.tokens.encode import Encoder, encoded, load_tokenizer
-from lightning_dist.data.tokens.format import INDEX, TOKENIZER, StoreIndex, read_index, write_index
-from lightning_dist.data.tokens.sources import fingerprint, list_sources, pieces
+from lightning_dist.checkpoint.locations import flush
+from lightning_dist.data.tokens.encode import EncodedPart, Encoder, encoded, load_tokenizer
+from lightning_dist.data.tokens.format import (
+    INDEX,
+    TOKENIZER,
+    DamagedStore,
+    StoreIndex,
+    lost_part,
+    read_index,
+    write_index,
+)
+from lightning_dist.data.tokens.listing import fingerprint, list_sources
+from lightning_dist.data.tokens.sources import PIECES, pieces
 from lightning_dist.data.tokens.writer import JOURNAL, Journal, ShardsWriter, locked
 
 _NAMES = {
@@ -39,11 +50,12 @@ def tokenize(
     pattern: str | None = None,
     end_of_document: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[str], None] = rank_zero_warn,
 ) -> StoreIndex:
     """Writes a token store; one that was begun goes on, one that is whole stays.
 
     Args:
-        sources: files or folders, see :func:`~lightning_dist.data.tokens.sources.list_sources`.
+        sources: files or folders, see :func:`~lightning_dist.data.tokens.listing.list_sources`.
         destination: the store's directory.
         tokenizer: a file of the library ``tokenizers``, or a directory with a ``tokenizer.json``.
         workers: processes that encode; by default one for each core that this process may use.
@@ -52,18 +64,20 @@ def tokenize(
         pattern: of names of files in folders.
         end_of_document: token after each document.
         progress: called with the bytes of the sources that are done, and all.
+        report: called with a sentence for files of a folder that are not read, and for what a store lacks.
 
     Returns:
         The store's index.
 
     Raises:
         FileNotFoundError: a source or the tokenizer is not there.
+        DamagedStore: the store was whole, and lost shards since.
         ValueError: the directory holds something else, or a store of another tokenizer, other sources or options; a
             source that can't be read; an option that can't be.
     """
     folder, content = Path(destination).expanduser(), _read_tokenizer(tokenizer)
-    there = folder.resolve()  # a store within a source is none of it
-    files = [file for file in list_sources(sources, pattern) if not Path(file.path).resolve().is_relative_to(there)]
+    _validate_destination(folder)
+    files = list_sources(sources, pattern, folder, report)  # a store within a source is none of it
     encoder, vocab_size, version = _encoder(content, field, end_of_document)
     if shard_tokens < 1 or (workers is not None and workers < 1):
         raise ValueError(f"--shard-tokens {shard_tokens} and --workers {workers} must be at least 1")
@@ -74,19 +88,25 @@ def tokenize(
         "shard_tokens": shard_tokens,
         "field": field,
         "end_of_document": end_of_document,
+        "pieces": PIECES,
     }
-    _validate_destination(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists():  # nothing is written, so several may ask, also who may not write there
-        return _whole(folder, settings)
+        return _whole(folder, settings, report)
     with locked(folder) as file:
         if (folder / INDEX).exists():
-            return _whole(folder, settings)
+            return _whole(folder, settings, report)
         journal = Journal(file, settings)
         _validate_same(folder, journal.settings, settings)
-        journal.remove_others(folder)
-        (folder / TOKENIZER).write_text(content, encoding="utf-8")
+        if journal.settings.get("pieces") != PIECES:  # in which places are told, and nothing else
+            raise ValueError(
+                f"{folder} was begun by a version of lightning_dist that cuts sources otherwise, so it can't go on; "
+                "remove the directory to begin anew"
+            )
         index = StoreIndex(encoder.dtype, vocab_size, settings, ())
+        journal.end_at_first_lost(folder, index)
+        journal.remove_others(folder)
+        _write_tokenizer(folder, content)
         writer = ShardsWriter(folder, journal, index.token_type, shard_tokens)
         _write(files, encoder, workers or _cores(), journal, writer, progress)
         if not journal.shards:
@@ -97,12 +117,28 @@ def tokenize(
     return index
 
 
-def _whole(folder: Path, settings: dict[str, Any]) -> StoreIndex:
-    """The index of a store that is there."""
+def _whole(folder: Path, settings: dict[str, Any], report: Callable[[str], None]) -> StoreIndex:
+    """The index of a store that is there; a DamagedStore where shards were lost since. What was dropped is told."""
     _remove_journal(folder)
     index = read_index(folder)
     _validate_same(folder, index.settings, settings)
+    if what := next(filter(None, (lost_part(folder, index.files(shard)) for shard in index.shards)), None):
+        raise DamagedStore(
+            f"token store {folder} is damaged: {what}; remove the directory and tokenize anew, or leave out what is "
+            f"damaged by `lightning-dist data check {folder} --drop`"
+        )
+    if index.dropped:
+        report(
+            f"{folder} is without {len(index.dropped):,} of its shards, which were damaged and dropped; remove the "
+            "directory and tokenize anew to have them again"
+        )
     return index
+
+
+def _write_tokenizer(folder: Path, content: str) -> None:
+    with (folder / TOKENIZER).open("w", encoding="utf-8") as file:
+        file.write(content)
+        flush(file)
 
 
 def _remove_journal(folder: Path) -> None:
@@ -119,7 +155,10 @@ def _write(files: Any, encoder: Encoder, workers: int, journal: Journal, writer:
     count = place.pieces
     try:
         for piece, part in encoded(every, encoder, workers):
-            writer.add(part, count, place.documents if count == place.pieces else 0)
+            if isinstance(part, EncodedPart):
+                writer.add_part(part, count)
+            else:
+                writer.add(part, count, place.documents if count == place.pieces else 0)
             count, done = count + 1, done + piece.num_bytes
             progress(done, total)
         writer.finish(count)

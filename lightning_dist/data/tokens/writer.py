@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,8 +22,18 @@ import numpy as np
 
 from lightning_dist.checkpoint.checksums import ChecksumStream
 from lightning_dist.checkpoint.locations import flush
-from lightning_dist.data.tokens.encode import Encoded
-from lightning_dist.data.tokens.format import DOCUMENTS, INCOMPLETE, OFFSET, TOKENS, Shard, shard_name
+from lightning_dist.data.tokens.encode import Encoded, EncodedPart
+from lightning_dist.data.tokens.format import (
+    DOCUMENTS,
+    INCOMPLETE,
+    OFFSET,
+    TOKENS,
+    Shard,
+    StoreIndex,
+    flush_folder,
+    lost_part,
+    shard_name,
+)
 
 JOURNAL = "unfinished.jsonl"
 
@@ -71,6 +81,7 @@ class ShardWriter:
         for end in (TOKENS, DOCUMENTS):
             path = self._folder / (self._name + end)
             os.replace(path.with_name(path.name + INCOMPLETE), path)
+        flush_folder(self._folder)
         return Shard(self._name, self.num_tokens, len(offsets) - 1, self._stream.sum, documents.sum)
 
     def close(self) -> None:
@@ -84,34 +95,62 @@ class Journal:
     Args:
         file: open to read and append, and locked.
         settings: see :class:`~lightning_dist.data.tokens.format.StoreIndex`; one that is new begins with them.
+
+    Raises:
+        ValueError: the first line can't be read. What comes after another that can't is forgotten.
     """
 
     def __init__(self, file: IO[bytes], settings: dict[str, Any]) -> None:
         self._file = file
         self.shards: list[Shard] = []
-        self.place = Place()
+        self._places = [Place()]
         file.seek(0)
-        lines = file.read().split(b"\n")
-        whole = sum(len(line) + 1 for line in lines[:-1])
-        file.truncate(whole)  # a line that was being written has no end
-        self.settings: dict[str, Any] = json.loads(lines[0]) if whole else settings
-        if not whole:
-            self._append(settings)
-        for line in lines[1:-1]:
-            entry = json.loads(line)
-            self.shards.append(Shard(**entry["shard"]))
-            self.place = Place(**entry["next"])
+        lines = file.read().split(b"\n")[:-1]  # a line that was being written has no end
+        self.settings = _first_entry(lines[0], file.name) if lines else settings
+        self._ends = [len(lines[0]) + 1] if lines else []
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+                shard, following = Shard(**entry["shard"]), Place(**entry["next"])
+            except (ValueError, KeyError, TypeError):
+                break
+            self._remember(shard, following, self._ends[-1] + len(line) + 1)
+        file.truncate(self._ends[-1] if lines else 0)
+        if not lines:
+            self._ends.append(self._append(settings))
+
+    @property
+    def place(self) -> Place:
+        """In the sources, after the last shard."""
+        return self._places[-1]
+
+    def _remember(self, shard: Shard, following: Place, end: int) -> None:
+        self.shards.append(shard)
+        self._places.append(following)
+        self._ends.append(end)
 
     def add(self, shard: Shard, following: Place) -> None:
         """A shard is on the disk, and the sources go on at a place."""
-        self._append({"shard": asdict(shard), "next": asdict(following)})
-        self.shards.append(shard)
-        self.place = following
+        self._remember(shard, following, self._append({"shard": asdict(shard), "next": asdict(following)}))
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, entry: dict[str, Any]) -> int:
+        """Returns where the line ends."""
         self._file.seek(0, os.SEEK_END)
         self._file.write(json.dumps(entry).encode() + b"\n")
         flush(self._file)
+        return self._file.tell()
+
+    def end_at_first_lost(self, folder: Path, index: StoreIndex) -> None:
+        """Forgets the first shard whose files are not there, or not of their size, and those after it.
+
+        Args:
+            index: of any shards, whose files have sizes as these.
+        """
+        for number, shard in enumerate(self.shards):
+            if lost_part(folder, index.files(shard)):
+                self._file.truncate(self._ends[number])
+                del self.shards[number:], self._places[number + 1 :], self._ends[number + 1 :]
+                return
 
     def remove_others(self, folder: Path) -> None:
         """Removes shards that it does not tell of, and halves of them."""
@@ -122,12 +161,24 @@ class Journal:
                 path.unlink()
 
 
+def _first_entry(line: bytes, name: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(line)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{name} can't be read, so where its store goes on is not known; remove the directory to begin anew"
+        )
+    return settings
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a folder, which no other process holds.
 
     Raises:
-        ValueError: another process writes there.
+        ValueError: another process writes there, or the file system has no locks.
     """
     import fcntl  # not on every system, and readers need none
 
@@ -136,7 +187,22 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers do not inherit it
         except (BlockingIOError, PermissionError):
             raise ValueError(f"another process is writing {folder}; wait for it, or name another directory") from None
+        except OSError as error:
+            raise ValueError(
+                f"{folder} lies on a file system that gives no locks ({error.strerror}), so that two writers could mix "
+                "their shards; name a directory on another, and move the store there when it is whole"
+            ) from error
         yield file
+
+
+@dataclass
+class _LongDocument:
+    """One that comes in parts: the piece of its first, tokens that wait for a shard, and the number of all."""
+
+    piece: int
+    waiting: list[np.ndarray] = field(default_factory=list)
+    num_tokens: int = 0
+    has_shard: bool = False
 
 
 class ShardsWriter:
@@ -152,6 +218,7 @@ class ShardsWriter:
     def __init__(self, folder: Path, journal: Journal, dtype: np.dtype, shard_tokens: int) -> None:
         self._folder, self._journal, self._dtype, self._most = folder, journal, dtype, shard_tokens
         self._shard: ShardWriter | None = None
+        self._long: _LongDocument | None = None
 
     def add(self, part: Encoded, piece: int, skip: int = 0) -> None:
         """The documents of the piece of this number, without the first so many."""
@@ -161,14 +228,41 @@ class ShardsWriter:
             begin = int(ends[first - 1]) if first else 0
             room = self._most - (self._shard.num_tokens if self._shard else 0)
             last = int(np.searchsorted(ends, begin + room, side="right"))
-            if last == first and self._shard:
+            if last <= first and self._shard:  # less where the shard is one document of more than a shard's tokens
                 self._finish(Place(piece, first))
                 continue
             last = max(last, first + 1)
-            if self._shard is None:
-                self._shard = ShardWriter(self._folder, len(self._journal.shards), self._dtype)
-            self._shard.add(part.tokens[begin : int(ends[last - 1])], part.lengths[first:last])
+            self._open().add(part.tokens[begin : int(ends[last - 1])], part.lengths[first:last])
             first = last
+
+    def add_part(self, part: EncodedPart, piece: int) -> None:
+        """The piece of this number, of a document in parts. It waits as long as it may fit into the shard that is being
+        written; when it does not, it goes to the next as it comes, which is its alone if it is longer than a shard.
+        """
+        if self._long is None:
+            self._long = _LongDocument(piece)
+        long, is_last = self._long, part.end is not None
+        long.waiting.append(part.tokens)
+        long.num_tokens += len(part.tokens)
+        if is_last and long.num_tokens:
+            long.waiting.append(part.end)
+            long.num_tokens += len(part.end)
+        if self._shard and not long.has_shard and self._shard.num_tokens + long.num_tokens > self._most:
+            self._finish(Place(long.piece))
+        if long.num_tokens and (is_last or long.has_shard or self._shard is None):
+            for tokens in long.waiting:
+                self._open().add(tokens, np.empty(0, np.int64))
+            long.waiting, long.has_shard = [], True
+        if is_last:
+            if long.num_tokens:
+                self._open().add(part.tokens[:0], np.array([long.num_tokens]))
+            self._long = None
+
+    def _open(self) -> ShardWriter:
+        """The shard that is being written."""
+        if self._shard is None:
+            self._shard = ShardWriter(self._folder, len(self._journal.shards), self._dtype)
+        return self._shard
 
     def finish(self, num_pieces: int) -> None:
         """The last document was added."""

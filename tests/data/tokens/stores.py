@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tokenizers
 
 from lightning_dist.data import TokenStore
 from lightning_dist.data.tokens.encode import Encoded
-from lightning_dist.data.tokens.format import StoreIndex, write_index
+from lightning_dist.data.tokens.format import TOKENIZER, StoreIndex, write_index
 from lightning_dist.data.tokens.writer import Journal, ShardsWriter, locked
 
 END = "<|endoftext|>"
@@ -38,9 +39,10 @@ def write_store(
     dtype: str = "uint16",
     tokenizer: str = "",
 ) -> TokenStore:
-    """A store of documents that are tokens already."""
+    """A store of documents that are tokens already, of a tokenizer that is any text."""
     folder.mkdir()
-    index = StoreIndex(dtype, 1 << 15, {"tokenizer": tokenizer}, ())
+    (folder / TOKENIZER).write_text(tokenizer)
+    index = StoreIndex(dtype, 1 << 15, {"tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest()}, ())
     with locked(folder) as file:
         journal = Journal(file, index.settings)
         writer = ShardsWriter(folder, journal, index.token_type, shard_tokens)

@@ -98,6 +98,8 @@ def test_a_store_reads_on_in_another_process_and_beyond_its_open_files(tmp_path:
     assert again[5:5].dtype == store[:].dtype == np.uint16
     with pytest.raises(ValueError, match="in runs"):
         store[::2]
+    with pytest.raises(TypeError, match=r"read in runs, not by 0; take \[start:stop\]"):
+        store[0]
 
 
 def test_stores_of_other_tokenizers_do_not_mix(tmp_path: Path) -> None:
@@ -128,9 +130,10 @@ def test_a_store_that_is_not_whole_is_not_opened(tmp_path: Path) -> None:
     index.write_text(json.dumps(content | {"num_tokens": 99}))
     with pytest.raises(DamagedStore, match="do not have the tokens"):
         TokenStore(store.path)
-    index.write_text(index.read_text()[:50])
-    with pytest.raises(DamagedStore, match="can't be read"):
-        TokenStore(store.path)
+    for damaged in (index.read_bytes()[:50], b"\xff\xfe" + index.read_bytes(), b"\0" * 50, b"[]"):
+        index.write_bytes(damaged)
+        with pytest.raises(DamagedStore, match="can't be read"):
+            TokenStore(store.path)
     index.write_text(json.dumps(content | {"version": 2}))
     with pytest.raises(ValueError, match=r"lightning_dist.tokens 2"):
         TokenStore(store.path)

@@ -25,7 +25,7 @@ import tokenizers
 from lightning_dist.cli import main
 from lightning_dist.data import TokenStore, tokenize
 from lightning_dist.data.tokens import encode, sources
-from lightning_dist.data.tokens.sources import list_sources
+from lightning_dist.data.tokens.listing import fingerprint, list_sources
 from lightning_dist.data.tokens.writer import locked
 from tests.data.tokens.stores import END, train_tokenizer
 
@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes_with_other_workers(
         "sources": [tmp_path / "texts"], "tokenizer": tmp_path / "tokenizer.json", "shard_tokens": 700, "workers": 2
     }  # fmt: skip
     tokenize(**arguments, destination=tmp_path / "undisturbed")
-    total = sources.fingerprint(sources.list_sources([tmp_path / "texts"]))["bytes"]
+    total = fingerprint(list_sources([tmp_path / "texts"]))["bytes"]
     arguments["destination"] = store = tmp_path / "store"
     for third, workers in ((1, 1), (2, 3)):
         arguments["workers"] = workers
@@ -300,7 +300,6 @@ def test_documents_of_no_token_are_left_out_however_long(tmp_path: Path, monkeyp
 
 
 def test_half_a_character_in_json_is_one_that_can_not_be_read(tmp_path: Path, tokenizer: tokenizers.Tokenizer) -> None:
-    """As bytes that are no UTF-8 are in text files."""
     (tmp_path / "a.jsonl").write_text('{"text": "some \\ud83d text \\ud83d\\ude00"}')
     tokenize([tmp_path / "a.jsonl"], tmp_path / "store", tmp_path / "tokenizer.json", workers=1)
     assert tokenizer.decode(TokenStore(tmp_path / "store")[:].tolist()) == "some \ufffd text \U0001f600"
