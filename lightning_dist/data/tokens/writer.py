@@ -244,7 +244,7 @@ class ShardsWriter:
         long, is_last = self._long, part.end is not None
         long.waiting.append(part.tokens)
         long.num_tokens += len(part.tokens)
-        if is_last and long.num_tokens:
+        if part.end is not None and long.num_tokens:
             long.waiting.append(part.end)
             long.num_tokens += len(part.end)
         if self._shard and not long.has_shard and self._shard.num_tokens + long.num_tokens > self._most:

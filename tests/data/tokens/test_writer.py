@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from lightning_dist.cli import main
-from lightning_dist.data import TokenStore, tokenize
+from lightning_dist.data import tokenize
 from lightning_dist.data.tokens import DamagedStore, sources
-from tests.data.tokens.stores import train_tokenizer, write_store
+from lightning_dist.data.tokens.encode import Encoded
+from lightning_dist.data.tokens.writer import Journal, ShardsWriter, locked
+from tests.data.tokens.stores import train_tokenizer
 
 
 @pytest.fixture
@@ -141,9 +143,15 @@ def test_names_are_on_the_disk_before_the_journal_tells_of_them(
 
 
 def test_a_document_longer_than_a_shard_is_one_of_its_own(tmp_path: Path) -> None:
-    """What follows it is in another."""
-    lengths = [5, 50, *[5] * 10, 60, 70, 3]
-    store = write_store(tmp_path / "store", [np.full(length, length) for length in lengths], shard_tokens=20)
-    found = [(shard.num_documents, shard.num_tokens) for shard in store.index.shards]
+    """What follows it is in another, also where both are of one piece."""
+    lengths = np.array([5, 50, *[5] * 10, 60, 70, 3])
+    tokens = np.repeat(lengths, lengths)
+    with locked(tmp_path) as file:
+        journal = Journal(file, {})
+        writer = ShardsWriter(tmp_path, journal, np.dtype("<u2"), 20)
+        writer.add(Encoded(tokens, lengths), 0)
+        writer.finish(1)
+    found = [(shard.num_documents, shard.num_tokens) for shard in journal.shards]
     assert found == [(1, 5), (1, 50), (4, 20), (4, 20), (2, 10), (1, 60), (1, 70), (1, 3)]
-    assert TokenStore(store.path)[:].tolist() == [length for length in lengths for _ in range(length)]
+    written = b"".join((tmp_path / f"{shard.name}.tokens").read_bytes() for shard in journal.shards)
+    assert np.frombuffer(written, "<u2").tolist() == tokens.tolist()
