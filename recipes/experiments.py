@@ -113,7 +113,7 @@ class Experiment:
         assert self.reproduction is not None
         own = self.reproduction
         changes: dict[str, Any] = {"layouts": layouts or own.layouts, "seeds": seeds or own.seeds}
-        once = {name: list(dict.fromkeys(values)) for name, values in changes.items()}
+        once: dict[str, Any] = {name: list(dict.fromkeys(values)) for name, values in changes.items()}
         return replace(self, reproduction=replace(own, **once))
 
 

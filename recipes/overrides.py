@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from hydra.conf import HydraConf
 
 
-def task_overrides(hydra_cfg: Any) -> list[str]:
+def task_overrides(hydra_cfg: DictConfig | HydraConf) -> list[str]:
     """The overrides of a job. What they refer to (``lr=${scheduler.lr}``) is of the job's config, so in Hydra's own it
     is left as it stands.
 

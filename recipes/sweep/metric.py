@@ -16,7 +16,7 @@ from recipes.sweep.result import JobResult
 SMALL_IS_GOOD = (
     *("loss", "losses", "logloss", "error", "errors", "err", "perplexity", "ppl", "bits", "nats", "nll", "entropy"),
     *("bce", "brier", "mse", "mae", "rmse", "mape", "wer", "cer", "ter", "fid", "cost", "costs", "regret", "latency"),
-    *("time", "seconds", "collision", "collisions"),
+    *("time", "seconds", "wait", "memory", "collision", "collisions"),
 )
 """Words in the names of metrics of which less is better, where a config does not say it."""
 

@@ -83,7 +83,8 @@ LESS_IS_BETTER = (
     *("train/loss", "train/loss_step", "val/perplexity", "test/loss_per_byte", "val/bits_per_byte", "seconds"),
     *("val/unigram_loss_per_byte", "test/ngram/loss_per_byte_4", "test/gzip/loss_per_byte", "first/test/loss"),
     *("test/word_error_rate", "test/word_by_word/word_error_rate", "test/brier", "test/logistic_regression/brier"),
-    *("test/calibration_error", "test/collisions", "test/expert/collisions"),
+    *("test/calibration_error", "test/collisions", "test/expert/collisions", "step_time", "data_wait"),
+    *("communication_wait",),
     # others that are usual
     *(
         "val_loss",
