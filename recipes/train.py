@@ -68,7 +68,7 @@ def train(cfg: DictConfig) -> float | None:
             with targets.allow(allowed_targets(task_overrides(hydra_cfg))):
                 metrics = _run(cfg)
             if metrics is None:
-                hand_on(Path(hydra_cfg.runtime.output_dir))
+                hand_on(Path(hydra_cfg.runtime.output_dir), cfg.launcher.name)
                 return None
             optimized = _optimized(cfg, metrics)
         except Exception as error:
@@ -205,7 +205,7 @@ def join(cfg: DictConfig, hydra_cfg: DictConfig, allowed: tuple[str, ...]) -> di
     """
     HydraConfig.instance().set_config(hydra_cfg)
     cfg.trainer.num_nodes, cfg.trainer.devices = _launched_shape()
-    if cfg.ckpt_path is None and any(Path(HydraConfig.get().runtime.output_dir).rglob("*.ckpt")):
+    if cfg.ckpt_path is None and resume.goes_on(cfg, Path(HydraConfig.get().runtime.output_dir)):
         cfg.ckpt_path = "last"
     try:
         metrics = _run_rank(cfg, hydra_cfg, allowed)

@@ -9,7 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from recipes.config_errors import ConfigError
-from recipes.sweep.result import NOT_ENDED, JobResult
+from recipes.sweep.result import NOT_ENDED, RESULT, JobResult
+from recipes.sweep.running import refuse_handed_on
 
 log = logging.getLogger("recipes.train")
 
@@ -23,7 +24,8 @@ def done_before(cfg: DictConfig, directory: Path, overrides: Sequence[str]) -> J
         overrides: of the job.
 
     Raises:
-        ConfigError: the directory is that of a job of other overrides, with whose checkpoints this one can't go on.
+        ConfigError: the directory is that of a job of other overrides, with whose checkpoints this one can't go on, or
+            of one that was handed on and has not ended.
     """
     before = JobResult.of(directory) if cfg.get("resume") else None
     if before is None:
@@ -34,7 +36,19 @@ def done_before(cfg: DictConfig, directory: Path, overrides: Sequence[str]) -> J
             f"{directory} has a job of another sweep ({', '.join(changed)}); pass another hydra.sweep.dir, or "
             "resume=false to write over it"
         )
+    if before.error == NOT_ENDED:
+        refuse_handed_on(directory)
     return before if before.error is None else None
+
+
+def goes_on(cfg: DictConfig, directory: Path) -> bool:
+    """Whether a job that SLURM or Ray starts was started before, and left a checkpoint to go on from.
+
+    With ``resume=false`` that is one that was written since the job was handed on, not one of an earlier sweep.
+    """
+    result = directory / RESULT
+    since = result.stat().st_mtime if not cfg.get("resume") and result.is_file() else 0.0
+    return any(file.stat().st_mtime >= since for file in directory.rglob("*.ckpt"))
 
 
 def begin(cfg: DictConfig, directory: Path, overrides: Sequence[str], is_first_rank: bool = True) -> None:

@@ -14,6 +14,9 @@ from recipes.config_errors import ConfigError
 LOCK = ".running"
 """The file that is locked, in the directory of a job; it says where the job runs."""
 
+HANDED_ON = ".handed_on"
+"""In its place, the file of a job that waits or runs elsewhere."""
+
 PATIENCE = 1.0
 """Seconds within which those let go of the lock who only look whether somebody has it."""
 
@@ -32,15 +35,32 @@ def running(directory: Path) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise ConfigError(_told(directory))
             time.sleep(0.05)
+        (directory / HANDED_ON).unlink(missing_ok=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def hand_on(directory: Path) -> None:
-    """The job of a directory will run elsewhere, where nobody sees its lock."""
+def hand_on(directory: Path, to: str) -> None:
+    """The job of a directory will run elsewhere, where nobody sees its lock.
+
+    Args:
+        directory: of the job.
+        to: the launcher that was given it.
+    """
+    (directory / HANDED_ON).write_text(f"to launcher={to}\n")
     (directory / LOCK).unlink(missing_ok=True)
+
+
+def refuse_handed_on(directory: Path) -> None:
+    """Raises a ConfigError if the job of a directory was handed on, to one who has not told yet how it ended."""
+    mark = directory / HANDED_ON
+    if mark.is_file():
+        raise ConfigError(
+            f"{directory} has a job that was handed on ({mark.read_text().strip()}) and has not ended, so it may wait or "
+            f"run there; wait for its end, or if it is gone remove {HANDED_ON} in its directory, or pass resume=false"
+        )
 
 
 def is_running(directory: Path) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from recipes.config_errors import ConfigError
 from recipes.sweep import live, running
 from recipes.sweep.jobs import Jobs
 from recipes.sweep.live import Live
+from recipes.sweep.resume import done_before, goes_on
 from recipes.sweep.result import NOT_ENDED, JobResult
 from recipes.sweep.table import write_csv
 from tests.launch.commands import ROOT
@@ -67,9 +70,37 @@ def test_two_can_not_run_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_of_a_job_that_was_handed_on_nothing_is_claimed(tmp_path: Path):
     leave_job(tmp_path, 0, ["seed=0"], error=NOT_ENDED)
     with running.running(tmp_path / "0"):
-        running.hand_on(tmp_path / "0")
+        running.hand_on(tmp_path / "0", "slurm")
 
     assert states(tmp_path) == {"0": "not ended"}
+
+
+def test_what_was_handed_on_is_not_started_again_until_it_has_ended(tmp_path: Path):
+    cfg, job = OmegaConf.create({"resume": True}), tmp_path / "0"
+    leave_job(tmp_path, 0, ["seed=0"], error=NOT_ENDED)
+    running.hand_on(job, "slurm")
+    with pytest.raises(ConfigError, match=r"was handed on \(to launcher=slurm\) and has not ended"):
+        done_before(cfg, job, ["seed=0"])
+    assert done_before(OmegaConf.create({"resume": False}), job, ["seed=0"]) is None
+    JobResult(["seed=0"], "it failed there", {}).save(job)
+    assert done_before(cfg, job, ["seed=0"]) is None  # it runs once more
+    with running.running(job):
+        assert not (job / running.HANDED_ON).exists()
+    JobResult(["seed=0"], NOT_ENDED, {}).save(job)
+    assert done_before(cfg, job, ["seed=0"]) is None
+
+
+@pytest.mark.parametrize(("resume", "age", "goes"), [(True, 100, True), (False, 100, False), (False, -100, True)])
+def test_a_job_elsewhere_goes_on_from_checkpoints_of_its_own(resume: bool, age: int, goes: bool, tmp_path: Path):
+    """Which with ``resume=false`` are those that it left since it was handed on, before it was requeued."""
+    leave_job(tmp_path, 0, ["seed=0"], error=NOT_ENDED)
+    assert not goes_on(OmegaConf.create({"resume": resume}), tmp_path / "0")
+    file = tmp_path / "0" / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    begun = (tmp_path / "0" / "result.json").stat().st_mtime
+    os.utime(file, (begun - age, begun - age))
+    assert goes_on(OmegaConf.create({"resume": resume}), tmp_path / "0") == goes
 
 
 def test_it_is_written_whenever_a_job_begins_or_ends_and_not_otherwise(tmp_path: Path):
