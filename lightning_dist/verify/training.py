@@ -397,10 +397,9 @@ def is_refusal(error: Exception) -> bool:
 
 def _where_it_failed(error: Exception, precision: Any) -> str:
     frames = list(traceback.extract_tb(error.__traceback__))
+    # an error of torch has its last frame here too, where each of its functions is looked at
     if frames[-1].filename.startswith(_OWN) and (frames[-1].line or "").startswith("raise"):
         return str(error)
-    while len(frames) > 1 and frames[-1].filename.startswith(_OWN):  # which looks at each function of torch
-        frames.pop()
     users = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
     frame = (users or frames)[-1]
     first_line = str(error).strip().partition("\n")[0]
