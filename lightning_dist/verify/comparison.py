@@ -223,6 +223,7 @@ class _Moves:
 
     def __init__(self, expected: Mapping[str, Tensor], one: Record, tolerance: Tolerance) -> None:
         self._expected, self._start, self._tolerance = expected, one.load("start"), tolerance
+        self._shares_of_entries: dict[str, Tensor] = one.load("shares")
         self._steps, self._shares = len(one.squares), _smallest_shares(one.squares)
 
     def apart(self, name: str, mine: Tensor) -> dict[str, float]:
@@ -241,6 +242,9 @@ class _Moves:
         apart, moved = (
             (a.double() - b.double()).nan_to_num(0.0, 0.0, 0.0) for a, b in ((mine, whole), (whole, before))
         )
+        entries = self._shares_of_entries.get(name)
+        if entries is not None:  # as those of keys in a packed bias
+            apart = apart.where(entries.reshape(apart.shape) > self._tolerance.numbers / 10, 0.0)
         return self._relative(apart, moved, largest_norm([before]) * torch.finfo(whole.dtype).eps, share or 1.0)
 
     def _relative(self, apart: Tensor, moved: Tensor, rounding: float, share: float) -> dict[str, float]:

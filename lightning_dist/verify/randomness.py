@@ -83,7 +83,6 @@ class StepWatch(Callback):
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
-        self._leave_step()
         self._state = _random_states()
         self._mode.__enter__()
         self._is_in_step = True

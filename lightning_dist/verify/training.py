@@ -98,7 +98,7 @@ class Record:
         notes: what else was left out.
         buffers: names of those among the weights.
         validated: what the validation logged, by name; None where there was none.
-        files: by what they have: ``"weights"``, ``"start"`` (in one process, the weights before the first step),
+        files: by what they have: ``"weights"``, ``"start"`` and ``"shares"`` (in one process, see :class:`Watch`),
             ``"batches"``, ``"activations"``, and in ``"changed"`` the weights that the validation changed.
     """
 
@@ -128,12 +128,14 @@ class Watch(Callback):
 
     Args:
         steps: of the optimizer, that the training is to have.
-        keeps_start: the weights before the first step are kept whole, as one process has them.
+        keeps_start: the weights before the first step are kept whole, as one process has them, and of each entry's
+            gradient how small it is beside the others of the weight in the step where it is smallest, but zero.
     """
 
     def __init__(self, steps: int, keeps_start: bool) -> None:
         self.record = Record()
         self.start: dict[str, Tensor] = {}
+        self.shares: dict[str, Tensor] = {}
         self._steps, self._batch, self._keeps_start = steps, -1, keeps_start
         self._movement: _Movement | None = None
 
@@ -149,6 +151,8 @@ class Watch(Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         with DisableTorchFunctionSubclass():
             self.record.squares.append(pieces_of_gradients(pl_module))
+        if self._keeps_start:
+            _note_shares(self.shares, pl_module)
         self.record.batch_of.append(self._batch)
         self.record.groups |= _groups(pl_module, optimizer)
         self._note_movement(pl_module)
@@ -168,6 +172,17 @@ class Watch(Callback):
             self.record.losses[self._batch] = float(loss)
         if self._batch + 1 >= _MOST_BATCHES * self._steps * trainer.accumulate_grad_batches:
             trainer.should_stop = True
+
+
+@torch.no_grad()
+def _note_shares(shares: dict[str, Tensor], module: pl.LightningModule) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None or parameter.grad.is_sparse:
+            continue
+        gradient = parameter.grad.detach().cpu().double().abs()
+        share = gradient / gradient.square().mean().sqrt()
+        share = torch.where(gradient > 0, share, torch.inf).float()
+        shares[name] = torch.minimum(shares.get(name, share), share)
 
 
 class _Movement:
@@ -260,7 +275,7 @@ def _train(job: Job, watch: Watch) -> Record:
     record.buffers = {name for name, _ in module.named_buffers()}
     left: dict[str, Any] = {"weights": _weights(module), "batches": recorder.recorded}
     if watch.start:
-        left["start"] = watch.start
+        left |= {"start": watch.start, "shares": watch.shares}
     if looking:
         left["activations"] = looking[0].recorded
     elif job.validation_batches and all(_parts_of_validation(module, data)):
@@ -382,10 +397,9 @@ def is_refusal(error: Exception) -> bool:
 
 def _where_it_failed(error: Exception, precision: Any) -> str:
     frames = list(traceback.extract_tb(error.__traceback__))
+    # an error of torch has its last frame here too, where each of its functions is looked at
     if frames[-1].filename.startswith(_OWN) and (frames[-1].line or "").startswith("raise"):
         return str(error)
-    while len(frames) > 1 and frames[-1].filename.startswith(_OWN):  # which looks at each function of torch
-        frames.pop()
     users = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
     frame = (users or frames)[-1]
     first_line = str(error).strip().partition("\n")[0]

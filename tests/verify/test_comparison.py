@@ -35,13 +35,14 @@ def compared(tmp_path: Path) -> Any:
         expected: Mapping[str, Tensor],
         start: Mapping[str, Tensor] | None = None,
         tolerance: Tolerance = FLOAT64,
+        shares: Mapping[str, Tensor] | None = None,
         **fields: Any,
     ) -> Comparison:
         records = []
         for number, weights in enumerate((expected, mine)):
             squares: Any = [{name: {(): 1.0} for name in expected}]
             record = Record(**{"squares": squares, "batch_of": [0], **fields})
-            for what, tensors in {"weights": weights, "start": start or expected}.items():
+            for what, tensors in {"weights": weights, "start": start or expected, "shares": shares or {}}.items():
                 record.files[what] = tmp_path / f"{what}-{number}.pt"
                 torch.save(dict(tensors), record.files[what])
             records.append(record)
@@ -52,8 +53,8 @@ def compared(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("value", MASKS)
 def test_a_mask_among_buffers_hides_no_other_buffer(compared: Any, value: float) -> None:
-    expected = {"mean": ONES, "mask": mask(value)}
-    found = compared({**expected, "mean": ONES * (1 + 1e-6)}, expected, buffers={"mean", "mask"})
+    expected = {"mean": 1e-2 * ONES, "mask": mask(value)}
+    found = compared({**expected, "mean": expected["mean"] * (1 + 1e-7)}, expected, buffers={"mean", "mask"})
     assert [wrong.kind for wrong in found.wrong] == ["buffers"]
     assert found.departure.name == "mean"
 
@@ -157,6 +158,17 @@ def test_a_weight_whose_gradient_is_rounding_may_move_anywhere(compared: Any) ->
     heard: Any = [{"key.bias": {(): 1e-4}, "weight": {(): 1.0}}]
     for tolerance in (FLOAT64, FLOAT32, BFLOAT16):
         assert compared(mine, expected, start, tolerance, squares=heard).wrong
+
+
+def test_entries_whose_gradients_are_rounding_may_move_anywhere(compared: Any) -> None:
+    """A third of a packed bias is that of keys."""
+    start, expected = {"bias": torch.zeros(12)}, {"bias": torch.full((12,), 1e-3)}
+    keys = torch.arange(12) // 4 == 1
+    mine = {"bias": expected["bias"].where(~keys, -1e-3)}
+    shares = {"bias": torch.ones(12).where(~keys, 1e-12)}
+    for tolerance in (FLOAT64, FLOAT32, BFLOAT16):
+        assert compared(mine, expected, start, tolerance, shares).wrong == []
+        assert compared(mine, expected, start, tolerance).wrong
 
 
 def test_rounding_of_a_weight_in_its_dtype_is_no_step(compared: Any) -> None:
