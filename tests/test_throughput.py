@@ -293,6 +293,23 @@ def test_what_is_covered_is_counted_once() -> None:
     assert covered([(4, 6), (0, 2), (1, 3), (0, 1), (5, 5)]) == 5
 
 
+@pytest.mark.parametrize(
+    ("batch", "num_tokens"),
+    [
+        ({"numbers": torch.zeros(4, 7), "categories": torch.zeros(4, 13, dtype=torch.int64)}, 0),  # a table's row
+        ({"labels": torch.zeros(4, 3).long(), "input_ids": torch.zeros(4, 5, dtype=torch.int32)}, 20),
+        ({"inputs": torch.zeros(4, 5).long(), "num_bytes": torch.zeros(4).long()}, 20),
+        ({"inputs": torch.zeros(4, 5)}, 0),
+        ({"text": {"tokens": torch.zeros(2, 3).long()}, "image": (torch.zeros(2, 3), torch.zeros(2).long())}, 6),
+        ((torch.zeros(4, 5).long(), torch.zeros(4, 6).long()), 20),
+        (torch.zeros(4, 5).long(), 20),
+        (torch.zeros(4, 5), 0),
+    ],
+)
+def test_tokens_are_integers_that_no_name_says_are_something_else(batch: Any, num_tokens: int) -> None:
+    assert throughput._num_tokens(batch) == num_tokens
+
+
 def test_steps_that_are_no_number_are_refused() -> None:
     for every in (0, -1, 1.5, "3"):
         with pytest.raises(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,10 @@ from lightning_dist.pytree import tree_leaves
 from lightning_dist.report.communication import StepProfile
 
 
+TOKEN_IDS = ("input_ids", "inputs", "tokens")
+"""Names of token ids in batches that are mappings."""
+
+
 class Throughput(Callback):
     """Logs samples per second, tokens per second where batches hold token ids, the time of a step, the shares of it in
     which the training waits for its loader and for communication, and how much of the devices' peak it uses.
@@ -29,6 +33,8 @@ class Throughput(Callback):
     ``data_wait`` and ``communication_wait`` (from 0 to 1; as all that is logged, means over the data ranks, under
     ``pp`` over the stages too) and, with ``flops_per_sample``, ``mfu`` (model FLOPs utilisation, from 0 to 1, over all
     devices of the layout).
+
+    Token ids are integers ``(batch, length)``; where a batch is a mapping, those named as :data:`TOKEN_IDS` has it.
 
     ``communication_wait`` is the share of the step's time in which a rank only communicates, or waits for a rank that
     has not come yet. What is sent while something is computed costs no time, and is not in it. It is told
@@ -223,6 +229,15 @@ def _of_layout(prefix: str, num_data_ranks: int, world_size: int, own: Callable[
 
 
 def _num_tokens(batch: Any) -> int:
-    """Elements of the first tensor of integers with a batch and a sequence axis: token ids, where there are any."""
-    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim == 2)
+    """Elements of the first token ids ``(batch, length)`` of a batch, 0 where it has none."""
+    tensors = (leaf for leaf in _unnamed_or_token_ids(batch) if isinstance(leaf, Tensor) and leaf.ndim == 2)
     return next((tensor.numel() for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)), 0)
+
+
+def _unnamed_or_token_ids(batch: Any) -> list[Any]:
+    """The leaves, of tensors in mappings those alone that are named as token ids are: others are columns of a table."""
+    if isinstance(batch, Mapping):
+        batch = [value for name, value in batch.items() if name in TOKEN_IDS or not isinstance(value, Tensor)]
+    if isinstance(batch, (list, tuple)):
+        return [leaf for item in batch for leaf in _unnamed_or_token_ids(item)]
+    return tree_leaves(batch)
