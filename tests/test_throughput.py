@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ThroughputMonitor, throughput_monitor
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_dist import HybridStrategy, Throughput
 from lightning_dist.elastic import pulse, stacks
@@ -291,6 +291,61 @@ def test_a_collective_beside_which_nothing_is_computed_is_exposed() -> None:
 
 def test_what_is_covered_is_counted_once() -> None:
     assert covered([(4, 6), (0, 2), (1, 3), (0, 1), (5, 5)]) == 5
+
+
+class Saves(L.Callback):
+    """Takes a while after each step, as a save does, and fails in one if asked."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.fails_at = fails_at
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        Seconds.now += 2.0
+        if batch_idx == self.fails_at:
+            raise RuntimeError("the disk is full")
+
+
+class Stream(IterableDataset):
+    """Without a length: Lightning asks for one batch ahead."""
+
+    def __iter__(self) -> Any:
+        return (Read()[index] for index in range(64))
+
+
+@pytest.mark.parametrize("data", [Read, Stream])
+def test_only_the_loader_is_waited_for_by_data_wait(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "time", CLOCK)
+    callback, logger, saves = Throughput(), Kept(), Saves(fails_at=3)
+    arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 2, "max_steps": 6, "callbacks": [callback, saves]}
+    failing, trainer = (L.Trainer(**{**QUIET, "logger": logger}, **arguments) for _ in range(2))
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        failing.fit(Timed(), DataLoader(data(), batch_size=BATCH))
+    saves.fails_at = None
+    trainer.fit(Timed(), DataLoader(data(), batch_size=BATCH))
+    for loop in (failing.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop):
+        assert not {name for name in vars(loop) if name.endswith("_fetch")}
+    rows = [row for row in logger.rows if "step_time" in row]
+    assert len(rows) >= 2
+    for row in rows:
+        assert row["step_time"] == pytest.approx(STEP + 2.0)
+        assert row["data_wait"] == pytest.approx(BATCH * READING / (STEP + 2.0))
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_tokens"),
+    [
+        ({"numbers": torch.zeros(4, 7), "categories": torch.zeros(4, 13, dtype=torch.int64)}, 0),  # a table's row
+        ({"labels": torch.zeros(4, 3).long(), "input_ids": torch.zeros(4, 5, dtype=torch.int32)}, 20),
+        ({"inputs": torch.zeros(4, 5).long(), "num_bytes": torch.zeros(4).long()}, 20),
+        ({"inputs": torch.zeros(4, 5)}, 0),
+        ({"text": {"tokens": torch.zeros(2, 3).long()}, "image": (torch.zeros(2, 3), torch.zeros(2).long())}, 6),
+        ((torch.zeros(4, 5).long(), torch.zeros(4, 6).long()), 20),
+        (torch.zeros(4, 5).long(), 20),
+        (torch.zeros(4, 5), 0),
+    ],
+)
+def test_tokens_are_integers_that_no_name_says_are_something_else(batch: Any, num_tokens: int) -> None:
+    assert throughput._num_tokens(batch) == num_tokens
 
 
 def test_steps_that_are_no_number_are_refused() -> None:

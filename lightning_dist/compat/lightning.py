@@ -253,6 +253,7 @@ def sync_batchnorm(strategy: Any) -> None:
 
 SIGTERM_BROADCAST = name_of(f"{_EPOCH}._broadcast_sigterm_tensor", "the method that asks rank 0 whether to end")
 BEFORE_FETCH = name_of(f"{_EPOCH}._on_before_fetch", "the method called before each training batch is asked for")
+AFTER_FETCH = name_of(f"{_EPOCH}._on_after_fetch", "the method called when it is there, or there is none")
 AUTOMATIC_STEP = name_of(
     f"{_PL}.loops.optimization.automatic._AutomaticOptimization._training_step",
     "the method that runs a training step, and refuses None over several processes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,13 @@ from lightning.pytorch.callbacks import Callback, ThroughputMonitor
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
-from lightning_dist.compat.lightning import compute_dtype, throughputs_of
+from lightning_dist.compat.lightning import AFTER_FETCH, BEFORE_FETCH, compute_dtype, throughputs_of
 from lightning_dist.patches import Patches
 from lightning_dist.pytree import tree_leaves
 from lightning_dist.report.communication import StepProfile
+
+TOKEN_IDS = ("input_ids", "inputs", "tokens")
+"""Names of token ids in batches that are mappings."""
 
 
 class Throughput(Callback):
@@ -29,6 +32,12 @@ class Throughput(Callback):
     ``data_wait`` and ``communication_wait`` (from 0 to 1; as all that is logged, means over the data ranks, under
     ``pp`` over the stages too) and, with ``flops_per_sample``, ``mfu`` (model FLOPs utilisation, from 0 to 1, over all
     devices of the layout).
+
+    ``data_wait`` is the share of the time in which the training asks its loader for a batch and has none yet. What
+    comes between two steps besides (checkpoints, loggers, other callbacks, the batch's way to the device) is in
+    ``step_time`` alone.
+
+    Token ids are integers ``(batch, length)``; where a batch is a mapping, those named as :data:`TOKEN_IDS` has it.
 
     ``communication_wait`` is the share of the step's time in which a rank only communicates, or waits for a rank that
     has not come yet. What is sent while something is computed costs no time, and is not in it. It is told
@@ -70,13 +79,13 @@ class Throughput(Callback):
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
         self.communication_every_n_steps = every
         self._profile: StepProfile | None = None
-        self._profile_begin = 0.0
+        self._profile_begin = self._fetch_begin = 0.0
+        self._patches = Patches()
         self._steps = 0
         self._reset()
 
     def _reset(self) -> None:
         self._start: float | None = None
-        self._waits_since: float | None = None
         self._waited = 0.0
         self._communicated_before: float | None = None
         self._profiled: list[float] = []
@@ -96,6 +105,21 @@ class Throughput(Callback):
         profiles = self.communication_every_n_steps is not None and device.type == "cuda"
         self._profile = StepProfile(device, trainer.strategy.barrier) if profiles else None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Is told from now on when Lightning asks the loader for a batch, and when it is there."""
+        self._patches.undo()  # of a fit that failed
+        self._patches.wrap(trainer.fit_loop.epoch_loop, BEFORE_FETCH, self._before_fetch)
+        self._patches.wrap(trainer.fit_loop.epoch_loop, AFTER_FETCH, self._after_fetch)
+
+    def _before_fetch(self, original: Callable[[], None]) -> None:
+        original()
+        self._fetch_begin = time.perf_counter()
+
+    def _after_fetch(self, original: Callable[[], None]) -> None:
+        if self._start is not None and not self._is_profiling:
+            self._waited += time.perf_counter() - self._fetch_begin
+        original()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock anew: evaluation between epochs does not count."""
         self._reset()
@@ -105,18 +129,18 @@ class Throughput(Callback):
         if self._profile is not None:
             self._profile.stop()
 
-    on_train_end = on_validation_start
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends a profile, and leaves Lightning's loop as it was."""
+        self.on_validation_start(trainer, pl_module)
+        self._patches.undo()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves Lightning's loop as it was."""
+        self._patches.undo()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock anew."""
         self._reset()
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """The batch is there."""
-        if self._waits_since is not None and not self._is_profiling:
-            self._waited += time.perf_counter() - self._waits_since
 
     @property
     def _is_profiling(self) -> bool:
@@ -145,7 +169,6 @@ class Throughput(Callback):
             self._start, self._communicated_before = time.perf_counter(), _communicated(trainer)
         if ends_step and not trainer.is_last_batch:
             self._begin_profile()
-        self._waits_since = time.perf_counter()
 
     def _begin_profile(self) -> None:
         """Of the step that comes, where it is the turn of that one."""
@@ -223,6 +246,15 @@ def _of_layout(prefix: str, num_data_ranks: int, world_size: int, own: Callable[
 
 
 def _num_tokens(batch: Any) -> int:
-    """Elements of the first tensor of integers with a batch and a sequence axis: token ids, where there are any."""
-    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim == 2)
+    """Elements of the first token ids ``(batch, length)`` of a batch, 0 where it has none."""
+    tensors = (leaf for leaf in _unnamed_or_token_ids(batch) if isinstance(leaf, Tensor) and leaf.ndim == 2)
     return next((tensor.numel() for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)), 0)
+
+
+def _unnamed_or_token_ids(batch: Any) -> list[Any]:
+    """The leaves, of tensors in mappings those alone that are named as token ids are: others are columns of a table."""
+    if isinstance(batch, Mapping):
+        batch = [value for name, value in batch.items() if name in TOKEN_IDS or not isinstance(value, Tensor)]
+    if isinstance(batch, (list, tuple)):
+        return [leaf for item in batch for leaf in _unnamed_or_token_ids(item)]
+    return tree_leaves(batch)

@@ -38,7 +38,7 @@ class PromptCompletionData(BlockData):
         num_workers: processes that read ahead.
 
     Raises:
-        ValueError: on ``setup``, a pair that is too long, or an empty one.
+        ValueError: on ``setup``, a pair that is too long. An empty text is one like any other.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.configured import ConfiguredModule
-from recipes.language_model.data import IGNORED
+from recipes.language_model.data import IGNORED, BlockData
 from recipes.language_model.generation import generate
 from recipes.language_model.metrics import ExponentialOfRatio, RatioOfSums
 from recipes.optimization import OptimizerFactory, SchedulerFactory
@@ -37,6 +37,9 @@ class CausalLM(ConfiguredModule):
         temperature: of the samples; 0 takes the likeliest token.
         context_length: most tokens that the model is shown when sampling.
         freeze, learning_rates: see :class:`recipes.configured.ConfiguredModule`.
+
+    Raises:
+        ValueError: on ``configure_model``, a network whose embedding lacks tokens of the data.
     """
 
     def __init__(
@@ -55,8 +58,24 @@ class CausalLM(ConfiguredModule):
         self.sample_tokens = sample_tokens
         self.temperature = temperature
         self.context_length = context_length
+        self._num_tokens = 0
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
+
+    def setup(self, stage: str) -> None:
+        """Learns how many tokens the data have."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self._num_tokens = len(data.corpus.token_bytes) if isinstance(data, BlockData) else 0
+
+    def configure_model(self) -> None:
+        """Builds the network, and refuses one whose embedding lacks tokens of the data."""
+        super().configure_model()
+        room = _num_embeddings(self.network)
+        if room is not None and self._num_tokens > room:
+            raise ValueError(
+                f"the tokenizer of the data has {self._num_tokens} tokens, and the network's embedding {room}; pass "
+                f"data.vocab_size={self._num_tokens}, or the tokenizer of the model"
+            )
 
     def forward(self, tokens: Tensor, **documents: Tensor) -> Tensor:
         """Logits ``(batch, length, vocab_size)`` of tokens ``(batch, length)``.
@@ -118,6 +137,12 @@ class CausalLM(ConfiguredModule):
 def _documents(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Where documents are, in batches that tell."""
     return {name: batch[name] for name in ("positions", "document_ids") if name in batch}
+
+
+def _num_embeddings(network: nn.Module) -> int | None:
+    """Tokens that a network has an embedding of, where it is known."""
+    found: Any = getattr(network, "get_input_embeddings", lambda: getattr(network, "embedding", None))()
+    return found.num_embeddings if isinstance(found, nn.Embedding) else None
 
 
 def _evaluation_metrics() -> nn.ModuleDict:

@@ -103,9 +103,9 @@ def diagnosis_metrics(min_specificity: float) -> MetricCollection:
 
 
 def class_metrics(num_classes: int) -> MetricCollection:
-    """By name: ``accuracy``, ``auc`` (mean over the classes, each against the others, as MedMNIST's evaluator has it, of
-    those that occur in what is measured), and both of each class as ``accuracy/0`` and ``auc/0``, which are 0 for one
-    that does not occur.
+    """By name: ``accuracy``, ``auc`` (mean over the classes that occur in what is measured, each against the others, as
+    MedMNIST's evaluator has it), and both of each class as ``accuracy/0`` and ``auc/0``, which are 0 for one that does
+    not occur.
     """
     metrics: dict[str, Any] = {
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),

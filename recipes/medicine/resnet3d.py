@@ -52,7 +52,16 @@ class ResNet3D(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, volumes: Tensor) -> Tensor:
-        """From ``(batch, channels, depth, height, width)`` to logits ``(batch, num_classes)``."""
+        """From ``(batch, channels, depth, height, width)`` to logits ``(batch, num_classes)``.
+
+        Raises:
+            ValueError: scans of two dims.
+        """
+        if volumes.ndim != 5:
+            raise ValueError(
+                f"model=resnet3d is for volumes (batch, channels, depth, height, width), and these scans are "
+                f"{tuple(volumes.shape)}; pass model=resnet18 for images"
+            )
         x = self.stem(volumes)
         for block in self.blocks:
             x = block(x)

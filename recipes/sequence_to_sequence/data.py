@@ -143,7 +143,7 @@ class PairData(PartsData):
 class EncodedPair(NamedTuple):
     """The place of a pair in its part, and its tokens."""
 
-    index: int
+    place: int
     source: list[int]
     target: list[int]
 

@@ -22,8 +22,8 @@ from recipes.token_mean import add_shares, mean_over_tokens
 class Seq2Seq(ConfiguredModule):
     """Trains an encoder-decoder of transformers on the batches of :class:`recipes.sequence_to_sequence.data.PairData`.
 
-    The loss is the mean over all targets of a step, see [Note: mean over tokens]. Logs ``train/loss`` by step, and by
-    epoch for ``val`` and ``test``, each exact over the held-out pairs:
+    The loss is the mean over all targets of a batch, of all data ranks, see [Note: mean over tokens]. Logs
+    ``train/loss`` by step, and by epoch for ``val`` and ``test``, each exact over the held-out pairs:
 
     - ``loss``, nats per target token, and ``perplexity``, its exponential;
     - ``accuracy`` of the next token, of which those before it are given;

@@ -108,6 +108,20 @@ def test_text_is_read_with_the_tokenizer_of_the_model(model: Path, tmp_path: Pat
     assert sum(int(batch["num_bytes"].sum()) for batch in data.test_dataloader()) == len(TEXTS[7])
 
 
+@pytest.mark.parametrize("strategy", ["auto", "hybrid"])
+def test_a_model_that_lacks_tokens_of_a_given_tokenizer_is_refused(strategy: str, model: Path, tmp_path: Path) -> None:
+    documents = [Document(str(i), text) for i, text in enumerate(TEXTS)]
+    options: dict[str, Any] = {"cache": tmp_path, "tokenizer": model, "test_documents": ["7"]}
+    data = TextData(lambda: documents, sequence_length=LENGTH, batch_size=4, **options)
+    for network in (
+        partial(Decoder, 100, width=16, depth=1, num_heads=2),
+        partial(LlamaForCausalLM, LlamaConfig(**{**SIZES, "vocab_size": 100})),
+    ):
+        chosen = HybridStrategy({}) if strategy == "hybrid" else "auto"
+        with pytest.raises(ValueError, match=r"280 tokens, and the network's embedding 100; pass data\.vocab_size=280"):
+            quiet(max_steps=1, strategy=chosen).fit(tuned(network), datamodule=data)
+
+
 def test_a_directory_without_a_tokenizer_or_its_end_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="pass a directory to which transformers saved a fast"):
         GivenTokenizer.read(tmp_path)

@@ -131,6 +131,11 @@ def test_classes_are_measured_as_others_measure_them() -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_images_are_no_volumes() -> None:
+    with pytest.raises(ValueError, match=r"these scans are \(2, 1, 8, 8\); pass model=resnet18 for images"):
+        ResNet3D(1, 3, widths=(8, 16))(torch.zeros(2, 1, 8, 8))
+
+
 def test_a_class_that_a_part_lacks_has_no_say_in_the_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0, 1, 3])[torch.randint(3, (301,), generator=generator)]

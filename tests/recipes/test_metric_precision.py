@@ -19,9 +19,9 @@ from recipes.credit_risk import credit_metrics
 from recipes.image_classification import ImageClassifier
 from recipes.language_model import CausalLM
 from recipes.medicine import ScanClassifier
+from recipes.pairs import PARTS, Pair
 from recipes.sequence_to_sequence import PairData, Seq2Seq
 from recipes.tables import RowClassifier
-from tests.recipes.test_sequence_to_sequence import numbers
 from tests.support.parity import QUIET
 
 CLASSES = 16
@@ -67,7 +67,9 @@ def text(_: Path) -> tuple[L.LightningModule, Any]:
 
 
 def pairs(cache: Path) -> tuple[L.LightningModule, Any]:
-    parts = {"train": numbers(160), "val": numbers(150, 300), "test": numbers(150, 400)}
+    words = [[(i * 7 // 5**place) % 5 for place in range(1 + i % 3)] for i in range(150)]
+    some = [Pair(" ".join(map(str, row)), " ".join("abcde"[word] * 3 for word in row)) for row in words]
+    parts = {part: some for part in PARTS}
     lengths = {"max_source_length": 5, "max_target_length": 5, "batch_size": 4}
     data = PairData(otherwise=lambda: parts, tokens="words", vocab_size=CLASSES, cache=cache, **lengths)  # type: ignore[arg-type]
     return Seq2Seq(partial(Translations, CLASSES), SGD, max_length=5), data
