@@ -18,8 +18,8 @@ from recipes.config_errors import ConfigError
 from recipes.sweep import live, running
 from recipes.sweep.jobs import Jobs
 from recipes.sweep.live import Live
-from recipes.sweep.resume import done_before, goes_on
 from recipes.sweep.result import NOT_ENDED, JobResult
+from recipes.sweep.resume import done_before, goes_on
 from recipes.sweep.table import write_csv
 from tests.launch.commands import ROOT
 from tests.sweeps.leavings import leave_curve, leave_job
