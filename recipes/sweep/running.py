@@ -59,7 +59,7 @@ def refuse_handed_on(directory: Path) -> None:
     if mark.is_file():
         raise ConfigError(
             f"{directory} has a job that was handed on ({mark.read_text().strip()}) and has not ended, so it may wait "
-            f"or run there; wait for its end, or if it is gone remove {HANDED_ON} in its directory, or pass resume=false"
+            f"or run there; wait for its end, or if it is gone remove {HANDED_ON} in its directory or pass resume=false"
         )
 
 
