@@ -269,6 +269,9 @@ CASES = [
 ]
 ON_DEMAND = (
     "saved-by-validation",
+    "ends-of-epochs",
+    "computed-twice",
+    "shard-drop-last",
     "pp-replicate",
     "replicate-tp",
     "manual",

@@ -57,7 +57,7 @@ def _counted_once(make: Any, layout: str, options: dict[str, Any], trainer: dict
     [
         (decoder, "dp_shard=2", {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
         slow(decoder, "tp=2", {"sequence_parallel": True}, {}),
-        (vit, "pp=2", {}, {}),
+        slow(vit, "pp=2", {}, {}),
         slow(decoder, "dp_replicate=2", {}, {}),
         slow(decoder, "dp_shard=2", {"activation_checkpointing": "full"}, {"precision": "bf16-mixed"}),
         slow(decoder, "pp=2", {}, {}),

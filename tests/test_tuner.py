@@ -223,7 +223,7 @@ def search_size(layout: str, where: str, failing: tuple[int, ...], mode: str) ->
         ("dp_replicate=2", "forward", (0,), "binsearch"),
         ("dp_replicate=2", "backward", (1,), "power"),
         slow("dp_replicate=2", "step", (1,), "power"),
-        ("dp_shard=2", "within", (0, 1), "power"),
+        slow("dp_shard=2", "within", (0, 1), "power"),
         slow("dp_shard=2", "forward", (1,), "power"),
         ("dp_shard=2", "step", (1,), "power"),
     ],

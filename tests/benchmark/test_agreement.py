@@ -14,7 +14,6 @@ from recipes.benchmark.pipeline import ByHand as StagesByHand
 from recipes.benchmark.results import Line
 from recipes.benchmark.tensor_parallel import ByHand, own_plan, tutorial_plan
 from recipes.benchmark.workloads import WORKLOADS
-from tests.support.parity import slow
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.sampled
@@ -72,7 +71,8 @@ def _alike(kind: str) -> list[Line]:
     return list(train_alike(_by_kind(kind), kind))
 
 
-@pytest.mark.parametrize("kind", ["dp_replicate", "dp_shard", "tp", slow("pp")])
+@pytest.mark.parametrize("kind", ["dp_replicate", "dp_shard", "tp", "pp"])
+@pytest.mark.slow
 def test_competitors_train_the_same(kind: str) -> None:
     lines = run_on_ranks(2, _alike, kind)[0]
     assert lines

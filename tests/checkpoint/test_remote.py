@@ -244,6 +244,7 @@ def test_a_fit_begins_from_weights_at_a_url(memory: str) -> None:
         _fit(memory, "dp_shard=1", 1, pretrained=f"{memory}/none.ckpt")
 
 
+@pytest.mark.slow
 def test_ranks_share_a_checkpoint_at_a_store(bucket: str, store: str) -> None:
     def run(folder: str, steps: int, ckpt_path: str | None = None, **arguments: Any) -> Any:
         return run_on_ranks(2, _fit_with, f"{bucket}/{folder}", "dp_shard=2", steps, ckpt_path, store, arguments)

@@ -114,7 +114,7 @@ def in_background(layout: str, folder: Path) -> Any:
     return fit(layout, folder, Background(), 3, folder / "step=12.ckpt")
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("layout", ["dp_shard=1", "dp_replicate=2", pytest.param("dp_shard=2", marks=pytest.mark.slow)])
 def test_lightnings_async_plugin_resumes(layout: str, tmp_path: Path) -> None:
     expected = in_background("dp_shard=1", tmp_path / "one")
     if LAYOUTS[layout] > 1:
@@ -139,6 +139,7 @@ def best_is_tested(layout: str, folder: Path) -> Any:
     return fit(layout, folder, Shouts(), 3, best)[0]
 
 
+@pytest.mark.slow
 def test_a_subclass_of_lightnings_own(tmp_path: Path) -> None:
     expected = best_is_tested("dp_shard=1", tmp_path / "one")
     losses = run_on_ranks(2, best_is_tested, "dp_shard=2", tmp_path / "two")[0]

@@ -136,7 +136,10 @@ def test_groups_wait(settings: Settings) -> None:
     assert statuses(examine(settings, only=["timeouts"])) == {"timeouts": "ok"}
 
 
-@pytest.mark.parametrize("form", ["single file", "sharded", "sharded in background"])
+@pytest.mark.parametrize(
+    "form",
+    ["single file", *(pytest.param(form, marks=pytest.mark.slow) for form in ("sharded", "sharded in background"))],
+)
 def test_a_full_disk_is_told(form: str, settings: Settings) -> None:
     report = examine(replace(settings, fault=Fault("full disk", rank=0)), only=[f"checkpoint {form}"])
     assert reason(report, f"checkpoint {form}").startswith("the disk takes no more")

@@ -14,6 +14,7 @@ from tests.launch import workers
 from tests.launch.processes import noted_pids, running
 
 
+@pytest.mark.slow
 def test_results_come_by_rank_and_the_caller_is_left_as_it_was(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environment = dict(os.environ)

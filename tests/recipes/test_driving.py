@@ -77,6 +77,7 @@ def test_a_driver_sees_the_vehicles_that_are_there() -> None:
     assert seen.grid.shape == (4, *ROAD.grid_shape)
 
 
+@pytest.mark.slow
 def test_the_expert_drives_better_than_constant_drivers() -> None:
     policies = {"expert": expert_action, "idle": lambda _: IDLE, "slower": lambda _: SLOWER}
     found = {}

@@ -86,6 +86,7 @@ def test_a_click_on_a_heading_sorts_by_numbers(page: Any, grid: Path, tmp_path: 
     assert page.locator("tr.job td:nth-child(2)").all_inner_texts()[0] == "0.0001"
 
 
+@pytest.mark.slow
 def test_a_job_that_is_pointed_at_stands_out_in_all_charts(page: Any, grid: Path, tmp_path: Path):
     show(page, tmp_path / "report.html", grid)
     page.locator("tr.job").first.hover()

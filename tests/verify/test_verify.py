@@ -116,6 +116,7 @@ def test_a_plan_that_drops_a_bias_is_named_by_its_module() -> None:
     assert (kind, name) == ("output", "network.blocks.0.linear2")
 
 
+@pytest.mark.slow
 def test_gradients_that_are_summed_in_place_of_averaged_are_told_as_that() -> None:
     result = found(modules.summed_over_ranks, "dp_shard=2")
     assert result.status == "differs"
@@ -125,6 +126,7 @@ def test_gradients_that_are_summed_in_place_of_averaged_are_told_as_that() -> No
     assert "are 2 times those of one process in step 1" in result.sentence
 
 
+@pytest.mark.slow
 def test_a_module_that_sees_its_own_samples_is_named() -> None:
     result = found(partial(modules.Reader, norm=True), "dp_shard=2")
     assert result.departure is not None
@@ -132,6 +134,7 @@ def test_a_module_that_sees_its_own_samples_is_named() -> None:
     assert "the buffer network.batch_norm.running_" in result.sentence
 
 
+@pytest.mark.slow
 def test_a_logged_value_that_depends_on_the_batch_is_named() -> None:
     result = found(modules.CountsItsBatch, "dp_shard=2")
     assert result.departure is not None
