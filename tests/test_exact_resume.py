@@ -33,6 +33,7 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_dist import HybridStrategy
+from lightning_dist.data.resumable import Resumable
 from tests.support import models
 from tests.support.parity import QUIET, once, slow
 from tests.support.ranks import run_on_ranks
@@ -93,6 +94,13 @@ class ShuffledStream(Stream):
     def __iter__(self) -> Any:
         for index in torch.randperm(SIZE).tolist():
             yield self.data[index]
+
+
+class EagerStream(Stream):
+    """Draws when it is asked for an iterator, not for the first sample."""
+
+    def __iter__(self) -> Any:
+        return iter([self.data[index] for index in torch.randperm(SIZE).tolist()])
 
 
 class CountingStream(Stream):
@@ -437,12 +445,16 @@ def of_one_process(kind: type[Stream], workers: int = 0) -> DataLoader:
     few_and_many(
         list(
             itertools.product(
-                ["dp_shard=1", "dp_replicate=2"], [ShuffledStream, CountingStream, DrawingStream], [0, 1], [14, 22]
+                ["dp_shard=1", "dp_replicate=2"],
+                [ShuffledStream, EagerStream, CountingStream, DrawingStream],
+                [0, 1],
+                [14, 22],
             )
         ),
         {
             ("dp_shard=1", ShuffledStream, 0, 14),
             ("dp_replicate=2", ShuffledStream, 0, 14),
+            ("dp_shard=1", EagerStream, 0, 14),
             ("dp_replicate=2", CountingStream, 0, 14),
             ("dp_replicate=2", DrawingStream, 0, 22),
             ("dp_shard=1", CountingStream, 0, 22),
@@ -453,6 +465,13 @@ def test_a_stream_that_shuffles_goes_on_in_its_order(
     layout: str, kind: type[Stream], workers: int, batches: int, tmp_path: Path
 ) -> None:
     check(layout, partial(of_one_process, kind, workers), batches, tmp_path, {})
+
+
+def test_a_stream_that_draws_at_once_has_another_order_in_each_epoch() -> None:
+    loader = Resumable(of_one_process(EagerStream), lambda: 2)
+    first, second = ([index for batch in loader for index in batch[2].tolist()] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(SIZE))
+    assert first != second
 
 
 def test_a_stream_that_can_not_be_read_again_is_told(tmp_path: Path) -> None:

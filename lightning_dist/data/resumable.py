@@ -177,14 +177,15 @@ class Resumable(StandsForLoader):
         """The iterator, after so many batches."""
         start, wanted, seen = self._start if skip else None, self._to_see, 0
         self._to_see = None
+        if start is None:
+            self._start = self._now()
+            batches = iter(self.loader)  # which may draw, as in one process
         with kept_random_states(CPU):
-            if start is None:
-                self._start = self._now()
-            else:
+            if start is not None:
                 self._begin_as(start)
                 if not isinstance(self.loader, DistributedStream):
                     RandomStates.from_state(start["random"]).restore(CPU)
-            batches = iter(self.loader)
+                batches = iter(self.loader)
             for _ in range(skip):
                 seen = _checksum(next(batches, None), seen)
         if wanted is not None and seen != wanted:
