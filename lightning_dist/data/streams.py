@@ -199,6 +199,8 @@ def _bytes_of(leaf: Any) -> bytes:
         return tensor_bytes(leaf)
     if isinstance(leaf, (str, bytes, int, float, bool, type(None))):
         return repr(leaf).encode()
+    if isinstance(leaf, (set, frozenset)):  # whose order each process draws for itself
+        return repr(sorted(map(repr, leaf))).encode()
     if hasattr(leaf, "__array_interface__"):  # numpy's, and Pillow's images
         array = np.asarray(leaf)
         if not array.dtype.hasobject:

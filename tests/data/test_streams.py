@@ -210,6 +210,28 @@ class Samples(IterableDataset):  # type: ignore[type-arg]
         yield from map(self.Sample, range(COUNT))
 
 
+class Words(IterableDataset):  # type: ignore[type-arg]
+    """Sets of texts, whose order is another one in each process."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(COUNT):
+            yield _Shuffled(["a", "b", "c", str(number)])
+
+
+class _Shuffled(frozenset):  # type: ignore[type-arg]
+    """In another order on each rank, as sets of texts are in processes with hashes of their own."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__(), reverse=bool(torch.distributed.get_rank())))
+
+    def __reduce__(self) -> Any:
+        return frozenset, (list(self),)
+
+    @property
+    def number(self) -> int:
+        return next(int(word) for word in self if word.isdecimal())
+
+
 class FramedByRank(IterableDataset):  # type: ignore[type-arg]
     """Sharded by its owner; arrays differ within a black frame only."""
 
@@ -265,6 +287,7 @@ def _loader(kind: type[Any], **options: Any) -> DataLoader:  # type: ignore[type
         (ItsOwnIterator, {}),
         (Images, {}),
         (Samples, {}),
+        (Words, {}),
         (OfWorkers, {"num_workers": 1}),
     ],
 )
