@@ -175,11 +175,11 @@ def _digest(loader: Any) -> tuple[str | None, str]:
     """A digest of the first samples; None, and why, where they can't be read here."""
     source = _source(loader)
     snapshot = Snapshot([source] if hasattr(source, "__dict__") else [], data=True)
-    digest = hashlib.sha256()
+    digest, threads = hashlib.sha256(), torch.get_num_threads()
     try:
         with kept_random_states(CPU), as_first_worker(loader):
             if getattr(loader, "num_workers", 0) and loader.worker_init_fn is not None:
-                loader.worker_init_fn(0)  # the owner may shard by it
+                loader.worker_init_fn(0)  # the owner may shard by it, and workers often have one thread
             seed_generators(0)
             samples = iter(source)
             if samples is source:
@@ -190,6 +190,8 @@ def _digest(loader: Any) -> tuple[str | None, str]:
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         snapshot.restore()
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
     return digest.hexdigest(), ""
 
 

@@ -252,6 +252,7 @@ class Begun(Numbers):
 
 
 def _by_worker(number: int) -> None:
+    torch.set_num_threads(3)
     worker: Any = get_worker_info()
     worker.dataset.step = 2 * worker.num_workers
     worker.dataset.first = 2 * number + torch.distributed.get_rank()
@@ -273,7 +274,9 @@ def _numbers(samples: list[Any]) -> Tensor:
 def _taken(make: Any) -> tuple[bool, list[int]]:
     """Whether the loader is sharded, and the numbers that this rank gets, in two epochs."""
     rank = torch.distributed.get_rank()
+    threads = torch.get_num_threads()
     stream = shard_stream(make(), 2, rank, torch.distributed.group.WORLD, training=True)  # type: ignore[arg-type]
+    assert torch.get_num_threads() == threads
     return isinstance(stream, DistributedStream), [n for _ in range(2) for batch in stream for n in batch.tolist()]
 
 
